@@ -1,0 +1,172 @@
+"""The values that flow between the stages: prompts → rollouts → scores.
+
+NumPy only, so that reading a cache never imports torch.
+
+Notation (docs/method.md): B rollouts, T tokens of one completion, N tokens of all completions, P prompts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+from numpy.typing import ArrayLike, DTypeLike, NDArray
+
+TOKEN_DTYPE = np.int32
+"""Token ids in memory. On disk they are uint16 where the vocabulary allows."""
+
+
+@dataclass(frozen=True)
+class Ragged:
+    """Rows of different lengths, stored end to end: row i is `values[offsets[i]:offsets[i + 1]]`.
+
+    values: [N], any dtype. offsets: [rows + 1] int64, starting at 0, non-decreasing, ending at N.
+    """
+
+    values: NDArray
+    offsets: NDArray[np.int64]
+
+    @classmethod
+    def from_rows(cls, rows: Iterable[ArrayLike], dtype: DTypeLike) -> Ragged:
+        arrays = [np.asarray(row, dtype=dtype) for row in rows]
+        lengths = [len(a) for a in arrays]
+        values = np.concatenate(arrays) if arrays else np.empty(0, dtype)
+        return cls(values, offsets_of(lengths))
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, row: int) -> NDArray:
+        return self.values[self.offsets[row] : self.offsets[row + 1]]
+
+    def __iter__(self) -> Iterator[NDArray]:
+        return (self[row] for row in range(len(self)))
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        return np.diff(self.offsets)
+
+    def slice(self, start: int, stop: int) -> Ragged:
+        """Rows start..stop, without copying the values."""
+        offsets = self.offsets[start : stop + 1]
+        return Ragged(self.values[offsets[0] : offsets[-1]], offsets - offsets[0])
+
+    def take(self, rows: Sequence[int] | NDArray[np.integer]) -> Ragged:
+        """The given rows, in the given order."""
+        rows = np.asarray(rows, dtype=np.int64)
+        lengths = self.lengths[rows]
+        offsets = offsets_of(lengths)
+        # index of every wanted value: its row's start, plus its place within the row
+        within = np.arange(offsets[-1]) - np.repeat(offsets[:-1], lengths)
+        return Ragged(self.values[np.repeat(self.offsets[rows], lengths) + within], offsets)
+
+    def with_values(self, values: NDArray) -> Ragged:
+        """Other values of the same row lengths."""
+        if len(values) != len(self.values):
+            raise ValueError(f"{len(values)} values for rows that hold {len(self.values)}")
+        return Ragged(values, self.offsets)
+
+    def padded(self, fill: float = 0) -> NDArray:
+        """[rows, longest], with `fill` after each row's end."""
+        lengths = self.lengths
+        width = int(lengths.max(initial=0))
+        out = np.full((len(self), width), fill, dtype=self.values.dtype)
+        out[np.arange(width) < lengths[:, None]] = self.values
+        return out
+
+
+def offsets_of(lengths: ArrayLike) -> NDArray[np.int64]:
+    """[rows] lengths → [rows + 1] offsets."""
+    lengths = np.asarray(lengths, dtype=np.int64)
+    offsets = np.zeros(len(lengths) + 1, dtype=np.int64)
+    np.cumsum(lengths, out=offsets[1:])
+    return offsets
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Tokenised prompts. `ids` [P, 16] uint8: first 16 bytes of SHA-256 of the prompt's text."""
+
+    ids: NDArray[np.uint8]
+    tokens: Ragged
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """Completions sampled from a policy for the prompts of one prompts segment.
+
+    prompt_index: [B] int64, row of the prompts segment.
+    completions: B rows of token ids; the last is EOS exactly where `finished`.
+    behavior_logprob: [N] float32, log-probability (nats) under the distribution each token was really drawn from;
+        0 for greedy choices and forced tokens.
+    forced: [N] bool, tokens the policy did not choose (calculator output): never in the loss.
+    finished: [B] bool; False where the length limit cut the rollout.
+    """
+
+    prompt_index: NDArray[np.int64]
+    completions: Ragged
+    behavior_logprob: NDArray[np.float32]
+    forced: NDArray[np.bool_]
+    finished: NDArray[np.bool_]
+
+    def __len__(self) -> int:
+        return len(self.completions)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """The teacher's view of each completion token a_t in its state s_t. All float32, in logit units.
+
+    q: [N] raw logit of the token. max_q: [N] largest logit. logsumexp: [N]. mean_q: [N] mean logit.
+    final_max_q: [B] largest logit in the state after the last token of an unfinished rollout; 0 for finished ones.
+    Maximum, logsumexp and mean are over the real vocabulary (the tokenizer's), not over padding rows of the head.
+    """
+
+    q: NDArray[np.float32]
+    max_q: NDArray[np.float32]
+    logsumexp: NDArray[np.float32]
+    mean_q: NDArray[np.float32]
+    final_max_q: NDArray[np.float32]
+
+    @classmethod
+    def empty(cls, tokens: int, rows: int) -> Scores:
+        return cls(*(np.zeros(n, np.float32) for n in (tokens, tokens, tokens, tokens, rows)))
+
+    @classmethod
+    def concatenate(cls, parts: Sequence[Scores]) -> Scores:
+        return cls(*(np.concatenate([getattr(p, f.name) for p in parts]) for f in fields(cls)))
+
+
+@dataclass(frozen=True)
+class ScoredRollouts:
+    """One score segment joined with the rollouts and prompts it belongs to: what `learn` trains on."""
+
+    prompts: Prompts
+    rollouts: Rollouts
+    scores: Scores
+
+    def __len__(self) -> int:
+        return len(self.rollouts)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One scored rollout: 1-D arrays, and a few facts. See `Rollouts` and `Scores` for the meaning of each."""
+
+    prompt_id: str
+    prompt_tokens: NDArray[np.int32]
+    completion_tokens: NDArray[np.int32]
+    behavior_logprob: NDArray[np.float32]
+    forced: NDArray[np.bool_]
+    finished: bool
+    q: NDArray[np.float32]
+    max_q: NDArray[np.float32]
+    logsumexp: NDArray[np.float32]
+    mean_q: NDArray[np.float32]
+    final_max_q: float
+    policy: str
+    teacher: str
