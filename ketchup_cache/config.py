@@ -1,0 +1,419 @@
+"""Every option of every command, once: flags, YAML keys, JSON Schema and help all come from here.
+
+The text under a field is its help. The classes share groups of options through inheritance, so that an option
+that several commands have means the same and has the same default in all of them.
+"""
+
+from __future__ import annotations
+
+import difflib
+import typing
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
+
+from ketchup_cache.errors import ConfigError
+
+Normalization = Literal["raw", "centred", "logprob"]
+Tail = Literal["one-step", "jump"]
+Unfinished = Literal["drop", "bootstrap", "zero"]
+Baseline = Literal["none", "mean", "leave-one-out"]
+Dtype = Literal["float32", "bfloat16"]
+Metric = Literal["rouge", "bleu", "chrf", "ter", "exact", "gsm8k"]
+
+
+def _split(value: Any) -> Any:
+    return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+
+
+IntList = Annotated[
+    tuple[int, ...], BeforeValidator(_split), Field(json_schema_extra={"metavar": "INT,INT,…"})
+]
+MetricList = Annotated[tuple[Metric, ...], BeforeValidator(_split)]
+Positive = Annotated[int, Field(ge=1)]
+
+
+class Config(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+# ------------------------------------------------------------------------------------------- groups of options
+
+
+class DeviceOptions(Config):
+    device: str = "auto"
+    """Where models run: auto (a GPU if there is one), cpu, cuda, cuda:1, mps."""
+    trust_remote_code: bool = False
+    """Let a model's repository run its own Python code on this machine."""
+
+
+class DataOptions(Config):
+    data: str
+    """Prompts: a .jsonl, .csv or .parquet file, or a Hugging Face dataset (owner/name or owner/name:config)."""
+    split: str = "train"
+    """Split of a Hugging Face dataset."""
+    prompt_field: str = "prompt"
+    """Column that holds the prompt."""
+    target_field: str = "target"
+    """Column that holds the reference."""
+    template: str = "{prompt}"
+    """Text given to the model. {prompt} stands for the prompt's text."""
+    limit: int = Field(default=0, ge=0)
+    """Use only the first so many rows. 0: all."""
+    max_prompt_tokens: Positive = 1024
+    """Longest prompt the model is given."""
+    long_prompts: Literal["refuse", "truncate", "drop"] = "refuse"
+    """What to do with a longer one: stop, cut it at the end (EOS is kept), or leave it out."""
+
+
+class SamplingOptions(Config):
+    samples: Positive = 1
+    """Completions per prompt."""
+    greedy: bool = False
+    """Take the most likely token instead of sampling."""
+    temperature: float = Field(default=1.0, gt=0)
+    """Sampling temperature. 1, with no top-k and top-p, is the policy itself (Algorithm 1)."""
+    top_k: int = Field(default=0, ge=0)
+    """Sample from the k most likely tokens. 0: from all."""
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    """Sample from the smallest set of tokens with this much probability. 1: from all."""
+    max_new_tokens: Positive = 64
+    """Longest completion. A rollout that reaches it without EOS is unfinished."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of all sampling. The same seed gives the same rollouts."""
+    rollout_batch: Positive = 64
+    """Completions generated at once."""
+
+
+class ScoringOptions(Config):
+    dtype: Dtype = "float32"
+    """Precision of the teacher's body. The head and its reductions always run in float32."""
+    batch_tokens: Positive = 16384
+    """Largest padded batch of the teacher, in tokens (prompt and completion)."""
+    device_map: str | None = None
+    """Spread a large teacher over devices: auto, balanced, sequential (through accelerate)."""
+
+
+class ReturnOptions(Config):
+    k: Positive = 4
+    """Steps per jump. 1 is LLMR; 2 to 8 did best in the paper."""
+    tail: Tail = "one-step"
+    """The last K steps: one-step (Algorithm 1) or jump over the end (Eq. 7)."""
+    normalization: Normalization = "logprob"
+    """Subtracted from all logits of a state: nothing (raw), their mean (centred), their logsumexp (logprob)."""
+    unfinished: Unfinished = "drop"
+    """Rollouts cut at the length limit: drop, bootstrap from the teacher's value there, or zero after the cut."""
+
+
+# ------------------------------------------------------------------------------------------------- commands
+
+
+class PretrainConfig(DeviceOptions, DataOptions):
+    """Options of `ketchup-cache pretrain`."""
+
+    data: str = ""
+    """References to learn (teacher fine-tuning): a file or dataset with prompt and target. Not with --cache."""
+    cache: Path | None = None
+    """Completions to learn (pre-distillation, SeqKD): the finished rollouts in this cache."""
+    policy: str | None = None
+    """With --cache: only rollouts of this policy (name, or start of its fingerprint)."""
+    model: str
+    """Model to train: a folder or a Hub id."""
+    out: Path
+    """Folder for the trained model."""
+    epochs: Positive = 5
+    """Passes over the data."""
+    lr: float = Field(default=3e-5, gt=0)
+    """Peak learning rate of AdamW."""
+    batch_size: Positive = 8
+    """Examples per optimizer step."""
+    warmup: int = Field(default=0, ge=0)
+    """Optimizer steps of linear warm-up."""
+    schedule: Literal["constant", "linear"] = "constant"
+    """Learning rate after the warm-up."""
+    weight_decay: float = Field(default=0.01, ge=0)
+    """AdamW's decoupled weight decay."""
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    """Clip the gradient's norm."""
+    max_new_tokens: Positive = 64
+    """Longest target; longer ones are cut."""
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the target's probability spread over the vocabulary."""
+    micro_batch_tokens: Positive = 16384
+    """Largest padded micro-batch, in tokens. Memory, not results, depends on it."""
+    dropout: bool = True
+    """Keep the model's own dropout on."""
+    checkpoint_every: int = Field(default=500, ge=0)
+    """Optimizer steps between checkpoints. 0: none."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of the order of examples and of dropout."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> PretrainConfig:
+        if bool(self.data) == (self.cache is not None):
+            raise ValueError("give either --data (references) or --cache (rollouts of a teacher), not both")
+        return self
+
+
+class RolloutConfig(DeviceOptions, DataOptions, SamplingOptions):
+    """Options of `ketchup-cache rollout`."""
+
+    student: str
+    """Policy that samples: a folder or a Hub id. A teacher is a policy too."""
+    cache: Path
+    """Cache that receives the rollouts; made if it is not there."""
+
+
+class ScoreConfig(DeviceOptions, ScoringOptions):
+    """Options of `ketchup-cache score`."""
+
+    teacher: str
+    """Frozen model whose logits are the Q-values: a folder or a Hub id."""
+    cache: Path
+    """Cache whose rollouts are scored."""
+    commit_tokens: Positive = 262144
+    """Completion tokens per committed segment: the most that a killed run has to do again."""
+
+
+class LearnConfig(DeviceOptions, ReturnOptions, SamplingOptions, ScoringOptions):
+    """Options of `ketchup-cache learn`."""
+
+    student: str
+    """Policy to train: a folder or a Hub id, best pre-distilled."""
+    cache: Path
+    """Cache with scored rollouts; refreshed rollouts go there too."""
+    out: Path
+    """Folder for the run: metrics.jsonl, config.json, checkpoint, and the trained student in student/."""
+    teacher: str | None = None
+    """Scores refreshed rollouts: a folder or a Hub id. Without it, learning is offline, from the cache alone."""
+    scored_by: str | None = None
+    """Which teacher's scores to use where the cache holds several (name, or start of its fingerprint)."""
+    policy: str | None = None
+    """Train only on rollouts of this policy (name, or start of its fingerprint)."""
+    refresh_every: int = Field(default=0, ge=0)
+    """Optimizer steps between new rollouts of the current student (needs --teacher). 0: never."""
+    steps: int = Field(default=0, ge=0)
+    """Optimizer steps. 0: as many as --epochs gives."""
+    epochs: Positive = 1
+    """Passes over the scored rollouts (offline) or the prompts (with a teacher)."""
+    batch_size: Positive = 256
+    """Rollouts per optimizer step (the paper's 8 x 32)."""
+    lr: float = Field(default=1e-5, gt=0)
+    """Peak learning rate of AdamW."""
+    warmup: int = Field(default=0, ge=0)
+    """Optimizer steps of linear warm-up."""
+    schedule: Literal["constant", "linear"] = "constant"
+    """Learning rate after the warm-up: constant, or linear to zero at the last step."""
+    weight_decay: float = Field(default=0.01, ge=0)
+    """AdamW's decoupled weight decay."""
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    """Clip the gradient's norm."""
+    baseline: Baseline = "none"
+    """Subtracted from the returns: mean (per time step, over the batch) or leave-one-out (other samples of a prompt)."""
+    clip_return: float = Field(default=100.0, gt=0)
+    """Returns are clipped to plus or minus this, after normalisation (paper, Tables 4 and 5)."""
+    max_ratio: float = Field(default=2.0, gt=0)
+    """Truncation of the per-token importance ratio policy/behaviour."""
+    importance: bool = True
+    """Correct stale rollouts by the importance ratio. Off: treat every rollout as on-policy."""
+    micro_batch_tokens: Positive = 16384
+    """Largest padded micro-batch, in tokens. Memory, not results, depends on it."""
+    checkpoint_every: int = Field(default=100, ge=0)
+    """Optimizer steps between checkpoints. 0: only at the end."""
+
+    @model_validator(mode="after")
+    def _refresh_needs_a_teacher(self) -> LearnConfig:
+        if self.teacher is None and self.refresh_every:
+            raise ValueError("refresh_every needs a teacher to score the new rollouts: add --teacher M")
+        if self.teacher is not None and not self.refresh_every:
+            raise ValueError(
+                "teacher is used for refreshed rollouts only: add --refresh-every N, or leave it out"
+            )
+        if self.baseline == "leave-one-out" and self.teacher is not None and self.samples < 2:
+            raise ValueError(
+                "baseline leave-one-out compares samples of one prompt: set --samples to 2 or more"
+            )
+        if self.batch_size % self.samples:
+            raise ValueError(f"batch_size {self.batch_size} must be a multiple of samples {self.samples}")
+        return self
+
+
+class EvaluateConfig(DeviceOptions, DataOptions, ScoringOptions):
+    """Options of `ketchup-cache evaluate`."""
+
+    model: str
+    """Model to evaluate: a folder or a Hub id."""
+    split: str = "test"
+    """Split of a Hugging Face dataset."""
+    metrics: MetricList = ("rouge", "bleu", "chrf", "ter", "exact")
+    """Task metrics, comma-separated: rouge, bleu, chrf, ter, exact, gsm8k."""
+    teacher: str | None = None
+    """Also report the mean return of the outputs under this teacher."""
+    normalization: Normalization = "logprob"
+    """Of the return that is reported."""
+    max_new_tokens: Positive = 64
+    """Longest output."""
+    rollout_batch: Positive = 64
+    """Outputs generated at once."""
+    outputs: Path | None = None
+    """Also write every prompt, output and target to this JSONL file."""
+
+
+class AnalyzeConfig(Config):
+    """Options of `ketchup-cache analyze`."""
+
+    cache: Path
+    """Cache with scored rollouts, several per prompt."""
+    ks: IntList = (1, 2, 4, 8, 16)
+    """Values of K."""
+    scored_by: str | None = None
+    """Which teacher's scores to use where the cache holds several (name, or start of its fingerprint)."""
+    policy: str | None = None
+    """Only rollouts of this policy (name, or start of its fingerprint). Without it, each policy on its own."""
+    tail: Tail = "one-step"
+    """The last K steps: one-step (Algorithm 1) or jump (Eq. 7)."""
+    normalization: Normalization = "logprob"
+    """Subtracted from all logits of a state."""
+    unfinished: Unfinished = "drop"
+    """Rollouts cut at the length limit: drop, bootstrap or zero."""
+    out: Path | None = None
+    """Folder for analysis.json and analysis.png."""
+
+
+class InfoConfig(Config):
+    """Options of `ketchup-cache info`."""
+
+    cache: Path
+    """Cache to describe."""
+
+
+class VerifyConfig(Config):
+    """Options of `ketchup-cache verify`."""
+
+    cache: Path
+    """Cache to check: every byte against its manifest, and every array against the format."""
+
+
+COMMANDS: dict[str, type[Config]] = {
+    "pretrain": PretrainConfig,
+    "rollout": RolloutConfig,
+    "score": ScoreConfig,
+    "learn": LearnConfig,
+    "evaluate": EvaluateConfig,
+    "analyze": AnalyzeConfig,
+    "info": InfoConfig,
+    "verify": VerifyConfig,
+}
+
+
+# --------------------------------------------------------------------------------- files, flags and their errors
+
+
+def resolve(command: str, file: Path | None, flags: dict[str, Any]) -> Config:
+    """Options of one command from a YAML file and flags; flags win.
+
+    One file can serve a whole experiment: a top-level key that names a command holds that command's options,
+    the other keys hold for every command that has such an option.
+
+    Raises ConfigError with every problem at once: unknown keys, missing and wrong values.
+    """
+    config_class = COMMANDS[command]
+    values, problems = _read_yaml(command, file) if file else ({}, [])
+    values |= {key: value for key, value in flags.items() if value is not None}
+    config = None
+    try:
+        config = config_class.model_validate(values)
+    except ValidationError as error:
+        problems += [_explain(detail, config_class) for detail in error.errors()]
+    if problems or config is None:
+        raise ConfigError(problems)
+    return config
+
+
+def _read_yaml(command: str, file: Path) -> tuple[dict[str, Any], list[str]]:
+    try:
+        loaded = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError([f"{file}: no such config file"]) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError([f"{file}: can't be read ({error})"]) from None
+    except yaml.YAMLError as error:
+        raise ConfigError([f"{file}: not valid YAML: {' '.join(str(error).split())}"]) from None
+    if loaded is None:
+        return {}, []
+    if not isinstance(loaded, dict):
+        raise ConfigError([f"{file}: expected `option: value` lines, found a {type(loaded).__name__}"])
+    problems: list[str] = []
+    shared = {_key(key): value for key, value in loaded.items() if key not in COMMANDS}
+    known = {name for config_class in COMMANDS.values() for name in config_class.model_fields}
+    problems += [
+        f"{file}: unknown key `{key}`{_did_you_mean(key, known)}" for key in shared if key not in known
+    ]
+    sections: dict[str, dict[str, Any]] = {}
+    for name in COMMANDS:
+        section = loaded.get(name) or {}
+        if not isinstance(section, dict):
+            problems.append(f"{file}: section `{name}` must hold `option: value` lines")
+            continue
+        fields = COMMANDS[name].model_fields
+        sections[name] = {_key(key): value for key, value in section.items()}
+        problems += [
+            f"{file}: unknown key `{key}` in section `{name}`{_did_you_mean(key, set(fields))}"
+            for key in sections[name]
+            if key not in fields
+        ]
+    own = COMMANDS[command].model_fields
+    values = shared | sections.get(command, {})
+    return {key: value for key, value in values.items() if key in own}, problems
+
+
+def _key(key: Any) -> str:
+    return str(key).replace("-", "_")
+
+
+def flag(name: str) -> str:
+    """`batch_size` → `--batch-size`."""
+    return "--" + name.replace("_", "-")
+
+
+def _did_you_mean(key: str, known: set[str]) -> str:
+    close = difflib.get_close_matches(key, sorted(known), n=1)
+    return f": did you mean `{close[0]}`?" if close else ""
+
+
+def _explain(detail: ErrorDetails, config_class: type[Config]) -> str:
+    """One problem in one line, with its fix."""
+    kind, context, given = detail["type"], detail.get("ctx", {}), detail["input"]
+    if not detail["loc"]:  # a rule over several options
+        return str(context.get("error", detail["msg"]))
+    name = str(detail["loc"][0])
+    if kind == "missing":
+        text = (config_class.model_fields[name].description or "").split(". ")[0].rstrip(".")
+        return f"{flag(name)} is missing: {text[:1].lower()}{text[1:]}"
+    if kind == "extra_forbidden":
+        return f"unknown option `{name}`{_did_you_mean(name, set(config_class.model_fields))}"
+    wants = {
+        "greater_than": lambda: f"must be greater than {context['gt']}",
+        "greater_than_equal": lambda: f"must be {context['ge']} or more",
+        "less_than": lambda: f"must be less than {context['lt']}",
+        "less_than_equal": lambda: f"must be {context['le']} or less",
+        "literal_error": lambda: f"must be one of {context['expected']}",
+        "int_parsing": lambda: "must be a whole number",
+        "int_from_float": lambda: "must be a whole number",
+        "float_parsing": lambda: "must be a number",
+        "bool_parsing": lambda: "must be true or false",
+    }.get(kind, lambda: detail["msg"].lower())()
+    return f"{flag(name)} {wants}, not {given!r}"
+
+
+def choices(annotation: Any) -> tuple[str, ...]:
+    """The words a Literal allows, also inside `| None` and tuples; empty for other types."""
+    if typing.get_origin(annotation) is Literal:
+        return tuple(str(a) for a in typing.get_args(annotation))
+    for inner in typing.get_args(annotation):
+        if found := choices(inner):
+            return found
+    return ()

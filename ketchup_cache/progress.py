@@ -1,0 +1,86 @@
+"""Progress of long work, with rate and time left: a bar on a terminal, a line every half minute in a log."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as RichProgress
+
+LOG_EVERY_S = 30.0
+
+
+class Bar:
+    """What a worker holds: `advance(n)` after n more units, `note(text)` for a figure beside the bar."""
+
+    def __init__(self, label: str, total: int | None, unit: str) -> None:
+        self.label, self.total, self.unit, self.done, self.text = label, total, unit, 0, ""
+        self.began = self._logged = time.monotonic()
+
+    def advance(self, n: int = 1) -> None:
+        self.done += n
+        now = time.monotonic()
+        if now - self._logged >= LOG_EVERY_S:
+            self._logged = now
+            self._log(now)
+
+    def note(self, text: str) -> None:
+        self.text = text
+
+    @property
+    def rate(self) -> float:
+        """Units per second since the start."""
+        return self.done / max(time.monotonic() - self.began, 1e-9)
+
+    def _log(self, now: float) -> None:
+        left = ""
+        if self.total and self.done:
+            seconds = (self.total - self.done) * (now - self.began) / self.done
+            left = f", {seconds / 60:.1f} min left"
+        of = f" of {self.total:,}" if self.total else ""
+        print(
+            f"{self.label}: {self.done:,}{of} {self.unit} ({self.rate:,.0f}/s{left}) {self.text}".rstrip(),
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+class _RichBar(Bar):
+    def __init__(self, label: str, total: int | None, unit: str, rich: RichProgress) -> None:
+        super().__init__(label, total, unit)
+        self.rich = rich
+        self.task = rich.add_task(label, total=total, unit=unit, rate="", text="")
+
+    def advance(self, n: int = 1) -> None:
+        self.done += n
+        self.rich.update(
+            self.task, completed=self.done, rate=f"{self.rate:,.0f} {self.unit}/s", text=self.text
+        )
+
+    def note(self, text: str) -> None:
+        super().note(text)
+        self.rich.update(self.task, text=text)
+
+
+@contextmanager
+def progress(label: str, total: int | None = None, unit: str = "tokens") -> Iterator[Bar]:
+    """Show progress on stderr while the block runs. `total`: units to do, None where that is not known."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield Bar(label, total, unit)
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[text]}"),
+    )
+    with RichProgress(*columns, console=console, transient=True) as rich:
+        yield _RichBar(label, total, unit, rich)
