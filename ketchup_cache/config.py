@@ -29,9 +29,7 @@ def _split(value: Any) -> Any:
     return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
 
 
-IntList = Annotated[
-    tuple[int, ...], BeforeValidator(_split), Field(json_schema_extra={"metavar": "INT,INT,…"})
-]
+IntList = Annotated[tuple[int, ...], BeforeValidator(_split), Field(json_schema_extra={"metavar": "INT,INT,…"})]
 MetricList = Annotated[tuple[Metric, ...], BeforeValidator(_split)]
 Positive = Annotated[int, Field(ge=1)]
 
@@ -229,13 +227,9 @@ class LearnConfig(DeviceOptions, ReturnOptions, SamplingOptions, ScoringOptions)
         if self.teacher is None and self.refresh_every:
             raise ValueError("refresh_every needs a teacher to score the new rollouts: add --teacher M")
         if self.teacher is not None and not self.refresh_every:
-            raise ValueError(
-                "teacher is used for refreshed rollouts only: add --refresh-every N, or leave it out"
-            )
+            raise ValueError("teacher is used for refreshed rollouts only: add --refresh-every N, or leave it out")
         if self.baseline == "leave-one-out" and self.teacher is not None and self.samples < 2:
-            raise ValueError(
-                "baseline leave-one-out compares samples of one prompt: set --samples to 2 or more"
-            )
+            raise ValueError("baseline leave-one-out compares samples of one prompt: set --samples to 2 or more")
         if self.batch_size % self.samples:
             raise ValueError(f"batch_size {self.batch_size} must be a multiple of samples {self.samples}")
         return self
@@ -349,9 +343,7 @@ def _read_yaml(command: str, file: Path) -> tuple[dict[str, Any], list[str]]:
     problems: list[str] = []
     shared = {_key(key): value for key, value in loaded.items() if key not in COMMANDS}
     known = {name for config_class in COMMANDS.values() for name in config_class.model_fields}
-    problems += [
-        f"{file}: unknown key `{key}`{_did_you_mean(key, known)}" for key in shared if key not in known
-    ]
+    problems += [f"{file}: unknown key `{key}`{_did_you_mean(key, known)}" for key in shared if key not in known]
     sections: dict[str, dict[str, Any]] = {}
     for name in COMMANDS:
         section = loaded.get(name) or {}

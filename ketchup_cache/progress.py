@@ -57,9 +57,7 @@ class _RichBar(Bar):
 
     def advance(self, n: int = 1) -> None:
         self.done += n
-        self.rich.update(
-            self.task, completed=self.done, rate=f"{self.rate:,.0f} {self.unit}/s", text=self.text
-        )
+        self.rich.update(self.task, completed=self.done, rate=f"{self.rate:,.0f} {self.unit}/s", text=self.text)
 
     def note(self, text: str) -> None:
         super().note(text)
