@@ -210,7 +210,7 @@ class LearnConfig(DeviceOptions, ReturnOptions, SamplingOptions, ScoringOptions)
     max_grad_norm: float = Field(default=1.0, gt=0)
     """Clip the gradient's norm."""
     baseline: Baseline = "none"
-    """Subtracted from the returns: mean (per time step, over the batch) or leave-one-out (other samples of a prompt)."""
+    """Subtracted from the returns: mean (per time step, over the batch) or leave-one-out (a prompt's other samples)."""
     clip_return: float = Field(default=100.0, gt=0)
     """Returns are clipped to plus or minus this, after normalisation (paper, Tables 4 and 5)."""
     max_ratio: float = Field(default=2.0, gt=0)
