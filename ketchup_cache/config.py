@@ -138,8 +138,6 @@ class PretrainConfig(DeviceOptions, DataOptions):
     """Clip the gradient's norm."""
     max_new_tokens: Positive = 64
     """Longest target; longer ones are cut."""
-    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
-    """Share of the target's probability spread over the vocabulary."""
     micro_batch_tokens: Positive = 16384
     """Largest padded micro-batch, in tokens. Memory, not results, depends on it."""
     dropout: bool = True

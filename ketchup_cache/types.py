@@ -30,9 +30,17 @@ class Ragged:
     @classmethod
     def from_rows(cls, rows: Iterable[ArrayLike], dtype: DTypeLike) -> Ragged:
         arrays = [np.asarray(row, dtype=dtype) for row in rows]
-        lengths = [len(a) for a in arrays]
         values = np.concatenate(arrays) if arrays else np.empty(0, dtype)
+        return cls.from_lengths(values, [len(a) for a in arrays])
+
+    @classmethod
+    def from_lengths(cls, values: NDArray, lengths: ArrayLike) -> Ragged:
         return cls(values, offsets_of(lengths))
+
+    @classmethod
+    def concatenate(cls, parts: Sequence[Ragged]) -> Ragged:
+        lengths = np.concatenate([part.lengths for part in parts])
+        return cls.from_lengths(np.concatenate([part.values for part in parts]), lengths)
 
     def __len__(self) -> int:
         return len(self.offsets) - 1

@@ -70,7 +70,7 @@ def test_equals_the_literal_algorithm(case, tail):
 def test_worked_example():
     """By hand, K = 2, T = 5, gaps 1, 2, 4, 8, 16: Ĝ_t = q_t − the gaps that are landed on."""
     q = np.array([[10.0, 20.0, 30.0, 40.0, 50.0]])
-    max_q = q + [[1.0, 2.0, 4.0, 8.0, 16.0]]
+    max_q = q + np.array([[1.0, 2.0, 4.0, 8.0, 16.0]])
     # t=1 jumps to 3 and 5 (4 + 16); t=2 jumps to 4, then steps to 5 (8 + 16); t=3 to 5; t=4 steps to 5; t=5 ends.
     np.testing.assert_array_equal(k_step_returns(q, max_q, [5], 2), [[-10.0, -4.0, 14.0, 24.0, 50.0]])
     # Eq. 7: from 2 to 4 and over the end (8); from 4 over the end (nothing).

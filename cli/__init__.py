@@ -1,0 +1,8 @@
+"""The command line: `ketchup-cache`. One file per command; all options come from `ketchup_cache.config`."""
+
+from .app import app, main
+
+# Importing a command's module puts it on the app, in the order of `--help`.
+from . import pretrain, rollout, score, learn, evaluate, analyze, info, verify, demo  # isort: skip  # noqa: F401
+
+__all__ = ["app", "main"]

@@ -1,0 +1,21 @@
+from __future__ import annotations
+
+from ketchup_cache.config import RolloutConfig
+
+from .app import Result, command
+
+
+@command(
+    examples=[
+        "# four samples per prompt from a student",
+        "ketchup-cache rollout --student student/model --data train.jsonl --cache cache --samples 4",
+        "",
+        "# a teacher's greedy outputs are rollouts too",
+        "ketchup-cache rollout --student teacher --greedy --data train.jsonl --cache sft",
+    ]
+)
+def rollout(config: RolloutConfig) -> Result:
+    """Sample completions from a policy into a cache."""
+    from ketchup_cache.rollout import rollout
+
+    return rollout(config)

@@ -1,0 +1,78 @@
+"""Files and folders that are either whole or not there, and disk errors in one line."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ketchup_cache.errors import WriteError
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn an OSError of the block into a WriteError that names `path`."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise WriteError(f"{path}: can't be written ({reason}): free space or choose another place") from error
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Write `content` to `path`, making its folder; a file that was there stays until the new one is complete.
+
+    Raises WriteError where the disk is full, read-only or failing, or `path` is a folder.
+    """
+    temporary = None
+    with writing(path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+                temporary = Path(file.name)
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.chmod(0o666 & ~_umask())
+            temporary.replace(path)
+        except OSError:
+            if temporary:
+                temporary.unlink(missing_ok=True)
+            raise
+
+
+@contextmanager
+def publishing(target: Path) -> Iterator[Path]:
+    """A folder to fill. It takes the name `target` only when everything in it is on the disk.
+
+    Raises WriteError as `write_file` does; `target` is then as it was.
+    """
+    partial = target.with_name(f"{target.name}.partial")
+    with writing(target):
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        yield partial
+        for path in [*partial.rglob("*"), partial]:
+            sync(path)
+        if target.exists():
+            shutil.rmtree(target)
+        partial.rename(target)
+        sync(target.parent)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file's content, or a folder's list of names, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

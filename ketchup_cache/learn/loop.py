@@ -1,0 +1,123 @@
+"""`learn`: the K-step REINFORCE loop over cached scores (Algorithm 1, with the teacher's part read from Zarr)."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ketchup_cache.config import LearnConfig
+from ketchup_cache.errors import MismatchError
+from ketchup_cache.learn.metrics import StepMetrics
+from ketchup_cache.learn.source import Offline, OnPolicy, ScoreRollouts, Source
+from ketchup_cache.learn.step import train_step
+from ketchup_cache.lm.fingerprint import state_fingerprint, tokenizer_info
+from ketchup_cache.lm.head import Head
+from ketchup_cache.lm.load import load_model, load_tokenizer
+from ketchup_cache.progress import progress
+from ketchup_cache.store.cache import Cache, open_cache
+from ketchup_cache.store.manifest import TokenizerInfo
+from ketchup_cache.training.optim import Optimizer
+from ketchup_cache.training.run import Run
+
+
+@dataclass(frozen=True)
+class LearnReport:
+    """What a run did. `first` and `last`: metrics of the first and last optimizer step."""
+
+    student: str
+    steps: int
+    resumed_from: int
+    seconds: float
+    fingerprint: str
+    first: dict[str, Any]
+    last: dict[str, Any]
+    already_done: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def __str__(self) -> str:
+        if self.already_done:
+            return f"nothing to do: the run is finished, its student is in {self.student}"
+        resumed = f" (continued from step {self.resumed_from})" if self.resumed_from else ""
+        change = " → ".join(f"{m['return_mean']:.2f}" for m in (self.first, self.last) if m["return_mean"] is not None)
+        return f"{self.steps} steps in {self.seconds:.0f} s{resumed}; mean return {change}; student in {self.student}"
+
+
+def learn(config: LearnConfig, score_rollouts: ScoreRollouts | None = None) -> LearnReport:
+    """Train `config.student` on the cache; with `score_rollouts` (and `config.teacher`) refresh its rollouts.
+
+    Killed and run again with the same options, it goes on from its last checkpoint to the same weights.
+
+    Raises ConfigError for an output folder in use or of another run, MismatchError for a cache of another tokenizer,
+    NumericsError for NaN, and what loading models and caches raises.
+    """
+    cache = open_cache(config.cache)
+    tokenizer = load_tokenizer(config.student, trust_remote_code=config.trust_remote_code)
+    info = tokenizer_info(tokenizer, config.student)
+    check_tokenizer(cache, info)
+    with Run(config.out, "learn", config).locked() as run:
+        if run.report:
+            return LearnReport(**{**run.report, "already_done": True})
+        source: Source = (
+            OnPolicy(cache, config, info, score_rollouts) if score_rollouts else Offline(cache, config)
+        )
+        model = load_model(config.student, device=config.device, trust_remote_code=config.trust_remote_code)
+        head = Head.of(model, info.vocab_size)
+        run.write_config({"student": state_fingerprint(model), "steps": source.steps, **source.resolved()})
+        optimizer = Optimizer(
+            model,
+            lr=config.lr,
+            weight_decay=config.weight_decay,
+            max_grad_norm=config.max_grad_norm,
+            warmup=config.warmup,
+            schedule=config.schedule,
+            steps=source.steps,
+        )
+        state = run.restore(model, optimizer)
+        source.restore(state)
+        began, resumed = time.monotonic(), state["step"]
+        with progress("learning", source.steps - resumed, "steps") as bar:
+            for step in range(resumed, source.steps):
+                batch, refreshed = source.batch(step, model)
+                step_began = time.monotonic()
+                metrics = train_step(model, head, optimizer, batch, config, step)
+                seconds = time.monotonic() - step_began
+                metrics = metrics.model_copy(update={"refreshed": refreshed, "seconds": round(seconds, 4)})
+                run.log(metrics.model_dump())
+                bar.note(_note(metrics))
+                bar.advance()
+                done = step + 1
+                if config.checkpoint_every and done % config.checkpoint_every == 0 and done < source.steps:
+                    run.save_checkpoint(done, model, optimizer, source.state())
+        lines = run.metrics()
+        report = LearnReport(
+            student=str(Path(config.out) / "student"),
+            steps=source.steps,
+            resumed_from=resumed,
+            seconds=round(time.monotonic() - began, 1),
+            fingerprint=state_fingerprint(model),
+            first=lines[0],
+            last=lines[-1],
+        )
+        run.finish("student", model, tokenizer, report.to_dict())
+    return report
+
+
+def check_tokenizer(cache: Cache, student: TokenizerInfo) -> None:
+    """Raises MismatchError where the cache's token ids mean something else to the student."""
+    for _, manifest in cache.manifests("prompts"):
+        if manifest.info.tokenizer.fingerprint != student.fingerprint:
+            raise MismatchError(
+                f"{cache.path}: its prompts were encoded by the tokenizer of {manifest.info.tokenizer.name}, "
+                f"which encodes differently from that of {student.name}; use a student with the cache's tokenizer"
+            )
+
+
+def _note(metrics: StepMetrics) -> str:
+    if metrics.return_mean is None:
+        return "every rollout of this step was dropped: raise --max-new-tokens, or use --unfinished bootstrap"
+    returns = f"return {metrics.return_mean:.2f} ± {metrics.return_sd:.2f}"
+    return f"{returns}, length {metrics.length_mean:.1f}, ess {metrics.ess:.2f}"

@@ -1,0 +1,97 @@
+"""What `learn` reports for each optimizer step: one line of metrics.jsonl (schemas/metrics.schema.json)."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
+
+from ketchup_cache.losses import Staleness
+from ketchup_cache.types import ScoredRollouts
+
+if TYPE_CHECKING:
+    from ketchup_cache.learn.step import Signal
+
+
+class StepMetrics(BaseModel):
+    """One optimizer step. Returns are in the run's normalisation; means are over the rollouts that are not dropped.
+    A figure that can't be had (no rollout was kept) is null."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    step: int = Field(ge=0)
+    """Counted from 0."""
+    return_mean: float | None
+    """Mean of G_1, the one-step return of whole rollouts (Eq. 10): what learning is meant to raise."""
+    return_sd: float | None
+    """Standard deviation of G_1 over the rollouts."""
+    k_return_mean: float | None
+    """Mean of Ĝ_1, the K-step return that the gradient uses."""
+    k_return_sd: float | None
+    """Standard deviation of Ĝ_1 over the rollouts."""
+    advantage_sd: float | None
+    """Standard deviation of the advantages over action tokens, after clipping and baseline."""
+    length_mean: float
+    """Tokens per rollout, dropped ones included. A student that stops ever earlier hacks the reward."""
+    unfinished: float = Field(ge=0, le=1)
+    """Share of rollouts cut at the length limit."""
+    dropped: float = Field(ge=0, le=1)
+    """Share of rollouts left out of the loss."""
+    teacher_kl: float
+    """Mean of log μ(a_t) − log p_teacher(a_t), nats per token: an estimate of KL(μ‖teacher) from plain samples."""
+    ratio_mean: float
+    """Mean importance ratio π/μ before truncation. 1 on-policy."""
+    ess: float
+    """Effective sample size of the ratios, as a share. 1 on-policy."""
+    behavior_kl: float
+    """Estimate of KL(μ‖π), nats per token: how stale the rollouts are. 0 on-policy."""
+    loss: float
+    grad_norm: float
+    """Before clipping."""
+    lr: float
+    action_tokens: int = Field(ge=0)
+    """Tokens in the loss."""
+    refreshed: bool = False
+    """Whether new rollouts were sampled just before this step."""
+    seconds: float | None = None
+    """Wall time of the step, without refresh."""
+
+    @classmethod
+    def of(
+        cls,
+        step: int,
+        batch: ScoredRollouts,
+        signal: Signal,
+        staleness: Staleness,
+        *,
+        loss: float,
+        grad_norm: float,
+        lr: float,
+    ) -> StepMetrics:
+        rollouts, scores, kept = batch.rollouts, batch.scores, signal.kept
+        teacher_kl = rollouts.behavior_logprob - (scores.q - scores.logsumexp)
+        return cls(
+            step=step,
+            return_mean=_finite(signal.one_step[kept].mean(dtype=np.float64)) if kept.any() else None,
+            return_sd=_finite(signal.one_step[kept].std(dtype=np.float64)) if kept.any() else None,
+            k_return_mean=_finite(signal.first_return[kept].mean(dtype=np.float64)) if kept.any() else None,
+            k_return_sd=_finite(signal.first_return[kept].std(dtype=np.float64)) if kept.any() else None,
+            advantage_sd=_finite(signal.advantage[signal.in_loss].std(dtype=np.float64)) if kept.any() else None,
+            length_mean=float(rollouts.completions.lengths.mean()),
+            unfinished=float(1 - rollouts.finished.mean()),
+            dropped=float(1 - kept.mean()),
+            teacher_kl=float(teacher_kl[~rollouts.forced].mean(dtype=np.float64)),
+            ratio_mean=staleness.ratio,
+            ess=staleness.ess,
+            behavior_kl=staleness.kl,
+            loss=loss,
+            grad_norm=grad_norm,
+            lr=lr,
+            action_tokens=int(signal.in_loss.sum()),
+        )
+
+
+def _finite(value: float) -> float | None:
+    return float(value) if math.isfinite(value) else None

@@ -1,0 +1,176 @@
+"""Where the batches come from: a cache as it is (offline), or rollouts refreshed from the student (on-policy)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+from transformers import PreTrainedModel
+
+from ketchup_cache.config import LearnConfig
+from ketchup_cache.errors import CacheError
+from ketchup_cache.learn.stream import Stream
+from ketchup_cache.lm.fingerprint import state_fingerprint
+from ketchup_cache.rollout import rollout_range
+from ketchup_cache.store.cache import Cache, ScoredRef
+from ketchup_cache.store.manifest import PolicyInfo, Sampling, TokenizerInfo
+from ketchup_cache.types import ScoredRollouts
+
+ScoreRollouts = Callable[[Cache, Sequence[str]], str]
+"""Scores the given rollouts segments, as far as they are not scored yet; returns the teacher's fingerprint.
+Handed in by the command line, so that learning never imports the teacher."""
+
+
+class Source(Protocol):
+    steps: int
+    """Optimizer steps of the whole run."""
+
+    def batch(self, step: int, model: PreTrainedModel) -> tuple[ScoredRollouts, bool]:
+        """The rollouts of optimizer step `step`, and whether they were refreshed for it."""
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint must hold so that `restore` goes on exactly here."""
+
+    def restore(self, state: dict[str, Any]) -> None: ...
+
+    def resolved(self) -> dict[str, Any]:
+        """For the run's record: what the run reads."""
+
+
+class Offline:
+    """Everything in the cache that this teacher scored, in epochs."""
+
+    def __init__(self, cache: Cache, config: LearnConfig) -> None:
+        self._cache, self._config = cache, config
+        self._refs = cache.scored(config.scored_by, config.policy)
+        rows = sum(ref.row_stop - ref.row_start for ref in self._refs)
+        if rows == 0:
+            raise CacheError(f"{cache.path}: no scored rollouts of policy {config.policy!r}")
+        self.steps = config.steps or max(1, rows * config.epochs // config.batch_size)
+        self._stream: Stream | None = None
+
+    def batch(self, step: int, model: PreTrainedModel) -> tuple[ScoredRollouts, bool]:
+        if self._stream is None:
+            self._stream = Stream(self._cache, self._refs, self._config.batch_size, self._config.seed, skip=step)
+        return next(self._stream), False
+
+    def state(self) -> dict[str, Any]:
+        return {"segments": [ref.scores_id for ref in self._refs]}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """The segments of the killed run, even if the cache has grown since."""
+        wanted = set(state.get("segments", ()))
+        if wanted:
+            self._refs = [ref for ref in self._refs if ref.scores_id in wanted]
+
+    def resolved(self) -> dict[str, Any]:
+        return {"segments": [ref.scores_id for ref in self._refs]}
+
+
+class OnPolicy:
+    """Rolls out the current student on the next prompts every N steps and has the teacher score them.
+
+    Prompts come from the cache, in the order of the data, and start again at the end. The first phase uses what the
+    cache already holds for exactly this student, so that `rollout` and `score` before `learn` are not wasted.
+    """
+
+    def __init__(
+        self, cache: Cache, config: LearnConfig, tokenizer: TokenizerInfo, score_rollouts: ScoreRollouts
+    ) -> None:
+        self._cache, self._config, self._tokenizer, self._score = cache, config, tokenizer, score_rollouts
+        self._prompt_segments = [(id_, manifest.rows) for id_, manifest in cache.manifests("prompts")]
+        total = sum(rows for _, rows in self._prompt_segments)
+        if total == 0:
+            raise CacheError(f"{cache.path}: holds no prompts; put them there with `ketchup-cache rollout`")
+        self.steps = config.steps or max(1, total * config.samples * config.epochs // config.batch_size)
+        self._prompts_per_phase = config.refresh_every * config.batch_size // config.samples
+        self._sampling = Sampling(
+            greedy=config.greedy,
+            temperature=config.temperature,
+            top_k=config.top_k,
+            top_p=config.top_p,
+            max_new_tokens=config.max_new_tokens,
+            samples=config.samples,
+            seed=config.seed,
+        )
+        self._phase: int | None = None
+        self._refs: list[ScoredRef] = []
+        self._stream: Stream | None = None
+
+    def batch(self, step: int, model: PreTrainedModel) -> tuple[ScoredRollouts, bool]:
+        phase, place = divmod(step, self._config.refresh_every)
+        refreshed = phase != self._phase
+        if refreshed:
+            self._phase, self._refs, self._stream = phase, self._refresh(phase, step, model), None
+        if self._stream is None:
+            # each phase has a seed of its own; a resumed one skips the batches it has trained on
+            seed = self._config.seed * 1_000_003 + phase
+            self._stream = Stream(self._cache, self._refs, self._config.batch_size, seed, skip=place)
+        return next(self._stream), refreshed
+
+    def _refresh(self, phase: int, step: int, model: PreTrainedModel) -> list[ScoredRef]:
+        fingerprint = state_fingerprint(model)
+        if phase == 0 and (held := self._held_for(fingerprint)):
+            return held
+        name = self._config.student if phase == 0 else str(self._config.out)
+        policy = PolicyInfo(name=name, fingerprint=fingerprint, step=step)
+        ids = [
+            rollout_range(
+                self._cache,
+                model,
+                policy,
+                self._tokenizer,
+                prompts_id,
+                start,
+                stop,
+                self._sampling,
+                batch=self._config.rollout_batch,
+            )
+            for prompts_id, start, stop in self._next_prompts(phase)
+        ]
+        return self._refs_of(ids)
+
+    def _held_for(self, fingerprint: str) -> list[ScoredRef]:
+        """Rollouts of exactly this policy that the cache already holds, scored where they were not yet."""
+        ids = [
+            id_
+            for id_, manifest in self._cache.manifests("rollouts")
+            if manifest.info.policy.fingerprint == fingerprint
+            and manifest.info.sampling.greedy == self._sampling.greedy
+        ]
+        return self._refs_of(ids) if ids else []
+
+    def _refs_of(self, rollout_ids: Sequence[str]) -> list[ScoredRef]:
+        teacher = self._score(self._cache, rollout_ids)
+        place = {id_: i for i, id_ in enumerate(rollout_ids)}
+        refs = [ref for ref in self._cache.scored(teacher) if ref.rollouts_id in place]
+        return sorted(refs, key=lambda ref: (place[ref.rollouts_id], ref.row_start))
+
+    def _next_prompts(self, phase: int) -> list[tuple[str, int, int]]:
+        """Ranges (prompts segment, start, stop) of this phase's prompts."""
+        total = sum(rows for _, rows in self._prompt_segments)
+        begin, wanted = (phase * self._prompts_per_phase) % total, min(self._prompts_per_phase, total)
+        ranges: list[tuple[str, int, int]] = []
+        while wanted:
+            offset = 0
+            for id_, rows in self._prompt_segments:
+                start = begin - offset
+                if 0 <= start < rows:
+                    stop = min(rows, start + wanted)
+                    ranges.append((id_, start, stop))
+                    wanted -= stop - start
+                    begin = (begin + stop - start) % total
+                    break
+                offset += rows
+        return ranges
+
+    def state(self) -> dict[str, Any]:
+        return {"phase": self._phase, "rollouts": list(dict.fromkeys(ref.rollouts_id for ref in self._refs))}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        if state.get("phase") is not None:
+            self._phase = state["phase"]
+            self._refs = self._refs_of(state["rollouts"])
+
+    def resolved(self) -> dict[str, Any]:
+        return {"prompts": [id_ for id_, _ in self._prompt_segments]}

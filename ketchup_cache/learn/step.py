@@ -1,0 +1,132 @@
+"""One optimizer step: returns, baseline, importance ratios, and the policy gradient over micro-batches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import PreTrainedModel
+
+from ketchup_cache.baselines import leave_one_out_baseline, mean_baseline
+from ketchup_cache.config import LearnConfig
+from ketchup_cache.errors import NumericsError
+from ketchup_cache.learn.metrics import StepMetrics
+from ketchup_cache.lm.batching import token_budget_batches
+from ketchup_cache.lm.forward import Batch, completion_states
+from ketchup_cache.lm.head import Head
+from ketchup_cache.losses import Staleness, importance_ratio, policy_gradient_loss
+from ketchup_cache.returns import k_step_returns
+from ketchup_cache.training.optim import Optimizer
+from ketchup_cache.types import Ragged, ScoredRollouts
+
+
+@dataclass(frozen=True)
+class Signal:
+    """What one batch of rollouts teaches, before the policy is looked at. B rollouts, N tokens, rows end to end.
+
+    advantage: [N] float32, clipped K-step returns minus baseline. in_loss: [N] bool, action tokens of rollouts that
+    are not dropped. kept: [B] bool. first_return: [B] float32, Ĝ_1 before clipping; one_step: [B] float32, G_1.
+    """
+
+    advantage: NDArray[np.float32]
+    in_loss: NDArray[np.bool_]
+    kept: NDArray[np.bool_]
+    first_return: NDArray[np.float32]
+    one_step: NDArray[np.float32]
+
+
+def learning_signal(batch: ScoredRollouts, config: LearnConfig) -> Signal:
+    """K-step returns, clipping and baseline of a whole optimizer-step batch."""
+    rollouts, scores = batch.rollouts, batch.scores
+    completions = rollouts.completions
+    lengths = completions.lengths
+
+    def padded(values: NDArray) -> NDArray:
+        return completions.with_values(values).padded()
+
+    arrays = {name: padded(getattr(scores, name)) for name in ("q", "max_q", "mean_q", "logsumexp")}
+
+    def returns(k: int) -> NDArray[np.float32]:
+        return k_step_returns(
+            **arrays,
+            lengths=lengths,
+            k=k,
+            tail=config.tail,
+            normalization=config.normalization,
+            finished=rollouts.finished,
+            unfinished=config.unfinished,
+            final_max_q=scores.final_max_q,
+        )
+
+    kept = (rollouts.finished | (config.unfinished != "drop")) & (lengths > 0)
+    inside = np.arange(arrays["q"].shape[1]) < lengths[:, None]
+    real = inside & kept[:, None] & ~padded(rollouts.forced)
+    estimate = returns(config.k)
+    clipped = np.clip(estimate, -config.clip_return, config.clip_return)
+    if config.baseline == "mean":
+        clipped = clipped - mean_baseline(clipped, real)
+    elif config.baseline == "leave-one-out":
+        clipped = clipped - leave_one_out_baseline(clipped, real, rollouts.prompt_index)
+    return Signal(clipped[inside], real[inside], kept, estimate[:, 0], returns(1)[:, 0])
+
+
+def train_step(
+    model: PreTrainedModel, head: Head, optimizer: Optimizer, batch: ScoredRollouts, config: LearnConfig, step: int
+) -> StepMetrics:
+    """Accumulate the gradient of one batch over token-budget micro-batches and apply it.
+
+    The loss is normalised by the action tokens of the whole batch, so the gradient does not depend on
+    `micro_batch_tokens`. A batch with nothing in the loss (all dropped) changes nothing.
+
+    Raises NumericsError for a return, loss or gradient that is not finite; the weights are then as before.
+    """
+    rollouts = batch.rollouts
+    signal = learning_signal(batch, config)
+    if not np.isfinite(signal.advantage[signal.in_loss]).all():
+        raise NumericsError(f"step {step}: a return is not finite; check the cache with `ketchup-cache verify`")
+    total = int(signal.in_loss.sum())
+    staleness, loss_sum = Staleness(), 0.0
+    rows = np.flatnonzero(signal.kept)
+    lengths = rollouts.completions.lengths
+    for chosen in token_budget_batches(
+        batch.prompts.tokens.lengths[rollouts.prompt_index[rows]],
+        lengths[rows],
+        config.micro_batch_tokens,
+        prompt_index=rollouts.prompt_index[rows],
+    ):
+        loss = _micro_batch_loss(model, head, batch, rows[chosen], signal, total, config, staleness)
+        if not torch.isfinite(loss):
+            raise NumericsError(f"step {step}: the loss is {float(loss)}; the weights were not changed. Lower --lr")
+        loss.backward()
+        loss_sum += float(loss)
+    norm = optimizer.step(step) if total else 0.0
+    return StepMetrics.of(step, batch, signal, staleness, loss=loss_sum, grad_norm=norm, lr=optimizer.lr(step))
+
+
+def _micro_batch_loss(
+    model: PreTrainedModel,
+    head: Head,
+    batch: ScoredRollouts,
+    rows: NDArray[np.int64],
+    signal: Signal,
+    total: int,
+    config: LearnConfig,
+    staleness: Staleness,
+) -> torch.Tensor:
+    rollouts = batch.rollouts
+    part = Batch.of_rows(batch.prompts.tokens, rollouts.prompt_index, rollouts.completions, rows)
+
+    def tokens(values: NDArray) -> torch.Tensor:
+        return torch.from_numpy(Ragged(values, rollouts.completions.offsets).take(rows).values)
+
+    states = completion_states(model, part)
+    in_loss = tokens(signal.in_loss).to(states.device)
+    targets = torch.from_numpy(part.completions.values).long().to(states.device)
+    logprob = head.log_prob(states[in_loss], targets[in_loss])
+    behavior = tokens(rollouts.behavior_logprob).to(logprob.device)[in_loss]
+    advantage = tokens(signal.advantage).to(logprob.device)[in_loss]
+    staleness.add(logprob, behavior)
+    ratio = importance_ratio(logprob, behavior, config.max_ratio) if config.importance else None
+    return policy_gradient_loss(logprob, advantage, ratio, total)

@@ -1,0 +1,113 @@
+"""Batches of scored rollouts for the optimizer, in an order that depends on the seed alone.
+
+A segment is loaded once and its rows are gathered from memory; at most two segments are held at a time. The order is
+worked out from row counts, without reading any data, so that a resumed run skips what it has seen at no cost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import fields
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ketchup_cache.store.cache import Cache, ScoredRef
+from ketchup_cache.types import Prompts, Ragged, Rollouts, ScoredRollouts, Scores
+
+Part = tuple[int, NDArray[np.int64]]
+"""Rows of one segment: index of its ref, rows counted from the ref's first."""
+
+
+def plan_batches(refs: Sequence[ScoredRef], batch_size: int, seed: int) -> Iterator[list[Part]]:
+    """Endless batches of `batch_size` rollouts: each epoch visits every segment once, in a new order, and within a
+    segment every prompt in a new order. Samples of one prompt stay together, so that they can be compared.
+
+    A batch may span two segments or two epochs; none is ever short.
+    """
+    epoch, pending, room = 0, [], batch_size
+    while True:
+        rng = np.random.default_rng([seed, epoch])
+        for index in rng.permutation(len(refs)):
+            rows = _shuffled_rows(refs[index], rng)
+            while len(rows):
+                taken, rows = rows[:room], rows[room:]
+                pending.append((int(index), taken))
+                room -= len(taken)
+                if room == 0:
+                    yield pending
+                    pending, room = [], batch_size
+        epoch += 1
+
+
+def _shuffled_rows(ref: ScoredRef, rng: np.random.Generator) -> NDArray[np.int64]:
+    """Rows of a ref in random order of prompts. A prompt's samples are consecutive rows of the parent segment, and a
+    ref may begin or end in the middle of them.
+    """
+    prompt = np.arange(ref.row_start, ref.row_stop) // ref.samples
+    prompt -= prompt[0]
+    place = rng.permutation(prompt[-1] + 1)
+    return np.argsort(place[prompt], kind="stable")
+
+
+class Stream:
+    """Loads what the plan asks for. Holds the two most recent segments."""
+
+    def __init__(self, cache: Cache, refs: Sequence[ScoredRef], batch_size: int, seed: int, *, skip: int = 0) -> None:
+        self._cache, self._refs = cache, refs
+        self._held: dict[int, ScoredRollouts] = {}
+        self._plan = plan_batches(refs, batch_size, seed)
+        for _ in range(skip):
+            next(self._plan)
+
+    def __next__(self) -> ScoredRollouts:
+        return gather([(self._load(index), rows) for index, rows in next(self._plan)])
+
+    def _load(self, index: int) -> ScoredRollouts:
+        if index not in self._held:
+            while len(self._held) >= 2:
+                del self._held[next(iter(self._held))]
+            self._held[index] = self._cache.load_scored(self._refs[index])
+        return self._held[index]
+
+
+def gather(parts: Sequence[tuple[ScoredRollouts, NDArray[np.int64]]]) -> ScoredRollouts:
+    """The given rows of the given segments as one. Prompts with equal ids become one, and only those used are kept."""
+    ids = np.concatenate([part.prompts.ids[part.rollouts.prompt_index[rows]] for part, rows in parts])
+    unique, first, prompt_index = np.unique(ids, axis=0, return_index=True, return_inverse=True)
+    tokens = [part.prompts.tokens.take(part.rollouts.prompt_index[rows]) for part, rows in parts]
+    prompts = Prompts(unique, Ragged.concatenate(tokens).take(first))
+    rollouts = [_take_rollouts(part.rollouts, rows) for part, rows in parts]
+    scores = [_take_scores(part, rows) for part, rows in parts]
+    return ScoredRollouts(
+        prompts,
+        Rollouts(
+            prompt_index=prompt_index.reshape(-1).astype(np.int64),
+            completions=Ragged.concatenate([r.completions for r in rollouts]),
+            behavior_logprob=np.concatenate([r.behavior_logprob for r in rollouts]),
+            forced=np.concatenate([r.forced for r in rollouts]),
+            finished=np.concatenate([r.finished for r in rollouts]),
+        ),
+        Scores.concatenate(scores),
+    )
+
+
+def _take_rollouts(rollouts: Rollouts, rows: NDArray[np.int64]) -> Rollouts:
+    of_tokens = rollouts.completions
+    return Rollouts(
+        prompt_index=rollouts.prompt_index[rows],
+        completions=of_tokens.take(rows),
+        behavior_logprob=of_tokens.with_values(rollouts.behavior_logprob).take(rows).values,
+        forced=of_tokens.with_values(rollouts.forced).take(rows).values,
+        finished=rollouts.finished[rows],
+    )
+
+
+def _take_scores(part: ScoredRollouts, rows: NDArray[np.int64]) -> Scores:
+    of_tokens, scores = part.rollouts.completions, part.scores
+    per_token = {
+        f.name: of_tokens.with_values(getattr(scores, f.name)).take(rows).values
+        for f in fields(Scores)
+        if f.name != "final_max_q"
+    }
+    return Scores(**per_token, final_max_q=scores.final_max_q[rows])

@@ -1,0 +1,139 @@
+"""The teacher-forced forward pass, up to the input of the language-model head.
+
+The states are [N, D] for N completion tokens; logits would be [B, T, V] with the padding, a thousand times as much
+for T5. What needs logits takes them from `lm/head.py`, a chunk of states at a time.
+"""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+from typing import Any, overload
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput
+
+from ketchup_cache.errors import DataError, ModelError
+from ketchup_cache.lm.load import input_device
+from ketchup_cache.types import Ragged
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Completions and the prompts they continue.
+
+    prompts: unique prompts, each with at least one token. prompt_index: [B] int64, row of `prompts` of each
+    completion. completions: B rows of token ids.
+    """
+
+    prompts: Ragged
+    prompt_index: NDArray[np.int64]
+    completions: Ragged
+
+    @classmethod
+    def of_rows(
+        cls, prompts: Ragged, prompt_index: NDArray[np.int64], completions: Ragged, rows: NDArray[np.int64]
+    ) -> Batch:
+        """The given rows of a larger set of rollouts, with just the prompts they need, each once."""
+        used, index = np.unique(prompt_index[rows], return_inverse=True)
+        return cls(prompts.take(used), index.astype(np.int64), completions.take(rows))
+
+
+@overload
+def completion_states(model: PreTrainedModel, batch: Batch) -> Tensor: ...
+@overload
+def completion_states(
+    model: PreTrainedModel, batch: Batch, *, next_state: NDArray[np.bool_]
+) -> tuple[Tensor, Tensor]: ...
+
+
+def completion_states(
+    model: PreTrainedModel, batch: Batch, *, next_state: NDArray[np.bool_] | None = None
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The input of the head at every completion token: [N, D], rows end to end, in the dtype of the model's body.
+
+    The state of token a_t is the one that predicts a_t: it has seen the prompt and a_1 … a_{t-1}.
+    With `next_state` ([B] bool) also [sum(next_state), D]: the states after the last token of those rows.
+
+    Each prompt is encoded once, however many completions it has. Padding is masked by length, never by token id.
+    Gradients flow unless the caller switches them off.
+
+    Raises DataError for a prompt without tokens, and ModelError for a model without a decoder start token or a head.
+    """
+    if (empty := np.flatnonzero(batch.prompts.lengths == 0)).size:
+        raise DataError(f"prompt {empty[0]} of the batch has no tokens; drop it or use a template that adds some")
+    device = input_device(model)
+    prompt_mask = _mask(batch.prompts.lengths)
+    encoded = model.get_encoder()(
+        input_ids=_to(batch.prompts.padded(), device), attention_mask=_to(prompt_mask, device)
+    ).last_hidden_state
+    lengths = batch.completions.lengths
+    read = lengths if next_state is None else lengths + next_state  # decoder inputs of each row
+    width = int(read.max(initial=1))
+    start = np.full((len(lengths), 1), decoder_start(model))
+    inputs = np.concatenate([start, batch.completions.padded()], axis=1)[:, :width]
+    states = _head_input(
+        model,
+        encoder_outputs=BaseModelOutput(last_hidden_state=encoded[_to(batch.prompt_index, encoded.device)]),
+        attention_mask=_to(prompt_mask[batch.prompt_index], device),
+        decoder_input_ids=_to(inputs, device),
+        decoder_attention_mask=_to(_mask(read, width), device),
+        use_cache=False,
+    ).flatten(0, 1)
+    chosen = states[_to(np.flatnonzero(_mask(lengths, width)), states.device)]
+    if next_state is None:
+        return chosen
+    rows = np.flatnonzero(next_state)
+    return chosen, states[_to(rows * width + lengths[rows], states.device)]
+
+
+def decoder_start(model: PreTrainedModel) -> int:
+    """Id of the token that the decoder is given before the first completion token. Raises ModelError without one."""
+    for config in (model.config, model.generation_config):
+        if (token := getattr(config, "decoder_start_token_id", None)) is not None:
+            return int(token)
+    raise ModelError(f"{model.name_or_path or type(model).__name__}: its config has no decoder_start_token_id")
+
+
+class _AtHead(BaseException):
+    """Carries the head's input out of the model's forward pass, which ends here.
+
+    A signal, not an error: no `except Exception` on the way may swallow it.
+    """
+
+    def __init__(self, states: Tensor) -> None:
+        self.states = states
+
+
+def _head_input(model: PreTrainedModel, **inputs: Any) -> Tensor:
+    """What `model(**inputs)` would feed to its head. The head, and all that comes after it, is not run."""
+    head = model.get_output_embeddings()
+    if head is None:
+        raise ModelError(f"{type(model).__name__} has no language-model head")
+    caller = threading.get_ident()
+
+    def stop(_: torch.nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        if threading.get_ident() == caller:  # another thread's forward pass of the same model goes on
+            raise _AtHead(arguments[0])
+
+    hook = head.register_forward_pre_hook(stop)
+    try:
+        model(**inputs)
+    except _AtHead as arrived:
+        return arrived.states
+    finally:
+        hook.remove()
+    raise ModelError(f"{type(model).__name__} does not use its head (get_output_embeddings) in its forward pass")
+
+
+def _mask(lengths: NDArray[np.int64], width: int | None = None) -> NDArray[np.bool_]:
+    """[rows, width]: True within each row's length."""
+    return np.arange(lengths.max(initial=0) if width is None else width) < lengths[:, None]
+
+
+def _to(array: NDArray, device: torch.device) -> Tensor:
+    return torch.tensor(array, dtype=torch.long, device=device)  # copies: arrays of a cache are read-only

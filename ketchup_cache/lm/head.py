@@ -1,0 +1,182 @@
+"""The language-model head in float32, whatever precision the model's body runs in.
+
+A bfloat16 logit around 40 is one of 39.75, 40, 40.25: a maximum of 32,000 such numbers is a tie, and a gap of two of
+them is noise. So the head's weights, products and reductions are float32 here, over the real vocabulary only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from ketchup_cache.errors import ModelError
+from ketchup_cache.lm.forward import Batch, completion_states, decoder_start
+from ketchup_cache.lm.load import input_device
+from ketchup_cache.types import Ragged
+
+REDUCE_CHUNK = 1024
+"""States whose logits are held at once by `Head.reduce`: 130 MB for T5's vocabulary."""
+
+PostOperation = Callable[[Tensor], Tensor]
+
+
+class Head:
+    """Logits of a model's head from the states of `completion_states`, in float32.
+
+    Reads the model's weights at each call, so it follows a model in training, and gradients flow into them.
+    """
+
+    def __init__(
+        self, projection: nn.Module, bias: Tensor | None, post_operation: PostOperation | None, vocab_size: int
+    ) -> None:
+        self._projection: Any = projection
+        self._bias = bias
+        self._post_operation = post_operation
+        self.vocab_size = vocab_size
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, vocab_size: int) -> Head:
+        """The head of `model`, checked against the model's own logits on a small batch.
+
+        vocab_size: the tokenizer's; rows of the weight beyond it are padding and never used.
+        Raises ModelError where the weight has fewer rows, or where the logits can't be reproduced.
+        """
+        projection = model.get_output_embeddings()
+        weight = getattr(projection, "weight", None)
+        name = type(model).__name__
+        if weight is None or weight.dim() != 2:
+            raise ModelError(f"{name} has no linear language-model head; its logits can't be reproduced")
+        if len(weight) < vocab_size:
+            raise ModelError(f"the tokenizer has {vocab_size:,} tokens, but {name} only {len(weight):,}: not a pair")
+        added = getattr(model, "final_logits_bias", None)  # BART and Marian
+        candidates = [cls(projection, added, operation, vocab_size) for operation in _post_operations(model)]
+        states, logits = _probe(model, vocab_size)
+        for head in candidates:
+            if head._agrees(states, logits):
+                return head
+        raise ModelError(f"{name}: its logits can't be reproduced from its head's input; such a head is not supported")
+
+    def _agrees(self, states: Tensor, logits: Tensor) -> bool:
+        tolerance = 1e-4 if self._projection.weight.dtype == torch.float32 else 2**-6  # bfloat16 keeps 8 bits
+        largest = logits.float().abs().max().item()
+        return torch.allclose(self.logits(states), logits.float(), rtol=tolerance, atol=tolerance * largest)
+
+    def logits(self, states: Tensor) -> Tensor:
+        """States [n, D] of any float dtype → logits [n, V] in float32."""
+        weight = self._projection.weight[: self.vocab_size].float()
+        logits = F.linear(states.to(weight.device).float(), weight)
+        for bias in (getattr(self._projection, "bias", None), self._bias):
+            if bias is not None:
+                logits = logits + bias.flatten()[: self.vocab_size].float()
+        return self._post_operation(logits) if self._post_operation else logits
+
+    def log_prob(self, states: Tensor, targets: Tensor, *, chunk: int = 1024) -> Tensor:
+        """Log-softmax of the chosen tokens. states: [n, D], targets: [n] int64 → [n] float32, nats.
+
+        Where a gradient is wanted, each chunk's logits are computed again in the backward pass: [n, V] is never held.
+        """
+
+        def chosen(states: Tensor, targets: Tensor) -> Tensor:
+            logits = self.logits(states)
+            return logits.gather(1, targets[:, None]).squeeze(1) - logits.logsumexp(1)
+
+        parts = _chunks(states, targets, chunk)
+        if torch.is_grad_enabled():
+            return torch.cat([checkpoint(chosen, *part, use_reentrant=False) for part in parts])
+        return torch.cat([chosen(*part) for part in parts])
+
+    @torch.no_grad()
+    def reduce(self, states: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """States [n, D] and targets [n] int64 → q, max_q, logsumexp and mean_q (`Scores`), each [n] float32."""
+        parts = []
+        for some_states, some_targets in _chunks(states, targets, REDUCE_CHUNK):
+            logits = self.logits(some_states)
+            q = logits.gather(1, some_targets[:, None]).squeeze(1)
+            parts.append(torch.stack([q, logits.amax(1), logits.logsumexp(1), logits.mean(1)]))
+        q, max_q, logsumexp, mean_q = torch.cat(parts, dim=1)
+        return q, max_q, logsumexp, mean_q
+
+
+def _chunks(states: Tensor, targets: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """At least one chunk, if an empty one."""
+    for start in range(0, max(len(states), 1), size):
+        yield states[start : start + size], targets[start : start + size]
+
+
+def _post_operations(model: PreTrainedModel) -> list[PostOperation | None]:
+    """What architectures do to the head's output, the ones this model's config speaks of first."""
+    configs = [model.config, model.config.get_text_config(decoder=True)]
+
+    def declared(key: str) -> float | None:
+        return next((value for config in configs if (value := getattr(config, key, None))), None)
+
+    operations: list[PostOperation | None] = []
+    if cap := declared("final_logit_softcapping"):  # Gemma
+        operations.append(lambda logits: cap * torch.tanh(logits / cap))
+    if scale := declared("logit_scale"):  # Cohere
+        operations.append(lambda logits: scale * logits)
+    if divisor := declared("logits_scaling"):  # Granite
+        operations.append(lambda logits: logits / divisor)
+    return [*operations, None]
+
+
+@torch.no_grad()
+def _probe(model: PreTrainedModel, vocab_size: int) -> tuple[Tensor, Tensor]:
+    """The model's own forward pass over three random rows, one at a time, with nothing of ours in it: the head's
+    input [n, D] and the logits [n, V].
+
+    Raises ModelError where `completion_states` gets other states for the same rows.
+    """
+    rng = np.random.default_rng(0)
+    prompts, completions = (
+        Ragged.from_rows([rng.integers(vocab_size, size=length) for length in lengths], np.int32)
+        for lengths in ((7, 4, 1), (3, 5, 1))
+    )
+    with _evaluating(model):
+        states, logits = zip(*(_own_pass(model, *row) for row in zip(prompts, completions, strict=True)), strict=True)
+        ours = completion_states(model, Batch(prompts, np.arange(3), completions))
+    own = torch.cat(states)
+    # rounding differs between one row and three: in bfloat16 by percents after many layers
+    tolerance = (1e-3 if own.dtype == torch.float32 else 0.1) * own.abs().max()
+    if not ((ours - own).abs() <= tolerance).all():
+        raise ModelError(f"{type(model).__name__} computes other states in a padded batch than alone: not supported")
+    return own, torch.cat(logits)[:, :vocab_size]
+
+
+def _own_pass(model: PreTrainedModel, prompt: NDArray, completion: NDArray) -> tuple[Tensor, Tensor]:
+    """The head's input [T, D] and the logits [T, vocabulary] for one completion."""
+    device = input_device(model)
+    input_ids = torch.tensor(prompt[None], dtype=torch.long, device=device)
+    decoder_input_ids = torch.tensor([[decoder_start(model), *completion[:-1]]], device=device)
+    captured: list[Tensor] = []
+    hook = model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: captured.append(inputs[0]))
+    try:
+        logits = model(
+            input_ids=input_ids,
+            attention_mask=torch.ones_like(input_ids),  # without masks, some architectures mask by token id
+            decoder_input_ids=decoder_input_ids,
+            decoder_attention_mask=torch.ones_like(decoder_input_ids),
+            use_cache=False,
+        ).logits
+    finally:
+        hook.remove()
+    return captured[0][0], logits[0]
+
+
+@contextmanager
+def _evaluating(model: PreTrainedModel) -> Iterator[None]:
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)

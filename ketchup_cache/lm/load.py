@@ -1,0 +1,218 @@
+"""Models and tokenizers from a folder or the Hugging Face Hub, or one line that says why not.
+
+A checkpoint is taken only as it is: safetensors, every weight present, nothing left over. transformers would fill
+a missing weight with random numbers, or tie it to another, with no more than a warning; its scores would be noise.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from transformers import (
+    AutoConfig,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as transformers_logging
+
+from ketchup_cache.errors import ModelError
+from ketchup_cache.lm.fingerprint import WeightEntry, weight_entries
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+"""Without float16: T5's feed-forward layers overflow it and give NaN."""
+
+SNAPSHOT_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.py"]
+"""Weights, configuration and tokenizer files; never pickles."""
+
+TOKENIZER_FILES = ["tokenizer.json", "tokenizer_config.json", "*.model", "vocab.*"]
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+
+def pick_device(device: str) -> torch.device:
+    """For "auto" the GPU if there is one (CUDA, then MPS), else the CPU; otherwise the device that was asked for.
+
+    Raises ModelError where that device does not exist.
+    """
+    if device == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        picked = torch.device(device)
+    except RuntimeError:
+        raise ModelError(f"device {device!r} is not a device name: use auto, cpu, cuda, cuda:1 or mps") from None
+    count = {
+        "cpu": 1,
+        "cuda": torch.cuda.device_count(),
+        "mps": int(torch.backends.mps.is_available()),
+    }.get(picked.type, 0)
+    if (picked.index or 0) >= count:
+        raise ModelError(f"device {device!r} is not on this machine: use auto, or one of {_devices()}")
+    return picked
+
+
+def _devices() -> str:
+    names = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+    return ", ".join(names + (["mps"] if torch.backends.mps.is_available() else []))
+
+
+def resolve_folder(name: str) -> Path:
+    """The folder itself, or a local snapshot of the Hub repository `owner/name` (downloaded where it is not there yet).
+
+    Raises ModelError where there is no such folder and the Hub does not give it either.
+    """
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise ModelError(f"{name}: is a file; give the folder that holds config.json and the weights")
+    if not HUB_ID.fullmatch(name):
+        raise ModelError(f"{name}: no such folder")
+    try:
+        with _quiet():
+            return Path(snapshot_download(name, allow_patterns=SNAPSHOT_FILES))
+    except Exception as error:  # the Hub's errors have no common base: HTTP, offline mode, name, disk
+        raise ModelError(
+            f"{name}: no such folder, and the Hugging Face Hub does not give it ({_one_line(error)})"
+        ) from error
+
+
+def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model. Raises ModelError where there is none, or where it has no end-of-sequence token."""
+    folder = resolve_folder(name)
+    if not any(file for pattern in TOKENIZER_FILES for file in folder.glob(pattern)):
+        raise ModelError(f"{name}: holds no tokenizer (tokenizer.json or the like); save the model's tokenizer there")
+    try:
+        with _quiet():
+            tokenizer = AutoTokenizer.from_pretrained(
+                folder, trust_remote_code=trust_remote_code, local_files_only=True
+            )
+    except Exception as error:  # OSError, ValueError, KeyError, JSON and Rust errors, as the broken file has it
+        raise ModelError(f"{name}: its tokenizer can't be loaded ({_one_line(error)})") from error
+    if tokenizer.eos_token_id is None:
+        raise ModelError(f"{name}: its tokenizer has no end-of-sequence token (eos_token); completions would never end")
+    return tokenizer
+
+
+def load_model(
+    name: str,
+    *,
+    dtype: str = "float32",
+    device: str = "auto",
+    device_map: str | None = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """An encoder-decoder language model in eval mode, on `device` or spread over devices by `device_map`.
+
+    Raises ModelError for a folder that is missing, incomplete, damaged or of another kind of model, for weights that
+    are missing, left over or of another shape, and for a device that is not there.
+    """
+    if dtype not in DTYPES:
+        raise ModelError(f"dtype {dtype!r} is not offered: use {' or '.join(DTYPES)}")
+    target = None if device_map else pick_device(device)
+    folder = resolve_folder(name)
+    raw_config = _read_config(name, folder)
+    entries = weight_entries(folder)
+    with _quiet():
+        try:
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
+            if not config.is_encoder_decoder:
+                raise ModelError(f"{name}: {config.model_type} is not an encoder-decoder model (T5, BART and the like)")
+            _refuse_other_shapes(name, config, entries, trust_remote_code)
+            model, loading = AutoModelForSeq2SeqLM.from_pretrained(
+                folder,
+                config=config,
+                dtype=DTYPES[dtype],
+                device_map=device_map,
+                trust_remote_code=trust_remote_code,
+                use_safetensors=True,
+                local_files_only=True,
+                output_loading_info=True,
+            )
+        except ModelError:
+            raise
+        except Exception as error:  # whatever transformers, the Hub client or a model's own code raises
+            raise ModelError(f"{name}: can't be loaded ({_one_line(error)})") from error
+    _refuse_incomplete(name, model, loading)
+    _refuse_silently_tied(name, model, raw_config, {entry.name for entry in entries})
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ModelError(f"{name}: does not fit on the devices (device_map {device_map!r}): use bfloat16 or more GPUs")
+    return (model.to(target) if target else model).eval()
+
+
+def input_device(model: PreTrainedModel) -> torch.device:
+    """Where token ids go in; not where logits come out of a model that is spread over devices."""
+    return model.get_input_embeddings().weight.device
+
+
+def _read_config(name: str, folder: Path) -> dict[str, Any]:
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelError(f"{name}: has no config.json, so it is not a model folder") from None
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{folder / 'config.json'}: can't be read ({_one_line(error)})") from None
+    if not isinstance(config, dict):
+        raise ModelError(f"{folder / 'config.json'}: is not a JSON object")
+    return config
+
+
+def _refuse_other_shapes(
+    name: str, config: PreTrainedConfig, entries: list[WeightEntry], trust_remote_code: bool
+) -> None:
+    """Before loading: what transformers says of a head of another shape does not name it."""
+    with torch.device("meta"):
+        empty = AutoModelForSeq2SeqLM.from_config(config, trust_remote_code=trust_remote_code)
+    shapes = {key: tuple(value.shape) for key, value in empty.state_dict().items()}
+    for entry in entries:
+        if entry.shape != (expected := shapes.get(entry.name, entry.shape)):
+            raise ModelError(f"{name}: {entry.name} has shape {entry.shape}, but config.json makes it {expected}")
+
+
+def _refuse_incomplete(name: str, model: PreTrainedModel, loading: dict[str, Any]) -> None:
+    kinds = {"missing": loading["missing_keys"], "not part of the model": loading["unexpected_keys"]}
+    problems = [f"{len(keys)} weights {kind} (first: {min(keys)})" for kind, keys in kinds.items() if keys]
+    if problems:
+        raise ModelError(f"{name}: not a complete {type(model).__name__} checkpoint: {'; '.join(problems)}")
+
+
+def _refuse_silently_tied(name: str, model: PreTrainedModel, raw_config: dict[str, Any], names: set[str]) -> None:
+    """transformers 5 ties T5's head whatever config.json says, unless the file has a head: without one it would run
+    FLAN-T5 with its input embedding as its head, and report nothing missing."""
+    if raw_config.get("tie_word_embeddings") is not False:
+        return
+    head = model.get_output_embeddings()
+    keys = [f"{key}.weight" for key, module in model.named_modules() if module is head]
+    if not names.intersection(keys):
+        raise ModelError(f"{name}: config.json says that the head is not tied, but the weights lack {keys[0]}")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """transformers' warnings and bars off; what matters in them is raised as an error here."""
+    verbosity = transformers_logging.get_verbosity()
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def _one_line(error: object, longest: int = 200) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= longest else text[: longest - 1] + "…"

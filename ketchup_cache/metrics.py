@@ -1,0 +1,95 @@
+"""Task metrics: outputs against references, all in percent, so that numbers stand beside the paper's tables.
+
+Every library score comes with a text that says which variant it is, to be reported next to the number.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+
+from ketchup_cache.config import Metric
+from ketchup_cache.errors import DataError
+
+Values = dict[str, float | str]
+
+GSM8K_ANSWER = re.compile(r"#### (\-?[0-9\.\,]+)")
+"""The final answer in a GSM8K solution, as the data set's authors define it (Cobbe et al., 2021)."""
+
+
+def compute(metrics: Sequence[Metric], outputs: Sequence[str], targets: Sequence[str]) -> Values:
+    """Scores of all outputs, one reference each. Empty outputs are wrong answers, not errors.
+
+    Returns, for the metrics asked for and in their order:
+        rouge → rouge1, rouge2, rougeL: F1, mean over examples, and rouge_variant. Letters and digits of ASCII only.
+        bleu, chrf, ter: of the whole corpus by sacrebleu (Post, 2018), each with NAME_signature. Lower TER is better.
+        exact: share of the outputs that equal their target, outer white space aside.
+        gsm8k: share whose final answer (`GSM8K_ANSWER`, commas removed) is the target's, compared as text.
+
+    Raises:
+        DataError: gsm8k, and a target has no final answer.
+        ValueError: no outputs, or not as many as targets.
+    """
+    if not outputs or len(outputs) != len(targets):
+        raise ValueError(f"{len(outputs)} outputs for {len(targets)} targets")
+    values: Values = {}
+    for metric in metrics:
+        values |= _METRICS[metric](outputs, targets)
+    return values
+
+
+def final_answer(solution: str) -> str | None:
+    """`… #### 1,234` → `1234`; None where there is no such answer."""
+    match = GSM8K_ANSWER.search(solution)
+    return match.group(1).replace(",", "") if match else None
+
+
+def _rouge(outputs: Sequence[str], targets: Sequence[str]) -> Values:
+    from rouge_score.rouge_scorer import RougeScorer
+
+    kinds = ("rouge1", "rouge2", "rougeL")
+    scorer = RougeScorer(kinds, use_stemmer=True)
+    scores = [scorer.score(target, output) for output, target in zip(outputs, targets, strict=True)]
+    values: Values = {kind: 100 * sum(s[kind].fmeasure for s in scores) / len(scores) for kind in kinds}
+    return values | {"rouge_variant": "rouge-score, F1, Porter stemmer, rougeL over the whole text"}
+
+
+def _sacrebleu(name: str) -> Callable[[Sequence[str], Sequence[str]], Values]:
+    def score(outputs: Sequence[str], targets: Sequence[str]) -> Values:
+        from sacrebleu.metrics import BLEU, CHRF, TER
+
+        metric = {"bleu": BLEU, "chrf": CHRF, "ter": TER}[name]()
+        value = metric.corpus_score(list(outputs), [list(targets)]).score
+        return {name: value, f"{name}_signature": str(metric.get_signature())}
+
+    return score
+
+
+def _exact(outputs: Sequence[str], targets: Sequence[str]) -> Values:
+    return {"exact": _percent(o.strip() == t.strip() for o, t in zip(outputs, targets, strict=True))}
+
+
+def _gsm8k(outputs: Sequence[str], targets: Sequence[str]) -> Values:
+    answers = [final_answer(target) for target in targets]
+    if None in answers:
+        row = answers.index(None)
+        raise DataError(
+            f"target of example {row} has no final answer `#### NUMBER`, which metric gsm8k needs: "
+            "check --target-field, or leave gsm8k out of --metrics"
+        )
+    return {"gsm8k": _percent(final_answer(o) == answer for o, answer in zip(outputs, answers, strict=True))}
+
+
+def _percent(hits: Iterable[bool]) -> float:
+    hits = list(hits)
+    return 100 * sum(hits) / len(hits)
+
+
+_METRICS: dict[Metric, Callable[[Sequence[str], Sequence[str]], Values]] = {
+    "rouge": _rouge,
+    "bleu": _sacrebleu("bleu"),
+    "chrf": _sacrebleu("chrf"),
+    "ter": _sacrebleu("ter"),
+    "exact": _exact,
+    "gsm8k": _gsm8k,
+}

@@ -1,0 +1,243 @@
+"""Open, extend and read a cache."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TypeVar
+
+import ketchup_cache
+from ketchup_cache.errors import CacheError, CorruptError, NumericsError
+from ketchup_cache.store import arrays, coverage, durable, reading, segments
+from ketchup_cache.store.coverage import ScoredRef
+from ketchup_cache.store.join import join, rows_of
+from ketchup_cache.store.manifest import (
+    FORMAT,
+    FORMAT_VERSION,
+    FileEntry,
+    Info,
+    Kind,
+    Manifest,
+    PolicyInfo,
+    PromptsInfo,
+    RolloutsInfo,
+    ScoresInfo,
+    TeacherInfo,
+    canonical_json,
+)
+from ketchup_cache.types import Prompts, Rollouts, Row, ScoredRollouts, Scores
+
+_KEEP_DECODED = 2
+Value = TypeVar("Value", Prompts, Rollouts, Scores)
+
+
+def open_cache(path: str | os.PathLike[str], *, create: bool = False) -> Cache:
+    """Open the cache in a folder; with `create`, make one where there is none.
+
+    Raises CacheError where the folder is missing, holds something else or a cache of another format version;
+    WriteError where a new one can't be written.
+    """
+    root = Path(path)
+    marker = root / durable.MARKER
+    if not marker.exists():
+        if not root.exists() and not create:
+            raise CacheError(f"{root}: no cache here; `ketchup-cache rollout --cache {root}` makes one")
+        # folders of ours are left by an interrupted creation; hidden files are no reason to refuse
+        foreign = [name for name in durable.list_folder(root) if name not in durable.FOLDERS and name[0] != "."]
+        if foreign or not create:
+            raise CacheError(
+                f"{root}: is not a ketchup cache (it has no {durable.MARKER}); "
+                f"`ketchup-cache rollout --cache FOLDER` makes one in a new or empty folder"
+            )
+        durable.create(root, canonical_json({"format": FORMAT, "version": FORMAT_VERSION}))
+    reading.check_marker(marker)
+    return Cache(root)
+
+
+class Cache:
+    """A grow-only set of immutable segments in a folder. Any number of processes may read and commit at once.
+
+    Made by `open_cache`.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._parsed: dict[str, Manifest] = {}
+        self._decoded: dict[str, Prompts | Rollouts] = {}
+
+    def manifests(self, kind: Kind | None = None) -> list[tuple[str, Manifest]]:
+        """(id, manifest) of all segments that are there now, in the order of commits (time, then id).
+
+        Raises CorruptError where a manifest is not what its name promises, CacheError where its format is newer.
+        """
+        found = [(segment_id, self._parse(segment_id)) for segment_id in reading.segment_ids(self.path)]
+        found.sort(key=lambda pair: (pair[1].created, pair[0]))
+        return [pair for pair in found if kind in (None, pair[1].kind)]
+
+    def manifest(self, segment_id: str) -> Manifest:
+        """Raises CacheError where there is no such segment, CorruptError where its manifest is damaged."""
+        if (manifest := self._find(segment_id)) is None:
+            raise CacheError(f"{self.path}: has no segment {segment_id}")
+        return manifest
+
+    def _find(self, segment_id: str) -> Manifest | None:
+        known = segment_id in self._parsed or segment_id in reading.segment_ids(self.path)
+        return self._parse(segment_id) if known else None
+
+    def _parse(self, segment_id: str) -> Manifest:
+        if segment_id not in self._parsed:
+            self._parsed[segment_id] = reading.read_manifest(self.path, segment_id)
+        return self._parsed[segment_id]
+
+    # ------------------------------------------------------------------------------------------------ commit
+
+    def commit_prompts(self, prompts: Prompts, info: PromptsInfo) -> str:
+        """Store prompts; returns the id of the new segment once it is durable.
+
+        Raises CacheError where they break a rule of the format, WriteError where the disk is full or failing.
+        """
+        return self._commit(prompts, info)
+
+    def commit_rollouts(self, rollouts: Rollouts, info: RolloutsInfo) -> str:
+        """Store rollouts of prompts that are in this cache; returns the id of the new segment once it is durable.
+
+        Raises CacheError where they break a rule of the format or their prompts are missing, NumericsError for a NaN
+        or infinity, MismatchError where the tokenizer is not that of the prompts, WriteError where the disk fails.
+        """
+        return self._commit(rollouts, info)
+
+    def commit_scores(self, scores: Scores, info: ScoresInfo) -> str:
+        """Store scores of rollouts that are in this cache; returns the id of the new segment once it is durable.
+
+        Raises the same errors as `commit_rollouts`.
+        """
+        return self._commit(scores, info)
+
+    def _commit(self, segment: segments.Segment, info: Info) -> str:
+        segments.check(segment, info, self._parent(info))
+        packed = segments.pack(segment, info)
+        files = arrays.encode(packed)
+        rows, tokens = segments.size(segment)
+        manifest = Manifest(
+            format=FORMAT,
+            version=FORMAT_VERSION,
+            tool=f"ketchup-cache {ketchup_cache.__version__}",
+            created=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ"),
+            rows=rows,
+            tokens=tokens,
+            info=info,
+            arrays={name: arrays.entry_of(array) for name, array in packed.items()},
+            files={
+                name: FileEntry(length=len(data), sha256=hashlib.sha256(data).hexdigest())
+                for name, data in files.items()
+            },
+        )
+        reading.check_manifest(manifest)
+        durable.publish(self.path, manifest.id, files, manifest.to_bytes())
+        return manifest.id
+
+    def _parent(self, info: Info, segment_id: str = "") -> Rollouts | None:
+        """Check that the parent is there and fits; for scores, load it."""
+        if isinstance(info, PromptsInfo):
+            return None
+        coverage.check_parent(info, self._find(coverage.parent_id(info)), segment_id)
+        return self.load_rollouts(info.rollouts) if isinstance(info, ScoresInfo) else None
+
+    # -------------------------------------------------------------------------------------------------- load
+
+    def load_prompts(self, segment_id: str) -> Prompts:
+        """Every load checks length and SHA-256 of every byte it reads, then the format's rules.
+
+        The arrays are read-only: the last few decoded segments are kept and shared.
+        Raises CorruptError, naming file and key, where anything differs; CacheError where there is no such segment.
+        """
+        return self._load(segment_id, Prompts)
+
+    def load_rollouts(self, segment_id: str) -> Rollouts:
+        """As `load_prompts`. Also raises MismatchError where the tokenizer is not that of the prompts."""
+        return self._load(segment_id, Rollouts)
+
+    def load_scores(self, segment_id: str) -> Scores:
+        """As `load_rollouts`; also checks that the scores fit the rollouts."""
+        return self._load(segment_id, Scores)
+
+    def _load(self, segment_id: str, wanted: type[Value]) -> Value:
+        segment: segments.Segment | None = self._decoded.pop(segment_id, None)
+        if segment is None:
+            segment = self._decode(segment_id)
+        if not isinstance(segment, wanted):
+            raise CacheError(f"{self.path}: segment {segment_id} does not hold {wanted.__name__.lower()}")
+        if not isinstance(segment, Scores):  # many scores segments share the same prompts and rollouts
+            self._decoded[segment_id] = segment
+            same_kind = [other for other in self._decoded if isinstance(self._decoded[other], wanted)]
+            for oldest in same_kind[:-_KEEP_DECODED]:
+                del self._decoded[oldest]
+        return segment
+
+    def _decode(self, segment_id: str) -> segments.Segment:
+        manifest = self.manifest(segment_id)
+        parent = self._parent(manifest.info, segment_id)
+        stored = reading.read_arrays(self.path, segment_id, manifest, manifest.arrays.keys())
+        segment = segments.unpack(manifest.info, stored)
+        try:
+            segments.check(segment, manifest.info, parent)
+        except (CacheError, NumericsError) as error:
+            raise CorruptError(f"{self.path / 'segments' / segment_id}: {error}; {reading.RESTORE}") from None
+        return segment
+
+    # ---------------------------------------------------------------------------------- models and scored rows
+
+    def teachers(self) -> list[TeacherInfo]:
+        """The teachers that have scores here, each fingerprint once, in the order of first commits."""
+        return coverage.distinct(self._teachers())
+
+    def policies(self) -> list[PolicyInfo]:
+        """The policies that have rollouts here, each fingerprint once, in the order of first commits."""
+        return coverage.distinct(self._policies())
+
+    def select_teacher(self, selector: str | None) -> TeacherInfo:
+        """By name or start of fingerprint; None: the only one. Raises CacheError where that is not exactly one."""
+        if not (found := self._teachers()):
+            raise CacheError(f"{self.path}: no scores yet; run `ketchup-cache score --cache {self.path}` first")
+        return coverage.select("teacher", "--scored-by", selector, found)
+
+    def select_policy(self, selector: str) -> PolicyInfo:
+        """By name or start of fingerprint. Raises CacheError where that is not exactly one."""
+        if not (found := self._policies()):
+            raise CacheError(f"{self.path}: no rollouts yet; run `ketchup-cache rollout --cache {self.path}` first")
+        return coverage.select("policy", "--policy", selector, found)
+
+    def scored(self, teacher: str | None = None, policy: str | None = None) -> list[ScoredRef]:
+        """Every row scored by a teacher once, in the order of commits.
+
+        teacher, policy: name or start of fingerprint. Without a teacher, the only one there is; without a policy, all.
+        Raises CacheError where the teacher or policy is unknown or ambiguous, or a parent segment is missing.
+        """
+        by = self.select_teacher(teacher).fingerprint
+        of = self.select_policy(policy).fingerprint if policy is not None else None
+        return coverage.scored(dict(self.manifests()), by, of)
+
+    def load_scored(self, ref: ScoredRef) -> ScoredRollouts:
+        """The rows of one reference. `prompts` is the whole parent; `prompt_index` points into it."""
+        info = self.manifest(ref.scores_id).info
+        assert isinstance(info, ScoresInfo)
+        prompts, rollouts = self.load_prompts(ref.prompts_id), self.load_rollouts(ref.rollouts_id)
+        return join(ref, prompts, rollouts, self.load_scores(ref.scores_id), info.row_start)
+
+    def unscored(self, teacher_fingerprint: str) -> list[tuple[str, int, int]]:
+        """(rollouts id, row_start, row_stop) of all rows without scores by this teacher, in the order of commits."""
+        return coverage.unscored(dict(self.manifests()), teacher_fingerprint)
+
+    def rows(self, teacher: str | None = None, policy: str | None = None) -> Iterator[Row]:
+        """Every scored rollout, one at a time. Selects and raises as `scored`, at once; loads segment by segment."""
+        refs = self.scored(teacher, policy)
+        return (row for ref in refs for row in rows_of(self.load_scored(ref), ref))
+
+    def _teachers(self) -> list[TeacherInfo]:
+        return [m.info.teacher for _, m in self.manifests() if isinstance(m.info, ScoresInfo)]
+
+    def _policies(self) -> list[PolicyInfo]:
+        return [m.info.policy for _, m in self.manifests() if isinstance(m.info, RolloutsInfo)]

@@ -1,0 +1,139 @@
+"""Which rollouts have scores, by which teacher: worked out from the manifests alone, without reading data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TypeVar
+
+from ketchup_cache.errors import CacheError, MismatchError
+from ketchup_cache.store.manifest import Manifest, PolicyInfo, RolloutsInfo, ScoresInfo, TeacherInfo
+
+Child = RolloutsInfo | ScoresInfo
+Model = TypeVar("Model", PolicyInfo, TeacherInfo)
+
+
+@dataclass(frozen=True)
+class ScoredRef:
+    """Rows row_start to row_stop of a rollouts segment, whose scores are in one scores segment."""
+
+    scores_id: str
+    rollouts_id: str
+    prompts_id: str
+    row_start: int
+    row_stop: int
+    samples: int
+    """Completions per prompt."""
+    policy: PolicyInfo
+    teacher: TeacherInfo
+
+    @property
+    def rows(self) -> int:
+        return self.row_stop - self.row_start
+
+
+def scored(manifests: Mapping[str, Manifest], teacher: str | None = None, policy: str | None = None) -> list[ScoredRef]:
+    """Every scored row once, in the order of commits: where two scorers did the same rows, the first one's scores.
+
+    manifests: all of a cache, in the order of commits. teacher, policy: fingerprints; None for any.
+    Raises CacheError where a parent is missing, MismatchError where its tokenizer is another.
+    """
+    done: dict[tuple[str, str], list[tuple[int, int]]] = {}
+    refs = []
+    for scores_id, manifest in manifests.items():
+        info = manifest.info
+        if not isinstance(info, ScoresInfo) or teacher not in (None, info.teacher.fingerprint):
+            continue
+        parent = check_parent(info, manifests.get(info.rollouts), scores_id).info
+        assert isinstance(parent, RolloutsInfo)
+        if policy not in (None, parent.policy.fingerprint):
+            continue
+        covered = done.setdefault((info.rollouts, info.teacher.fingerprint), [])
+        for start, stop in gaps(info.row_start, info.row_stop, covered):
+            covered.append((start, stop))
+            samples, by = parent.sampling.samples, parent.policy
+            refs.append(ScoredRef(scores_id, info.rollouts, parent.prompts, start, stop, samples, by, info.teacher))
+    return refs
+
+
+def unscored(manifests: Mapping[str, Manifest], teacher: str) -> list[tuple[str, int, int]]:
+    """(rollouts id, row_start, row_stop) of all rows without scores by the teacher with this fingerprint."""
+    covered: dict[str, list[tuple[int, int]]] = {}
+    for ref in scored(manifests, teacher):
+        covered.setdefault(ref.rollouts_id, []).append((ref.row_start, ref.row_stop))
+    return [
+        (rollouts_id, start, stop)
+        for rollouts_id, manifest in manifests.items()
+        if manifest.kind == "rollouts"
+        for start, stop in gaps(0, manifest.rows, covered.get(rollouts_id, []))
+    ]
+
+
+def gaps(start: int, stop: int, covered: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The parts of start..stop that no covered range touches."""
+    left = []
+    for begin, end in sorted(covered):
+        if start < min(begin, stop):
+            left.append((start, min(begin, stop)))
+        start = max(start, end)
+    return [*left, (start, stop)] if start < stop else left
+
+
+def parent_id(info: Child) -> str:
+    """Id of the segment that one was made from."""
+    return info.rollouts if isinstance(info, ScoresInfo) else info.prompts
+
+
+def check_parent(info: Child, parent: Manifest | None, segment_id: str = "") -> Manifest:
+    """The parent's manifest, once it is known to fit. `segment_id` is empty for a segment still to be committed.
+
+    Raises CacheError where it is missing, of the wrong kind or too short; MismatchError where its tokenizer is another.
+    """
+    if isinstance(info, ScoresInfo):
+        kind, start, stop = "rollouts", info.row_start, info.row_stop
+    else:
+        kind, start, stop = "prompts", info.prompt_start, info.prompt_stop
+    what, parent_name = f"{info.kind} {segment_id[:12] or '(new)'}", f"{kind} {parent_id(info)[:12]}"
+    if parent is None:
+        raise CacheError(f"{what} needs {parent_name}, which is not in this cache; copy that segment too")
+    if parent.kind != kind:
+        raise CacheError(f"{what} needs {parent_name}, but that is a segment of {parent.kind}")
+    if not start <= stop <= parent.rows:
+        raise CacheError(f"{what} covers rows {start} to {stop} of {parent_name}, which has {parent.rows}")
+    mine, other = info.tokenizer, parent.info.tokenizer
+    if (mine.fingerprint, mine.vocab_size) != (other.fingerprint, other.vocab_size):
+        raise MismatchError(
+            f"{what} was made with tokenizer {mine.name}, {parent_name} with {other.name}, "
+            f"which encodes differently; use the same tokenizer"
+        )
+    return parent
+
+
+def distinct(found: Iterable[Model]) -> list[Model]:
+    """Each fingerprint once, where it came first."""
+    first: dict[str, Model] = {}
+    for model in found:
+        first.setdefault(model.fingerprint, model)
+    return list(first.values())
+
+
+def select(what: str, option: str, selector: str | None, found: list[Model]) -> Model:
+    """The one model with this name, or whose fingerprint starts so; the only one where the selector is None.
+
+    Raises CacheError where there is none or more than one.
+    """
+    named = [model for model in found if selector in (None, model.name)]
+    chosen = distinct(named or [model for model in found if model.fingerprint.startswith(str(selector))])
+    if len(chosen) == 1:
+        return chosen[0]
+    if not chosen:
+        raise CacheError(f"no {what} `{selector}` in this cache; it has {_listed(distinct(found))}")
+    which = "the cache has" if selector is None else f"`{selector}` is"
+    raise CacheError(
+        f"{which} more than one {what}: {_listed(chosen)}; choose one with {option} and the start of its fingerprint"
+    )
+
+
+def _listed(models: list[Model], most: int = 6) -> str:
+    shown = ", ".join(f"{model.name} ({model.fingerprint[:12]})" for model in models[:most])
+    return f"{shown} and {len(models) - most} more" if len(models) > most else shown

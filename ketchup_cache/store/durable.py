@@ -1,0 +1,155 @@
+"""Files that survive crashes: a segment is either wholly there or not there at all.
+
+A segment is written under tmp/ and made durable first. Then its data moves to segments/, and last its manifest to
+manifests/: that one rename is the commit. Nothing is ever changed afterwards, so there are no locks.
+Every step on the file system is here, so that the tests can fail and kill at each one.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import stat
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from ketchup_cache.errors import CacheError, CorruptError, WriteError
+
+MARKER = "ketchup-cache.json"
+FOLDERS = ("manifests", "segments", "tmp")
+
+
+def publish(root: Path, segment_id: str, files: Mapping[str, bytes], manifest: bytes) -> None:
+    """Commit one segment. When this returns, it survives a power cut; before, readers see nothing of it.
+
+    Raises WriteError where the disk is full, read-only or failing. Safe in any number of processes at once.
+    """
+    with _staging(root) as stage:
+        data, target = stage / "data", root / "segments" / segment_id
+        _write_tree(data, files)
+        _write_file(stage / "manifest.json", manifest)
+        # all space is taken by now: what is left are renames
+        if not _holds(target, files):
+            if target.exists():  # left by a crash, then damaged
+                os.rename(target, stage / "damaged")
+            os.rename(data, target)
+        _sync_folder(target.parent)
+        os.rename(stage / "manifest.json", root / "manifests" / f"{segment_id}.json")
+        _sync_folder(root / "manifests")
+
+
+def create(root: Path, marker: bytes) -> None:
+    """Make an empty cache. The marker comes last, so that a cache that has one is whole. Raises WriteError."""
+    with _staging(root) as stage:
+        _write_file(stage / MARKER, marker)
+        os.rename(stage / MARKER, root / MARKER)
+        _sync_folder(root)
+
+
+def read_file(path: Path, limit: int) -> bytes:
+    """A whole file of at most `limit` bytes.
+
+    Raises CorruptError where it is missing, longer, a link or not a file; CacheError where it can't be read.
+    """
+    try:
+        # a named pipe would block at open, a link could lead anywhere
+        file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        with open(file, "rb") as reader:
+            status = os.fstat(file)
+            if not stat.S_ISREG(status.st_mode):
+                raise CorruptError(f"{path}: is not a regular file")
+            if status.st_size > limit:
+                raise CorruptError(f"{path}: is {status.st_size:,} bytes long, expected {limit:,} at most")
+            return reader.read(limit + 1)
+    except FileNotFoundError:
+        raise CorruptError(f"{path}: is missing") from None
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise CorruptError(f"{path}: is a symbolic link; the format wants plain files") from None
+        raise CacheError(f"{path}: can't be read ({error.strerror}); check the disk and your permissions") from None
+
+
+def list_folder(path: Path) -> list[str]:
+    """Names in a folder; none where it is missing, as copying tools may drop empty folders. Raises CacheError."""
+    try:
+        return os.listdir(path)
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise CacheError(f"{path}: can't be read ({error.strerror}); check the path and your permissions") from None
+
+
+@contextmanager
+def _staging(root: Path) -> Iterator[Path]:
+    """A new folder under tmp/, gone afterwards. Turns OSError into WriteError."""
+    stage = root / "tmp" / uuid.uuid4().hex
+    try:
+        for folder in FOLDERS:
+            _make_folders(root / folder)
+        os.mkdir(stage)
+        yield stage
+    except OSError as error:
+        raise WriteError(
+            f"{root}: can't write ({error.strerror or error}): {_advice(error)}; what was committed before is kept"
+        ) from error
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+
+
+def _advice(error: OSError) -> str:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "free some space and run the command again"
+    if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+        return "choose a cache folder you may write to"
+    return "check the disk and run the command again"
+
+
+def _make_folders(path: Path) -> None:
+    """Make a folder and its missing parents, durably."""
+    if not path.is_dir():
+        _make_folders(path.parent)
+        with suppress(FileExistsError):  # another process was faster; a file there fails at its first use as a folder
+            os.mkdir(path)
+        _sync_folder(path.parent)
+
+
+def _write_tree(folder: Path, files: Mapping[str, bytes]) -> None:
+    folders = {folder}
+    for name, data in files.items():
+        path = folder / name
+        folders.update(parent for parent in path.parents if parent.is_relative_to(folder))
+        os.makedirs(path.parent, exist_ok=True)
+        _write_file(path, data)
+    for inner in folders:
+        _sync_folder(inner)
+
+
+def _write_file(path: Path, data: bytes) -> None:
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    try:
+        rest = memoryview(data)
+        while rest:
+            rest = rest[os.write(file, rest) :]
+        os.fsync(file)
+    finally:
+        os.close(file)
+
+
+def _sync_folder(path: Path) -> None:
+    """Make the names in a folder durable: on POSIX, syncing a file does not sync its name."""
+    folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def _holds(folder: Path, files: Mapping[str, bytes]) -> bool:
+    """Whether a folder, left by a crash between the two renames, has exactly these bytes."""
+    try:
+        return all(read_file(folder / name, len(data)) == data for name, data in files.items())
+    except CacheError:
+        return False

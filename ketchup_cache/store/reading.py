@@ -1,0 +1,113 @@
+"""Bytes on disk → marker, manifest, arrays: nothing is believed before it is checked."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Set
+from pathlib import Path
+
+from numpy.typing import NDArray
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails, from_json
+
+from ketchup_cache.errors import CacheError, CorruptError
+from ketchup_cache.store import arrays, durable, segments
+from ketchup_cache.store.manifest import FORMAT, FORMAT_VERSION, Manifest, ScoresInfo
+
+MAX_MARKER_BYTES = 2**16
+MAX_MANIFEST_BYTES = 2**22
+RESTORE = "restore it from a copy (`ketchup-cache verify` lists all damage)"
+_MANIFEST_NAME = re.compile(r"([0-9a-f]{64})\.json")
+
+
+def check_marker(path: Path) -> None:
+    """Raise CacheError where a marker is not that of this format and version."""
+    try:
+        marker = from_json(durable.read_file(path, MAX_MARKER_BYTES))
+    except ValueError as error:
+        raise CorruptError(f"{path}: not valid JSON ({error}); {RESTORE}") from None
+    if not isinstance(marker, dict) or marker.get("format") != FORMAT:
+        raise CacheError(f"{path}: does not say that this is a ketchup cache; choose another folder")
+    _check_version(path, marker.get("version"))
+
+
+def segment_ids(root: Path) -> list[str]:
+    """Ids of all segments, in no special order. Names in manifests/ that are no ids are ignored."""
+    folder = root / "manifests"
+    return [match[1] for name in durable.list_folder(folder) if (match := _MANIFEST_NAME.fullmatch(name))]
+
+
+def read_manifest(root: Path, segment_id: str) -> Manifest:
+    """Raises CorruptError where the bytes are not those of the id or break the format, CacheError where it is newer."""
+    path = root / "manifests" / f"{segment_id}.json"
+    data = durable.read_file(path, MAX_MANIFEST_BYTES)
+    if hashlib.sha256(data).hexdigest() != segment_id:
+        raise CorruptError(f"{path}: its bytes are not those of its id; {RESTORE}")
+    try:
+        manifest = Manifest.model_validate_json(data)
+    except ValidationError as error:
+        problems = error.errors(include_url=False)
+        for problem in problems:
+            if problem["loc"] == ("version",):
+                _check_version(path, problem["input"])
+        raise CorruptError(f"{path}: {_first_line(problems)}; {RESTORE}") from None
+    try:
+        check_manifest(manifest)
+    except CacheError as error:
+        raise CorruptError(f"{path}: {error}; {RESTORE}") from None
+    return manifest
+
+
+def check_manifest(manifest: Manifest) -> None:
+    """Raise CacheError where the parts of a manifest contradict each other or exceed the format's limits."""
+    if not {"format", "version"} <= manifest.model_fields_set:
+        raise CacheError("does not say its format and version")
+    info = manifest.info
+    if isinstance(info, ScoresInfo) and manifest.rows != info.row_stop - info.row_start:
+        raise CacheError(f"{manifest.rows} rows of scores for rows {info.row_start} to {info.row_stop}")
+    wanted = segments.layout(info, manifest.rows, manifest.tokens)
+    names = wanted.keys() - (segments.OPTIONAL - manifest.arrays.keys())
+    for name in sorted(names | manifest.arrays.keys()):
+        if name not in wanted or manifest.arrays.get(name) != wanted[name]:
+            raise CacheError(f"array {name!r} is not what {info.kind} of this size hold")
+    total = max(arrays.decoded_bytes(manifest.arrays), sum(file.length for file in manifest.files.values()))
+    if total > arrays.MAX_BYTES:
+        raise CacheError(f"{total:,} bytes in one segment, the limit is {arrays.MAX_BYTES:,}: store it in several")
+    if different := arrays.file_names(manifest.arrays) ^ manifest.files.keys():
+        raise CacheError(
+            f"file {min(different)!r} is {'missing' if min(different) not in manifest.files else 'foreign'}"
+        )
+
+
+def read_arrays(root: Path, segment_id: str, manifest: Manifest, names: Set[str]) -> dict[str, NDArray]:
+    """Some arrays of a segment, as they are stored; every byte that is read is checked against the manifest.
+
+    Raises CorruptError, naming the file, where one is missing or differs.
+    """
+    folder = root / "segments" / segment_id
+    entries = {name: entry for name, entry in manifest.arrays.items() if name in names}
+    files = {}
+    for key in sorted(arrays.file_names(entries)):
+        promised = manifest.files[key]
+        data = durable.read_file(folder / key, promised.length)
+        if len(data) != promised.length or hashlib.sha256(data).hexdigest() != promised.sha256:
+            raise CorruptError(f"{folder / key}: its bytes are not those its manifest promises; {RESTORE}")
+        files[key] = data
+    try:
+        return arrays.decode(files, entries)
+    except CorruptError as error:
+        raise CorruptError(f"{folder}/{error}; {RESTORE}") from None
+
+
+def _check_version(path: Path, version: object) -> None:
+    if version != FORMAT_VERSION or isinstance(version, bool):
+        raise CacheError(
+            f"{path}: is of format version {version!r:.20}, this program reads version {FORMAT_VERSION}; "
+            f"upgrade ketchup-cache"
+        )
+
+
+def _first_line(problems: list[ErrorDetails]) -> str:
+    place = ".".join(str(part)[:40] for part in problems[0]["loc"])
+    return f"{place}: {problems[0]['msg']}" if place else problems[0]["msg"]

@@ -1,0 +1,182 @@
+"""What the three kinds of segment hold: their arrays, and the rules that every one of them keeps.
+
+The rules are checked before a segment is written and again after it is read.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ketchup_cache.errors import CacheError, NumericsError
+from ketchup_cache.store.manifest import ArrayEntry, Info, PromptsInfo, RolloutsInfo, ScoresInfo, TokenizerInfo
+from ketchup_cache.types import TOKEN_DTYPE, Prompts, Ragged, Rollouts, Scores
+
+Segment = Prompts | Rollouts | Scores
+
+OPTIONAL = {"forced"}
+"""Left out where all its elements are False."""
+MAX_VOCABULARY = 2**31
+"""Token ids are int32 in memory."""
+TOLERANCE = 1e-3
+"""Relative: how far float32 rounding may bend an inequality between scores."""
+
+
+def layout(info: Info, rows: int, tokens: int) -> dict[str, ArrayEntry]:
+    """All arrays a segment of this kind and size may hold."""
+    token = "uint16" if info.tokenizer.vocab_size <= 2**16 else "uint32"
+    per_row, per_token = (rows,), (tokens,)
+    shapes: dict[str, tuple[str, tuple[int, ...]]]
+    match info.kind:
+        case "prompts":
+            shapes = {"ids": ("uint8", (rows, 16)), "tokens": (token, per_token), "offsets": ("int64", (rows + 1,))}
+        case "rollouts":
+            shapes = {
+                "prompt_index": ("int64", per_row),
+                "completion_tokens": (token, per_token),
+                "completion_offsets": ("int64", (rows + 1,)),
+                "behavior_logprob": ("float32", per_token),
+                "finished": ("bool", per_row),
+                "forced": ("bool", per_token),
+            }
+        case "scores":
+            shapes = dict.fromkeys(("q", "max_q", "logsumexp", "mean_q"), ("float32", per_token))
+            shapes["final_max_q"] = ("float32", per_row)
+    return {name: ArrayEntry(dtype=dtype, shape=shape) for name, (dtype, shape) in shapes.items()}
+
+
+def pack(segment: Segment, info: Info) -> dict[str, NDArray]:
+    """The arrays to store, of a segment that passed `check`."""
+    token = np.uint16 if info.tokenizer.vocab_size <= 2**16 else np.uint32
+    if isinstance(segment, Prompts):
+        return {
+            "ids": segment.ids,
+            "tokens": segment.tokens.values.astype(token),
+            "offsets": segment.tokens.offsets,
+        }
+    if isinstance(segment, Rollouts):
+        arrays = {
+            "prompt_index": segment.prompt_index,
+            "completion_tokens": segment.completions.values.astype(token),
+            "completion_offsets": segment.completions.offsets,
+            "behavior_logprob": segment.behavior_logprob,
+            "finished": segment.finished,
+        }
+        return arrays | ({"forced": segment.forced} if segment.forced.any() else {})
+    return dict(vars(segment))
+
+
+def unpack(info: Info, arrays: Mapping[str, NDArray]) -> Segment:
+    """The segment that `pack` made these arrays of. The arrays are read-only, because loaded segments are shared."""
+    match info.kind:
+        case "prompts":
+            return Prompts(_frozen(arrays["ids"]), _ragged(arrays["tokens"], arrays["offsets"]))
+        case "rollouts":
+            completions = _ragged(arrays["completion_tokens"], arrays["completion_offsets"])
+            forced = arrays["forced"] if "forced" in arrays else np.zeros(len(completions.values), np.bool_)
+            plain = (_frozen(arrays[name]) for name in ("prompt_index", "behavior_logprob", "finished"))
+            prompt_index, behavior_logprob, finished = plain
+            return Rollouts(prompt_index, completions, behavior_logprob, _frozen(forced), finished)
+        case "scores":
+            return Scores(**{name: _frozen(array) for name, array in arrays.items()})
+
+
+def size(segment: Segment) -> tuple[int, int]:
+    """Rows and tokens, as a manifest counts them."""
+    if isinstance(segment, Scores):
+        return len(segment.final_max_q), len(segment.q)
+    ragged = segment.tokens if isinstance(segment, Prompts) else segment.completions
+    return len(ragged), len(ragged.values)
+
+
+def check(segment: Segment, info: Info, parent: Rollouts | None = None) -> None:
+    """Raise CacheError for the first rule the segment breaks, NumericsError where a number is not finite.
+
+    parent: for scores, the rollouts they belong to.
+    """
+    if isinstance(segment, Prompts) and isinstance(info, PromptsInfo):
+        _check_prompts(segment, info)
+    elif isinstance(segment, Rollouts) and isinstance(info, RolloutsInfo):
+        _check_rollouts(segment, info)
+    elif isinstance(segment, Scores) and isinstance(info, ScoresInfo) and parent is not None:
+        _check_scores(segment, info)
+        _check_pair(segment, info, parent)
+    else:
+        raise CacheError(f"{type(segment).__name__} can't be a segment of kind {info.kind}")
+
+
+def _check_prompts(prompts: Prompts, info: PromptsInfo) -> None:
+    _check_tokens("tokens", prompts.tokens, info.tokenizer)
+    _check_array("ids", prompts.ids, np.uint8, (len(prompts), 16))
+
+
+def _check_rollouts(rollouts: Rollouts, info: RolloutsInfo) -> None:
+    _check_tokens("completion_tokens", rollouts.completions, info.tokenizer)
+    rows, tokens = size(rollouts)
+    _check_array("prompt_index", rollouts.prompt_index, np.int64, (rows,))
+    _check_array("behavior_logprob", rollouts.behavior_logprob, np.float32, (tokens,))
+    _check_array("forced", rollouts.forced, np.bool_, (tokens,))
+    _check_array("finished", rollouts.finished, np.bool_, (rows,))
+    outside = (rollouts.prompt_index < info.prompt_start) | (rollouts.prompt_index >= info.prompt_stop)
+    _refuse("prompt_index", outside, f"is outside its prompts, {info.prompt_start} to {info.prompt_stop}")
+    _refuse("behavior_logprob", rollouts.behavior_logprob > TOLERANCE, "is the logarithm of more than 1")
+    empty = rollouts.finished & (rollouts.completions.lengths == 0)
+    _refuse("finished", empty, "is a finished rollout without a token; the last one must be EOS")
+
+
+def _check_scores(scores: Scores, info: ScoresInfo) -> None:
+    rows = info.row_stop - info.row_start
+    for name, entry in layout(info, rows, len(scores.q)).items():
+        _check_array(name, getattr(scores, name), np.float32, entry.shape)
+    slack = TOLERANCE * np.maximum(1, np.abs(scores.max_q))
+    _refuse("q", scores.q > scores.max_q + slack, "is larger than max_q")
+    _refuse("mean_q", scores.mean_q > scores.max_q + slack, "is larger than max_q")
+    _refuse("logsumexp", scores.logsumexp < scores.max_q - slack, "is smaller than max_q")
+    highest = scores.max_q + math.log(info.tokenizer.vocab_size) + slack
+    _refuse("logsumexp", scores.logsumexp > highest, "is larger than max_q + log(vocab_size)")
+
+
+def _check_pair(scores: Scores, info: ScoresInfo, rollouts: Rollouts) -> None:
+    rows = slice(info.row_start, info.row_stop)
+    offsets = rollouts.completions.offsets
+    tokens = offsets[info.row_stop] - offsets[info.row_start]
+    if tokens != len(scores.q):
+        raise CacheError(f"scores of {len(scores.q)} tokens for rollouts that have {tokens}")
+    valued = rollouts.finished[rows] & (scores.final_max_q != 0)
+    _refuse("final_max_q", valued, "is not 0, though the rollout is finished")
+
+
+def _check_tokens(name: str, ragged: Ragged, tokenizer: TokenizerInfo) -> None:
+    values, offsets = ragged.values, ragged.offsets
+    _check_array(f"offsets of {name}", offsets, np.int64, (max(1, len(offsets)),))
+    _check_array(name, values, TOKEN_DTYPE, (len(values),))
+    if offsets[0] != 0 or offsets[-1] != len(values) or (np.diff(offsets) < 0).any():
+        raise CacheError(f"offsets of {name} do not rise from 0 to {len(values)}, the number of tokens")
+    beyond = (values < 0) | (values >= min(tokenizer.vocab_size, MAX_VOCABULARY))
+    _refuse(name, beyond, f"is not a token id of {tokenizer.name}, which has {tokenizer.vocab_size}")
+
+
+def _check_array(name: str, array: NDArray, dtype: type[np.generic], shape: tuple[int, ...]) -> None:
+    if array.dtype != dtype or array.shape != shape:
+        wanted, found = f"{np.dtype(dtype)} {list(shape)}", f"{array.dtype} {list(array.shape)}"
+        raise CacheError(f"{name} is {found}, must be {wanted}")
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
+        place = int(np.flatnonzero(~np.isfinite(array))[0])
+        raise NumericsError(f"{name}[{place}] is {array[place]}: scores and log-probabilities must be finite")
+
+
+def _refuse(name: str, wrong: NDArray[np.bool_], reason: str) -> None:
+    if wrong.any():
+        raise CacheError(f"{name}[{int(np.flatnonzero(wrong)[0])}] {reason}")
+
+
+def _ragged(tokens: NDArray, offsets: NDArray) -> Ragged:
+    return Ragged(_frozen(tokens.astype(TOKEN_DTYPE)), _frozen(offsets))
+
+
+def _frozen(array: NDArray) -> NDArray:
+    array.flags.writeable = False
+    return array

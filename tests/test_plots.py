@@ -1,0 +1,164 @@
+"""Pictures hold the numbers they were given: the drawn artists are read back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pytest
+from matplotlib.image import imread
+
+from ketchup_cache.errors import WriteError
+from ketchup_cache.plots import (
+    Panel,
+    learning_curves_figure,
+    plot_learning_curves,
+    plot_variance_bias,
+    variance_bias_figure,
+)
+
+FAR = {
+    "label": "far",
+    "kl_per_token": 1.25,
+    "by_k": [
+        {"k": 1, "variance": 40.0, "variance_se": 4.0, "bias": 0.0, "bias_se": 0.0},
+        {"k": 2, "variance": 22.0, "variance_se": 2.0, "bias": 5.0, "bias_se": 0.5},
+        {"k": 8, "variance": 11.0, "variance_se": 1.0, "bias": 7.0, "bias_se": 0.75},
+    ],
+}
+NEAR = {
+    "label": "near",
+    "kl_per_token": 0.5,
+    "by_k": [
+        {"k": k, "variance": None, "variance_se": None, "bias": b, "bias_se": None}
+        for k, b in ((1, 0.0), (2, 1.5), (8, 3.0))
+    ],
+}
+
+RUNS = {
+    "K = 1": [
+        {"step": 1, "return": -8.0, "sd": 2.0, "ess": None},
+        {"step": 2, "return": -6.0, "sd": 1.0, "ess": 0.5, "refreshed": True},
+        {"step": 3, "return": -7.0, "sd": 4.0},
+        {"step": 4, "return": -1.0, "sd": 1.0, "ess": 0.75, "refreshed": True},
+    ],
+    "K = 4": [{"step": 10, "return": -3.0, "sd": 1.0, "ess": 1.0}, {"step": 20, "return": -2.0, "sd": 1.0, "ess": 1.0}],
+}
+PANELS = [Panel("return", "mean return", "sd"), Panel("ess", "effective sample size")]
+
+
+def drawn(axes, label: str) -> tuple[list[float], list[float], list[list[float]]]:
+    """x, y and the vertical bars' ends of one labelled errorbar."""
+    (container,) = [c for c in axes.containers if c.get_label().startswith(label)]
+    line, _, (bars,) = container
+    return list(line.get_xdata()), list(line.get_ydata()), [list(s[:, 1]) for s in bars.get_segments()]
+
+
+def lines(axes, x: list[float]) -> list[list[float]]:
+    """y of every line with these x."""
+    return [list(line.get_ydata()) for line in axes.lines if list(line.get_xdata()) == x]
+
+
+def test_variance_and_bias_are_drawn_with_their_bars():
+    variance, bias = variance_bias_figure({"policies": [FAR, NEAR]}).axes
+    assert drawn(variance, "far") == ([1, 2, 8], [40, 22, 11], [[36, 44], [20, 24], [10, 12]])
+    assert drawn(bias, "far") == ([1, 2, 8], [0, 5, 7], [[0, 0], [4.5, 5.5], [6.25, 7.75]])
+    assert drawn(bias, "near") == ([1, 2, 8], [0, 1.5, 3], [[0, 0], [1.5, 1.5], [3, 3]])
+
+
+def test_an_unknown_variance_is_left_out_not_drawn_as_zero():
+    variance, _ = variance_bias_figure({"policies": [FAR, NEAR]}).axes
+    assert [c.get_label()[:3] for c in variance.containers] == ["far"]
+    variance, _ = variance_bias_figure({"policies": [NEAR]}).axes
+    assert [text.get_text() for text in variance.texts] == ["needs 2 rollouts per prompt"]
+
+
+def test_policies_are_named_with_their_kl_from_near_to_far_and_look_different():
+    figure = variance_bias_figure({"policies": [FAR, NEAR]})
+    (legend,) = figure.legends
+    assert [t.get_text() for t in legend.get_texts()] == [
+        "near   (KL 0.5 nats per token)",
+        "far   (KL 1.25 nats per token)",
+    ]
+    near, far = (container[0] for container in figure.axes[1].containers)
+    assert near.get_marker() != far.get_marker()
+    assert near.get_linestyle() != far.get_linestyle()
+    grey = [np.dot(line.get_color()[:3], [0.299, 0.587, 0.114]) for line in (near, far)]
+    assert grey[1] - grey[0] > 0.3  # readable without colour
+
+
+def test_k_axis_is_logarithmic_with_the_given_ks_as_ticks():
+    figure = variance_bias_figure({"policies": [FAR]})
+    figure.canvas.draw()
+    for axes in figure.axes:
+        assert axes.get_xscale() == "log"
+        assert [t.get_text() for t in axes.get_xticklabels()] == ["1", "2", "8"]
+        assert axes.get_ylim()[0] == 0
+
+
+def test_learning_curves_draw_the_values_themselves_without_a_window():
+    returns, ess = learning_curves_figure(RUNS, PANELS).axes
+    mean, low, high = lines(returns, [1, 2, 3, 4])
+    assert mean == [-8, -6, -7, -1]
+    assert low == [-10, -7, -11, -2]
+    assert high == [-6, -5, -3, 0]
+    assert lines(ess, [2, 4]) == [[0.5, 0.75]]  # steps without a value are left out
+    assert lines(ess, [10, 20]) == [[1, 1]]
+
+
+def test_learning_curves_with_a_window_show_the_mean_of_the_last_steps_and_the_values():
+    raw, mean, low, high = lines(learning_curves_figure(RUNS, PANELS[:1], window=3).axes[0], [1, 2, 3, 4])
+    assert raw == [-8, -6, -7, -1]
+    assert mean == pytest.approx([-8, -7, -7, -14 / 3])
+    half = np.array([2, 3 / 2, 7 / 3, 2])  # of the band, averaged likewise
+    assert low == pytest.approx(list(np.array(mean) - half))
+    assert high == pytest.approx(list(np.array(mean) + half))
+
+
+def test_learning_curves_mark_where_rollouts_were_refreshed():
+    figure = learning_curves_figure(RUNS, PANELS)
+    for axes in figure.axes:
+        ticks = [[segment[0, 0] for segment in c.get_segments()] for c in axes.collections if hasattr(c, "get_segments")]
+        assert ticks == [[2, 4], []]
+    assert figure.legends[0].get_title().get_text() == "ticks: rollouts sampled anew"
+    assert [t.get_text() for t in figure.legends[0].get_texts()] == ["K = 1", "K = 4"]
+
+
+def test_files_are_png_of_150_dpi_and_no_global_state_is_left(tmp_path: Path):
+    backend = matplotlib.get_backend() if "matplotlib.pyplot" in __import__("sys").modules else None
+    plot_variance_bias({"policies": [FAR]}, tmp_path / "new" / "analysis.png")
+    plot_learning_curves(RUNS, PANELS, tmp_path / "curves.png", window=2, title="A run")
+    for path, width in ((tmp_path / "new" / "analysis.png", 9 * 150), (tmp_path / "curves.png", 8 * 150)):
+        assert path.read_bytes().startswith(b"\x89PNG")
+        picture = imread(path)
+        assert picture.shape[1] == width
+        assert 0.7 < picture[..., :3].mean() < 0.999  # mostly white, not blank
+    assert [p.name for p in tmp_path.rglob("*") if p.is_file()] == ["curves.png", "analysis.png"]
+    if backend is not None:
+        assert matplotlib.get_backend() == backend
+
+
+def test_nothing_overlaps(tmp_path: Path):
+    long = dict(FAR, label="runs/" + "a-long-folder-name/" * 6 + "student, step 1000", kl_per_token=3.0)
+    for figure in (
+        variance_bias_figure({"policies": [FAR, NEAR, long]}),
+        variance_bias_figure({"policies": [dict(long, kl_per_token=i / 7) for i in range(12)]}),
+        learning_curves_figure(RUNS, PANELS, window=2, title="A run"),
+    ):
+        figure.canvas.draw()
+        renderer = figure.canvas.get_renderer()
+        boxes = [axes.get_tightbbox(renderer) for axes in figure.axes]
+        boxes += [legend.get_window_extent(renderer) for legend in figure.legends]
+        for i, one in enumerate(boxes):
+            assert one.x0 >= 0
+            assert one.x1 <= figure.bbox.x1
+            assert one.y0 >= 0
+            assert not any(one.overlaps(other) for other in boxes[i + 1 :])
+
+
+def test_a_place_that_can_not_be_written_is_one_line(tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(WriteError, match=r"x\.png: can't be written") as caught:
+        plot_variance_bias({"policies": [FAR]}, tmp_path / "file" / "x.png")
+    assert "\n" not in str(caught.value)
