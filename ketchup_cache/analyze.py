@@ -76,8 +76,8 @@ class PolicyAnalysis:
     def __str__(self) -> str:
         head = [
             self.label,
-            f"  sampling {self.sampling}; {self.prompts:,} prompts, {self.rollouts:,} rollouts ({self.dropped:,} dropped)",
-            f"  finished {self.finished:.1%}, mean length {self.length_mean:.1f} tokens",
+            f"  {self.prompts:,} prompts, {self.rollouts:,} rollouts ({self.dropped:,} dropped)",
+            f"  sampling {self.sampling}, finished {self.finished:.1%}, mean length {self.length_mean:.1f} tokens",
             f"  return G_1 {_number(self.return_mean)} ± {_number(self.return_sd)} (s.d.), "
             f"KL to the teacher {_number(self.kl_per_token)} nats per token"
             + ("" if self.sampling == "plain" else " (of the sampling distribution)"),
@@ -93,6 +93,10 @@ class PolicyAnalysis:
             notes.append("  no rollout in use: all were cut at the length limit; see --unfinished")
         elif not self.prompts_with_variance:
             notes.append("  no variance: it needs 2 rollouts of a prompt; sample with --samples 2 or more")
+        if self.repeated:
+            notes.append(
+                f"  {self.repeated:,} more rollouts are copies (sampled twice with one seed) and were left out"
+            )
         return "\n".join(head + rows + notes)
 
 

@@ -209,5 +209,5 @@ def _train_step(
         if not torch.isfinite(loss):
             raise NumericsError(f"step {step}: the loss is {float(loss)}; the weights were not changed. Lower --lr")
         loss.backward()
-        loss_sum += float(loss)
+        loss_sum += float(loss.detach())
     return loss_sum, optimizer.step(step)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import fields
 
 import numpy as np
 import torch
@@ -61,78 +60,84 @@ class Teacher:
         rollouts: Rollouts,
         *,
         batch_tokens: int,
+        rows: NDArray[np.int64] | None = None,
         on_batch: Callable[[int], None] | None = None,
     ) -> Scores:
-        """Scores of every completion token, in the order of `rollouts`.
+        """Scores of every completion token, in the order of the rows.
 
-        prompts: the token ids that `rollouts.prompt_index` points into. batch_tokens: largest padded batch, in tokens;
-        results do not depend on it, and running out of GPU memory halves it. on_batch: called with the number of
-        completion tokens after each batch.
+        prompts: the token ids that `rollouts.prompt_index` points into. rows: the rows of `rollouts` to score; None
+        for all. batch_tokens: largest padded batch, in tokens; results do not depend on it, and running out of GPU
+        memory halves it. on_batch: called with the number of completion tokens after each batch.
 
         Raises MismatchError for token ids that the teacher does not have, NumericsError for NaN or infinite logits,
         and ModelError where not even a single row fits into memory.
         """
-        self._check_ids(prompts, rollouts)
-        completions = rollouts.completions
-        scores = Scores.empty(len(completions.values), len(rollouts))
-        places = completions.with_values(np.arange(len(completions.values)))
-        prompt_lengths = prompts.lengths[rollouts.prompt_index]
+        names = np.arange(len(rollouts)) if rows is None else rows
+        completions, prompt_index = rollouts.completions.take(names), rollouts.prompt_index[names]
+        self._check_ids("completion of rollout", completions, names)
+        used = np.unique(prompt_index)
+        self._check_ids("prompt", prompts.take(used), used)
 
-        def batches(rows: NDArray[np.int64]) -> list[NDArray[np.int64]]:
-            """In reverse order, to pop from; the longest rows come first, so that memory runs out early or never."""
+        prompt_lengths, lengths = prompts.lengths[prompt_index], completions.lengths
+        tokens = completions.with_values(np.arange(len(completions.values)))
+        scores = Scores.empty(len(tokens.values), len(names))
+
+        def split(places: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+            """To pop from the end: the longest prompts come first, so memory runs out early or not at all."""
+            same_prompt = prompt_index[places]
             parts = token_budget_batches(
-                prompt_lengths[rows], completions.lengths[rows], batch_tokens, prompt_index=rollouts.prompt_index[rows]
+                prompt_lengths[places], lengths[places], batch_tokens, prompt_index=same_prompt
             )
-            return [rows[part] for part in parts]
+            return [places[part] for part in parts]
 
-        waiting = batches(np.arange(len(rollouts)))
+        waiting = split(np.arange(len(names)))
         while waiting:
-            rows = waiting.pop()
+            places = waiting.pop()
+            batch = Batch.of_rows(prompts, prompt_index, completions, places)
             try:
-                part = self._score_batch(prompts, rollouts, rows)
+                part = self._score_batch(batch, rollouts.finished[names[places]], names[places])
             except torch.OutOfMemoryError:
-                if len(rows) == 1:
-                    length = prompt_lengths[rows[0]] + completions.lengths[rows[0]]
+                if len(places) == 1:
                     raise ModelError(
-                        f"rollout row {rows[0]} ({length:,} tokens) does not fit into GPU memory on its own: "
-                        "use --dtype bfloat16, a larger GPU or --device-map auto"
+                        f"rollout row {names[places[0]]} ({prompt_lengths[places[0]]:,} prompt and "
+                        f"{lengths[places[0]]:,} completion tokens) does not fit into GPU memory on its own: "
+                        "use --dtype bfloat16 or --device-map auto"
                     ) from None
                 torch.cuda.empty_cache()
-                batch_tokens //= 2
-                waiting = batches(np.sort(np.concatenate([*waiting, rows])))
+                batch_tokens = max(batch_tokens // 2, 1)
+                waiting = split(np.sort(np.concatenate([*waiting, places])))
                 continue
-            own = places.take(rows).values
-            for field in fields(Scores):
-                where = rows if field.name == "final_max_q" else own
-                getattr(scores, field.name)[where] = getattr(part, field.name)
+            where = tokens.take(places).values
+            for name in ("q", "max_q", "logsumexp", "mean_q"):
+                getattr(scores, name)[where] = getattr(part, name)
+            scores.final_max_q[places] = part.final_max_q
             if on_batch:
-                on_batch(len(own))
+                on_batch(len(where))
         return scores
 
-    def _score_batch(self, prompts: Ragged, rollouts: Rollouts, rows: NDArray[np.int64]) -> Scores:
-        batch = Batch.of_rows(prompts, rollouts.prompt_index, rollouts.completions, rows)
-        unfinished = ~rollouts.finished[rows]
-        states, next_states = completion_states(self._model, batch, next_state=unfinished)
-        targets = torch.tensor(batch.completions.values, dtype=torch.long, device=states.device)
-        per_token = [values.cpu().numpy() for values in self._head.reduce(states, targets)]
-        final_max_q = np.zeros(len(rows), np.float32)
-        _, next_max_q, _, _ = self._head.reduce(next_states, targets.new_zeros(len(next_states)))
-        final_max_q[unfinished] = next_max_q.cpu().numpy()
+    def _score_batch(self, batch: Batch, finished: NDArray[np.bool_], names: NDArray[np.int64]) -> Scores:
+        states, next_states = completion_states(self._model, batch, next_state=~finished)
+        targets = torch.tensor(batch.completions.values, dtype=torch.long, device=self._head.device)
+        q, max_q, logsumexp, mean_q = (values.cpu().numpy() for values in self._head.reduce(states, targets))
+        _, next_max_q, next_logsumexp, _ = self._head.reduce(next_states, targets.new_zeros(len(next_states)))
+        final_max_q = np.zeros(len(names), np.float32)
+        final_max_q[~finished] = next_max_q.cpu().numpy()
 
-        finite = np.logical_and.reduce([np.isfinite(values) for values in per_token])
-        row_of_token = np.repeat(rows, batch.completions.lengths)
-        if (bad := np.append(row_of_token[~finite], rows[~np.isfinite(final_max_q)])).size:
-            hint = "" if self.info.dtype == "float32" else "; use --dtype float32"
-            raise NumericsError(f"rollout row {bad[0]}: teacher {self.info.name} gives NaN or infinite logits{hint}")
-        q, max_q, logsumexp, mean_q = per_token
+        finite = np.isfinite(q) & np.isfinite(max_q) & np.isfinite(logsumexp) & np.isfinite(mean_q)
+        finite_next = np.isfinite(next_logsumexp.cpu().numpy())
+        bad = np.append(np.repeat(names, batch.completions.lengths)[~finite], names[~finished][~finite_next])
+        if len(bad):
+            hint = "its weights are damaged" if self.info.dtype == "float32" else "try --dtype float32"
+            raise NumericsError(
+                f"rollout row {bad.min()}: teacher {self.info.name} gives NaN or infinite logits; {hint}"
+            )
         return Scores(q, max_q, logsumexp, mean_q, final_max_q)
 
-    def _check_ids(self, prompts: Ragged, rollouts: Rollouts) -> None:
+    def _check_ids(self, what: str, tokens: Ragged, names: NDArray[np.int64]) -> None:
         vocab_size = self.tokenizer.vocab_size
-        for what, tokens in (("prompt", prompts), ("rollout", rollouts.completions)):
-            if (bad := np.flatnonzero((tokens.values < 0) | (tokens.values >= vocab_size))).size:
-                row = np.searchsorted(tokens.offsets, bad[0], side="right") - 1
-                raise MismatchError(
-                    f"{what} row {row} holds token id {tokens.values[bad[0]]}, but teacher {self.info.name} "
-                    f"has {vocab_size:,} tokens: it was written with another tokenizer"
-                )
+        if (bad := np.flatnonzero((tokens.values < 0) | (tokens.values >= vocab_size))).size:
+            row = names[np.searchsorted(tokens.offsets, bad[0], side="right") - 1]
+            raise MismatchError(
+                f"{what} row {row} holds token id {tokens.values[bad[0]]}, but teacher {self.info.name} has "
+                f"{vocab_size:,} tokens: it was written with another tokenizer"
+            )

@@ -119,7 +119,9 @@ def test_learning_curves_with_a_window_show_the_mean_of_the_last_steps_and_the_v
 def test_learning_curves_mark_where_rollouts_were_refreshed():
     figure = learning_curves_figure(RUNS, PANELS)
     for axes in figure.axes:
-        ticks = [[segment[0, 0] for segment in c.get_segments()] for c in axes.collections if hasattr(c, "get_segments")]
+        ticks = [
+            [segment[0, 0] for segment in c.get_segments()] for c in axes.collections if hasattr(c, "get_segments")
+        ]
         assert ticks == [[2, 4], []]
     assert figure.legends[0].get_title().get_text() == "ticks: rollouts sampled anew"
     assert [t.get_text() for t in figure.legends[0].get_texts()] == ["K = 1", "K = 4"]

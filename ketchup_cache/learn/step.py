@@ -100,7 +100,7 @@ def train_step(
         if not torch.isfinite(loss):
             raise NumericsError(f"step {step}: the loss is {float(loss)}; the weights were not changed. Lower --lr")
         loss.backward()
-        loss_sum += float(loss)
+        loss_sum += float(loss.detach())
     norm = optimizer.step(step) if total else 0.0
     return StepMetrics.of(step, batch, signal, staleness, loss=loss_sum, grad_norm=norm, lr=optimizer.lr(step))
 

@@ -70,6 +70,11 @@ class Head:
         largest = logits.float().abs().max().item()
         return torch.allclose(self.logits(states), logits.float(), rtol=tolerance, atol=tolerance * largest)
 
+    @property
+    def device(self) -> torch.device:
+        """Where logits come out; targets belong there too."""
+        return self._projection.weight.device
+
     def logits(self, states: Tensor) -> Tensor:
         """States [n, D] of any float dtype → logits [n, V] in float32."""
         weight = self._projection.weight[: self.vocab_size].float()

@@ -32,9 +32,9 @@ def publish(root: Path, segment_id: str, files: Mapping[str, bytes], manifest: b
         _write_tree(data, files)
         _write_file(stage / "manifest.json", manifest)
         # all space is taken by now: what is left are renames
-        if not _holds(target, files):
-            if target.exists():  # left by a crash, then damaged
-                os.rename(target, stage / "damaged")
+        if target.exists() and not _holds(target, files):  # left by a crash between the renames, then damaged
+            os.rename(target, stage / "damaged")
+        if not target.exists():
             os.rename(data, target)
         _sync_folder(target.parent)
         os.rename(stage / "manifest.json", root / "manifests" / f"{segment_id}.json")
@@ -148,7 +148,7 @@ def _sync_folder(path: Path) -> None:
 
 
 def _holds(folder: Path, files: Mapping[str, bytes]) -> bool:
-    """Whether a folder, left by a crash between the two renames, has exactly these bytes."""
+    """Whether a folder has exactly these bytes."""
     try:
         return all(read_file(folder / name, len(data)) == data for name, data in files.items())
     except CacheError:

@@ -1,0 +1,41 @@
+# `make demo` and `make test` need nothing but Python 3.11 or newer: they make .venv and install into it.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+WORKERS ?= 2
+OUT ?= demo-run
+
+.PHONY: demo test lint format bench schemas clean
+
+demo: .venv/.installed
+	$(BIN)/ketchup-cache demo --out $(OUT)
+
+test: .venv/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/pytest -n $(WORKERS)
+
+lint: .venv/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: .venv/.installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: .venv/.installed
+	$(BIN)/python benchmarks/returns.py
+	$(BIN)/python benchmarks/store.py
+	$(BIN)/python benchmarks/scoring.py
+
+schemas: .venv/.installed
+	$(BIN)/python -m ketchup_cache.schemas.generate
+
+.venv/.installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf .venv demo-run build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

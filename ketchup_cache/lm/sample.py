@@ -1,0 +1,201 @@
+"""Completions sampled from a policy, each token with its log-probability under the distribution it was drawn from.
+
+transformers' `generate` does the decoding: every prompt is encoded once, keys and values are kept. The distribution is
+ours alone: a checkpoint's own generation defaults (temperature, repetition penalty, beams, minimum length) would
+silently make another policy of it, so they are set aside, and only the end-of-sequence and decoder start ids are taken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from ketchup_cache.errors import ConfigError, ModelError, NumericsError
+from ketchup_cache.lm.forward import decoder_start
+from ketchup_cache.lm.load import input_device
+from ketchup_cache.store.manifest import Sampling
+from ketchup_cache.types import TOKEN_DTYPE, Ragged, Rollouts
+
+
+def sample_completions(
+    model: PreTrainedModel,
+    vocab_size: int,
+    prompts: Ragged,
+    sampling: Sampling,
+    *,
+    first_prompt: int,
+    batch: int,
+    on_batch: Callable[[int], None] | None = None,
+) -> Rollouts:
+    """`sampling.samples` completions of every prompt: consecutive rows, in the order of the prompts.
+
+    vocab_size: the tokenizer's; ids beyond it (padding rows of the head) are never drawn.
+    first_prompt: absolute place of the first of the prompts, so that the seed of a batch does not depend on which call
+    it is part of. batch: completions generated at once. The same weights, prompts, `sampling`, `first_prompt` and
+    `batch` give the same rollouts, whatever was sampled before; torch's global random state is left as it was.
+    on_batch: called with the number of new completions after each batch.
+
+    `prompt_index` of the result counts from the first of the given prompts. Greedy choices have log-probability 0.
+
+    Raises ConfigError for several greedy samples, ModelError for a model without an end-of-sequence token,
+    NumericsError for NaN or infinite logits.
+    """
+    if sampling.greedy and sampling.samples > 1:
+        raise ConfigError([f"--greedy gives the same completion {sampling.samples} times: set --samples 1"])
+    eos = eos_ids(model)
+    completions: list[NDArray] = []
+    logprobs: list[NDArray] = []
+    finished: list[bool] = []
+    with _only_our_settings(model, eos):
+        for start, stop, first_sample, samples in _batches(len(prompts), sampling.samples, batch):
+            with _seeded([sampling.seed, first_prompt + start, first_sample]):
+                tokens, logprob = _generate(model, vocab_size, prompts.slice(start, stop), samples, sampling)
+            # only EOS ends a completion: the padding behind it may be an id that the policy also chooses
+            is_eos = np.isin(tokens, eos)
+            ended = np.asarray(is_eos.any(axis=1))
+            lengths = np.where(ended, is_eos.argmax(axis=1) + 1, tokens.shape[1])
+            completions += [row[:length] for row, length in zip(tokens, lengths, strict=True)]
+            logprobs += [row[:length] for row, length in zip(logprob, lengths, strict=True)]
+            finished += ended.tolist()
+            if on_batch is not None:
+                on_batch(len(tokens))
+    ragged = Ragged.from_rows(completions, TOKEN_DTYPE)
+    return Rollouts(
+        prompt_index=np.repeat(np.arange(len(prompts)), sampling.samples),
+        completions=ragged,
+        behavior_logprob=Ragged.from_rows(logprobs, np.float32).values,
+        forced=np.zeros(len(ragged.values), np.bool_),
+        finished=np.array(finished, np.bool_),
+    )
+
+
+def eos_ids(model: PreTrainedModel) -> list[int]:
+    """Ids that end a completion; some models have several. Raises ModelError where there is none."""
+    for config in (model.generation_config, model.config):
+        eos = getattr(config, "eos_token_id", None)
+        if eos is not None:
+            return list(eos) if isinstance(eos, (list, tuple)) else [eos]
+    raise ModelError(f"{model.name_or_path or type(model).__name__}: its config has no eos_token_id")
+
+
+def _batches(prompts: int, samples: int, batch: int) -> Iterator[tuple[int, int, int, int]]:
+    """(first prompt, stop, first sample, samples of each) of every batch. A batch holds whole prompts, with all their
+    samples; where even those of one prompt are too many, a part of them."""
+    at_once = max(1, batch // samples)
+    for start in range(0, prompts, at_once):
+        for first_sample in range(0, samples, batch):
+            yield start, min(start + at_once, prompts), first_sample, min(batch, samples - first_sample)
+
+
+def _generate(
+    model: PreTrainedModel, vocab_size: int, prompts: Ragged, samples: int, sampling: Sampling
+) -> tuple[NDArray, NDArray]:
+    """Tokens [B, T] int64 and their log-probabilities [B, T] float32; after the first EOS of a row anything."""
+    device = input_device(model)
+    mask = np.arange(prompts.lengths.max()) < prompts.lengths[:, None]
+    recorder = _Recorder()
+    processors: list[LogitsProcessor] = [_RealVocabulary(vocab_size)]
+    if not sampling.greedy:
+        # in the order of transformers' own: top-p is a share of the tempered, top-k distribution
+        if sampling.temperature != 1:
+            processors.append(TemperatureLogitsWarper(sampling.temperature))
+        if sampling.top_k:
+            processors.append(TopKLogitsWarper(sampling.top_k))
+        if sampling.top_p < 1:
+            processors.append(TopPLogitsWarper(sampling.top_p))
+        processors.append(recorder)
+    settings = GenerationConfig(
+        do_sample=not sampling.greedy,
+        top_k=None if sampling.greedy else 0,  # transformers' default is 50
+        num_return_sequences=samples,
+        max_new_tokens=sampling.max_new_tokens,
+    )
+    sequences = model.generate(
+        input_ids=torch.from_numpy(prompts.padded().astype(np.int64)).to(device),
+        attention_mask=torch.from_numpy(mask.astype(np.int64)).to(device),
+        generation_config=settings,
+        logits_processor=LogitsProcessorList(processors),
+    )
+    tokens = sequences[:, 1:]  # without the decoder start
+    logprob = torch.zeros(tokens.shape) if sampling.greedy else recorder.logprob(tokens)
+    return tokens.cpu().numpy(), logprob.cpu().numpy()
+
+
+class _RealVocabulary(LogitsProcessor):
+    """Takes away the ids that the tokenizer does not have, and refuses logits that are not numbers."""
+
+    def __init__(self, vocab_size: int) -> None:
+        self._vocab_size = vocab_size
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        scores[:, self._vocab_size :] = -torch.inf
+        if not torch.isfinite(scores[:, : self._vocab_size]).all():
+            raise NumericsError(
+                f"the policy's logits of token {input_ids.shape[1]} hold a NaN or infinity: check its weights"
+            )
+        return scores
+
+
+class _Recorder(LogitsProcessor):
+    """Last in the list: sees the distribution that the next token is drawn from, and in the next call that token.
+
+    Holds the scores of one step at a time, [B, V].
+    """
+
+    def __init__(self) -> None:
+        self._scores: Tensor | None = None
+        self._steps: list[Tensor] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self._record(input_ids[:, -1:])
+        self._scores = scores
+        return scores
+
+    def _record(self, chosen: Tensor) -> None:
+        if self._scores is not None:
+            self._steps.append(self._scores.log_softmax(dim=-1).gather(1, chosen))
+
+    def logprob(self, tokens: Tensor) -> Tensor:
+        """[B, T] float32, of all T tokens that were generated."""
+        if len(self._steps) < tokens.shape[1]:  # on some devices `generate` takes one step too many and undoes it
+            self._record(tokens[:, -1:])
+        return torch.cat(self._steps, dim=1)
+
+
+@contextmanager
+def _only_our_settings(model: PreTrainedModel, eos: list[int]) -> Iterator[None]:
+    """No dropout, and only the special ids of the checkpoint's generation config: `generate` takes whatever is not
+    set in the config that it is given from the model's own."""
+    own, was_training = model.generation_config, model.training
+    model.generation_config = GenerationConfig(
+        decoder_start_token_id=decoder_start(model), eos_token_id=eos, pad_token_id=eos[0]
+    )
+    model.eval()
+    try:
+        yield
+    finally:
+        model.generation_config = own
+        model.train(was_training)
+
+
+@contextmanager
+def _seeded(place: list[int]) -> Iterator[None]:
+    """torch's global generators, which `generate` draws from, seeded from a list of numbers; then as they were."""
+    kind = "mps" if torch.backends.mps.is_available() else "cuda"
+    with torch.random.fork_rng(range(torch.get_device_module(kind).device_count()), device_type=kind):
+        torch.manual_seed(int(np.random.SeedSequence(place).generate_state(1, np.uint64)[0]))
+        yield

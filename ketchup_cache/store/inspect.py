@@ -1,0 +1,272 @@
+"""What a cache holds (`ketchup-cache info`), and whether every byte of it is right (`ketchup-cache verify`)."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ketchup_cache.errors import KetchupError
+from ketchup_cache.store import coverage, reading
+from ketchup_cache.store.cache import Cache
+from ketchup_cache.store.manifest import Manifest, RolloutsInfo, ScoresInfo
+
+_KINDS = ("prompts", "rollouts", "scores")
+
+
+@dataclass(frozen=True)
+class PolicyUse:
+    """A policy and how many rollouts it has."""
+
+    name: str
+    fingerprint: str
+    step: int | None
+    rollouts: int
+
+
+@dataclass(frozen=True)
+class TeacherUse:
+    """A teacher and how many rollouts it has scored, each counted once, and not yet scored."""
+
+    name: str
+    fingerprint: str
+    dtype: str
+    scored: int
+    unscored: int
+
+
+@dataclass(frozen=True)
+class CacheInfo:
+    """Counts are over the whole cache. `str()` gives what `ketchup-cache info` prints."""
+
+    path: str
+    segments: dict[str, int]
+    """By kind."""
+    prompts: int
+    prompt_tokens: int
+    rollouts: int
+    finished: int
+    """Rollouts that ended in EOS before the length limit."""
+    completion_tokens: int
+    bytes: int
+    """Of all manifests and the files they name."""
+    policies: tuple[PolicyUse, ...]
+    teachers: tuple[TeacherUse, ...]
+    tokenizers: tuple[dict[str, Any], ...]
+    data: tuple[dict[str, Any], ...]
+    sampling: tuple[dict[str, Any], ...]
+    """Every different setting that rollouts were drawn with."""
+    tools: tuple[str, ...]
+    """Programs that wrote segments."""
+    created: tuple[str, str] | None
+    """First and last commit, UTC; None for an empty cache."""
+
+    @property
+    def bytes_per_completion_token(self) -> float | None:
+        return self.bytes / self.completion_tokens if self.completion_tokens else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        return asdict(self) | {"bytes_per_completion_token": self.bytes_per_completion_token}
+
+    def __str__(self) -> str:
+        per_token = self.bytes_per_completion_token
+        lines = [
+            ("cache", self.path),
+            ("segments", ", ".join(f"{count:,} {kind}" for kind, count in self.segments.items())),
+            ("prompts", f"{self.prompts:,} ({self.prompt_tokens:,} tokens)"),
+            (
+                "rollouts",
+                f"{self.rollouts:,} ({self.completion_tokens:,} tokens){_share(self.finished, self.rollouts)}",
+            ),
+            ("size", _size(self.bytes) + (f" ({per_token:.1f} bytes per completion token)" if per_token else "")),
+            *(("data", f"{d['name']} ({d['fingerprint'][:12]}), template {d['template']!r}") for d in self.data),
+            *(
+                ("tokenizer", f"{t['name']} ({t['fingerprint'][:12]}), {t['vocab_size']:,} tokens")
+                for t in self.tokenizers
+            ),
+            *(("sampling", ", ".join(f"{key} {value}" for key, value in s.items())) for s in self.sampling),
+            *(
+                ("policy", f"{p.name} ({p.fingerprint[:12]}){_step(p.step)}: {p.rollouts:,} rollouts")
+                for p in self.policies
+            ),
+            *(
+                ("teacher", f"{t.name} ({t.fingerprint[:12]}, {t.dtype}): {t.scored:,} scored, {t.unscored:,} not yet")
+                for t in self.teachers
+            ),
+            *(("written by", tool) for tool in self.tools),
+            *([("created", f"{self.created[0]} to {self.created[1]}")] if self.created else []),
+        ]
+        # names come from manifests, which others may have written: no control characters to the terminal
+        return "\n".join(f"{label:<11} {_printable(text)}" for label, text in lines)
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """`problems`: one line each. Leftovers are harmless: readers never look at them."""
+
+    path: str
+    segments: int
+    bytes: int
+    """That were read and found right."""
+    problems: tuple[str, ...]
+    unfinished: int
+    """Entries in tmp/: work in progress, or left by a crash."""
+    orphans: int
+    """Folders in segments/ without a manifest: a commit in progress, or left by a crash."""
+    strays: int
+    """Files in the folders of segments that no manifest names."""
+
+    @property
+    def ok(self) -> bool:
+        return not self.problems
+
+    def __str__(self) -> str:
+        verdict = "all right" if self.ok else f"{len(self.problems):,} problem{'s' * (len(self.problems) != 1)}"
+        lines = [f"{self.path}: {verdict}; {self.segments:,} segments, {_size(self.bytes)} checked", *self.problems]
+        leftovers = (
+            (self.unfinished, "unfinished in tmp/"),
+            (self.orphans, "without a manifest in segments/"),
+            (self.strays, "files that belong to no segment"),
+        )
+        if any(count for count, _ in leftovers):
+            found = ", ".join(f"{count:,} {what}" for count, what in leftovers if count)
+            lines.append(f"harmless leftovers, which may be deleted while nothing writes: {found}")
+        return "\n".join(_printable(line) for line in lines)
+
+
+def describe(cache: Cache) -> CacheInfo:
+    """Sum up a cache from its manifests and the `finished` arrays.
+
+    Raises CorruptError where these are damaged, CacheError where a parent is missing.
+    """
+    manifests = dict(cache.manifests())
+    of_kind = {kind: [m for m in manifests.values() if m.kind == kind] for kind in _KINDS}
+    rollouts = [m.info for m in of_kind["rollouts"] if isinstance(m.info, RolloutsInfo)]
+    created = [manifest.created for manifest in manifests.values()]
+    drawn = Counter[str]()
+    for manifest in of_kind["rollouts"]:
+        if isinstance(manifest.info, RolloutsInfo):
+            drawn[manifest.info.policy.fingerprint] += manifest.rows
+    total = sum(drawn.values())
+    scored = Counter[str]()
+    for ref in coverage.scored(manifests):
+        scored[ref.teacher.fingerprint] += ref.rows
+    return CacheInfo(
+        path=str(cache.path),
+        segments={kind: len(found) for kind, found in of_kind.items()},
+        prompts=sum(m.rows for m in of_kind["prompts"]),
+        prompt_tokens=sum(m.tokens for m in of_kind["prompts"]),
+        rollouts=total,
+        finished=sum(
+            int(reading.read_arrays(cache.path, segment_id, m, {"finished"})["finished"].sum())
+            for segment_id, m in manifests.items()
+            if m.kind == "rollouts"
+        ),
+        completion_tokens=sum(m.tokens for m in of_kind["rollouts"]),
+        bytes=sum(len(m.to_bytes()) + _data_bytes(m) for m in manifests.values()),
+        policies=tuple(
+            PolicyUse(p.name, p.fingerprint, p.step, drawn[p.fingerprint])
+            for p in coverage.distinct(info.policy for info in rollouts)
+        ),
+        teachers=tuple(
+            TeacherUse(t.name, t.fingerprint, t.dtype, scored[t.fingerprint], total - scored[t.fingerprint])
+            for t in cache.teachers()
+        ),
+        tokenizers=_different(m.info.tokenizer.model_dump() for m in manifests.values()),
+        data=_different(m.info.data.model_dump() for m in of_kind["prompts"] if m.info.kind == "prompts"),
+        sampling=_different(info.sampling.model_dump() for info in rollouts),
+        tools=tuple(sorted({manifest.tool for manifest in manifests.values()})),
+        created=(min(created), max(created)) if created else None,
+    )
+
+
+def verify(cache: Cache) -> VerifyReport:
+    """Read, hash and decode every byte again and check every rule of the format. Collects all problems."""
+    fresh = Cache(cache.path)
+    manifests: dict[str, Manifest] = {}
+    problems: dict[str, None] = {}  # an ordered set: a damaged parent is found by each of its children too
+    for segment_id in sorted(reading.segment_ids(cache.path)):
+        try:
+            manifests[segment_id] = fresh.manifest(segment_id)
+        except KetchupError as error:
+            problems[str(error)] = None
+    right = 0
+    for segment_id in sorted(manifests, key=lambda segment_id: _family(segment_id, manifests[segment_id])):
+        found = _problems(fresh, segment_id, manifests[segment_id])
+        problems |= dict.fromkeys(found)
+        right += 0 if found else _data_bytes(manifests[segment_id])
+    folders = {segment_id: cache.path / "segments" / segment_id for segment_id in manifests}
+    known = set(reading.segment_ids(cache.path))
+    return VerifyReport(
+        path=str(cache.path),
+        segments=len(manifests),
+        bytes=right,
+        problems=tuple(problems),
+        unfinished=len(_names(cache.path / "tmp")),
+        orphans=sum(name not in known for name in _names(cache.path / "segments")),
+        strays=sum(len(_files(folder) - manifests[i].files.keys()) for i, folder in folders.items()),
+    )
+
+
+def _problems(cache: Cache, segment_id: str, manifest: Manifest) -> list[str]:
+    load = {"prompts": cache.load_prompts, "rollouts": cache.load_rollouts, "scores": cache.load_scores}[manifest.kind]
+    try:
+        load(segment_id)
+    except KetchupError as error:
+        found = [str(error)]
+    else:
+        return []
+    # the load stopped at the first problem, maybe of the parent: look at each array for more
+    for name in manifest.arrays:
+        try:
+            reading.read_arrays(cache.path, segment_id, manifest, {name})
+        except KetchupError as error:
+            found.append(str(error))
+    return found
+
+
+def _family(segment_id: str, manifest: Manifest) -> tuple[int, str, str]:
+    """Sort key that puts the children of one parent side by side, so that it is decoded once."""
+    info = manifest.info
+    parent = coverage.parent_id(info) if isinstance(info, RolloutsInfo | ScoresInfo) else ""
+    return _KINDS.index(manifest.kind), parent, segment_id
+
+
+def _data_bytes(manifest: Manifest) -> int:
+    return sum(file.length for file in manifest.files.values())
+
+
+def _different(records: Iterable[dict[str, Any]]) -> tuple[dict[str, Any], ...]:
+    return tuple({repr(record): record for record in records}.values())
+
+
+def _names(folder: Path) -> list[str]:
+    return os.listdir(folder) if folder.is_dir() else []
+
+
+def _files(folder: Path) -> set[str]:
+    return {str((Path(at) / name).relative_to(folder)) for at, _, names in os.walk(folder) for name in names}
+
+
+def _share(part: int, whole: int) -> str:
+    return f", {part / whole:.1%} finished" if whole else ""
+
+
+def _step(step: int | None) -> str:
+    return "" if step is None else f", step {step:,}"
+
+
+def _size(count: float) -> str:
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def _printable(text: str) -> str:
+    return "".join(c if c.isprintable() else "�" for c in text)

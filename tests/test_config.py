@@ -1,0 +1,129 @@
+"""Options from flags and YAML, and what is said when they are wrong."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+from ketchup_cache.config import COMMANDS, resolve
+from ketchup_cache.errors import ConfigError
+
+LEARN = {"student": "s", "cache": "c", "out": "o"}
+
+
+def problems(command, file=None, **flags) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        resolve(command, file, flags)
+    return caught.value.problems
+
+
+def yaml(tmp_path, text):
+    path = tmp_path / "config.yaml"
+    path.write_text(textwrap.dedent(text))
+    return path
+
+
+def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path):
+    file = yaml(tmp_path, "student: from-file\ncache: c\nout: o\nk: 8\nmax-new-tokens: 32\n")
+    config = resolve("learn", file, {"student": "from-flag", "lr": None})
+    assert (config.student, config.k, config.max_new_tokens, config.lr) == ("from-flag", 8, 32, 1e-5)
+
+
+def test_one_file_serves_a_whole_experiment(tmp_path):
+    file = yaml(
+        tmp_path,
+        """
+        cache: shared
+        teacher: T
+        samples: 2
+        learn: {student: S, out: run, k: 2, refresh_every: 4}
+        score: {batch_tokens: 99}
+        """,
+    )
+    learn, score = resolve("learn", file, {}), resolve("score", file, {})
+    assert (learn.teacher, learn.k, learn.samples, str(learn.cache)) == ("T", 2, 2, "shared")
+    assert (score.teacher, score.batch_tokens) == ("T", 99)
+
+
+def test_all_problems_at_once_each_with_its_fix(tmp_path):
+    file = yaml(tmp_path, "studnet: x\nk: 0\nlearn: {reprise: 1}\n")
+    found = problems("learn", file, lr="fast", tail="jmp", cache="c", out="o")
+    assert found == [
+        f"{file}: unknown key `studnet`: did you mean `student`?",
+        f"{file}: unknown key `reprise` in section `learn`",
+        "--k must be 1 or more, not 0",
+        "--tail must be one of 'one-step' or 'jump', not 'jmp'",
+        "--student is missing: policy to train: a folder or a Hub id, best pre-distilled",
+        "--lr must be a number, not 'fast'",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"refresh_every": "4"}, "add --teacher M"),
+        ({"teacher": "t"}, "add --refresh-every N"),
+        ({"teacher": "t", "refresh_every": "2", "baseline": "leave-one-out"}, "set --samples to 2 or more"),
+        ({"batch_size": "10", "samples": "4"}, "must be a multiple of samples 4"),
+        ({"k": "2.5"}, "--k must be a whole number"),
+        ({"temperature": "0"}, "--temperature must be greater than 0"),
+        ({"top_p": "1.5"}, "--top-p must be 1.0 or less"),
+    ],
+)
+def test_rules(flags, message):
+    (found,) = problems("learn", **LEARN, **flags)
+    assert message in found
+
+
+def test_pretrain_takes_one_source():
+    for flags in ({}, {"data": "d", "cache": "c"}):
+        (found,) = problems("pretrain", model="m", out="o", **flags)
+        assert "either --data" in found
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("k: [1", "not valid YAML"), ("- a\n- b", "found a list"), ("learn: 3", "section `learn` must hold")],
+)
+def test_unusable_files(tmp_path, content, message):
+    assert message in problems("learn", yaml(tmp_path, content), **LEARN)[0]
+
+
+def test_missing_and_binary_files(tmp_path):
+    assert "no such config file" in problems("learn", tmp_path / "none.yaml", **LEARN)[0]
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00k")
+    assert "can't be read" in problems("learn", tmp_path / "binary", **LEARN)[0]
+
+
+def test_every_option_has_a_help_text():
+    for command, config in COMMANDS.items():
+        for name, field in config.model_fields.items():
+            assert field.description, f"{command} {name}"
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "ketchup_cache", *arguments], capture_output=True, text=True, timeout=120
+    )
+
+
+@pytest.mark.parametrize("command", list(COMMANDS))
+def test_help_names_every_flag_and_ends_in_examples(command):
+    help_text = run(command, "--help").stdout
+    for name in COMMANDS[command].model_fields:
+        assert name.replace("_", "-") in help_text.replace("\n", " ") or name.upper() in help_text
+    assert help_text.rstrip().splitlines()[-1].startswith("    ")
+    assert f"ketchup-cache {command}" in help_text.split("Examples:")[1]
+
+
+def test_errors_are_lines_with_exit_code_2():
+    for arguments in (["learn", "--k", "0"], ["learn", "--kk", "1"], ["nonsense"], ["info", "/no/such/cache"]):
+        done = run(*arguments)
+        assert done.returncode == 2, arguments
+        assert done.stdout == ""
+        assert all(line.startswith("ketchup-cache: ") for line in done.stderr.splitlines())
+        assert "Traceback" not in done.stderr
+    assert "Traceback" in run("--debug", "learn", "--k", "0").stderr

@@ -1,0 +1,391 @@
+"""The learner: its gradient against one computed by hand, and that runs survive being killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from caches import make_cache, plain_logits
+from safetensors.torch import load_file
+from tiny import WORDS, make_t5, save_model
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+
+from ketchup_cache.config import LearnConfig
+from ketchup_cache.errors import CacheError, ConfigError, MismatchError, NumericsError
+from ketchup_cache.learn.loop import learn
+from ketchup_cache.learn.step import learning_signal, train_step
+from ketchup_cache.learn.stream import Stream, plan_batches
+from ketchup_cache.lm.head import Head
+from ketchup_cache.lm.load import load_model
+
+VOCAB = len(WORDS) + 3
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    base = tmp_path_factory.mktemp("models")
+    return save_model(base / "student", "1.0", seed=1), save_model(base / "teacher", "1.1", seed=2)
+
+
+@pytest.fixture
+def cache(tmp_path, folders):
+    return make_cache(tmp_path / "cache", *folders, forced=True, stale=0.7)
+
+
+def config(tmp_path, folders, **options) -> LearnConfig:
+    defaults = {"student": str(folders[0]), "cache": tmp_path / "cache", "out": tmp_path / "run", "batch_size": 4}
+    return LearnConfig(**(defaults | {"lr": 1e-3, "steps": 3, "device": "cpu"} | options))
+
+
+def whole_batch(cache):
+    """All rollouts of a one-segment cache in the stream's own order."""
+    (ref,) = cache.scored()
+    return next(Stream(cache, [ref], ref.row_stop - ref.row_start, seed=0))
+
+
+class CapturedGradient:
+    """In the optimizer's place: keeps the gradient instead of stepping."""
+
+    def __init__(self, model):
+        self.model, self.gradient = model, {}
+
+    def step(self, step):
+        for name, p in self.model.named_parameters():
+            self.gradient[name] = p.grad.clone() if p.grad is not None else torch.zeros_like(p)
+            p.grad = None
+        return 0.0
+
+    def lr(self, step):
+        return 0.0
+
+
+def captured_gradient(folders, batch, options):
+    model = load_model(str(folders[0]), device="cpu")
+    optimizer = CapturedGradient(model)
+    metrics = train_step(model, Head.of(model, VOCAB), optimizer, batch, options, 0)
+    return optimizer.gradient, metrics
+
+
+def literal_gradient(folders, batch, options):
+    """One row at a time, full logits, Algorithm 1 step by step, in float64 where it costs nothing."""
+    model = AutoModelForSeq2SeqLM.from_pretrained(folders[0]).eval()
+    rollouts, scores = batch.rollouts, batch.scores
+    kept, weights, total = [], [], 0
+    for row in range(len(rollouts)):
+        span = slice(rollouts.completions.offsets[row], rollouts.completions.offsets[row + 1])
+        if not rollouts.finished[row] and options.unfinished == "drop":
+            continue
+        q, m, lse = (getattr(scores, name)[span].astype(float) for name in ("q", "max_q", "logsumexp"))
+        last, g = len(q) - 1, np.zeros(len(q))
+        for t in range(last, -1, -1):
+            if t == last:
+                g[t] = q[t] - (0 if rollouts.finished[row] or options.unfinished != "zero" else scores.final_max_q[row])
+            elif last - t < options.k:
+                g[t] = q[t] - m[t + 1] + g[t + 1]
+            else:
+                g[t] = q[t] - m[t + options.k] + g[t + options.k]
+        g = np.clip(g - lse if options.normalization == "logprob" else g, -options.clip_return, options.clip_return)
+        real = ~rollouts.forced[span]
+        kept.append((row, span, real))
+        weights.append(g)
+        total += real.sum()
+    if options.baseline == "mean":
+        for t in range(max(map(len, weights))):
+            reach = [i for i, (_, _, real) in enumerate(kept) if t < len(real) and real[t]]
+            if reach:
+                mean = np.mean([weights[i][t] for i in reach])
+                for i in reach:
+                    weights[i][t] -= mean
+    loss = torch.zeros(())
+    for (row, span, real), g in zip(kept, weights, strict=True):
+        prompt, completion = batch.prompts.tokens[rollouts.prompt_index[row]], rollouts.completions[row]
+        inputs = torch.tensor([[0, *map(int, completion[:-1])]])
+        logits = model(input_ids=torch.tensor([prompt.tolist()]), decoder_input_ids=inputs).logits[0]
+        logprob = logits.log_softmax(1)[range(len(completion)), completion.tolist()]
+        ratio = (
+            (logprob.detach() - torch.from_numpy(rollouts.behavior_logprob[span])).exp().clamp(max=options.max_ratio)
+        )
+        weight = torch.from_numpy(g).float() * (ratio if options.importance else 1)
+        loss = loss - (weight * logprob)[torch.from_numpy(real)].sum() / int(total)
+    loss.backward()
+    return {name: p.grad for name, p in model.named_parameters()}, float(loss)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"k": 1},
+        {"k": 2, "unfinished": "zero", "normalization": "raw", "clip_return": 4.0},
+        {"k": 4, "baseline": "mean", "unfinished": "bootstrap"},
+        {"k": 3, "importance": False},
+        {"k": 2, "max_ratio": 1.1, "micro_batch_tokens": 40},
+        {"k": 2, "max_ratio": 1.1, "micro_batch_tokens": 1},
+    ],
+)
+def test_gradient_equals_the_literal_one(cache, tmp_path, folders, options):
+    """Padding, packing, micro-batches (one row each at the smallest), forced tokens and dropped rows change nothing."""
+    batch = whole_batch(cache)
+    assert (~batch.rollouts.finished).any()
+    assert batch.rollouts.forced.any()
+    resolved = config(tmp_path, folders, **options)
+    got, metrics = captured_gradient(folders, batch, resolved)
+    expected, loss = literal_gradient(folders, batch, resolved)
+    assert metrics.loss == pytest.approx(loss, rel=1e-4)
+    for name, gradient in expected.items():
+        scale = gradient.abs().max().item()
+        np.testing.assert_allclose(got[name].numpy(), gradient.numpy(), rtol=0, atol=2e-5 * scale + 1e-7, err_msg=name)
+
+
+def test_metrics_are_those_of_the_batch(cache, tmp_path, folders):
+    batch = whole_batch(cache)
+    _, metrics = captured_gradient(folders, batch, config(tmp_path, folders, k=2))
+    rollouts, scores = batch.rollouts, batch.scores
+    returns, ratios = [], []
+    student = make_t5("1.0", seed=1)
+    for row in range(len(rollouts)):
+        if not rollouts.finished[row]:
+            continue
+        span = slice(rollouts.completions.offsets[row], rollouts.completions.offsets[row + 1])
+        q, m = scores.q[span].astype(float), scores.max_q[span].astype(float)
+        returns.append(q.sum() - m[1:].sum() - scores.logsumexp[span][0])  # Eq. 10, then the logprob baseline
+        prompt, completion = batch.prompts.tokens[rollouts.prompt_index[row]], rollouts.completions[row]
+        logprob = plain_logits(student, prompt, completion).log_softmax(1)[range(len(completion)), completion.tolist()]
+        ratios += (
+            (logprob.double() - torch.from_numpy(rollouts.behavior_logprob[span]))[
+                torch.from_numpy(~rollouts.forced[span])
+            ]
+            .exp()
+            .tolist()
+        )
+    ratios = np.array(ratios)
+    assert metrics.return_mean == pytest.approx(np.mean(returns), rel=1e-5)
+    assert metrics.return_sd == pytest.approx(np.std(returns), rel=1e-5)
+    assert metrics.ratio_mean == pytest.approx(ratios.mean(), rel=1e-5)
+    assert metrics.ess == pytest.approx(ratios.sum() ** 2 / len(ratios) / (ratios**2).sum(), rel=1e-5)
+    assert metrics.dropped == pytest.approx((~rollouts.finished).mean())
+    assert metrics.action_tokens == len(ratios)
+
+
+def test_on_policy_rollouts_have_ratio_one(tmp_path, folders):
+    batch = whole_batch(make_cache(tmp_path / "cache", *folders))
+    _, metrics = captured_gradient(folders, batch, config(tmp_path, folders))
+    assert metrics.ratio_mean == pytest.approx(1, abs=1e-5)
+    assert metrics.ess == pytest.approx(1, abs=1e-6)
+    assert metrics.behavior_kl == pytest.approx(0, abs=1e-6)
+
+
+def test_leave_one_out_groups_by_prompt(cache, tmp_path, folders):
+    """Two samples of a prompt: each one's baseline is the other's return, wherever the other is that long."""
+    batch = whole_batch(cache)
+    plain = learning_signal(batch, config(tmp_path, folders, samples=2, unfinished="zero"))
+    centred = learning_signal(batch, config(tmp_path, folders, samples=2, unfinished="zero", baseline="leave-one-out"))
+    index, offsets = batch.rollouts.prompt_index, batch.rollouts.completions.offsets
+    checked = 0
+    for a in range(len(index)):
+        (b,) = [row for row in np.flatnonzero(index == index[a]) if row != a]
+        for t in range(min(np.diff(offsets)[[a, b]])):
+            if plain.in_loss[offsets[a] + t] and plain.in_loss[offsets[b] + t]:
+                expected = plain.advantage[offsets[a] + t] - plain.advantage[offsets[b] + t]
+                assert centred.advantage[offsets[a] + t] == pytest.approx(expected, abs=1e-4)
+                checked += 1
+    assert checked > 10
+
+
+# ------------------------------------------------------------------------------------------------------- stream
+
+
+def test_every_epoch_visits_every_rollout_once_and_keeps_samples_together(tmp_path, folders):
+    cache = make_cache(tmp_path / "cache", *folders, prompts=10, samples=2, segments=3)
+    refs = cache.scored()
+    assert len(refs) == 3
+    plan = plan_batches(refs, 4, seed=5)
+    epochs = []
+    for _ in range(3):
+        seen = []
+        for _ in range(5):  # 20 rollouts in batches of 4
+            batch = [(part, int(row)) for part, rows in next(plan) for row in rows]
+            assert len(batch) == 4
+            pairs = [(part, row // 2) for part, row in batch]
+            assert pairs[0::2] == pairs[1::2]
+            seen += batch
+        assert len(set(seen)) == 20
+        epochs.append(seen)
+    assert epochs[0] != epochs[1]
+
+
+def test_stream_gives_the_rows_it_planned(tmp_path, folders):
+    """Against `cache.rows()`, which joins segments in its own way."""
+    cache = make_cache(tmp_path / "cache", *folders, prompts=9, samples=2, segments=2, forced=True)
+    expected = {(r.prompt_id, r.completion_tokens.tobytes(), r.q.tobytes()): r for r in cache.rows()}
+    stream, seen = Stream(cache, cache.scored(), 6, seed=1), set()
+    for _ in range(3):
+        batch = next(stream)
+        rollouts, scores = batch.rollouts, batch.scores
+        for row in range(6):
+            span = slice(rollouts.completions.offsets[row], rollouts.completions.offsets[row + 1])
+            prompt = rollouts.prompt_index[row]
+            key = (
+                batch.prompts.ids[prompt].tobytes().hex(),
+                rollouts.completions[row].tobytes(),
+                scores.q[span].tobytes(),
+            )
+            want = expected[key]
+            seen.add(key)
+            np.testing.assert_array_equal(batch.prompts.tokens[prompt], want.prompt_tokens)
+            for name in ("max_q", "logsumexp", "mean_q"):
+                np.testing.assert_array_equal(getattr(scores, name)[span], getattr(want, name))
+            np.testing.assert_array_equal(rollouts.behavior_logprob[span], want.behavior_logprob)
+            np.testing.assert_array_equal(rollouts.forced[span], want.forced)
+            assert (rollouts.finished[row], scores.final_max_q[row]) == (want.finished, want.final_max_q)
+    assert len(seen) == len(expected) == 18
+
+
+def test_skipping_is_the_same_as_having_seen(tmp_path, folders):
+    cache = make_cache(tmp_path / "cache", *folders, prompts=5, samples=2, segments=2)
+    slow = Stream(cache, cache.scored(), 4, seed=3)
+    for _ in range(4):
+        next(slow)
+    fast = Stream(cache, cache.scored(), 4, seed=3, skip=4)
+    np.testing.assert_array_equal(next(slow).scores.q, next(fast).scores.q)
+
+
+# --------------------------------------------------------------------------------------------------------- runs
+
+
+def run_learn(options: LearnConfig, **environment) -> subprocess.Popen:
+    flags = [
+        part
+        for key, value in options.model_dump(mode="json", exclude_unset=True).items()
+        for part in (f"--{key.replace('_', '-')}", str(value))
+    ]
+    command = [sys.executable, "-m", "ketchup_cache", "learn", *flags]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | environment
+    )
+
+
+def weights(run) -> dict[str, torch.Tensor]:
+    return load_file(run / "student" / "model.safetensors")
+
+
+def test_killed_and_resumed_gives_the_same_bits(cache, tmp_path, folders):
+    """kill -9 after some checkpoint; the second run goes on from it to the weights of an undisturbed one."""
+    options = config(tmp_path, folders, steps=40, checkpoint_every=3, k=2, warmup=5, schedule="linear")
+    undisturbed = options.model_copy(update={"out": tmp_path / "undisturbed"})
+    report = learn(undisturbed)
+    assert report.resumed_from == 0
+
+    process = run_learn(options)
+    deadline = time.monotonic() + 120
+    while not list((options.out / "checkpoints").glob("step-????????")) and time.monotonic() < deadline:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (options.out / "student").exists()
+    resumed = learn(options)
+    assert 0 < resumed.resumed_from < 40
+    for name, tensor in weights(undisturbed.out).items():
+        assert torch.equal(weights(options.out)[name], tensor), name
+    lines = [json.loads(line) for line in (options.out / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(40))
+    again = learn(options)
+    assert again.already_done
+    assert "nothing to do" in str(again)
+
+
+def test_result_is_loadable_and_moved(cache, tmp_path, folders):
+    options = config(tmp_path, folders, k=2)
+    report = learn(options)
+    student = AutoModelForSeq2SeqLM.from_pretrained(options.out / "student")
+    assert AutoTokenizer.from_pretrained(options.out / "student")("the cat")["input_ids"] == [3, 5, 1]
+    before = make_t5("1.0", seed=1).state_dict()
+    assert not torch.equal(student.state_dict()["shared.weight"], before["shared.weight"])
+    record = json.loads((options.out / "config.json").read_text())
+    assert record["options"]["k"] == 2
+    assert record["resolved"]["segments"] == [ref.scores_id for ref in cache.scored()]
+    assert report.steps == 3
+
+
+def test_offline_learning_never_sees_the_teacher(cache, tmp_path, folders):
+    """No teacher module is imported, and nothing of the teacher's is opened: its folder is gone."""
+    flags = ["learn", "--student", str(folders[0]), "--cache", str(tmp_path / "cache"), "--out", str(tmp_path / "x")]
+    code = f"""
+import gc, sys
+from torch.nn import Module
+from ketchup_cache.cli import main
+assert main({[*flags, "--steps", "2", "--batch-size", "4"]!r}) == 0
+assert not {{"ketchup_cache.teacher", "ketchup_cache.score"}} & set(sys.modules), sorted(sys.modules)
+whole = [o for o in gc.get_objects() if isinstance(o, Module) and type(o).__name__ == "T5ForConditionalGeneration"]
+assert len(whole) <= 1
+"""
+    hidden = folders[1].with_name("hidden")
+    folders[1].rename(hidden)
+    try:
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    finally:
+        hidden.rename(folders[1])
+    assert done.returncode == 0, done.stderr
+
+
+def test_another_runs_folder_is_refused(cache, tmp_path, folders):
+    learn(config(tmp_path, folders, k=2))
+    with pytest.raises(ConfigError, match="--k 2, not 4"):
+        learn(config(tmp_path, folders, k=4))
+
+
+def test_two_at_once_in_one_folder(cache, tmp_path, folders):
+    import fcntl
+
+    (tmp_path / "run").mkdir()
+    with (tmp_path / "run" / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(ConfigError, match="another process"):
+            learn(config(tmp_path, folders))
+
+
+def test_a_broken_checkpoint_is_named(cache, tmp_path, folders):
+    options = config(tmp_path, folders, steps=4, checkpoint_every=2)
+    learn(options)
+    broken = options.out / "checkpoints" / "step-00000002"
+    broken.mkdir(parents=True)
+    (broken / "state.json").write_text('{"step": 2}')
+    (broken / "model.safetensors").write_bytes(b"not weights")
+    (options.out / "report.json").unlink()
+    with pytest.raises(Exception, match="step-00000002: damaged checkpoint"):
+        learn(options)
+
+
+def test_nan_is_refused_and_keeps_what_was_written(cache, tmp_path, folders, monkeypatch):
+    options = config(tmp_path, folders, steps=6, checkpoint_every=2)
+    original, calls = Head.log_prob, []
+
+    def log_prob(self, states, targets, **keywords):
+        calls.append(1)
+        out = original(self, states, targets, **keywords)
+        return out * float("nan") if len(calls) == 4 else out
+
+    monkeypatch.setattr(Head, "log_prob", log_prob)
+    with pytest.raises(NumericsError, match="step 3: the loss is nan"):
+        learn(options)
+    assert [p.name for p in (options.out / "checkpoints").iterdir()] == ["step-00000002"]
+    assert len((options.out / "metrics.jsonl").read_text().splitlines()) == 3
+
+
+def test_other_tokenizer_and_empty_cache_are_refused(cache, tmp_path, folders):
+    from tiny import make_tokenizer
+
+    other = save_model(tmp_path / "other", "1.0", seed=1)
+    words = [*WORDS[1:], WORDS[0]]
+    make_tokenizer(words).save_pretrained(other)
+    with pytest.raises(MismatchError, match="encodes differently"):
+        learn(config(tmp_path, (other, folders[1])))
+    with pytest.raises(CacheError, match="nobody"):
+        learn(config(tmp_path, folders, policy="nobody"))
