@@ -1,0 +1,239 @@
+"""Prompts into the cache, completions of them sampled from a policy, one committed segment at a time.
+
+A rollouts segment depends only on the policy, its prompts, the sampling settings and the batch size. So a run that was
+killed goes on where it stopped, to the same rollouts, and what a cache already holds is never sampled again.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ketchup_cache.config import RolloutConfig, SamplingOptions
+from ketchup_cache.errors import MismatchError
+from ketchup_cache.lm.fingerprint import tokenizer_info, weights_fingerprint
+from ketchup_cache.lm.load import load_model, load_tokenizer, resolve_folder
+from ketchup_cache.lm.sample import sample_completions
+from ketchup_cache.progress import progress
+from ketchup_cache.prompts import data_info, kept_examples, read_examples, tokenize_prompts, without_duplicates
+from ketchup_cache.store.cache import Cache, open_cache
+from ketchup_cache.store.manifest import DataInfo, PolicyInfo, PromptsInfo, RolloutsInfo, Sampling, TokenizerInfo
+from ketchup_cache.types import Prompts, Ragged, Rollouts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+PROMPTS_PER_SEGMENT = 2**16
+PROMPT_TOKENS_PER_SEGMENT = 2**22
+ROLLOUTS_PER_SEGMENT = 2**10
+ROLLOUT_TOKENS_PER_SEGMENT = 2**16
+"""What a killed run has to do again at most, in completions and in their longest possible tokens."""
+
+
+@dataclass(frozen=True)
+class RolloutReport:
+    """What `rollout` leaves in the cache."""
+
+    prompts: int
+    duplicates: int
+    """Prompts left out because an earlier one is the same."""
+    too_long: int
+    """Prompts left out by `--long-prompts drop`."""
+    rollouts: int
+    tokens: int
+    finished: int
+    already_there: int
+    """Rollouts that the cache held before."""
+    seconds: float
+
+    @property
+    def mean_length(self) -> float:
+        """Tokens per rollout."""
+        return self.tokens / self.rollouts
+
+    @property
+    def finished_share(self) -> float:
+        """Share of the rollouts that ended with EOS."""
+        return self.finished / self.rollouts
+
+    def __str__(self) -> str:
+        left_out = [
+            f"{n:,} {what}" for n, what in ((self.duplicates, "duplicates"), (self.too_long, "too long")) if n
+        ]
+        prompts = f"{self.prompts:,} prompts" + (f" (left out: {', '.join(left_out)})" if left_out else "")
+        new = self.rollouts - self.already_there
+        there = f", {self.already_there:,} of them already there" if self.already_there else ""
+        return (
+            f"{self.rollouts:,} rollouts of {prompts}{there}: mean length {self.mean_length:.1f} tokens, "
+            f"{self.finished_share:.1%} finished; {self.seconds:.1f} s, {new / self.seconds:,.1f} new rollouts/s"
+        )
+
+
+def rollout(config: RolloutConfig) -> RolloutReport:
+    """Sample completions of every prompt from `config.student` into the cache, as far as they are not there yet.
+
+    Raises DataError (`read_examples`, `tokenize_prompts`), ModelError (`lm.load`), CacheError, MismatchError for a
+    cache of another tokenizer, NumericsError for a policy with NaN logits, WriteError where the disk is full.
+    """
+    began = time.monotonic()
+    given = read_examples(config)
+    examples = without_duplicates(given)
+    tokenizer = load_tokenizer(config.student, trust_remote_code=config.trust_remote_code)
+    info = tokenizer_info(tokenizer, config.student)
+    prompts = tokenize_prompts(examples, tokenizer, config)
+    policy = PolicyInfo(name=config.student, fingerprint=weights_fingerprint(resolve_folder(config.student)))
+    sampling = sampling_of(config)
+
+    cache = open_cache(config.cache, create=True)
+    data = data_info(kept_examples(examples, prompts), config)
+    ranges = [
+        (prompts_id, start, stop)
+        for prompts_id in ensure_prompts(cache, prompts, data, info)
+        for start, stop in rollout_chunks(cache.manifest(prompts_id).rows, sampling)
+    ]
+    missing = [chunk for chunk in ranges if find_rollouts(cache, policy, *chunk, sampling) is None]
+    new = sum(stop - start for _, start, stop in missing) * sampling.samples
+    if missing:
+        model = load_model(config.student, device=config.device, trust_remote_code=config.trust_remote_code)
+        with progress("rollouts", new, "rollouts") as bar:
+            for chunk in missing:
+                rollout_range(
+                    cache, model, policy, info, *chunk, sampling, batch=config.rollout_batch, on_batch=bar.advance
+                )
+    rows = tokens = finished = 0
+    for chunk in ranges:
+        segment = _stored(cache, policy, *chunk, sampling)
+        rows += len(segment)
+        tokens += len(segment.completions.values)
+        finished += int(segment.finished.sum())
+    return RolloutReport(
+        prompts=len(prompts),
+        duplicates=len(given) - len(examples),
+        too_long=len(examples) - len(prompts),
+        rollouts=rows,
+        tokens=tokens,
+        finished=finished,
+        already_there=rows - new,
+        seconds=time.monotonic() - began,
+    )
+
+
+def sampling_of(options: SamplingOptions) -> Sampling:
+    """The part of the options that decides which completions are drawn."""
+    return Sampling(**{name: getattr(options, name) for name in Sampling.model_fields})
+
+
+# ------------------------------------------------------------------------------------------------------- prompts
+
+
+def ensure_prompts(cache: Cache, prompts: Prompts, data: DataInfo, tokenizer: TokenizerInfo) -> list[str]:
+    """Ids of the segments that hold these prompts, in their order; those that are not there yet are committed.
+
+    Raises MismatchError for a cache of another tokenizer, and the errors of `Cache.commit_prompts`.
+    """
+    for _, manifest in cache.manifests("prompts"):
+        other = manifest.info.tokenizer
+        if other.fingerprint != tokenizer.fingerprint:
+            raise MismatchError(
+                f"{cache.path}: its prompts were made with tokenizer {other.name}, which encodes differently from that of "
+                f"{tokenizer.name}: use another --cache"
+            )
+    ids = []
+    for start, stop in _prompt_chunks(prompts.tokens):
+        part = Prompts(prompts.ids[start:stop], prompts.tokens.slice(start, stop))
+        info = PromptsInfo(tokenizer=tokenizer, data=data, start=start)
+        ids.append(_find_prompts(cache, part, info) or cache.commit_prompts(part, info))
+    return ids
+
+
+def _find_prompts(cache: Cache, prompts: Prompts, wanted: PromptsInfo) -> str | None:
+    for prompts_id, manifest in cache.manifests("prompts"):
+        info = manifest.info
+        if isinstance(info, PromptsInfo) and (info.data.fingerprint, info.start) == (wanted.data.fingerprint, wanted.start):
+            # the same texts may have been cut at another length
+            held = cache.load_prompts(prompts_id).tokens
+            same = (held.offsets, prompts.tokens.offsets), (held.values, prompts.tokens.values)
+            if all(np.array_equal(one, other) for one, other in same):
+                return prompts_id
+    return None
+
+
+def _prompt_chunks(tokens: Ragged) -> Iterator[tuple[int, int]]:
+    start = 0
+    while start < len(tokens):
+        full = tokens.offsets[start] + PROMPT_TOKENS_PER_SEGMENT
+        stop = min(start + PROMPTS_PER_SEGMENT, int(np.searchsorted(tokens.offsets, full, side="right")) - 1)
+        yield start, max(stop, start + 1)
+        start = max(stop, start + 1)
+
+
+# ------------------------------------------------------------------------------------------------------ rollouts
+
+
+def rollout_chunks(prompts: int, sampling: Sampling) -> Iterator[tuple[int, int]]:
+    """(start, stop) of the prompts whose rollouts make one segment. Independent of the batch size."""
+    rollouts = min(ROLLOUTS_PER_SEGMENT, ROLLOUT_TOKENS_PER_SEGMENT // sampling.max_new_tokens)
+    at_once = max(1, rollouts // sampling.samples)
+    return ((start, min(start + at_once, prompts)) for start in range(0, prompts, at_once))
+
+
+def find_rollouts(
+    cache: Cache, policy: PolicyInfo, prompts_id: str, start: int, stop: int, sampling: Sampling
+) -> str | None:
+    """The segment of exactly these rollouts, if the cache has one."""
+    for rollouts_id, manifest in cache.manifests("rollouts"):
+        info = manifest.info
+        if (
+            isinstance(info, RolloutsInfo)
+            and info.policy.fingerprint == policy.fingerprint
+            and (info.prompts, info.prompt_start, info.prompt_stop) == (prompts_id, start, stop)
+            and info.sampling == sampling
+        ):
+            return rollouts_id
+    return None
+
+
+def rollout_range(
+    cache: Cache,
+    model: PreTrainedModel,
+    policy: PolicyInfo,
+    tokenizer: TokenizerInfo,
+    prompts_id: str,
+    start: int,
+    stop: int,
+    sampling: Sampling,
+    *,
+    batch: int,
+    on_batch: Callable[[int], None] | None = None,
+) -> str:
+    """Id of the segment with the rollouts of prompts start..stop of a prompts segment, sampled if it is not there yet.
+
+    policy: what `model` is. batch: completions generated at once. on_batch: called with the number of new ones.
+    Raises the errors of `sample_completions` and `Cache.commit_rollouts`.
+    """
+    if found := find_rollouts(cache, policy, prompts_id, start, stop, sampling):
+        return found
+    parent = cache.manifest(prompts_id).info
+    assert isinstance(parent, PromptsInfo)
+    sampled = sample_completions(
+        model,
+        tokenizer.vocab_size,
+        cache.load_prompts(prompts_id).tokens.slice(start, stop),
+        sampling,
+        first_prompt=parent.start + start,
+        batch=batch,
+        on_batch=on_batch,
+    )
+    info = RolloutsInfo(
+        prompts=prompts_id,
+        prompt_start=start,
+        prompt_stop=stop,
+        policy=policy,
+        tokenizer=tokenizer,
+        sampling=sampling,
+    )
+    return cache.commit_rollouts(replace(sampled, prompt_index=sampled.prompt_index + start), info)
