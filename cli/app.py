@@ -17,6 +17,7 @@ from pydantic_core import PydanticUndefined
 from ketchup_cache import __version__
 from ketchup_cache.config import COMMANDS, Config, choices, flag, resolve
 from ketchup_cache.errors import KetchupError
+from ketchup_cache.shipped import recipe
 
 app = typer.Typer(
     name="ketchup-cache",
@@ -120,11 +121,8 @@ def _config_path(given: str | None) -> Path | None:
     """A file, or a recipe shipped with the package."""
     if given is None:
         return None
-    path = Path(given)
-    recipe = Path(__file__).parents[1] / "ketchup_cache" / "recipes" / f"{given}.yaml"
-    if not recipe.exists():  # installed: this file is ketchup_cache/cli/app.py
-        recipe = Path(__file__).parents[1] / "recipes" / f"{given}.yaml"
-    return recipe if not path.exists() and recipe.exists() else path
+    path, shipped = Path(given), recipe(given)
+    return shipped if not path.exists() and shipped.exists() else path
 
 
 @app.callback(invoke_without_command=True)

@@ -145,7 +145,7 @@ def analyze(config: AnalyzeConfig) -> Analysis:
             group = groups.setdefault(key, _Group(ref.policy, sampling, config))
             scored = cache.load_scored(ref)
             ids = _prompt_ids(scored)
-            # equal seeds draw equal rollouts, so a prompt's second segment with the same seed would be no new evidence
+            # one seed draws the same rollouts again: a prompt's second segment of that seed is no new evidence
             first = {i: source.setdefault((group, info.sampling.seed, i), ref.rollouts_id) for i in set(ids.tolist())}
             group.add(scored, np.array([first[i] == ref.rollouts_id for i in ids.tolist()]))
             bar.advance(ref.rows)

@@ -289,6 +289,13 @@ class VerifyConfig(Config):
     """Cache to check: every byte against its manifest, and every array against the format."""
 
 
+class DemoConfig(Config):
+    """Options of `ketchup-cache demo`."""
+
+    out: Path = Path("demo-run")
+    """Folder for everything the demo makes. Interrupted, it goes on from there."""
+
+
 COMMANDS: dict[str, type[Config]] = {
     "pretrain": PretrainConfig,
     "rollout": RolloutConfig,
@@ -298,6 +305,7 @@ COMMANDS: dict[str, type[Config]] = {
     "analyze": AnalyzeConfig,
     "info": InfoConfig,
     "verify": VerifyConfig,
+    "demo": DemoConfig,
 }
 
 

@@ -27,15 +27,28 @@ def compute(metrics: Sequence[Metric], outputs: Sequence[str], targets: Sequence
         gsm8k: share whose final answer (`GSM8K_ANSWER`, commas removed) is the target's, compared as text.
 
     Raises:
-        DataError: gsm8k, and a target has no final answer.
+        DataError: see `check_targets`.
         ValueError: no outputs, or not as many as targets.
     """
     if not outputs or len(outputs) != len(targets):
         raise ValueError(f"{len(outputs)} outputs for {len(targets)} targets")
+    check_targets(metrics, targets)
     values: Values = {}
     for metric in metrics:
         values |= _METRICS[metric](outputs, targets)
     return values
+
+
+def check_targets(metrics: Sequence[Metric], targets: Sequence[str]) -> None:
+    """Raise DataError where a metric can't use a target: worth knowing before anything is decoded."""
+    if "gsm8k" not in metrics:
+        return
+    for row, target in enumerate(targets, start=1):
+        if final_answer(target) is None:
+            raise DataError(
+                f"target of example {row} has no final answer `#### NUMBER`, which metric gsm8k needs: "
+                "check --target-field, or leave gsm8k out of --metrics"
+            )
 
 
 def final_answer(solution: str) -> str | None:
@@ -70,14 +83,7 @@ def _exact(outputs: Sequence[str], targets: Sequence[str]) -> Values:
 
 
 def _gsm8k(outputs: Sequence[str], targets: Sequence[str]) -> Values:
-    answers = [final_answer(target) for target in targets]
-    if None in answers:
-        row = answers.index(None)
-        raise DataError(
-            f"target of example {row} has no final answer `#### NUMBER`, which metric gsm8k needs: "
-            "check --target-field, or leave gsm8k out of --metrics"
-        )
-    return {"gsm8k": _percent(final_answer(o) == answer for o, answer in zip(outputs, answers, strict=True))}
+    return {"gsm8k": _percent(final_answer(o) == final_answer(t) for o, t in zip(outputs, targets, strict=True))}
 
 
 def _percent(hits: Iterable[bool]) -> float:

@@ -111,8 +111,17 @@ class Panel:
     band_label: str = "± 1 standard deviation"
 
 
+LEARNING = (
+    Panel("return_mean", "mean return $G_1$\n(logit units)", "return_sd", "± 1 s.d. over the batch's rollouts"),
+    Panel("length_mean", "mean length\n(tokens)"),
+    Panel("ess", "effective sample\nsize (share)"),
+    Panel("grad_norm", "gradient norm\nbefore clipping"),
+)
+"""Panels for the records of `learn` (metrics.jsonl)."""
+
+
 def plot_learning_curves(
-    runs: Mapping[str, Sequence[Mapping[str, Any]]], panels: Sequence[Panel], path: Path, **options: Any
+    runs: Mapping[str, Sequence[Mapping[str, Any]]], path: Path, panels: Sequence[Panel] = LEARNING, **options: Any
 ) -> None:
     """Write `learning_curves_figure(runs, panels, **options)` to `path` as PNG. Raises WriteError."""
     _write(learning_curves_figure(runs, panels, **options), path)
@@ -120,7 +129,7 @@ def plot_learning_curves(
 
 def learning_curves_figure(
     runs: Mapping[str, Sequence[Mapping[str, Any]]],
-    panels: Sequence[Panel],
+    panels: Sequence[Panel] = LEARNING,
     *,
     step: str = "step",
     refreshed: str = "refreshed",

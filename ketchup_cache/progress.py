@@ -64,12 +64,30 @@ class _RichBar(Bar):
         self.rich.update(self.task, text=text)
 
 
+_shown: RichProgress | None = None
+"""The display on the terminal, while there is one: work within work adds a line to it."""
+
+
 @contextmanager
 def progress(label: str, total: int | None = None, unit: str = "tokens") -> Iterator[Bar]:
     """Show progress on stderr while the block runs. `total`: units to do, None where that is not known."""
     console = Console(stderr=True)
     if not console.is_terminal:
         yield Bar(label, total, unit)
+        return
+    with _display(console) as rich:
+        bar = _RichBar(label, total, unit, rich)
+        try:
+            yield bar
+        finally:
+            rich.remove_task(bar.task)
+
+
+@contextmanager
+def _display(console: Console) -> Iterator[RichProgress]:
+    global _shown
+    if _shown is not None:
+        yield _shown
         return
     columns = (
         TextColumn("{task.description}"),
@@ -80,5 +98,8 @@ def progress(label: str, total: int | None = None, unit: str = "tokens") -> Iter
         TimeRemainingColumn(),
         TextColumn("{task.fields[text]}"),
     )
-    with RichProgress(*columns, console=console, transient=True) as rich:
-        yield _RichBar(label, total, unit, rich)
+    with RichProgress(*columns, console=console, transient=True) as _shown:
+        try:
+            yield _shown
+        finally:
+            _shown = None

@@ -7,8 +7,8 @@ killed goes on where it stopped, to the same rollouts, and what a cache already 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,14 +18,17 @@ from ketchup_cache.errors import MismatchError
 from ketchup_cache.lm.fingerprint import tokenizer_info, weights_fingerprint
 from ketchup_cache.lm.load import load_model, load_tokenizer, resolve_folder
 from ketchup_cache.lm.sample import sample_completions
-from ketchup_cache.progress import progress
+from ketchup_cache.progress import Bar, progress
 from ketchup_cache.prompts import data_info, kept_examples, read_examples, tokenize_prompts, without_duplicates
 from ketchup_cache.store.cache import Cache, open_cache
 from ketchup_cache.store.manifest import DataInfo, PolicyInfo, PromptsInfo, RolloutsInfo, Sampling, TokenizerInfo
-from ketchup_cache.types import Prompts, Ragged, Rollouts
+from ketchup_cache.types import Prompts, Ragged
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+Chunk = tuple[str, int, int]
+"""Prompts start..stop of the prompts segment with this id."""
 
 PROMPTS_PER_SEGMENT = 2**16
 PROMPT_TOKENS_PER_SEGMENT = 2**22
@@ -61,9 +64,7 @@ class RolloutReport:
         return self.finished / self.rollouts
 
     def __str__(self) -> str:
-        left_out = [
-            f"{n:,} {what}" for n, what in ((self.duplicates, "duplicates"), (self.too_long, "too long")) if n
-        ]
+        left_out = [f"{n:,} {what}" for n, what in ((self.duplicates, "duplicates"), (self.too_long, "too long")) if n]
         prompts = f"{self.prompts:,} prompts" + (f" (left out: {', '.join(left_out)})" if left_out else "")
         new = self.rollouts - self.already_there
         there = f", {self.already_there:,} of them already there" if self.already_there else ""
@@ -90,26 +91,27 @@ def rollout(config: RolloutConfig) -> RolloutReport:
 
     cache = open_cache(config.cache, create=True)
     data = data_info(kept_examples(examples, prompts), config)
-    ranges = [
+    chunks = [
         (prompts_id, start, stop)
         for prompts_id in ensure_prompts(cache, prompts, data, info)
         for start, stop in rollout_chunks(cache.manifest(prompts_id).rows, sampling)
     ]
-    missing = [chunk for chunk in ranges if find_rollouts(cache, policy, *chunk, sampling) is None]
+    held = held_rollouts(cache, policy, sampling)
+    missing = [chunk for chunk in chunks if chunk not in held]
     new = sum(stop - start for _, start, stop in missing) * sampling.samples
     if missing:
         model = load_model(config.student, device=config.device, trust_remote_code=config.trust_remote_code)
         with progress("rollouts", new, "rollouts") as bar:
             for chunk in missing:
-                rollout_range(
-                    cache, model, policy, info, *chunk, sampling, batch=config.rollout_batch, on_batch=bar.advance
+                held[chunk] = rollout_range(
+                    cache, model, policy, info, *chunk, sampling, batch=config.rollout_batch, bar=bar
                 )
     rows = tokens = finished = 0
-    for chunk in ranges:
-        segment = _stored(cache, policy, *chunk, sampling)
-        rows += len(segment)
-        tokens += len(segment.completions.values)
-        finished += int(segment.finished.sum())
+    for chunk in chunks:
+        rollouts = cache.load_rollouts(held[chunk])
+        rows += len(rollouts)
+        tokens += len(rollouts.completions.values)
+        finished += int(rollouts.finished.sum())
     return RolloutReport(
         prompts=len(prompts),
         duplicates=len(given) - len(examples),
@@ -139,8 +141,8 @@ def ensure_prompts(cache: Cache, prompts: Prompts, data: DataInfo, tokenizer: To
         other = manifest.info.tokenizer
         if other.fingerprint != tokenizer.fingerprint:
             raise MismatchError(
-                f"{cache.path}: its prompts were made with tokenizer {other.name}, which encodes differently from that of "
-                f"{tokenizer.name}: use another --cache"
+                f"{cache.path}: its prompts were made with tokenizer {other.name}, which encodes differently from "
+                f"that of {tokenizer.name}: use another --cache"
             )
     ids = []
     for start, stop in _prompt_chunks(prompts.tokens):
@@ -153,7 +155,10 @@ def ensure_prompts(cache: Cache, prompts: Prompts, data: DataInfo, tokenizer: To
 def _find_prompts(cache: Cache, prompts: Prompts, wanted: PromptsInfo) -> str | None:
     for prompts_id, manifest in cache.manifests("prompts"):
         info = manifest.info
-        if isinstance(info, PromptsInfo) and (info.data.fingerprint, info.start) == (wanted.data.fingerprint, wanted.start):
+        if isinstance(info, PromptsInfo) and (info.data.fingerprint, info.start) == (
+            wanted.data.fingerprint,
+            wanted.start,
+        ):
             # the same texts may have been cut at another length
             held = cache.load_prompts(prompts_id).tokens
             same = (held.offsets, prompts.tokens.offsets), (held.values, prompts.tokens.values)
@@ -181,20 +186,18 @@ def rollout_chunks(prompts: int, sampling: Sampling) -> Iterator[tuple[int, int]
     return ((start, min(start + at_once, prompts)) for start in range(0, prompts, at_once))
 
 
-def find_rollouts(
-    cache: Cache, policy: PolicyInfo, prompts_id: str, start: int, stop: int, sampling: Sampling
-) -> str | None:
-    """The segment of exactly these rollouts, if the cache has one."""
+def held_rollouts(cache: Cache, policy: PolicyInfo, sampling: Sampling) -> dict[Chunk, str]:
+    """Ids of the segments that hold rollouts of exactly this policy and sampling, by the prompts they are of."""
+    held: dict[Chunk, str] = {}
     for rollouts_id, manifest in cache.manifests("rollouts"):
         info = manifest.info
         if (
             isinstance(info, RolloutsInfo)
             and info.policy.fingerprint == policy.fingerprint
-            and (info.prompts, info.prompt_start, info.prompt_stop) == (prompts_id, start, stop)
             and info.sampling == sampling
         ):
-            return rollouts_id
-    return None
+            held.setdefault((info.prompts, info.prompt_start, info.prompt_stop), rollouts_id)
+    return held
 
 
 def rollout_range(
@@ -208,14 +211,14 @@ def rollout_range(
     sampling: Sampling,
     *,
     batch: int,
-    on_batch: Callable[[int], None] | None = None,
+    bar: Bar | None = None,
 ) -> str:
     """Id of the segment with the rollouts of prompts start..stop of a prompts segment, sampled if it is not there yet.
 
-    policy: what `model` is. batch: completions generated at once. on_batch: called with the number of new ones.
+    policy: what `model` is. batch: completions generated at once. bar: advances by the number of new ones.
     Raises the errors of `sample_completions` and `Cache.commit_rollouts`.
     """
-    if found := find_rollouts(cache, policy, prompts_id, start, stop, sampling):
+    if found := held_rollouts(cache, policy, sampling).get((prompts_id, start, stop)):
         return found
     parent = cache.manifest(prompts_id).info
     assert isinstance(parent, PromptsInfo)
@@ -226,7 +229,7 @@ def rollout_range(
         sampling,
         first_prompt=parent.start + start,
         batch=batch,
-        on_batch=on_batch,
+        on_batch=bar.advance if bar else None,
     )
     info = RolloutsInfo(
         prompts=prompts_id,

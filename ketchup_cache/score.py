@@ -24,8 +24,7 @@ from ketchup_cache.store.manifest import RolloutsInfo, ScoresInfo
 from ketchup_cache.teacher import Teacher
 from ketchup_cache.types import Ragged, Rollouts, Scores
 
-COMMIT_TOKENS = 262_144
-"""Completion tokens per segment, where no option says otherwise."""
+COMMIT_TOKENS: int = ScoreConfig.model_fields["commit_tokens"].default
 
 
 @dataclass(frozen=True)

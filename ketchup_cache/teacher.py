@@ -97,12 +97,14 @@ class Teacher:
             try:
                 part = self._score_batch(batch, rollouts.finished[names[places]], names[places])
             except torch.OutOfMemoryError:
+                part = None
+            if part is None:  # outside the except block, whose traceback would keep the batch's memory
                 if len(places) == 1:
                     raise ModelError(
                         f"rollout row {names[places[0]]} ({prompt_lengths[places[0]]:,} prompt and "
                         f"{lengths[places[0]]:,} completion tokens) does not fit into GPU memory on its own: "
                         "use --dtype bfloat16 or --device-map auto"
-                    ) from None
+                    )
                 torch.cuda.empty_cache()
                 batch_tokens = max(batch_tokens // 2, 1)
                 waiting = split(np.sort(np.concatenate([*waiting, places])))

@@ -7,15 +7,23 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from pydantic.json_schema import GenerateJsonSchema
+
 from ketchup_cache.store.manifest import Manifest
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 FOLDER = Path(__file__).parent
 
 
+class _EveryFieldRequired(GenerateJsonSchema):
+    """Writers leave nothing out, whatever has a default in Python."""
+
+    def field_is_required(self, field: Any, total: bool) -> bool:
+        return True
+
+
 def manifest_schema() -> dict[str, Any]:
-    # "serialization": what files hold, so that fields with a default are required too
-    return {"$schema": DIALECT} | Manifest.model_json_schema(mode="serialization")
+    return {"$schema": DIALECT} | Manifest.model_json_schema(schema_generator=_EveryFieldRequired)
 
 
 SCHEMAS: dict[str, Callable[[], dict[str, Any]]] = {"manifest.schema.json": manifest_schema}

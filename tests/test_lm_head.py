@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 import torch
-from oracle import assert_same_scores, make_rollouts, plain_scores, random_rollouts
+from oracle import assert_same_scores, plain_scores, random_rollouts
 from tiny import make_t5
 
 from ketchup_cache.errors import ModelError

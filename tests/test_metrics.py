@@ -83,7 +83,7 @@ def test_gsm8k_compares_answers_as_text():
 
 
 def test_gsm8k_refuses_a_target_without_an_answer():
-    with pytest.raises(DataError, match=r"example 1 has no final answer.*--target-field"):
+    with pytest.raises(DataError, match=r"example 2 has no final answer.*--target-field"):
         compute(["gsm8k"], ["#### 1", "#### 2"], ["#### 1", "2"])
 
 

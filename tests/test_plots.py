@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import pytest
 from matplotlib.image import imread
 
 from ketchup_cache.errors import WriteError
 from ketchup_cache.plots import (
+    LEARNING,
     Panel,
     learning_curves_figure,
     plot_learning_curves,
@@ -127,18 +129,27 @@ def test_learning_curves_mark_where_rollouts_were_refreshed():
     assert [t.get_text() for t in figure.legends[0].get_texts()] == ["K = 1", "K = 4"]
 
 
-def test_files_are_png_of_150_dpi_and_no_global_state_is_left(tmp_path: Path):
-    backend = matplotlib.get_backend() if "matplotlib.pyplot" in __import__("sys").modules else None
+def test_files_are_png_of_150_dpi(tmp_path: Path):
     plot_variance_bias({"policies": [FAR]}, tmp_path / "new" / "analysis.png")
-    plot_learning_curves(RUNS, PANELS, tmp_path / "curves.png", window=2, title="A run")
+    plot_learning_curves(RUNS, tmp_path / "curves.png", PANELS, window=2, title="A run")
     for path, width in ((tmp_path / "new" / "analysis.png", 9 * 150), (tmp_path / "curves.png", 8 * 150)):
         assert path.read_bytes().startswith(b"\x89PNG")
         picture = imread(path)
         assert picture.shape[1] == width
         assert 0.7 < picture[..., :3].mean() < 0.999  # mostly white, not blank
-    assert [p.name for p in tmp_path.rglob("*") if p.is_file()] == ["curves.png", "analysis.png"]
-    if backend is not None:
-        assert matplotlib.get_backend() == backend
+    assert {p.name for p in tmp_path.rglob("*") if p.is_file()} == {"curves.png", "analysis.png"}
+
+
+def test_pyplot_with_its_global_state_is_not_touched():
+    code = "import sys, ketchup_cache.plots; sys.exit('matplotlib.pyplot' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_default_panels_are_figures_that_learn_reports():
+    from ketchup_cache.learn.metrics import StepMetrics
+
+    wanted = {key for panel in LEARNING for key in (panel.key, panel.band) if key} | {"step", "refreshed"}
+    assert wanted <= set(StepMetrics.model_fields)
 
 
 def test_nothing_overlaps(tmp_path: Path):

@@ -304,6 +304,13 @@ def test_several_greedy_samples_are_refused():
         sample(make_model(), greedy=True, samples=2)
 
 
+def test_model_narrower_than_the_tokenizer():
+    with pytest.raises(
+        ModelError, match=f"{VOCAB + 1} tokens, but T5ForConditionalGeneration only {VOCAB}: not a pair"
+    ):
+        sample(make_model(), vocab=VOCAB + 1)
+
+
 def test_half_precision_body():
     """The distribution is that of the logits the model gives, in float32 from there on."""
     model = make_model().to(torch.bfloat16)

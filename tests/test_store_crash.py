@@ -228,3 +228,65 @@ def test_four_writers_and_a_reader_at_once(tmp_path: Path) -> None:
     assert {i for i, _ in cache.manifests()} == acknowledged.keys()
     for segment_id, seed in acknowledged.items():
         assert same(cache.load_prompts(segment_id), make_prompts((3, 0, 5), seed=int(seed)))
+
+
+class Ledger:
+    """Stands in for `os`: what a power cut would lose. Bytes and names count as lost until their own fsync."""
+
+    def __init__(self) -> None:
+        self.paths: dict[int, Path] = {}
+        self.unsynced: set[Path] = set()
+        self.lost_at_commit: set[Path] | None = None
+
+    def __getattr__(self, name: str):
+        return getattr(os, name)
+
+    def open(self, path, flags, *mode) -> int:
+        file = os.open(path, flags, *mode)
+        self.paths[file] = Path(path)
+        if flags & os.O_CREAT:
+            self.unsynced |= {Path(path), Path(path).parent}
+        return file
+
+    def write(self, file: int, data) -> int:
+        self.unsynced.add(self.paths[file])
+        return os.write(file, data[:5])  # short writes are allowed to happen
+
+    def fsync(self, file: int) -> None:
+        os.fsync(file)
+        self.unsynced.discard(self.paths[file])
+
+    def mkdir(self, path, *mode) -> None:
+        os.mkdir(path, *mode)
+        self.unsynced |= {Path(path).parent}
+
+    def makedirs(self, path, **options) -> None:
+        missing = [folder for folder in (Path(path), *Path(path).parents) if not folder.exists()]
+        os.makedirs(path, **options)
+        self.unsynced |= {folder.parent for folder in missing}
+
+    def rename(self, source, target) -> None:
+        if Path(target).parent.name == "manifests":
+            self.lost_at_commit = set(self.unsynced)
+        os.rename(source, target)
+        # what was not synced under the old name still is not under the new one
+        moved = {p for p in self.unsynced if p.is_relative_to(source)}
+        self.unsynced = (self.unsynced - moved) | {Path(target) / p.relative_to(source) for p in moved}
+        self.unsynced |= {Path(target).parent}
+
+
+def test_everything_is_synced_before_the_commit_and_the_commit_before_the_acknowledgement(
+    tmp_path: Path, monkeypatch
+) -> None:
+    root = tmp_path / "new" / "cache"
+    ledger = Ledger()
+    monkeypatch.setattr(durable, "os", ledger)
+    cache = open_cache(root, create=True)
+    assert not {p for p in ledger.unsynced if (root / "tmp") not in (p, *p.parents)}
+    segment_id = cache.commit_prompts(*NEW)
+    # names under tmp/ need not survive: the stage itself, and what has been moved out of it
+    assert ledger.lost_at_commit is not None
+    lost = {p for p in ledger.lost_at_commit if not (p == root / "tmp" or p.parent == root / "tmp")}
+    assert lost == set()
+    assert {p for p in ledger.unsynced if (root / "tmp") not in (p, *p.parents)} == set()
+    assert same(open_cache(root).load_prompts(segment_id), NEW[0])  # every write was cut after 5 bytes, and continued

@@ -24,10 +24,12 @@ from ketchup_cache.training.run import Run
 
 @dataclass(frozen=True)
 class LearnReport:
-    """What a run did. `first` and `last`: metrics of the first and last optimizer step."""
+    """What a run did. `first` and `last`: metrics of the first and last optimizer step. `skipped`: steps whose
+    rollouts were all dropped."""
 
     student: str
     steps: int
+    skipped: int
     resumed_from: int
     seconds: float
     fingerprint: str
@@ -43,7 +45,11 @@ class LearnReport:
             return f"nothing to do: the run is finished, its student is in {self.student}"
         resumed = f" (continued from step {self.resumed_from})" if self.resumed_from else ""
         change = " → ".join(f"{m['return_mean']:.2f}" for m in (self.first, self.last) if m["return_mean"] is not None)
-        return f"{self.steps} steps in {self.seconds:.0f} s{resumed}; mean return {change}; student in {self.student}"
+        skipped = f"; {self.skipped} steps skipped, all their rollouts were dropped" if self.skipped else ""
+        return (
+            f"{self.steps} steps in {self.seconds:.0f} s{resumed}; mean return of the rollouts {change}{skipped}; "
+            f"student in {self.student}"
+        )
 
 
 def learn(config: LearnConfig, score_rollouts: ScoreRollouts | None = None) -> LearnReport:
@@ -61,9 +67,7 @@ def learn(config: LearnConfig, score_rollouts: ScoreRollouts | None = None) -> L
     with Run(config.out, "learn", config).locked() as run:
         if run.report:
             return LearnReport(**{**run.report, "already_done": True})
-        source: Source = (
-            OnPolicy(cache, config, info, score_rollouts) if score_rollouts else Offline(cache, config)
-        )
+        source: Source = OnPolicy(cache, config, info, score_rollouts) if score_rollouts else Offline(cache, config)
         model = load_model(config.student, device=config.device, trust_remote_code=config.trust_remote_code)
         head = Head.of(model, info.vocab_size)
         run.write_config({"student": state_fingerprint(model), "steps": source.steps, **source.resolved()})
@@ -96,6 +100,7 @@ def learn(config: LearnConfig, score_rollouts: ScoreRollouts | None = None) -> L
         report = LearnReport(
             student=str(Path(config.out) / "student"),
             steps=source.steps,
+            skipped=sum(line["action_tokens"] == 0 for line in lines),
             resumed_from=resumed,
             seconds=round(time.monotonic() - began, 1),
             fingerprint=state_fingerprint(model),
@@ -118,6 +123,6 @@ def check_tokenizer(cache: Cache, student: TokenizerInfo) -> None:
 
 def _note(metrics: StepMetrics) -> str:
     if metrics.return_mean is None:
-        return "every rollout of this step was dropped: raise --max-new-tokens, or use --unfinished bootstrap"
+        return "every rollout of this step was dropped"
     returns = f"return {metrics.return_mean:.2f} ± {metrics.return_sd:.2f}"
     return f"{returns}, length {metrics.length_mean:.1f}, ess {metrics.ess:.2f}"

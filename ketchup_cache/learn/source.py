@@ -11,9 +11,10 @@ from ketchup_cache.config import LearnConfig
 from ketchup_cache.errors import CacheError
 from ketchup_cache.learn.stream import Stream
 from ketchup_cache.lm.fingerprint import state_fingerprint
-from ketchup_cache.rollout import rollout_range
+from ketchup_cache.progress import progress
+from ketchup_cache.rollout import rollout_chunks, rollout_range, sampling_of
 from ketchup_cache.store.cache import Cache, ScoredRef
-from ketchup_cache.store.manifest import PolicyInfo, Sampling, TokenizerInfo
+from ketchup_cache.store.manifest import PolicyInfo, TokenizerInfo
 from ketchup_cache.types import ScoredRollouts
 
 ScoreRollouts = Callable[[Cache, Sequence[str]], str]
@@ -84,15 +85,7 @@ class OnPolicy:
             raise CacheError(f"{cache.path}: holds no prompts; put them there with `ketchup-cache rollout`")
         self.steps = config.steps or max(1, total * config.samples * config.epochs // config.batch_size)
         self._prompts_per_phase = config.refresh_every * config.batch_size // config.samples
-        self._sampling = Sampling(
-            greedy=config.greedy,
-            temperature=config.temperature,
-            top_k=config.top_k,
-            top_p=config.top_p,
-            max_new_tokens=config.max_new_tokens,
-            samples=config.samples,
-            seed=config.seed,
-        )
+        self._sampling = sampling_of(config)
         self._phase: int | None = None
         self._refs: list[ScoredRef] = []
         self._stream: Stream | None = None
@@ -114,20 +107,26 @@ class OnPolicy:
             return held
         name = self._config.student if phase == 0 else str(self._config.out)
         policy = PolicyInfo(name=name, fingerprint=fingerprint, step=step)
-        ids = [
-            rollout_range(
-                self._cache,
-                model,
-                policy,
-                self._tokenizer,
-                prompts_id,
-                start,
-                stop,
-                self._sampling,
-                batch=self._config.rollout_batch,
-            )
-            for prompts_id, start, stop in self._next_prompts(phase)
-        ]
+        ranges = self._next_prompts(phase)
+        wanted = sum(stop - start for _, start, stop in ranges) * self._sampling.samples
+        ids = []
+        with progress("rollouts", wanted, "rollouts") as bar:
+            for prompts_id, start, stop in ranges:
+                for first, last in rollout_chunks(stop - start, self._sampling):
+                    chunk = (prompts_id, start + first, start + last)
+                    batch = self._config.rollout_batch
+                    ids.append(
+                        rollout_range(
+                            self._cache,
+                            model,
+                            policy,
+                            self._tokenizer,
+                            *chunk,
+                            self._sampling,
+                            batch=batch,
+                            on_batch=bar.advance,
+                        )
+                    )
         return self._refs_of(ids)
 
     def _held_for(self, fingerprint: str) -> list[ScoredRef]:

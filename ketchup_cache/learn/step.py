@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from ketchup_cache.baselines import leave_one_out_baseline, mean_baseline
 from ketchup_cache.config import LearnConfig
-from ketchup_cache.errors import NumericsError
+from ketchup_cache.errors import CacheError, NumericsError
 from ketchup_cache.learn.metrics import StepMetrics
 from ketchup_cache.lm.batching import token_budget_batches
 from ketchup_cache.lm.forward import Batch, completion_states
@@ -80,13 +80,19 @@ def train_step(
     The loss is normalised by the action tokens of the whole batch, so the gradient does not depend on
     `micro_batch_tokens`. A batch with nothing in the loss (all dropped) changes nothing.
 
-    Raises NumericsError for a return, loss or gradient that is not finite; the weights are then as before.
+    Raises CacheError where the very first batch is dropped whole, NumericsError for a return, loss or gradient that
+    is not finite; the weights are then as before.
     """
     rollouts = batch.rollouts
     signal = learning_signal(batch, config)
     if not np.isfinite(signal.advantage[signal.in_loss]).all():
         raise NumericsError(f"step {step}: a return is not finite; check the cache with `ketchup-cache verify`")
     total = int(signal.in_loss.sum())
+    if total == 0 and step == 0:
+        raise CacheError(
+            f"all {len(rollouts)} rollouts of the first step were cut at the length limit, and dropped: "
+            "raise --max-new-tokens, pre-distil the student for longer, or use --unfinished bootstrap"
+        )
     staleness, loss_sum = Staleness(), 0.0
     rows = np.flatnonzero(signal.kept)
     lengths = rollouts.completions.lengths

@@ -24,9 +24,9 @@ from ketchup_cache.store.manifest import TokenizerInfo, canonical_json
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-ITEM_BITS = {
-    "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "U16": 16, "I16": 16, "F16": 16, "BF16": 16,
-    "U32": 32, "I32": 32, "F32": 32, "U64": 64, "I64": 64, "F64": 64,
+ITEM_BYTES = {
+    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2,
+    "U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8,
 }  # fmt: skip
 """safetensors' names of number formats."""
 
@@ -159,24 +159,27 @@ def _read_header(file: Path) -> Iterator[WeightEntry]:
             raise _damaged(file, "its header is cut off")
         try:
             header = json.loads(opened.read(length))
-            entries = [
-                WeightEntry(name, e["dtype"], tuple(e["shape"]), file, *(8 + length + o for o in e["data_offsets"]))
-                for name, e in header.items()
-                if name != "__metadata__"
-            ]
+            entries = [_entry(file, 8 + length, name, e) for name, e in header.items() if name != "__metadata__"]
         except (ValueError, TypeError, KeyError, AttributeError):
             raise _damaged(file, "its header is not one of safetensors") from None
     end = 8 + length
     for entry in sorted(entries, key=lambda e: (e.start, e.stop)):
-        bits = ITEM_BITS.get(entry.dtype)
-        if bits is None:
+        if entry.dtype not in ITEM_BYTES:
             raise ModelError(f"{file}: tensor {entry.name} has the unknown number format {entry.dtype!r}")
-        if entry.start != end or entry.stop - entry.start != math.prod(entry.shape) * bits // 8:
+        if entry.start != end or entry.stop - entry.start != math.prod(entry.shape) * ITEM_BYTES[entry.dtype]:
             raise _damaged(file, f"tensor {entry.name} is not where its header says")
         end = entry.stop
     if end != size:
         raise _damaged(file, f"it holds {size:,} bytes instead of {end:,}")
     yield from entries
+
+
+def _entry(file: Path, data_start: int, name: str, fields: dict[str, Any]) -> WeightEntry:
+    """Raises ValueError, TypeError or KeyError for fields of another kind than the format's."""
+    dtype, shape, (start, stop) = fields["dtype"], tuple(fields["shape"]), fields["data_offsets"]
+    if not isinstance(dtype, str) or not all(isinstance(n, int) and n >= 0 for n in (*shape, start, stop)):
+        raise ValueError
+    return WeightEntry(name, dtype, shape, file, data_start + start, data_start + stop)
 
 
 def _damaged(file: Path, why: str) -> ModelError:

@@ -51,11 +51,13 @@ def sample_completions(
 
     `prompt_index` of the result counts from the first of the given prompts. Greedy choices have log-probability 0.
 
-    Raises ConfigError for several greedy samples, ModelError for a model without an end-of-sequence token,
-    NumericsError for NaN or infinite logits.
+    Raises ConfigError for several greedy samples, ModelError for a model without an end-of-sequence token or
+    with fewer tokens than the tokenizer, NumericsError for NaN or infinite logits.
     """
     if sampling.greedy and sampling.samples > 1:
         raise ConfigError([f"--greedy gives the same completion {sampling.samples} times: set --samples 1"])
+    if (known := model.get_input_embeddings().weight.shape[0]) < vocab_size:
+        raise ModelError(f"the tokenizer has {vocab_size:,} tokens, but {_name(model)} only {known:,}: not a pair")
     eos = eos_ids(model)
     completions: list[NDArray] = []
     logprobs: list[NDArray] = []
@@ -89,7 +91,11 @@ def eos_ids(model: PreTrainedModel) -> list[int]:
         eos = getattr(config, "eos_token_id", None)
         if eos is not None:
             return list(eos) if isinstance(eos, (list, tuple)) else [eos]
-    raise ModelError(f"{model.name_or_path or type(model).__name__}: its config has no eos_token_id")
+    raise ModelError(f"{_name(model)}: its config has no eos_token_id")
+
+
+def _name(model: PreTrainedModel) -> str:
+    return model.name_or_path or type(model).__name__
 
 
 def _batches(prompts: int, samples: int, batch: int) -> Iterator[tuple[int, int, int, int]]:

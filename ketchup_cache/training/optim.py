@@ -44,9 +44,7 @@ class Optimizer:
         """
         norm = float(nn.utils.clip_grad_norm_(self.named.values(), self.max_grad_norm))
         if not math.isfinite(norm):
-            raise NumericsError(
-                f"step {step}: the gradient is {norm}; the weights were not changed. Lower --lr"
-            )
+            raise NumericsError(f"step {step}: the gradient is {norm}; the weights were not changed. Lower --lr")
         for group in self.adamw.param_groups:
             group["lr"] = self.lr(step)
         self.adamw.step()

@@ -1,0 +1,131 @@
+"""How fast the cache commits and loads, and how small it is: `python benchmarks/store.py [FOLDER]`.
+
+FOLDER is where the disk to be measured is (default: the system's temporary folder). Speeds are of the arrays as they are in memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+from ketchup_cache.store.cache import Cache, open_cache
+from ketchup_cache.store.manifest import (
+    DataInfo,
+    PolicyInfo,
+    PromptsInfo,
+    RolloutsInfo,
+    Sampling,
+    ScoresInfo,
+    TeacherInfo,
+    TokenizerInfo,
+)
+from ketchup_cache.types import Prompts, Ragged, Rollouts, Scores, offsets_of
+
+TOKENS, LENGTH, VOCAB, REPEATS = 1_000_000, 100, 32_100, 5
+
+
+def fingerprint(name: str) -> str:
+    return hashlib.sha256(name.encode()).hexdigest()
+
+
+def sample(seed: int) -> tuple[Prompts, Rollouts, Scores]:
+    """Like a teacher's: the student mostly picks the best token; T5-sized logits; Zipf-distributed ids."""
+    rng = np.random.default_rng(seed)
+    rows = TOKENS // LENGTH
+    offsets = offsets_of(np.full(rows, LENGTH))
+    ids = np.minimum(rng.zipf(1.3, TOKENS), VOCAB - 1).astype(np.int32)
+    max_q = rng.normal(-2, 6, TOKENS).astype(np.float32)
+    gap = np.where(rng.random(TOKENS) < 0.6, 0, rng.exponential(3, TOKENS)).astype(np.float32)
+    logsumexp = max_q + rng.exponential(1, TOKENS).astype(np.float32)
+    mean_q = max_q - 20 + rng.normal(0, 3, TOKENS).astype(np.float32)
+    prompts = Prompts(rng.integers(0, 256, (rows, 16)).astype(np.uint8), Ragged(ids, offsets))
+    logprob = -rng.exponential(1, TOKENS).astype(np.float32)
+    none, all_rows = np.zeros(TOKENS, np.bool_), np.ones(rows, np.bool_)
+    rollouts = Rollouts(np.arange(rows), Ragged(ids, offsets), logprob, none, all_rows)
+    return prompts, rollouts, Scores(max_q - gap, max_q, logsumexp, mean_q, np.zeros(rows, np.float32))
+
+
+def seconds(work: object) -> float:
+    began = time.perf_counter()
+    work()  # type: ignore[operator]
+    return time.perf_counter() - began
+
+
+def raw_write(folder: Path, scores: Scores) -> None:
+    """The yardstick: the same numbers as .npy files, neither compressed nor hashed nor synced."""
+    for name, array in vars(scores).items():
+        np.save(folder / f"{name}.npy", array)
+
+
+def raw_read(folder: Path, scores: Scores) -> None:
+    for name in vars(scores):
+        np.load(folder / f"{name}.npy")
+
+
+def main(where: str | None) -> None:
+    with tempfile.TemporaryDirectory(dir=where) as temporary:
+        folder = Path(temporary)
+        cache = open_cache(folder / "cache", create=True)
+        prompts, rollouts, scores = sample(0)
+        tokenizer = TokenizerInfo(name="t5", fingerprint=fingerprint("t5"), vocab_size=VOCAB)
+        data = DataInfo(name="made-up", fingerprint=fingerprint("data"), template="{prompt}")
+        p = cache.commit_prompts(prompts, PromptsInfo(tokenizer=tokenizer, data=data, start=0))
+        policy = PolicyInfo(name="student", fingerprint=fingerprint("student"))
+        rows = len(rollouts)
+        r_info = RolloutsInfo(
+            prompts=p, prompt_start=0, prompt_stop=rows, policy=policy, tokenizer=tokenizer, sampling=Sampling()
+        )
+        r = cache.commit_rollouts(rollouts, r_info)
+        teacher = TeacherInfo(name="teacher", fingerprint=fingerprint("teacher"), dtype="float32")
+        info = ScoresInfo(rollouts=r, row_start=0, row_stop=rows, teacher=teacher, tokenizer=tokenizer)
+        cache.load_rollouts(r)
+        commits = [seconds(lambda: cache.commit_scores(scores, info)) for _ in range(REPEATS)]
+        s = cache.manifests("scores")[-1][0]
+        cache.load_scores(s)
+        loads = [seconds(lambda: cache.load_scores(s)) for _ in range(REPEATS)]
+        yard_write = [seconds(lambda: raw_write(folder, scores)) for _ in range(REPEATS)]
+        yard_read = [seconds(lambda: raw_read(folder, scores)) for _ in range(REPEATS)]
+        report(cache, r, s, scores, (commits, yard_write), (loads, yard_read))
+
+
+def report(
+    cache: Cache,
+    r: str,
+    s: str,
+    scores: Scores,
+    writes: tuple[list[float], list[float]],
+    reads: tuple[list[float], list[float]],
+) -> None:
+    megabytes = sum(array.nbytes for array in vars(scores).values()) / 1e6
+    print(f"one scores segment: {TOKENS:,} tokens, {megabytes:.1f} MB, median (and best) of {REPEATS}")
+    print("| | seconds | MB/s | share of plain .npy, unsynced |\n| --- | --- | --- | --- |")
+    for label, (times, yard) in (("commit, durable", writes), ("load, verified", reads)):
+        middle = statistics.median(times)
+        speed = f"{megabytes / middle:.0f} ({megabytes / min(times):.0f})"
+        print(f"| {label} | {middle:.3f} ({min(times):.3f}) | {speed} | {statistics.median(yard) / middle:.0%} |")
+    files = {name: e.length for i in (r, s) for name, e in cache.manifest(i).files.items() if "/c/" in name}
+    print(
+        f"\nfiles: {len(cache.manifest(s).files)} a scores segment, {len(cache.manifest(r).files)} a rollouts segment"
+    )
+    print("| | bytes/token | of memory |\n| --- | --- | --- |")
+    parts = {
+        "q + max_q + token ids": ("q", "max_q", "completion_tokens"),
+        "all scores": ("q", "max_q", "logsumexp", "mean_q", "final_max_q"),
+        "all scores and rollouts": tuple({name.split("/")[0] for name in files}),
+    }
+    width = {"final_max_q": 4 / LENGTH, "prompt_index": 8 / LENGTH, "completion_offsets": 8 / LENGTH}
+    width["finished"] = 1 / LENGTH
+    for label, names in parts.items():
+        stored = sum(size for name, size in files.items() if name.split("/")[0] in names) / TOKENS
+        memory = sum(width.get(name, 4) for name in names)
+        print(f"| {label} | {stored:.2f} | {stored / memory:.0%} |")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1] if len(sys.argv) > 1 else None)

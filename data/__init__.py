@@ -1,0 +1,1 @@
+"""The shipped tasks: data, teachers and the scripts that made them."""

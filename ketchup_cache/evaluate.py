@@ -1,0 +1,221 @@
+"""How good is a model: greedy outputs against references, and their return under a teacher."""
+
+from __future__ import annotations
+
+import gc
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
+
+from ketchup_cache.config import EvaluateConfig
+from ketchup_cache.errors import DataError, MismatchError
+from ketchup_cache.files import write_file
+from ketchup_cache.lm.fingerprint import first_difference, tokenizer_info
+from ketchup_cache.lm.load import load_model, load_tokenizer
+from ketchup_cache.lm.sample import sample_completions
+from ketchup_cache.metrics import Values, check_targets, compute
+from ketchup_cache.progress import progress
+from ketchup_cache.prompts import Example, kept_examples, read_examples, tokenize_prompts
+from ketchup_cache.returns import k_step_returns
+from ketchup_cache.store.manifest import Sampling, TokenizerInfo
+from ketchup_cache.teacher import Teacher
+from ketchup_cache.types import Ragged, Rollouts, Scores
+
+
+@dataclass(frozen=True)
+class MeanReturn:
+    """G_1 (Eq. 10, K = 1) of the outputs under a teacher.
+
+    mean, sd, se: over all outputs; se is the mean's standard error. An output cut at the length limit counts with the
+    gaps it has run up so far (`unfinished="bootstrap"`). Going on could only lower that, so `mean` is an upper bound
+    where there are such outputs; leaving them out would let a model that rambles without an end look good.
+    mean_finished: over the finished ones alone. None where there are too few outputs for a figure.
+    """
+
+    teacher: str
+    fingerprint: str
+    normalization: str
+    mean: float
+    sd: float | None
+    se: float | None
+    mean_finished: float | None
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Metrics are in percent (`metrics.compute`), lengths in tokens with EOS, `finished` is a share.
+
+    left_out: examples over the prompt limit (`long_prompts="drop"`). metrics: None where the data has no targets.
+    """
+
+    model: str
+    data: str
+    examples: int
+    left_out: int
+    metrics: Values | None
+    length_mean: float
+    length_sd: float | None
+    finished: float
+    returns: MeanReturn | None
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def __str__(self) -> str:
+        left_out = f" ({self.left_out:,} left out)" if self.left_out else ""
+        lines = [f"{self.model}, greedy, on {self.examples:,} examples of {self.data}{left_out}"]
+        metrics = self.metrics or {}
+        rows = [(name, f"{value:.2f}") for name, value in metrics.items() if not isinstance(value, str)]
+        if self.metrics is None:
+            rows.append(("task metrics", "none: the data has no targets (see --target-field)"))
+        rows.append(("length", f"{self.length_mean:.1f} tokens{_spread('s.d.', self.length_sd)}"))
+        rows.append(("finished", f"{100 * self.finished:.1f} %"))
+        if r := self.returns:
+            rows.append(("return", f"{r.mean:.3f}{_spread('s.e.', r.se)}{_spread('s.d.', r.sd)}"))
+            if self.finished < 1:
+                alone = "–" if r.mean_finished is None else f"{r.mean_finished:.3f}"
+                rows[-1] = (rows[-1][0], rows[-1][1] + " (at most: unfinished outputs count up to the cut)")
+                rows.append(("… of finished", alone))
+            rows.append(("… under", f"{r.teacher}, {r.normalization}"))
+        rows += [(name.replace("_", " "), value) for name, value in metrics.items() if isinstance(value, str)]
+        return "\n".join(lines + [f"  {name:<16} {value}" for name, value in rows])
+
+
+def evaluate(config: EvaluateConfig) -> Evaluation:
+    """Decode the data set greedily and measure the outputs. Only one model is in memory at a time.
+
+    Raises DataError for unusable data or targets, ModelError for an unusable model, MismatchError where the teacher's
+    tokenizer encodes differently, WriteError for `outputs`. All but the last before anything is decoded.
+    """
+    tokenizer = load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
+    vocabulary = tokenizer_info(tokenizer, config.model)
+    examples = read_examples(config)
+    prompts = tokenize_prompts(examples, tokenizer, config)
+    kept = kept_examples(examples, prompts)
+    targets = _targets(kept, config)
+    if targets is not None:
+        check_targets(config.metrics, targets)
+    if config.teacher is not None:
+        _check_teacher(config.teacher, tokenizer, vocabulary, config)
+
+    rollouts = _decode(prompts.tokens, vocabulary.vocab_size, config)
+    outputs = [tokenizer.decode(row, skip_special_tokens=True) for row in rollouts.completions]
+    if config.outputs is not None:
+        write_file(config.outputs, _jsonl(kept, outputs, rollouts.finished))
+    metrics = compute(config.metrics, outputs, targets) if targets is not None else None
+    lengths = rollouts.completions.lengths
+    return Evaluation(
+        model=config.model,
+        data=config.data,
+        examples=len(kept),
+        left_out=len(examples) - len(kept),
+        metrics=metrics,
+        length_mean=float(lengths.mean()),
+        length_sd=_sd(lengths),
+        finished=float(rollouts.finished.mean()),
+        returns=_mean_return(config.teacher, prompts.tokens, rollouts, config) if config.teacher is not None else None,
+    )
+
+
+def _targets(examples: Sequence[Example], config: EvaluateConfig) -> list[str] | None:
+    """The references; None where no example has one. A mean over a part of the data would pass for one over all."""
+    targets = [example.target for example in examples if example.target is not None]
+    if targets and len(targets) < len(examples):
+        row = next(example.row for example in examples if example.target is None)
+        raise DataError(
+            f"{config.data}: row {row}: no text in {config.target_field!r}, but other rows have some: "
+            "fill it in, leave the row out, or set --target-field"
+        )
+    return targets or None
+
+
+def _check_teacher(
+    teacher: str, tokenizer: PreTrainedTokenizerBase, vocabulary: TokenizerInfo, config: EvaluateConfig
+) -> None:
+    _, theirs = Teacher.identify(teacher, dtype=config.dtype, trust_remote_code=config.trust_remote_code)
+    if theirs.fingerprint != vocabulary.fingerprint:
+        other = load_tokenizer(teacher, trust_remote_code=config.trust_remote_code)
+        raise MismatchError(
+            f"teacher {teacher} and model {config.model} have tokenizers that encode differently "
+            f"({first_difference(other, tokenizer)}): choose a teacher that shares it, or leave --teacher out"
+        )
+
+
+def _decode(prompts: Ragged, vocab_size: int, config: EvaluateConfig) -> Rollouts:
+    """One greedy completion of each prompt. The model is gone afterwards."""
+    model = load_model(config.model, device=config.device, trust_remote_code=config.trust_remote_code)
+    greedy = Sampling(greedy=True, max_new_tokens=config.max_new_tokens)
+    with progress("decode", len(prompts), "outputs") as bar:
+        rollouts = sample_completions(
+            model, vocab_size, prompts, greedy, first_prompt=0, batch=config.rollout_batch, on_batch=bar.advance
+        )
+    del model
+    gc.collect()
+    torch.cuda.empty_cache()
+    return rollouts
+
+
+def _mean_return(name: str, prompts: Ragged, rollouts: Rollouts, config: EvaluateConfig) -> MeanReturn:
+    teacher = Teacher.load(
+        name,
+        dtype=config.dtype,
+        device=config.device,
+        device_map=config.device_map,
+        trust_remote_code=config.trust_remote_code,
+    )
+    with progress("score", len(rollouts.completions.values)) as bar:
+        scores = teacher.score(prompts, rollouts, batch_tokens=config.batch_tokens, on_batch=bar.advance)
+    returns = _one_step_returns(rollouts, scores, config)
+    finished = returns[rollouts.finished]
+    sd = _sd(returns)
+    return MeanReturn(
+        teacher=teacher.info.name,
+        fingerprint=teacher.info.fingerprint,
+        normalization=config.normalization,
+        mean=float(returns.mean()),
+        sd=sd,
+        se=None if sd is None else sd / math.sqrt(len(returns)),
+        mean_finished=float(finished.mean()) if len(finished) else None,
+    )
+
+
+def _one_step_returns(rollouts: Rollouts, scores: Scores, config: EvaluateConfig) -> NDArray[np.float64]:
+    """[B]: G_1 of each output."""
+    arrays: dict[str, Any] = {
+        name: rollouts.completions.with_values(getattr(scores, name)).padded().astype(np.float64)
+        for name in ("q", "max_q", "mean_q", "logsumexp")
+    }
+    return k_step_returns(
+        **arrays,
+        lengths=rollouts.completions.lengths,
+        k=1,
+        normalization=config.normalization,
+        finished=rollouts.finished,
+        unfinished="bootstrap",
+    )[:, 0]
+
+
+def _jsonl(examples: Sequence[Example], outputs: Sequence[str], finished: NDArray[np.bool_]) -> bytes:
+    lines = [
+        json.dumps(
+            {"id": e.id.hex(), "prompt": e.prompt, "output": output, "target": e.target, "finished": bool(done)},
+            ensure_ascii=False,
+        )
+        for e, output, done in zip(examples, outputs, finished, strict=True)
+    ]
+    return ("\n".join(lines) + "\n").encode()
+
+
+def _sd(values: NDArray) -> float | None:
+    return float(values.std(ddof=1)) if len(values) > 1 else None
+
+
+def _spread(what: str, value: float | None) -> str:
+    return "" if value is None else f", {what} {value:.3f}"

@@ -1,0 +1,16 @@
+"""Where the files that come with the package are: recipes, and the small tasks with their teachers."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from pathlib import Path
+
+
+def recipe(name: str) -> Path:
+    """YAML file of a recipe; it need not exist."""
+    return Path(str(files("ketchup_cache.recipes"))) / f"{name}.yaml"
+
+
+def task(name: str) -> Path:
+    """Folder of a shipped task: train.jsonl, test.jsonl, teacher/, student/."""
+    return Path(str(files("ketchup_cache.data"))) / name
