@@ -1,6 +1,6 @@
 """Scoring speed: `Teacher.score` against the plain way, on random weights of T5-small's shape.
 
-    python benchmarks/scoring.py [--rollouts 96]
+    python benchmarks/scoring.py [--rollouts 48]
 
 The plain way: every rollout a row of its own with an encoder pass of its own, random batches of 8 padded to their
 longest, logits for all positions of the padded batch, then gather and max. Both run on the same rollouts, and their
@@ -64,7 +64,7 @@ def plain_way(model: T5ForConditionalGeneration, prompts: Ragged, rollouts: Roll
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rollouts", type=int, default=96, help="completions per measurement (multiple of 4)")
+    parser.add_argument("--rollouts", type=int, default=48, help="completions per measurement (multiple of 4)")
     parser.add_argument("--batch-tokens", type=int, default=4096, help="largest padded batch of Teacher.score")
     parser.add_argument("--device", default="auto")
     options = parser.parse_args()

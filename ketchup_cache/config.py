@@ -72,11 +72,11 @@ class SamplingOptions(Config):
     """Completions per prompt."""
     greedy: bool = False
     """Take the most likely token instead of sampling."""
-    temperature: float = Field(default=1.0, gt=0)
+    temperature: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     """Sampling temperature. 1, with no top-k and top-p, is the policy itself (Algorithm 1)."""
     top_k: int = Field(default=0, ge=0)
     """Sample from the k most likely tokens. 0: from all."""
-    top_p: float = Field(default=1.0, gt=0, le=1)
+    top_p: float = Field(default=1.0, gt=0, le=1, allow_inf_nan=False)
     """Sample from the smallest set of tokens with this much probability. 1: from all."""
     max_new_tokens: Positive = 64
     """Longest completion. A rollout that reaches it without EOS is unfinished."""
@@ -124,7 +124,7 @@ class PretrainConfig(DeviceOptions, DataOptions):
     """Folder for the trained model."""
     epochs: Positive = 5
     """Passes over the data."""
-    lr: float = Field(default=3e-5, gt=0)
+    lr: float = Field(default=3e-5, gt=0, allow_inf_nan=False)
     """Peak learning rate of AdamW."""
     batch_size: Positive = 8
     """Examples per optimizer step."""
@@ -134,7 +134,7 @@ class PretrainConfig(DeviceOptions, DataOptions):
     """Learning rate after the warm-up."""
     weight_decay: float = Field(default=0.01, ge=0)
     """AdamW's decoupled weight decay."""
-    max_grad_norm: float = Field(default=1.0, gt=0)
+    max_grad_norm: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     """Clip the gradient's norm."""
     max_new_tokens: Positive = 64
     """Longest target; longer ones are cut."""
@@ -161,6 +161,8 @@ class RolloutConfig(DeviceOptions, DataOptions, SamplingOptions):
     """Policy that samples: a folder or a Hub id. A teacher is a policy too."""
     cache: Path
     """Cache that receives the rollouts; made if it is not there."""
+    first: int = Field(default=0, ge=0)
+    """Sample for the first so many prompts only; all are stored, for learn to go on with. 0: sample for all."""
 
 
 class ScoreConfig(DeviceOptions, ScoringOptions):
@@ -197,7 +199,7 @@ class LearnConfig(DeviceOptions, ReturnOptions, SamplingOptions, ScoringOptions)
     """Passes over the scored rollouts (offline) or the prompts (with a teacher)."""
     batch_size: Positive = 256
     """Rollouts per optimizer step (the paper's 8 x 32)."""
-    lr: float = Field(default=1e-5, gt=0)
+    lr: float = Field(default=1e-5, gt=0, allow_inf_nan=False)
     """Peak learning rate of AdamW."""
     warmup: int = Field(default=0, ge=0)
     """Optimizer steps of linear warm-up."""
@@ -205,13 +207,13 @@ class LearnConfig(DeviceOptions, ReturnOptions, SamplingOptions, ScoringOptions)
     """Learning rate after the warm-up: constant, or linear to zero at the last step."""
     weight_decay: float = Field(default=0.01, ge=0)
     """AdamW's decoupled weight decay."""
-    max_grad_norm: float = Field(default=1.0, gt=0)
+    max_grad_norm: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     """Clip the gradient's norm."""
     baseline: Baseline = "none"
     """Subtracted from the returns: mean (per time step, over the batch) or leave-one-out (a prompt's other samples)."""
-    clip_return: float = Field(default=100.0, gt=0)
+    clip_return: float = Field(default=100.0, gt=0, allow_inf_nan=False)
     """Returns are clipped to plus or minus this, after normalisation (paper, Tables 4 and 5)."""
-    max_ratio: float = Field(default=2.0, gt=0)
+    max_ratio: float = Field(default=2.0, gt=0, allow_inf_nan=False)
     """Truncation of the per-token importance ratio policy/behaviour."""
     importance: bool = True
     """Correct stale rollouts by the importance ratio. Off: treat every rollout as on-policy."""

@@ -206,7 +206,7 @@ def _records(options: DataOptions, columns: Iterable[str]) -> Generator[tuple[in
         yield from _json_records(data, _file_rows(file, data, "text", encoding="utf-8-sig"))
     elif name.endswith(".csv"):
         as_text = dict.fromkeys(columns, str)
-        rows = _file_rows(file, data, "csv", keep_default_na=False, na_filter=False, converters=as_text)
+        rows = _file_rows(file, data, "csv", na_filter=False, converters=as_text)
         for row, record in enumerate(rows, start=1):
             if "__index_level_0__" in record:
                 raise DataError(f"{data}: rows have more cells than the header names; quote cells that hold commas")

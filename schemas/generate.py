@@ -9,6 +9,7 @@ from typing import Any
 
 from pydantic.json_schema import GenerateJsonSchema
 
+from ketchup_cache.config import COMMANDS
 from ketchup_cache.store.manifest import Manifest
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
@@ -26,7 +27,47 @@ def manifest_schema() -> dict[str, Any]:
     return {"$schema": DIALECT} | Manifest.model_json_schema(schema_generator=_EveryFieldRequired)
 
 
-SCHEMAS: dict[str, Callable[[], dict[str, Any]]] = {"manifest.schema.json": manifest_schema}
+class _NothingRequired(GenerateJsonSchema):
+    """A config file may leave out anything: flags and defaults supply the rest."""
+
+    def field_is_required(self, field: Any, total: bool) -> bool:
+        return False
+
+
+def metrics_schema() -> dict[str, Any]:
+    from ketchup_cache.learn.metrics import StepMetrics  # imports torch
+
+    return {"$schema": DIALECT} | StepMetrics.model_json_schema(schema_generator=_EveryFieldRequired)
+
+
+def config_schema() -> dict[str, Any]:
+    """A YAML file for `--config`: a section for each command, and options that hold for every command that has them."""
+    sections = {
+        name: config.model_json_schema(schema_generator=_NothingRequired) | {"title": name}
+        for name, config in COMMANDS.items()
+    }
+    shared: dict[str, list[dict[str, Any]]] = {}
+    for section in sections.values():
+        for name, option in section["properties"].items():
+            option = {key: value for key, value in option.items() if key not in ("default", "description", "title")}
+            if option not in shared.setdefault(name, []):
+                shared[name].append(option)
+    options = {name: forms[0] if len(forms) == 1 else {"anyOf": forms} for name, forms in shared.items()}
+    return {
+        "$schema": DIALECT,
+        "title": "ketchup-cache config",
+        "description": config_schema.__doc__,
+        "type": "object",
+        "properties": sections | options,
+        "additionalProperties": False,
+    }
+
+
+SCHEMAS: dict[str, Callable[[], dict[str, Any]]] = {
+    "config.schema.json": config_schema,
+    "manifest.schema.json": manifest_schema,
+    "metrics.schema.json": metrics_schema,
+}
 """File name → function that makes the schema."""
 
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -115,13 +116,15 @@ def test_a_changed_file_is_seen_and_nothing_is_left_behind(tmp_path):
     """In a process of its own, because the library reads its cache folder's name at import."""
     program = (
         "import sys, json, tempfile; from pathlib import Path\n"
+        "from ketchup_cache.errors import DataError\n"
         "from ketchup_cache.prompts import read_examples; from ketchup_cache.config import DataOptions\n"
         "for text in ('one', 'two'):\n"  # same length, and within the resolution of a time stamp
         "    for name, content in (('d.jsonl', json.dumps({'prompt': text})), ('d.csv', 'prompt\\n' + text + '\\n')):\n"
         "        Path(name).write_text(content)\n"
         "        assert [e.prompt for e in read_examples(DataOptions(data=name))] == [text]\n"
-        "try: read_examples(DataOptions(data='none.csv'))\n"
-        "except Exception: pass\n"
+        "Path('bad.csv').write_text('prompt\\na\\nb,c\\n')\n"
+        "try: read_examples(DataOptions(data='bad.csv'))\n"
+        "except DataError: pass\n"  # which the library also logs
     )
     work, home, temporary = (tmp_path / name for name in ("work", "home", "tmp"))
     for folder in (work, home, temporary):
@@ -223,7 +226,9 @@ def test_missing_target_matters_only_where_it_is_needed(tmp_path, row, message):
 def test_bad_file(tmp_path, name, content, message):
     path = tmp_path / name
     path.write_bytes(content)
+    verbosity = datasets.logging.get_verbosity()
     assert error_of(path).startswith(f"{path}{message}")
+    assert datasets.logging.get_verbosity() == verbosity
 
 
 def test_parquet_rows(tmp_path):

@@ -134,6 +134,22 @@ def test_logprobs_in_the_cache_are_those_of_the_student(tmp_path, student):
             assert logprob[row] == pytest.approx(plain.numpy(), abs=1e-4)
 
 
+def test_seeds_follow_the_place_in_the_data(tmp_path, student, monkeypatch):
+    """Not the place in a segment: the first prompts of every segment would share theirs."""
+    places, original = [], rollout_module.sample_completions
+
+    def spy(*arguments, first_prompt, **options):
+        places.append(first_prompt)
+        return original(*arguments, first_prompt=first_prompt, **options)
+
+    monkeypatch.setattr(rollout_module, "sample_completions", spy)
+    write_prompts(tmp_path / "prompts.jsonl", 23)
+    rollout(make_config(tmp_path, student))
+    segments = open_cache(tmp_path / "cache").manifests("prompts")
+    assert len(segments) > 2
+    assert places == [m.info.start + place for _, m in segments for place in range(0, m.rows, 4)]
+
+
 def test_nothing_is_done_twice(tmp_path, student, monkeypatch):
     write_prompts(tmp_path / "prompts.jsonl", 12)
     config = make_config(tmp_path, student)

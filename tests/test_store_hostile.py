@@ -24,8 +24,7 @@ from ketchup_cache.store.cache import Cache, open_cache
 from ketchup_cache.store.inspect import verify
 from ketchup_cache.store.manifest import ArrayEntry
 
-settings.register_profile("store", derandomize=True, deadline=None, max_examples=100)
-settings.load_profile("store")
+examples = settings(derandomize=True, deadline=None, max_examples=100)
 
 
 @pytest.fixture
@@ -452,8 +451,8 @@ ENTRIES = {name: ArrayEntry(dtype=array.dtype.name, shape=array.shape) for name,
 ENCODED = arrays.encode(SAMPLE)
 
 
+@settings(examples, max_examples=400)
 @given(st.sampled_from(sorted(ENCODED)), st.data())
-@settings(max_examples=400)
 def test_decode_refuses_or_reads_the_same(key: str, data: st.DataObject) -> None:
     """Below the hashes: whatever happens to a file's bytes, there is no third way, and no other exception."""
     whole = ENCODED[key]
@@ -471,6 +470,20 @@ def test_decode_refuses_or_reads_the_same(key: str, data: st.DataObject) -> None
     assert message.startswith(key.removesuffix("/zarr.json").split("/c/")[0])
 
 
+@pytest.mark.parametrize("key", sorted(ENCODED))
+def test_decode_wants_exactly_the_files_of_the_arrays(key: str) -> None:
+    with pytest.raises(CorruptError, match=f"^{key}: is missing"):
+        arrays.decode({k: data for k, data in ENCODED.items() if k != key}, ENTRIES)
+    with pytest.raises(CorruptError, match=f"^{key}x: is not part of the segment"):
+        arrays.decode(ENCODED | {key + "x": ENCODED[key]}, ENTRIES)
+
+
+def test_decode_never_allocates_more_than_the_limit() -> None:
+    with pytest.raises(CorruptError, match="arrays of 8,000,000,000,000 bytes"):
+        arrays.decode(ENCODED, {"tokens": ArrayEntry(dtype="int64", shape=(10**12,))})
+
+
+@examples
 @given(st.binary(max_size=2000), st.integers(1, 5), st.booleans())
 def test_zstd_size_is_read_from_the_header(content: bytes, level: int, checksum: bool) -> None:
     frame = bytes(numcodecs.Zstd(level=level, checksum=checksum).encode(content))

@@ -32,8 +32,7 @@ from ketchup_cache.store import arrays
 from ketchup_cache.store.cache import Cache, open_cache
 from ketchup_cache.types import Ragged, Rollouts, Scores
 
-settings.register_profile("store", derandomize=True, deadline=None, max_examples=25)
-settings.load_profile("store")
+examples = settings(derandomize=True, deadline=None, max_examples=25)
 SCHEMA_FOLDER = files("ketchup_cache.schemas")
 
 
@@ -54,6 +53,7 @@ lengths = st.lists(st.integers(0, 9), max_size=6)
 vocabularies = st.sampled_from([1, 2, 255, 2**16, 2**16 + 1, 250_112, 2**31])
 
 
+@examples
 @given(lengths, lengths, vocabularies, st.booleans(), st.integers(0, 999))
 def test_round_trip(
     shared: Path, prompt_lengths: list[int], row_lengths: list[int], vocab_size: int, forced: bool, seed: int
@@ -82,6 +82,7 @@ def test_round_trip(
     assert reopened.manifest(p).arrays["tokens"].dtype == ("uint16" if vocab_size <= 65536 else "uint32")
 
 
+@examples
 @given(
     st.sampled_from(["bool", "uint8", "uint16", "uint32", "int64", "float16", "float32"]),
     st.sampled_from([(0,), (1,), (7,), (0, 16), (3, 16), (2**16 + 1, 16), (2**20,), (2**20 + 1,), (2**21 + 5,)]),

@@ -28,8 +28,7 @@ from ketchup_cache.store.coverage import gaps
 from ketchup_cache.store.inspect import describe
 from ketchup_cache.types import Rollouts, Scores
 
-settings.register_profile("store", derandomize=True, deadline=None, max_examples=200)
-settings.load_profile("store")
+examples = settings(derandomize=True, deadline=None, max_examples=200)
 
 LENGTHS = (5, 0, 7, 1, 2, 3)
 
@@ -203,6 +202,7 @@ places = st.integers(0, 12)
 ranges = st.lists(places, min_size=2, max_size=2, unique=True).map(sorted)
 
 
+@examples
 @given(places, places, st.lists(ranges, max_size=5))
 def test_gaps_are_what_is_left(start: int, stop: int, covered: list[list[int]]) -> None:
     left = gaps(start, stop, [(a, b) for a, b in covered])

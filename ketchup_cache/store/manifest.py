@@ -63,7 +63,7 @@ class Sampling(Record):
     """How completions were drawn. The default is the paper's Algorithm 1: the full softmax at temperature 1."""
 
     greedy: bool = False
-    temperature: float = Field(default=1.0, gt=0)
+    temperature: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     top_k: int = Field(default=0, ge=0)
     """0: off."""
     top_p: float = Field(default=1.0, gt=0, le=1)

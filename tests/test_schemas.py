@@ -1,0 +1,52 @@
+"""The JSON Schemas are those of the models, and real files keep them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import jsonschema
+import pytest
+import yaml
+from caches import make_cache
+from tiny import save_model
+
+from ketchup_cache.config import LearnConfig
+from ketchup_cache.learn.loop import learn
+from ketchup_cache.schemas.generate import FOLDER, SCHEMAS, render
+
+RECIPES = sorted((Path(__file__).parents[1] / "ketchup_cache" / "recipes").glob("*.yaml"))
+
+
+def schema(name):
+    loaded = json.loads((FOLDER / name).read_text())
+    jsonschema.Draft202012Validator.check_schema(loaded)
+    return jsonschema.Draft202012Validator(loaded)
+
+
+@pytest.mark.parametrize("name", list(SCHEMAS))
+def test_files_are_up_to_date(name):
+    assert (FOLDER / name).read_text() == render(SCHEMAS[name]()), "run `make schemas`"
+
+
+def test_metrics_and_manifests_of_a_real_run(tmp_path):
+    folders = save_model(tmp_path / "student", "1.0", seed=1), save_model(tmp_path / "teacher", "1.1", seed=2)
+    cache = make_cache(tmp_path / "cache", *folders)
+    learn(LearnConfig(student=str(folders[0]), cache=cache.path, out=tmp_path / "run", batch_size=4, steps=2))
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert len(lines) == 2
+    for line in lines:
+        schema("metrics.schema.json").validate(json.loads(line))
+    for path in (cache.path / "manifests").iterdir():
+        schema("manifest.schema.json").validate(json.loads(path.read_text()))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+def test_recipes_keep_the_config_schema(path):
+    schema("config.schema.json").validate(yaml.safe_load(path.read_text()))
+
+
+@pytest.mark.parametrize("wrong", [{"kk": 1}, {"learn": {"k": 0}}, {"tail": "jmp"}, {"score": {"k": 3}}])
+def test_config_schema_refuses_what_the_program_refuses(wrong):
+    with pytest.raises(jsonschema.ValidationError):
+        schema("config.schema.json").validate(wrong)
