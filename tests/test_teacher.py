@@ -10,6 +10,7 @@ from tiny import make_t5, make_tokenizer, save_model
 
 from ketchup_cache.errors import MismatchError, ModelError, NumericsError
 from ketchup_cache.lm.fingerprint import tokenizer_info
+from ketchup_cache.lm.forward import completion_states
 from ketchup_cache.store.manifest import TeacherInfo
 from ketchup_cache.teacher import Teacher
 from ketchup_cache.types import Ragged
@@ -133,15 +134,16 @@ def test_numbers_that_are_none_name_their_row(poison):
     teacher.score(prompts, rollouts, rows=np.array([0, 1]), batch_tokens=1000)
 
 
-def test_a_state_after_the_end_is_checked_too():
-    model = make_t5("1.1")
-    with torch.no_grad():
-        model.shared.weight[40] = float("nan")
-    teacher = Teacher.__new__(Teacher)
-    vars(teacher).update(vars(TEACHERS["1.1"]), _model=model)
-    prompts = Ragged.from_rows([[5, 1]], np.int32)
+def test_a_state_after_the_end_is_checked_too(monkeypatch):
+    def spoiled(model, batch, *, next_state):
+        states, next_states = completion_states(model, batch, next_state=next_state)
+        next_states[-1] = float("nan")
+        return states, next_states
+
+    monkeypatch.setattr("ketchup_cache.teacher.completion_states", spoiled)
+    rollouts = make_rollouts([0, 0, 0], [[7, 8], [7, 9], [7, 1]], [False, False, True])
     with pytest.raises(NumericsError, match="rollout row 1"):
-        teacher.score(prompts, make_rollouts([0, 0], [[7, 8], [7, 40]], [False, False]), batch_tokens=1000)
+        TEACHERS["1.1"].score(Ragged.from_rows([[5, 1]], np.int32), rollouts, batch_tokens=1000)
 
 
 def test_token_ids_beyond_the_vocabulary_name_their_row():
