@@ -94,12 +94,55 @@ def demo(config: DemoConfig, run: RunCommand) -> DemoReport:
 
     print("A teacher translates a made-up language. A smaller student is to learn it from the teacher alone.")
     _title("1. Pre-distillation: the student learns from a few of the teacher's own translations")
-    shell("rollout", "--student", teacher, "--greedy", "--data", data / "train.jsonl", "--limit", 4000, "--max-new-tokens", 40, "--rollout-batch", 256, "--cache", sft)
-    shell("pretrain", "--model", data / "student", "--cache", sft, "--out", predistilled, "--epochs", 16, "--batch-size", 64, "--lr", 3e-3)
+    shell(
+        "rollout",
+        "--student",
+        teacher,
+        "--greedy",
+        "--data",
+        data / "train.jsonl",
+        "--limit",
+        4000,
+        "--max-new-tokens",
+        40,
+        "--rollout-batch",
+        256,
+        "--cache",
+        sft,
+    )
+    shell(
+        "pretrain",
+        "--model",
+        data / "student",
+        "--cache",
+        sft,
+        "--out",
+        predistilled,
+        "--epochs",
+        16,
+        "--batch-size",
+        64,
+        "--lr",
+        3e-3,
+    )
     student = predistilled / "model"
 
     _title("2. Rollouts of the student, scored once by the teacher: the cache")
-    shell("rollout", "--student", student, "--data", data / "train.jsonl", "--samples", 4, "--max-new-tokens", 40, "--rollout-batch", 256, "--cache", cache)
+    shell(
+        "rollout",
+        "--student",
+        student,
+        "--data",
+        data / "train.jsonl",
+        "--samples",
+        4,
+        "--max-new-tokens",
+        40,
+        "--rollout-batch",
+        256,
+        "--cache",
+        cache,
+    )
     shell("score", "--teacher", teacher, "--cache", cache)
     shell("score", "--teacher", teacher, "--cache", cache)
     shell("info", cache)

@@ -15,11 +15,13 @@ import torch
 from tiny import WORDS, make_t5, make_tokenizer, save_model, write_prompts
 
 from ketchup_cache import rollout as rollout_module
+from ketchup_cache import sampling as sampling_module
 from ketchup_cache.config import RolloutConfig
 from ketchup_cache.errors import DataError, KetchupError, MismatchError
 from ketchup_cache.lm.fingerprint import weights_fingerprint
 from ketchup_cache.prompts import read_examples
-from ketchup_cache.rollout import rollout, rollout_chunks, rollout_range, sampling_of
+from ketchup_cache.rollout import rollout
+from ketchup_cache.sampling import rollout_chunks, rollout_range, sampling_of
 from ketchup_cache.store.cache import Cache, open_cache
 from ketchup_cache.store.manifest import Sampling
 from ketchup_cache.types import Rollouts
@@ -32,7 +34,7 @@ def small(monkeypatch):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     for name, value in SMALL.items():
-        monkeypatch.setattr(rollout_module, name, value)
+        monkeypatch.setattr(sampling_module, name, value)
     yield
     torch.set_num_threads(threads)
 
@@ -136,13 +138,13 @@ def test_logprobs_in_the_cache_are_those_of_the_student(tmp_path, student):
 
 def test_seeds_follow_the_place_in_the_data(tmp_path, student, monkeypatch):
     """Not the place in a segment: the first prompts of every segment would share theirs."""
-    places, original = [], rollout_module.sample_completions
+    places, original = [], sampling_module.sample_completions
 
     def spy(*arguments, first_prompt, **options):
         places.append(first_prompt)
         return original(*arguments, first_prompt=first_prompt, **options)
 
-    monkeypatch.setattr(rollout_module, "sample_completions", spy)
+    monkeypatch.setattr(sampling_module, "sample_completions", spy)
     write_prompts(tmp_path / "prompts.jsonl", 23)
     rollout(make_config(tmp_path, student))
     segments = open_cache(tmp_path / "cache").manifests("prompts")
@@ -210,13 +212,13 @@ def test_duplicates_and_long_prompts_are_counted(tmp_path, student):
 
 KILLED = """
 import sys, time, torch
-from ketchup_cache import rollout
+from ketchup_cache import rollout, sampling
 from ketchup_cache.config import RolloutConfig
 from ketchup_cache.store.cache import Cache
 
 torch.set_num_threads(1)
 for name, value in {small}.items():
-    setattr(rollout, name, value)
+    setattr(sampling, name, value)
 commit, commits = Cache.commit_rollouts, []
 
 def stuck(cache, *segment):
@@ -321,3 +323,24 @@ def test_greedy(tmp_path, student):
         own = model.generate(torch.tensor([prompts[prompt].tolist()]), do_sample=False, max_new_tokens=6)
         assert rollouts.completions[row].tolist() == own[0, 1:].tolist()
     assert not rollouts.behavior_logprob.any()
+
+
+def test_first_samples_for_some_prompts_and_stores_them_all(tmp_path, student):
+    """13 of 23 prompts, over the end of a prompts segment: the same rollouts as of all, but fewer."""
+    write_prompts(tmp_path / "prompts.jsonl", 23)
+    report = rollout(make_config(tmp_path, student, first=13))
+    assert (report.prompts, report.rollouts) == (23, 26)
+    rollout(make_config(tmp_path, student, cache=tmp_path / "whole"))
+    some, whole = (open_cache(tmp_path / name) for name in ("cache", "whole"))
+    assert sum(m.rows for _, m in some.manifests("prompts")) == 23
+
+    def rows(cache: Cache) -> dict[bytes, list[bytes]]:
+        found: dict[bytes, list[bytes]] = {}
+        for key, rollouts in contents(cache).items():
+            for row, completion in enumerate(rollouts.completions):
+                found.setdefault(key[row // 2], []).append(completion.tobytes())
+        return found
+
+    expected = rows(whole)
+    assert len(rows(some)) == 13
+    assert all(expected[key] == completions for key, completions in rows(some).items())

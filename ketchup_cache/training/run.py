@@ -58,7 +58,8 @@ class Run:
     def _match_config(self) -> None:
         path = self.out / "config.json"
         options = self.config.model_dump(mode="json")
-        if path.exists():
+        begun = self.metrics_path.exists() and self.metrics_path.stat().st_size > 0
+        if path.exists() and begun:
             before = _read_json(path).get("options", {})
             changed = sorted(k for k in before.keys() | options.keys() if before.get(k) != options.get(k))
             if problems := [

@@ -1,0 +1,181 @@
+"""Refreshing: rollouts of the current student, scored when they are needed, and runs that survive being killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from caches import plain_logits, plain_scores
+from safetensors.torch import load_file
+from tiny import WORDS, make_t5, save_model, write_prompts
+
+import ketchup_cache.score
+from ketchup_cache.cli import main
+from ketchup_cache.lm.fingerprint import weights_fingerprint
+from ketchup_cache.store.cache import open_cache
+
+VOCAB = len(WORDS) + 3
+LEARN = {
+    "--k": 2, "--steps": 9, "--refresh-every": 3, "--batch-size": 8, "--samples": 2, "--max-new-tokens": 6,
+    "--unfinished": "bootstrap", "--lr": 1e-3, "--checkpoint-every": 2, "--device": "cpu",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    base = tmp_path_factory.mktemp("models")
+    return save_model(base / "student", "1.0", seed=1), save_model(base / "teacher", "1.1", seed=2)
+
+
+@pytest.fixture
+def words(tmp_path, folders):
+    """A cache with prompts and two rollouts, and the words of a `learn` command."""
+    data = write_prompts(tmp_path / "d.jsonl", 30)
+    student, teacher = map(str, folders)
+    rollout = ["rollout", "--student", student, "--data", data, "--cache", tmp_path / "cache", "--first", 1]
+    assert main([*map(str, rollout), "--samples", "2", "--max-new-tokens", "6"]) == 0
+    options = {"--student": student, "--teacher": teacher, "--cache": tmp_path / "cache", "--out": tmp_path / "run"}
+    return {**LEARN, **options}
+
+
+def flat(options) -> list[str]:
+    return ["learn", *(str(part) for pair in options.items() for part in pair)]
+
+
+def metrics(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_every_phase_samples_the_student_as_it_is_then(words, tmp_path, folders):
+    """Behaviour log-probabilities and scores of the refreshed rollouts equal plain forward passes of the weights that
+    the run had at that step: those of a run that stops there.
+    """
+    assert main(flat(words)) == 0
+    cache = open_cache(tmp_path / "cache")
+    refreshed = [m["step"] for m in metrics(tmp_path / "run") if m["refreshed"]]
+    assert refreshed == [0, 3, 6]
+    for m in metrics(tmp_path / "run"):
+        if m["refreshed"]:
+            assert m["ratio_mean"] == pytest.approx(1, abs=1e-5)
+            assert m["behavior_kl"] == pytest.approx(0, abs=1e-8)
+        else:
+            assert m["behavior_kl"] > 1e-7
+
+    assert main(flat(words | {"--steps": 3, "--out": tmp_path / "short"})) == 0
+    at_three = tmp_path / "short" / "student"
+    segments = [m for _, m in cache.manifests("rollouts") if m.info.policy.step == 3]
+    assert segments
+    assert {m.info.policy.fingerprint for m in segments} == {weights_fingerprint(at_three)}
+    student = make_t5("1.0")
+    student.load_state_dict(load_file(at_three / "model.safetensors"), strict=False)
+    student.tie_weights()
+    teacher, checked = make_t5("1.1", seed=2), 0
+    for row in cache.rows(policy=weights_fingerprint(at_three)):
+        own = plain_logits(student, row.prompt_tokens, row.completion_tokens)[:, :VOCAB].log_softmax(1)
+        own = own[range(len(row.completion_tokens)), row.completion_tokens.tolist()]
+        np.testing.assert_allclose(row.behavior_logprob, own.numpy(), rtol=0, atol=1e-4)
+        expected = plain_scores(teacher, row.prompt_tokens, row.completion_tokens, row.finished, VOCAB)
+        for name in ("q", "max_q", "logsumexp", "mean_q"):
+            np.testing.assert_allclose(getattr(row, name), expected[name], rtol=0, atol=1e-4)
+        checked += 1
+    assert checked == 24  # 3 steps of 8 rollouts
+
+
+def test_prompts_go_on_where_the_last_phase_stopped(words, tmp_path):
+    assert main(flat(words)) == 0
+    cache = open_cache(tmp_path / "cache")
+    ranges = {m.info.policy.step: (m.info.prompt_start, m.info.prompt_stop) for _, m in cache.manifests("rollouts")}
+    # 12 prompts a phase; phase 0 is content with what the cache held for this student
+    assert ranges == {None: (0, 1), 3: (12, 24), 6: (24, 30)} | {6: ranges[6]}
+    sixth = [
+        (m.info.prompt_start, m.info.prompt_stop) for _, m in cache.manifests("rollouts") if m.info.policy.step == 6
+    ]
+    assert sorted(sixth) == [(0, 6), (24, 30)]
+
+
+def test_teacher_is_in_memory_only_while_it_scores(words, monkeypatch):
+    """During every optimizer step, no module with the teacher's architecture (gated feed-forward) is alive."""
+    import gc
+
+    from ketchup_cache.training.optim import Optimizer
+
+    original, alive, loads = Optimizer.step, [], []
+    load = ketchup_cache.score.Teacher.load
+
+    def step(self, number):
+        gc.collect()
+        gated = [o for o in gc.get_objects() if isinstance(o, torch.nn.Module) and "Gated" in type(o).__name__]
+        alive.append(len(gated))
+        return original(self, number)
+
+    monkeypatch.setattr(Optimizer, "step", step)
+    monkeypatch.setattr(
+        ketchup_cache.score.Teacher, "load", lambda *args, **options: loads.append(1) or load(*args, **options)
+    )
+    assert main(flat(words)) == 0
+    assert alive == [0] * 9
+    assert len(loads) == 3
+
+
+def test_killed_at_any_moment_it_ends_with_the_same_bits(words, tmp_path):
+    """kill -9 again and again, while sampling, scoring or training; each run goes on; the end is the same."""
+    options = words | {"--out": tmp_path / "undisturbed", "--cache": tmp_path / "other"}
+    data, student = tmp_path / "d.jsonl", words["--student"]
+    rollout = ["rollout", "--student", student, "--data", data, "--cache", tmp_path / "other", "--first", 1]
+    assert main([*map(str, rollout), "--samples", "2", "--max-new-tokens", "6"]) == 0
+    assert main(flat(options)) == 0
+
+    rng, kills = np.random.default_rng(0), 0
+    command = [sys.executable, "-m", "ketchup_cache", *flat(words)]
+    for attempt in range(8):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=os.environ)
+        before = _progress(tmp_path)
+        deadline = time.monotonic() + 100
+        # let it get somewhere new first, so that attempts make headway whatever the machine's speed
+        while _progress(tmp_path) == before and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0, 0.3))
+        if process.poll() is not None:
+            break
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        kills += 1
+    assert main(flat(words)) == 0
+    assert kills >= 2
+    undisturbed, killed = (
+        load_file(tmp_path / run / "student" / "model.safetensors") for run in ("undisturbed", "run")
+    )
+    for name, tensor in undisturbed.items():
+        assert torch.equal(killed[name], tensor), name
+    assert [m["step"] for m in metrics(tmp_path / "run")] == list(range(9))
+    assert main(["verify", str(tmp_path / "cache")]) == 0
+
+
+def _progress(tmp_path) -> tuple:
+    checkpoints = sorted(p.name for p in (tmp_path / "run" / "checkpoints").glob("step-????????"))
+    return (*checkpoints, len(list((tmp_path / "cache" / "manifests").iterdir())))
+
+
+def test_teacher_of_another_tokenizer_is_refused(words, tmp_path, capsys):
+    from tiny import make_tokenizer
+
+    other = save_model(tmp_path / "other", "1.1", seed=2)
+    make_tokenizer([*WORDS[1:], WORDS[0]]).save_pretrained(other)
+    assert main(flat(words | {"--teacher": other})) == 2
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1
+    assert "encodes differently" in error or "tokenizer" in error
+
+
+def test_weak_student_is_told_what_to_do(words, capsys):
+    assert main(flat(words | {"--unfinished": "drop"})) == 2
+    assert "use --unfinished bootstrap" in capsys.readouterr().err
+    # nothing was trained, so the folder is free for other options
+    assert main(flat(words)) == 0
