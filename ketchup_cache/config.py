@@ -85,6 +85,12 @@ class SamplingOptions(Config):
     rollout_batch: Positive = 64
     """Completions generated at once."""
 
+    @model_validator(mode="after")
+    def _greedy_is_one_sample(self) -> SamplingOptions:
+        if self.greedy and self.samples > 1:
+            raise ValueError("greedy gives the same completion every time: set --samples to 1")
+        return self
+
 
 class ScoringOptions(Config):
     dtype: Dtype = "float32"

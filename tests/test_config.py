@@ -70,6 +70,7 @@ def test_all_problems_at_once_each_with_its_fix(tmp_path):
         ({"batch_size": "10", "samples": "4"}, "must be a multiple of samples 4"),
         ({"k": "2.5"}, "--k must be a whole number"),
         ({"temperature": "0"}, "--temperature must be greater than 0"),
+        ({"greedy": True, "samples": "2"}, "set --samples to 1"),
         ({"top_p": "1.5"}, "--top-p must be 1.0 or less"),
     ],
 )

@@ -134,7 +134,7 @@ def test_killed_at_any_moment_it_ends_with_the_same_bits(words, tmp_path):
 
     rng, kills = np.random.default_rng(0), 0
     command = [sys.executable, "-m", "ketchup_cache", *flat(words)]
-    for attempt in range(8):
+    for _ in range(4):
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=os.environ)
         before = _progress(tmp_path)
         deadline = time.monotonic() + 100
@@ -171,7 +171,7 @@ def test_teacher_of_another_tokenizer_is_refused(words, tmp_path, capsys):
     assert main(flat(words | {"--teacher": other})) == 2
     error = capsys.readouterr().err
     assert len(error.splitlines()) == 1
-    assert "encodes differently" in error or "tokenizer" in error
+    assert "encodes differently: id 3 is 'a' in one and 'the' in the other" in error
 
 
 def test_weak_student_is_told_what_to_do(words, capsys):

@@ -71,6 +71,9 @@ def make_t5(
 
 def save_model(folder: Path, version: str = "1.0", **options) -> Path:
     """A tiny T5 with its tokenizer in `folder`, as `from_pretrained` reads it."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
     make_t5(version, **options).save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
     return folder

@@ -10,7 +10,8 @@ from transformers import PreTrainedModel
 from ketchup_cache.config import LearnConfig
 from ketchup_cache.errors import CacheError
 from ketchup_cache.learn.stream import Stream
-from ketchup_cache.lm.fingerprint import state_fingerprint
+from ketchup_cache.lm.fingerprint import state_fingerprint, weights_fingerprint
+from ketchup_cache.lm.load import resolve_folder
 from ketchup_cache.progress import progress
 from ketchup_cache.sampling import rollout_chunks, rollout_range, sampling_of
 from ketchup_cache.store.cache import Cache, ScoredRef
@@ -85,7 +86,6 @@ class OnPolicy:
             raise CacheError(f"{cache.path}: holds no prompts; put them there with `ketchup-cache rollout`")
         self.steps = config.steps or max(1, total * config.samples * config.epochs // config.batch_size)
         self._prompts_per_phase = config.refresh_every * config.batch_size // config.samples
-        self._sampling = sampling_of(config)
         self._phase: int | None = None
         self._refs: list[ScoredRef] = []
         self._stream: Stream | None = None
@@ -102,17 +102,24 @@ class OnPolicy:
         return next(self._stream), refreshed
 
     def _refresh(self, phase: int, step: int, model: PreTrainedModel) -> list[ScoredRef]:
-        fingerprint = state_fingerprint(model)
-        if phase == 0 and (held := self._held_for(fingerprint)):
-            return held
+        if phase == 0:
+            # of the files, as `rollout` takes it: a checkpoint of the Hub may hold tensors that the model does not
+            fingerprint = weights_fingerprint(resolve_folder(self._config.student))
+            if held := self._held_for(fingerprint):
+                return held
+        else:
+            fingerprint = state_fingerprint(model)
         name = self._config.student if phase == 0 else str(self._config.out)
         policy = PolicyInfo(name=name, fingerprint=fingerprint, step=step)
+        # a prompt that comes again in a later phase must not be met with the same random numbers
+        seed = self._config.seed + 1_000_003 * phase
+        sampling = sampling_of(self._config).model_copy(update={"seed": seed})
         ranges = self._next_prompts(phase)
-        wanted = sum(stop - start for _, start, stop in ranges) * self._sampling.samples
+        wanted = sum(stop - start for _, start, stop in ranges) * sampling.samples
         ids = []
         with progress("rollouts", wanted, "rollouts") as bar:
             for prompts_id, start, stop in ranges:
-                for first, last in rollout_chunks(stop - start, self._sampling):
+                for first, last in rollout_chunks(stop - start, sampling):
                     chunk = (prompts_id, start + first, start + last)
                     made = rollout_range(
                         self._cache,
@@ -120,7 +127,7 @@ class OnPolicy:
                         policy,
                         self._tokenizer,
                         *chunk,
-                        self._sampling,
+                        sampling,
                         batch=self._config.rollout_batch,
                         bar=bar,
                     )
@@ -133,7 +140,7 @@ class OnPolicy:
             id_
             for id_, manifest in self._cache.manifests("rollouts")
             if manifest.info.policy.fingerprint == fingerprint
-            and manifest.info.sampling.greedy == self._sampling.greedy
+            and manifest.info.sampling.greedy == self._config.greedy
         ]
         return self._refs_of(ids) if ids else []
 

@@ -80,7 +80,7 @@ def resolve_folder(name: str) -> Path:
     if not HUB_ID.fullmatch(name):
         raise ModelError(f"{name}: no such folder")
     try:
-        with _quiet():
+        with quiet():
             return Path(snapshot_download(name, allow_patterns=SNAPSHOT_FILES))
     except Exception as error:  # the Hub's errors have no common base: HTTP, offline mode, name, disk
         raise ModelError(
@@ -94,7 +94,7 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedT
     if not any(file for pattern in TOKENIZER_FILES for file in folder.glob(pattern)):
         raise ModelError(f"{name}: holds no tokenizer (tokenizer.json or the like); save the model's tokenizer there")
     try:
-        with _quiet():
+        with quiet():
             tokenizer = AutoTokenizer.from_pretrained(
                 folder, trust_remote_code=trust_remote_code, local_files_only=True
             )
@@ -124,7 +124,7 @@ def load_model(
     folder = resolve_folder(name)
     raw_config = _read_config(name, folder)
     entries = weight_entries(folder)
-    with _quiet():
+    with quiet():
         try:
             config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
             if not config.is_encoder_decoder:
@@ -199,7 +199,7 @@ def _refuse_silently_tied(name: str, model: PreTrainedModel, raw_config: dict[st
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """transformers' warnings and bars off; what matters in them is raised as an error here."""
     verbosity = transformers_logging.get_verbosity()
     bars = transformers_logging.is_progress_bar_enabled()

@@ -27,6 +27,7 @@ import ketchup_cache
 from ketchup_cache.config import Config, flag
 from ketchup_cache.errors import ConfigError, WriteError
 from ketchup_cache.files import publishing, write_file, writing
+from ketchup_cache.lm.load import quiet
 from ketchup_cache.training.optim import Optimizer
 
 MAY_CHANGE = {"checkpoint_every", "trust_remote_code"}
@@ -94,7 +95,7 @@ class Run:
     ) -> Path:
         """Publish the trained model as OUT/name, then the report, then drop the checkpoints."""
         folder = self.out / name
-        with publishing(folder) as partial:
+        with publishing(folder) as partial, quiet():
             model.save_pretrained(partial)
             tokenizer.save_pretrained(partial)
         write_file(self.out / "report.json", _json(report))
