@@ -15,8 +15,9 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from ketchup_cache import __version__
-from ketchup_cache.config import COMMANDS, Config, choices, flag, resolve
+from ketchup_cache.config import COMMANDS, Config
 from ketchup_cache.errors import KetchupError
+from ketchup_cache.resolve import choices, flag, resolve
 from ketchup_cache.shipped import recipe
 
 app = typer.Typer(
@@ -29,7 +30,7 @@ app = typer.Typer(
 )
 
 # Newer releases of Typer carry a Click of their own; its errors have no public name there.
-_UsageError = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
+_UsageError: type[Exception] = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 
 
 class Result(Protocol):
@@ -79,14 +80,15 @@ def _parameter(name: str, info: FieldInfo, positional: bool) -> inspect.Paramete
     elif info.default not in (None, "", PydanticUndefined):
         shown = ",".join(map(str, info.default)) if isinstance(info.default, tuple) else str(info.default)
         text += f"  [default: {shown if not isinstance(info.default, bool) else shown.lower()}]"
+    kind: Any = str | None
     declared: Any
     if positional:
-        kind, declared = str | None, typer.Argument(metavar=name.upper(), help=text, show_default=False)
+        declared = typer.Argument(metavar=name.upper(), help=text, show_default=False)
     elif info.annotation is bool:
         both = f"{flag(name)}/--no-{name.replace('_', '-')}"
         kind, declared = bool | None, typer.Option(both, help=text, show_default=False)
     else:
-        kind, declared = str | None, typer.Option(flag(name), metavar=_metavar(info), help=text, show_default=False)
+        declared = typer.Option(flag(name), metavar=_metavar(info), help=text, show_default=False)
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind, declared])
 
 

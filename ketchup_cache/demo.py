@@ -168,7 +168,7 @@ def demo(config: DemoConfig, run: RunCommand) -> DemoReport:
 
     curves = out / "learning-curves.png"
     runs = {f"K = {k}": _metrics(out / f"k{k}" / "metrics.jsonl") for k in KS}
-    plot_learning_curves(runs, CURVES, curves, window=5, title="The demo's two runs, from the same student and cache")
+    plot_learning_curves(runs, curves, CURVES, window=5, title="The demo's two runs, from the same student and cache")
     pictures = (str(curves), str(out / "analysis" / "analysis.png"))
     report = DemoReport(rows, pictures, round(time.monotonic() - began, 1))
     _title("Result")

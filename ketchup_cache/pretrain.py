@@ -152,15 +152,15 @@ def _from_cache(config: PretrainConfig, info: TokenizerInfo) -> _Pairs:
     wanted = cache.select_policy(config.policy) if config.policy else None
     prompts, indices, completions, offset = [], [], [], 0
     place: dict[str, int] = {}
-    for id_, manifest in cache.manifests("rollouts"):
-        if manifest.info.tokenizer.fingerprint != info.fingerprint:
+    for id_, segment in cache.rollouts():
+        if segment.tokenizer.fingerprint != info.fingerprint:
             raise MismatchError(
-                f"{config.cache}: was encoded by the tokenizer of {manifest.info.tokenizer.name}, "
+                f"{config.cache}: was encoded by the tokenizer of {segment.tokenizer.name}, "
                 f"which encodes differently from that of {info.name}"
             )
-        if wanted and manifest.info.policy.fingerprint != wanted.fingerprint:
+        if wanted and segment.policy.fingerprint != wanted.fingerprint:
             continue
-        if (parent := manifest.info.prompts) not in place:
+        if (parent := segment.prompts) not in place:
             place[parent] = offset
             prompts.append(cache.load_prompts(parent).tokens)
             offset += len(prompts[-1])

@@ -98,13 +98,8 @@ def rollout_chunks(prompts: int, sampling: Sampling) -> Iterator[tuple[int, int]
 def held_rollouts(cache: Cache, policy: PolicyInfo, sampling: Sampling) -> dict[Chunk, str]:
     """Ids of the segments that hold rollouts of exactly this policy and sampling, by the prompts they are of."""
     held: dict[Chunk, str] = {}
-    for rollouts_id, manifest in cache.manifests("rollouts"):
-        info = manifest.info
-        if (
-            isinstance(info, RolloutsInfo)
-            and info.policy.fingerprint == policy.fingerprint
-            and info.sampling == sampling
-        ):
+    for rollouts_id, info in cache.rollouts():
+        if info.policy.fingerprint == policy.fingerprint and info.sampling == sampling:
             held.setdefault((info.prompts, info.prompt_start, info.prompt_stop), rollouts_id)
     return held
 

@@ -8,8 +8,9 @@ import textwrap
 
 import pytest
 
-from ketchup_cache.config import COMMANDS, resolve
+from ketchup_cache.config import COMMANDS
 from ketchup_cache.errors import ConfigError
+from ketchup_cache.resolve import resolve
 
 LEARN = {"student": "s", "cache": "c", "out": "o"}
 

@@ -101,27 +101,33 @@ def test_prompts_go_on_where_the_last_phase_stopped(words, tmp_path):
 
 
 def test_teacher_is_in_memory_only_while_it_scores(words, monkeypatch):
-    """During every optimizer step, no module with the teacher's architecture (gated feed-forward) is alive."""
+    """During every optimizer step, no module that a teacher was loaded with is alive."""
     import gc
+    import weakref
 
     from ketchup_cache.training.optim import Optimizer
 
-    original, alive, loads = Optimizer.step, [], []
+    original, alive, loaded = Optimizer.step, [], []
     load = ketchup_cache.score.Teacher.load
+
+    def remembering(*arguments, **options):
+        before = {id(o) for o in gc.get_objects()}
+        teacher = load(*arguments, **options)
+        new = [o for o in gc.get_objects() if id(o) not in before and isinstance(o, torch.nn.Module)]
+        assert any("Gated" in type(o).__name__ for o in new)
+        loaded.append([weakref.ref(o) for o in new])
+        return teacher
 
     def step(self, number):
         gc.collect()
-        gated = [o for o in gc.get_objects() if isinstance(o, torch.nn.Module) and "Gated" in type(o).__name__]
-        alive.append(len(gated))
+        alive.append(sum(ref() is not None for modules in loaded for ref in modules))
         return original(self, number)
 
     monkeypatch.setattr(Optimizer, "step", step)
-    monkeypatch.setattr(
-        ketchup_cache.score.Teacher, "load", lambda *args, **options: loads.append(1) or load(*args, **options)
-    )
+    monkeypatch.setattr(ketchup_cache.score.Teacher, "load", remembering)
     assert main(flat(words)) == 0
     assert alive == [0] * 9
-    assert len(loads) == 3
+    assert len(loaded) == 3
 
 
 def test_killed_at_any_moment_it_ends_with_the_same_bits(words, tmp_path):

@@ -217,7 +217,11 @@ def test_missing_target_matters_only_where_it_is_needed(tmp_path, row, message):
         ("d.jsonl", b'{"prompt": "\xff"}\n', ": can't be read ('utf-8' codec can't decode byte 0xff"),
         ("d.csv", b"prompt\n\xff\n", ": can't be read ('utf-8' codec can't decode byte 0xff"),
         ("d.jsonl.gz", b"not gzip", ": can't be read (Not a gzipped file"),
-        ("d.jsonl.gz", gzip.compress(b'{"prompt": "a"}\n' * 99, mtime=0)[:-9], ": can't be read (Compressed file ended"),
+        (
+            "d.jsonl.gz",
+            gzip.compress(b'{"prompt": "a"}\n' * 99, mtime=0)[:-9],
+            ": can't be read (Compressed file ended",
+        ),
         ("d.parquet", b"not parquet at all", ": can't be read ("),
         ("d.txt", b"a\n", ": unknown kind of file; give a .jsonl, .jsonl.gz, .csv or .parquet file"),
         ("d.json", b"[]", ": unknown kind of file"),

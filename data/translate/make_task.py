@@ -232,9 +232,9 @@ def make_model(seed: int, vocabulary: int, width: int, layers: int) -> Any:
 def train(model: Any, pairs: list[tuple[Ids, Ids]], steps: int, noise: dict[int, Ids]) -> None:
     """Teacher forcing on references: clean ones first, later half of them with words replaced.
 
-    Words are replaced inside their category: nouns by nouns. Without it the teacher is so sure of itself that a
-    wrong word costs almost as much as stopping
-    at once, and a student learns to stop early; with them it also learns to continue after a wrong word.
+    Words are replaced inside their category (a noun by a noun).  Without it the teacher is so sure of
+    itself that a wrong word costs almost as much as stopping at once, and a student learns to stop early;
+    with it the teacher also learns to continue after a wrong word.
     """
     import torch
     from torch.nn.functional import cross_entropy

@@ -14,7 +14,8 @@ from ketchup_cache.lm.fingerprint import state_fingerprint, weights_fingerprint
 from ketchup_cache.lm.load import resolve_folder
 from ketchup_cache.progress import progress
 from ketchup_cache.sampling import rollout_chunks, rollout_range, sampling_of
-from ketchup_cache.store.cache import Cache, ScoredRef
+from ketchup_cache.store.cache import Cache
+from ketchup_cache.store.coverage import ScoredRef
 from ketchup_cache.store.manifest import PolicyInfo, TokenizerInfo
 from ketchup_cache.types import ScoredRollouts
 
@@ -138,9 +139,8 @@ class OnPolicy:
         """Rollouts of exactly this policy that the cache already holds, scored where they were not yet."""
         ids = [
             id_
-            for id_, manifest in self._cache.manifests("rollouts")
-            if manifest.info.policy.fingerprint == fingerprint
-            and manifest.info.sampling.greedy == self._config.greedy
+            for id_, info in self._cache.rollouts()
+            if info.policy.fingerprint == fingerprint and info.sampling.greedy == self._config.greedy
         ]
         return self._refs_of(ids) if ids else []
 

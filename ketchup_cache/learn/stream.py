@@ -12,7 +12,8 @@ from dataclasses import fields
 import numpy as np
 from numpy.typing import NDArray
 
-from ketchup_cache.store.cache import Cache, ScoredRef
+from ketchup_cache.store.cache import Cache
+from ketchup_cache.store.coverage import ScoredRef
 from ketchup_cache.types import Prompts, Ragged, Rollouts, ScoredRollouts, Scores
 
 Part = tuple[int, NDArray[np.int64]]

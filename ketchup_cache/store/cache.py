@@ -77,6 +77,10 @@ class Cache:
         found.sort(key=lambda pair: (pair[1].created, pair[0]))
         return [pair for pair in found if kind in (None, pair[1].kind)]
 
+    def rollouts(self) -> list[tuple[str, RolloutsInfo]]:
+        """(id, info) of all rollouts segments, in the order of commits. Raises the errors of `manifests`."""
+        return [(id_, m.info) for id_, m in self.manifests("rollouts") if isinstance(m.info, RolloutsInfo)]
+
     def manifest(self, segment_id: str) -> Manifest:
         """Raises CacheError where there is no such segment, CorruptError where its manifest is damaged."""
         if (manifest := self._find(segment_id)) is None:

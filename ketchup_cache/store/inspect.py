@@ -124,6 +124,9 @@ class VerifyReport:
     def ok(self) -> bool:
         return not self.problems
 
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"ok": self.ok}
+
     def __str__(self) -> str:
         verdict = "all right" if self.ok else f"{len(self.problems):,} problem{'s' * (len(self.problems) != 1)}"
         lines = [f"{self.path}: {verdict}; {self.segments:,} segments, {_size(self.bytes)} checked", *self.problems]

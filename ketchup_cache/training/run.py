@@ -24,10 +24,11 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import ketchup_cache
-from ketchup_cache.config import Config, flag
+from ketchup_cache.config import Config
 from ketchup_cache.errors import ConfigError, WriteError
 from ketchup_cache.files import publishing, write_file, writing
 from ketchup_cache.lm.load import quiet
+from ketchup_cache.resolve import flag
 from ketchup_cache.training.optim import Optimizer
 
 MAY_CHANGE = {"checkpoint_every", "trust_remote_code"}
