@@ -21,7 +21,7 @@ from ketchup_cache.config import AnalyzeConfig
 from ketchup_cache.errors import CacheError
 from ketchup_cache.files import write_file
 from ketchup_cache.progress import progress
-from ketchup_cache.returns import k_step_returns
+from ketchup_cache.returns import rollout_returns
 from ketchup_cache.store.cache import open_cache
 from ketchup_cache.store.manifest import PolicyInfo, RolloutsInfo, Sampling
 from ketchup_cache.types import ScoredRollouts
@@ -245,26 +245,17 @@ class _Group:
 
 
 def _first_returns(scored: ScoredRollouts, rows: NDArray[np.int64], config: AnalyzeConfig) -> NDArray[np.float64]:
-    """[rows, 1 + ks]: G_1, then Ĝ_1 for each K. In float64, so that differences of large returns keep their digits."""
-    completions, scores = scored.rollouts.completions, scored.scores
-    arrays = {
-        name: completions.with_values(getattr(scores, name)).take(rows).padded().astype(np.float64)
-        for name in ("q", "max_q", "mean_q", "logsumexp")
-    }
-    columns = [
-        k_step_returns(
-            **arrays,
-            lengths=completions.lengths[rows],
-            k=k,
-            tail=config.tail,
-            normalization=config.normalization,
-            finished=scored.rollouts.finished[rows],
-            unfinished=config.unfinished,
-            final_max_q=scores.final_max_q[rows].astype(np.float64),
-        )[:, 0]
-        for k in (1, *config.ks)
-    ]
-    return np.stack(columns, axis=1)
+    """[rows, 1 + ks]: G_1, then Ĝ_1 for each K."""
+    rollouts = scored.rollouts.take(rows)
+    returns = rollout_returns(
+        rollouts,
+        scored.scores.take(scored.rollouts.completions, rows),
+        (1, *config.ks),
+        tail=config.tail,
+        normalization=config.normalization,
+        unfinished=config.unfinished,
+    )
+    return np.stack([of_k[:, 0] for of_k in returns], axis=1)
 
 
 def _prompt_ids(scored: ScoredRollouts) -> NDArray[np.bytes_]:

@@ -23,10 +23,10 @@ from ketchup_cache.lm.sample import sample_completions
 from ketchup_cache.metrics import Values, check_targets, compute
 from ketchup_cache.progress import progress
 from ketchup_cache.prompts import Example, kept_examples, read_examples, tokenize_prompts
-from ketchup_cache.returns import k_step_returns
+from ketchup_cache.returns import rollout_returns
 from ketchup_cache.store.manifest import Sampling, TokenizerInfo
 from ketchup_cache.teacher import Teacher
-from ketchup_cache.types import Ragged, Rollouts, Scores
+from ketchup_cache.types import Ragged, Rollouts
 
 
 @dataclass(frozen=True)
@@ -172,7 +172,8 @@ def _mean_return(name: str, prompts: Ragged, rollouts: Rollouts, config: Evaluat
     )
     with progress("score", len(rollouts.completions.values)) as bar:
         scores = teacher.score(prompts, rollouts, batch_tokens=config.batch_tokens, on_batch=bar.advance)
-    returns = _one_step_returns(rollouts, scores, config)
+    (one_step,) = rollout_returns(rollouts, scores, [1], normalization=config.normalization, unfinished="bootstrap")
+    returns = one_step[:, 0]
     finished = returns[rollouts.finished]
     sd = _sd(returns)
     return MeanReturn(
@@ -184,22 +185,6 @@ def _mean_return(name: str, prompts: Ragged, rollouts: Rollouts, config: Evaluat
         se=None if sd is None else sd / math.sqrt(len(returns)),
         mean_finished=float(finished.mean()) if len(finished) else None,
     )
-
-
-def _one_step_returns(rollouts: Rollouts, scores: Scores, config: EvaluateConfig) -> NDArray[np.float64]:
-    """[B]: G_1 of each output."""
-    arrays: dict[str, Any] = {
-        name: rollouts.completions.with_values(getattr(scores, name)).padded().astype(np.float64)
-        for name in ("q", "max_q", "mean_q", "logsumexp")
-    }
-    return k_step_returns(
-        **arrays,
-        lengths=rollouts.completions.lengths,
-        k=1,
-        normalization=config.normalization,
-        finished=rollouts.finished,
-        unfinished="bootstrap",
-    )[:, 0]
 
 
 def _jsonl(examples: Sequence[Example], outputs: Sequence[str], finished: NDArray[np.bool_]) -> bytes:

@@ -12,9 +12,13 @@ Notation (docs/method.md), for one rollout with tokens a_1 … a_T:
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from typing import Any, Literal, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
+
+from ketchup_cache.types import Rollouts, Scores
 
 Array = TypeVar("Array", bound=Any)
 """A NumPy array or a torch tensor."""
@@ -92,6 +96,38 @@ def k_step_returns(
             final = _computable(xp, _like(xp, final_max_q, q)).reshape(batch, 1)
             returns = returns - xp.where(cut, final, xp.zeros_like(final))
     return _cast(xp, _zero(xp, returns, outside), dtype)
+
+
+def rollout_returns(
+    rollouts: Rollouts,
+    scores: Scores,
+    ks: Sequence[int],
+    *,
+    tail: Literal["one-step", "jump"] = "one-step",
+    normalization: Literal["raw", "centred", "logprob"],
+    unfinished: Literal["drop", "bootstrap", "zero"],
+) -> list[NDArray[np.float64]]:
+    """K-step returns of scored rollouts, [B, T] for each K, zero past each rollout's end.
+
+    In float64, so that differences between large returns keep their digits.
+    """
+    completions = rollouts.completions
+    arrays: dict[str, Any] = {
+        name: completions.with_values(values).padded().astype(np.float64) for name, values in scores.per_token().items()
+    }
+    return [
+        k_step_returns(
+            **arrays,
+            lengths=completions.lengths,
+            k=k,
+            tail=tail,
+            normalization=normalization,
+            finished=rollouts.finished,
+            unfinished=unfinished,
+            final_max_q=scores.final_max_q.astype(np.float64),
+        )
+        for k in ks
+    ]
 
 
 def _stride_sum(xp: Any, x: Array, stride: int, reach: int) -> Array:

@@ -124,6 +124,16 @@ class Rollouts:
     def __len__(self) -> int:
         return len(self.completions)
 
+    def take(self, rows: NDArray[np.integer]) -> Rollouts:
+        """The given rows, in the given order. `prompt_index` stays as it is."""
+        return Rollouts(
+            prompt_index=self.prompt_index[rows],
+            completions=self.completions.take(rows),
+            behavior_logprob=self.completions.with_values(self.behavior_logprob).take(rows).values,
+            forced=self.completions.with_values(self.forced).take(rows).values,
+            finished=self.finished[rows],
+        )
+
 
 @dataclass(frozen=True)
 class Scores:
@@ -147,6 +157,15 @@ class Scores:
     @classmethod
     def concatenate(cls, parts: Sequence[Scores]) -> Scores:
         return cls(*(np.concatenate([getattr(p, f.name) for p in parts]) for f in fields(cls)))
+
+    def per_token(self) -> dict[str, NDArray[np.float32]]:
+        """The arrays with one value for each token, by name."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "final_max_q"}
+
+    def take(self, completions: Ragged, rows: NDArray[np.integer]) -> Scores:
+        """The given rows of these scores of `completions`, in the given order."""
+        per_token = {k: completions.with_values(v).take(rows).values for k, v in self.per_token().items()}
+        return Scores(**per_token, final_max_q=self.final_max_q[rows])
 
 
 @dataclass(frozen=True)

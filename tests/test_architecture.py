@@ -81,7 +81,8 @@ def test_foundation_imports_nothing_above_it():
 
 @pytest.mark.parametrize("name", ["returns", "baselines", "losses"])
 def test_maths_is_pure(name):
-    assert IMPORTS[name] == set()
+    """No I/O, no config, no model: arrays in, arrays out."""
+    assert IMPORTS[name] <= {"types"}
 
 
 def test_learning_never_reaches_the_teacher():

@@ -17,7 +17,7 @@ from ketchup_cache.lm.batching import token_budget_batches
 from ketchup_cache.lm.forward import Batch, completion_states
 from ketchup_cache.lm.head import Head
 from ketchup_cache.losses import Staleness, importance_ratio, policy_gradient_loss
-from ketchup_cache.returns import k_step_returns
+from ketchup_cache.returns import rollout_returns
 from ketchup_cache.training.optim import Optimizer
 from ketchup_cache.types import Ragged, ScoredRollouts
 
@@ -27,49 +27,38 @@ class Signal:
     """What one batch of rollouts teaches, before the policy is looked at. B rollouts, N tokens, rows end to end.
 
     advantage: [N] float32, clipped K-step returns minus baseline. in_loss: [N] bool, action tokens of rollouts that
-    are not dropped. kept: [B] bool. first_return: [B] float32, Ĝ_1 before clipping; one_step: [B] float32, G_1.
+    are not dropped. kept: [B] bool. first_return: [B] float64, Ĝ_1 before clipping; one_step: [B] float64, G_1.
     """
 
     advantage: NDArray[np.float32]
     in_loss: NDArray[np.bool_]
     kept: NDArray[np.bool_]
-    first_return: NDArray[np.float32]
-    one_step: NDArray[np.float32]
+    first_return: NDArray[np.float64]
+    one_step: NDArray[np.float64]
 
 
 def learning_signal(batch: ScoredRollouts, config: LearnConfig) -> Signal:
     """K-step returns, clipping and baseline of a whole optimizer-step batch."""
-    rollouts, scores = batch.rollouts, batch.scores
-    completions = rollouts.completions
-    lengths = completions.lengths
-
-    def padded(values: NDArray) -> NDArray:
-        return completions.with_values(values).padded()
-
-    arrays = {name: padded(getattr(scores, name)) for name in ("q", "max_q", "mean_q", "logsumexp")}
-
-    def returns(k: int) -> NDArray[np.float32]:
-        return k_step_returns(
-            **arrays,
-            lengths=lengths,
-            k=k,
-            tail=config.tail,
-            normalization=config.normalization,
-            finished=rollouts.finished,
-            unfinished=config.unfinished,
-            final_max_q=scores.final_max_q,
-        )
-
+    rollouts = batch.rollouts
+    lengths = rollouts.completions.lengths
+    estimate, one_step = rollout_returns(
+        rollouts,
+        batch.scores,
+        (config.k, 1),
+        tail=config.tail,
+        normalization=config.normalization,
+        unfinished=config.unfinished,
+    )
     kept = (rollouts.finished | (config.unfinished != "drop")) & (lengths > 0)
-    inside = np.arange(arrays["q"].shape[1]) < lengths[:, None]
-    real = inside & kept[:, None] & ~padded(rollouts.forced)
-    estimate = returns(config.k)
+    forced = rollouts.completions.with_values(rollouts.forced).padded()
+    inside = np.arange(forced.shape[1]) < lengths[:, None]
+    real = inside & kept[:, None] & ~forced
     clipped = np.clip(estimate, -config.clip_return, config.clip_return)
     if config.baseline == "mean":
         clipped = clipped - mean_baseline(clipped, real)
     elif config.baseline == "leave-one-out":
         clipped = clipped - leave_one_out_baseline(clipped, real, rollouts.prompt_index)
-    return Signal(clipped[inside], real[inside], kept, estimate[:, 0], returns(1)[:, 0])
+    return Signal(clipped[inside].astype(np.float32), real[inside], kept, estimate[:, 0], one_step[:, 0])
 
 
 def train_step(
@@ -104,7 +93,7 @@ def train_step(
     ):
         loss = _micro_batch_loss(model, head, batch, rows[chosen], signal, total, config, staleness)
         if not torch.isfinite(loss):
-            raise NumericsError(f"step {step}: the loss is {float(loss)}; the weights were not changed. Lower --lr")
+            raise NumericsError(f"step {step}: the loss is {float(loss.detach())}; the weights were not changed. Lower --lr")
         loss.backward()
         loss_sum += float(loss.detach())
     norm = optimizer.step(step) if total else 0.0

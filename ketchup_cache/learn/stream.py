@@ -7,7 +7,6 @@ worked out from row counts, without reading any data, so that a resumed run skip
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import fields
 
 import numpy as np
 from numpy.typing import NDArray
@@ -78,8 +77,8 @@ def gather(parts: Sequence[tuple[ScoredRollouts, NDArray[np.int64]]]) -> ScoredR
     unique, first, prompt_index = np.unique(ids, axis=0, return_index=True, return_inverse=True)
     tokens = [part.prompts.tokens.take(part.rollouts.prompt_index[rows]) for part, rows in parts]
     prompts = Prompts(unique, Ragged.concatenate(tokens).take(first))
-    rollouts = [_take_rollouts(part.rollouts, rows) for part, rows in parts]
-    scores = [_take_scores(part, rows) for part, rows in parts]
+    rollouts = [part.rollouts.take(rows) for part, rows in parts]
+    scores = [part.scores.take(part.rollouts.completions, rows) for part, rows in parts]
     return ScoredRollouts(
         prompts,
         Rollouts(
@@ -91,24 +90,3 @@ def gather(parts: Sequence[tuple[ScoredRollouts, NDArray[np.int64]]]) -> ScoredR
         ),
         Scores.concatenate(scores),
     )
-
-
-def _take_rollouts(rollouts: Rollouts, rows: NDArray[np.int64]) -> Rollouts:
-    of_tokens = rollouts.completions
-    return Rollouts(
-        prompt_index=rollouts.prompt_index[rows],
-        completions=of_tokens.take(rows),
-        behavior_logprob=of_tokens.with_values(rollouts.behavior_logprob).take(rows).values,
-        forced=of_tokens.with_values(rollouts.forced).take(rows).values,
-        finished=rollouts.finished[rows],
-    )
-
-
-def _take_scores(part: ScoredRollouts, rows: NDArray[np.int64]) -> Scores:
-    of_tokens, scores = part.rollouts.completions, part.scores
-    per_token = {
-        f.name: of_tokens.with_values(getattr(scores, f.name)).take(rows).values
-        for f in fields(Scores)
-        if f.name != "final_max_q"
-    }
-    return Scores(**per_token, final_max_q=scores.final_max_q[rows])
