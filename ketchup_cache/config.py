@@ -53,8 +53,10 @@ class DataOptions(Config):
     """Column that holds the reference."""
     template: str = "{prompt}"
     """Text given to the model. {prompt} stands for the prompt's text."""
+    skip: int = Field(default=0, ge=0)
+    """Leave out the first so many rows."""
     limit: int = Field(default=0, ge=0)
-    """Use only the first so many rows. 0: all."""
+    """Use only so many rows. 0: all."""
     max_prompt_tokens: Positive = 1024
     """Longest prompt the model is given."""
     long_prompts: Literal["refuse", "truncate", "drop"] = "refuse"

@@ -23,6 +23,8 @@ RunCommand = Callable[[Sequence[str]], int]
 """The command line: takes its words, returns the exit code."""
 
 KS = (1, 4)
+LABELLED = 2_500
+"""Sentences that the teacher translates for pre-distillation. Learning uses other ones, which nobody translated."""
 CURVES = (
     Panel("return_mean", "return G₁ of the rollouts\n(nats)"),
     Panel("k_return_sd", "s.d. of the return\nin the gradient (nats)"),
@@ -89,81 +91,38 @@ def demo(config: DemoConfig, run: RunCommand) -> DemoReport:
     data = Path(os.path.relpath(task("translate")))
     if not data.exists():  # another drive, or no such folder from here
         data = task("translate")
-    teacher, test = data / "teacher", data / "test.jsonl"
+    teacher, prompts, test = data / "teacher", data / "prompts.jsonl", data / "test.jsonl"
     sft, predistilled, cache = out / "sft", out / "student", out / "cache"
 
     print("A teacher translates a made-up language. A smaller student is to learn it from the teacher alone.")
-    _title("1. Pre-distillation: the student learns from a few of the teacher's own translations")
-    shell(
-        "rollout",
-        "--student",
-        teacher,
-        "--greedy",
-        "--data",
-        data / "train.jsonl",
-        "--limit",
-        4000,
-        "--max-new-tokens",
-        40,
-        "--rollout-batch",
-        256,
-        "--cache",
-        sft,
-    )
-    shell(
-        "pretrain",
-        "--model",
-        data / "student",
-        "--cache",
-        sft,
-        "--out",
-        predistilled,
-        "--epochs",
-        16,
-        "--batch-size",
-        64,
-        "--lr",
-        3e-3,
-    )
+    _title(f"1. Pre-distillation: the student learns the teacher's own translations of {LABELLED:,} sentences")
+    decoding = ("--max-new-tokens", 36, "--rollout-batch", 256)
+    shell("rollout", "--student", teacher, "--greedy", "--data", prompts, "--limit", LABELLED, *decoding,
+          "--cache", sft)  # fmt: skip
+    shell("pretrain", "--model", data / "student", "--cache", sft, "--out", predistilled, "--epochs", 38,
+          "--batch-size", 64, "--lr", 3e-3, "--warmup", 50, "--schedule", "linear", "--weight-decay", 0)  # fmt: skip
     student = predistilled / "model"
 
-    _title("2. Rollouts of the student, scored once by the teacher: the cache")
-    shell(
-        "rollout",
-        "--student",
-        student,
-        "--data",
-        data / "train.jsonl",
-        "--samples",
-        4,
-        "--max-new-tokens",
-        40,
-        "--rollout-batch",
-        256,
-        "--cache",
-        cache,
-    )
+    _title("2. Rollouts of the student on other sentences, scored once by the teacher: the cache")
+    shell("rollout", "--student", student, "--data", prompts, "--skip", LABELLED, "--first", 256, "--samples", 8,
+          *decoding, "--cache", cache)  # fmt: skip
     shell("score", "--teacher", teacher, "--cache", cache)
     shell("score", "--teacher", teacher, "--cache", cache)
     shell("info", cache)
     shell("analyze", "--cache", cache, "--out", out / "analysis")
 
-    _title("3. Learning: K = 1 (LLMR) and K = 4 (KETCHUP) from the same cache, rollouts refreshed")
+    _title("3. Learning: K = 1 (LLMR) and K = 4 (KETCHUP) from the same cache, with fresh rollouts every 4 steps")
     for k in KS:
-        shell(
-            "learn", "--student", student, "--cache", cache, "--k", k, "--out", out / f"k{k}",
-            "--teacher", teacher, "--refresh-every", 10, "--steps", 120, "--batch-size", 256, "--samples", 4,
-            "--baseline", "leave-one-out", "--lr", 1e-3, "--schedule", "linear", "--warmup", 5,
-            "--max-new-tokens", 40, "--rollout-batch", 256,
-        )  # fmt: skip
+        shell("learn", "--student", student, "--cache", cache, "--k", k, "--teacher", teacher, "--refresh-every", 4,
+              "--steps", 100, "--batch-size", 512, "--samples", 8, "--baseline", "leave-one-out", "--lr", 5e-4,
+              "--warmup", 20, "--schedule", "linear", *decoding, "--out", out / f"k{k}")  # fmt: skip
 
     _title("4. Evaluation on sentences nobody has seen")
     models = {"student before": student, **{f"K = {k}": out / f"k{k}" / "student" for k in KS}, "teacher": teacher}
     rows = {}
     for name, model in models.items():
         result = out / f"{name.replace(' ', '')}.json"
-        shell("evaluate", "--model", model, "--data", test, "--teacher", teacher, "--max-new-tokens", 40,
-              "--rollout-batch", 256, save=result)  # fmt: skip
+        shell("evaluate", "--model", model, "--data", test, "--teacher", teacher, *decoding, save=result)
         rows[name] = json.loads(result.read_text())
 
     curves = out / "learning-curves.png"

@@ -207,7 +207,9 @@ def _train_step(
         targets = torch.from_numpy(batch.completions.values).long().to(states.device)
         loss = cross_entropy_loss(head.log_prob(states, targets), total)
         if not torch.isfinite(loss):
-            raise NumericsError(f"step {step}: the loss is {float(loss.detach())}; the weights were not changed. Lower --lr")
+            raise NumericsError(
+                f"step {step}: the loss is {float(loss.detach())}; the weights were not changed. Lower --lr"
+            )
         loss.backward()
         loss_sum += float(loss.detach())
     return loss_sum, optimizer.step(step)

@@ -71,7 +71,7 @@ def read_examples(options: DataOptions, *, need_target: bool = False) -> list[Ex
     unit = "line" if _is_jsonl(options.data) else "row"
     examples = []
     with closing(_records(options, columns)) as records:
-        for row, record in islice(records, options.limit or None):
+        for row, record in islice(records, options.skip, options.skip + options.limit if options.limit else None):
             where = f"{_public(options.data)}: {unit} {row}"
             texts = {name: _text(record, column, where, flag) for name, (column, flag) in sources.items()}
             prompt = "".join(literal + (texts[name] if name else "") for literal, name in template)
@@ -82,7 +82,8 @@ def read_examples(options: DataOptions, *, need_target: bool = False) -> list[Ex
                 target = None
             examples.append(Example(hashlib.sha256(prompt.encode()).digest()[:16], prompt, target, row))
     if not examples:
-        raise DataError(f"{_public(options.data)}: holds no rows")
+        after = f" after the first {options.skip:,}" if options.skip else ""
+        raise DataError(f"{_public(options.data)}: holds no rows{after}")
     return examples
 
 

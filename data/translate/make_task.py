@@ -7,11 +7,12 @@ Everything here is invented and deterministic in ``--seed``: the same seed write
     python data/translate/make_task.py teacher     # teacher/ (T5, trained by cross-entropy on train.jsonl)
     python data/translate/make_task.py student     # student/ (T5, random initialisation)
 
-The language. A clause is tense, verb, subject, object marker, object, place; the time adverb comes last.
-Nouns belong to one of three classes that has to be learnt noun by noun; adjectives and determiners follow
-their noun and agree with its class.  A plural is a particle after the noun.  Transitive verbs and all
-prepositions have two  The tense particle
-agrees with the number of the subject, and the object marker with the animacy of the object.
+The language. The order is time, tense, subject, object marker, object, verb, place.  Every noun has one of
+three classes that has to be learnt noun by noun; adjectives and determiners follow their noun and agree with
+its class, and a plural is a particle after the noun.  A transitive verb has two translations, chosen by the
+animacy of its object, and a preposition two, chosen by the number of its noun.  The tense particle agrees
+with the number of the subject, the object marker with the animacy of the object.
+Words are drawn by Zipf's law.
 """
 
 from __future__ import annotations

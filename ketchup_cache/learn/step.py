@@ -93,7 +93,9 @@ def train_step(
     ):
         loss = _micro_batch_loss(model, head, batch, rows[chosen], signal, total, config, staleness)
         if not torch.isfinite(loss):
-            raise NumericsError(f"step {step}: the loss is {float(loss.detach())}; the weights were not changed. Lower --lr")
+            raise NumericsError(
+                f"step {step}: the loss is {float(loss.detach())}; the weights were not changed. Lower --lr"
+            )
         loss.backward()
         loss_sum += float(loss.detach())
     norm = optimizer.step(step) if total else 0.0
