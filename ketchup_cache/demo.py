@@ -23,7 +23,7 @@ RunCommand = Callable[[Sequence[str]], int]
 """The command line: takes its words, returns the exit code."""
 
 KS = (1, 4)
-LABELLED = 2_500
+LABELLED = 1_500
 """Sentences that the teacher translates for pre-distillation. Learning uses other ones, which nobody translated."""
 CURVES = (
     Panel("return_mean", "return G₁ of the rollouts\n(nats)"),
@@ -99,7 +99,7 @@ def demo(config: DemoConfig, run: RunCommand) -> DemoReport:
     decoding = ("--max-new-tokens", 36, "--rollout-batch", 256)
     shell("rollout", "--student", teacher, "--greedy", "--data", prompts, "--limit", LABELLED, *decoding,
           "--cache", sft)  # fmt: skip
-    shell("pretrain", "--model", data / "student", "--cache", sft, "--out", predistilled, "--epochs", 38,
+    shell("pretrain", "--model", data / "student", "--cache", sft, "--out", predistilled, "--epochs", 96,
           "--batch-size", 64, "--lr", 3e-3, "--warmup", 50, "--schedule", "linear", "--weight-decay", 0)  # fmt: skip
     student = predistilled / "model"
 
@@ -109,12 +109,12 @@ def demo(config: DemoConfig, run: RunCommand) -> DemoReport:
     shell("score", "--teacher", teacher, "--cache", cache)
     shell("score", "--teacher", teacher, "--cache", cache)
     shell("info", cache)
-    shell("analyze", "--cache", cache, "--out", out / "analysis")
+    shell("analyze", "--cache", cache, "--policy", student, "--out", out / "analysis")
 
     _title("3. Learning: K = 1 (LLMR) and K = 4 (KETCHUP) from the same cache, with fresh rollouts every 4 steps")
     for k in KS:
         shell("learn", "--student", student, "--cache", cache, "--k", k, "--teacher", teacher, "--refresh-every", 4,
-              "--steps", 100, "--batch-size", 512, "--samples", 8, "--baseline", "leave-one-out", "--lr", 5e-4,
+              "--steps", 100, "--batch-size", 512, "--samples", 8, "--baseline", "leave-one-out", "--lr", 1e-3,
               "--warmup", 20, "--schedule", "linear", *decoding, "--out", out / f"k{k}")  # fmt: skip
 
     _title("4. Evaluation on sentences nobody has seen")
