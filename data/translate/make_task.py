@@ -67,7 +67,7 @@ class Language:
         self.adjective = {word: self._forms(next(fresh)) for word in ADJECTIVES.split()}
         self.determiner = {word: self._forms(next(fresh)) for word in SINGULAR + PLURAL + EITHER}
         self.preposition = {word: (next(fresh), next(fresh)) for word in PREPOSITIONS}
-        self.other = {word: next(fresh) for word in TIMES + ["past", "now", "later"]}
+        self.other = {word: next(fresh) for word in [*TIMES, "past", "now", "later"]}
         self.particle = {word: next(fresh)[:3] for word in ("plural", "animate", "inanimate")}
 
     @staticmethod
