@@ -115,7 +115,7 @@ def literal_gradient(folders, batch, options):
         weight = torch.from_numpy(g).float() * (ratio if options.importance else 1)
         loss = loss - (weight * logprob)[torch.from_numpy(real)].sum() / int(total)
     loss.backward()
-    return {name: p.grad for name, p in model.named_parameters()}, float(loss)
+    return {name: p.grad for name, p in model.named_parameters()}, float(loss.detach())
 
 
 @pytest.mark.parametrize(
