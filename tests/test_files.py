@@ -1,0 +1,88 @@
+"""Files and folders that are whole or not there, and progress that can be nested."""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+
+import pytest
+from rich.console import Console
+
+from ketchup_cache import files, progress
+from ketchup_cache.errors import WriteError
+
+
+def full_disk(monkeypatch, call: str, after: int) -> None:
+    """os.<call> fails with ENOSPC from its `after`-th use on."""
+    original, uses = getattr(os, call), []
+
+    def failing(*arguments, **options):
+        uses.append(1)
+        if len(uses) > after:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(os, call, failing)
+
+
+def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
+    files.write_file(tmp_path / "a.json", b"old")
+    full_disk(monkeypatch, "fsync", 0)
+    with pytest.raises(WriteError, match=r"a\.json: can't be written \(No space left on device\)"):
+        files.write_file(tmp_path / "a.json", b"new")
+    assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("a.json", b"old")]
+
+
+def publish(target, *names) -> None:
+    with files.publishing(target) as partial:
+        for name in names:
+            (partial / name).write_bytes(b"x")
+
+
+@pytest.mark.parametrize("after", [0, 1, 2])
+def test_a_folder_is_published_whole_or_not_at_all(tmp_path, monkeypatch, after):
+    """Two files, so three syncs before the folder takes its name; whichever fails, it does not."""
+    full_disk(monkeypatch, "fsync", after)
+    with pytest.raises(WriteError, match="student: can't be written"):
+        publish(tmp_path / "student", "one", "two")
+    assert not (tmp_path / "student").exists()
+    monkeypatch.undo()
+    publish(tmp_path / "student", "three")
+    assert [p.name for p in tmp_path.iterdir()] == ["student"]
+    assert [p.name for p in (tmp_path / "student").iterdir()] == ["three"]
+
+
+def test_an_error_inside_publishes_nothing(tmp_path):
+    with pytest.raises(TypeError):
+        publish(tmp_path / "student", "one", None)
+    assert not (tmp_path / "student").exists()
+
+
+def test_progress_within_progress_shares_the_terminal(monkeypatch):
+    """A second live display would be an error; scoring within learning has one."""
+    screen = io.StringIO()
+    monkeypatch.setattr(progress, "Console", lambda stderr: Console(file=screen, force_terminal=True, width=120))
+    with progress.progress("learning", 2, "steps") as outer:
+        for _ in range(2):
+            with progress.progress("scoring", 5) as inner:
+                inner.advance(5)
+            outer.advance()
+    assert outer.done == 2
+    assert "learning" in screen.getvalue()
+    assert "scoring" in screen.getvalue()
+
+
+def test_progress_in_a_log_is_lines_with_rate_and_time_left(monkeypatch, capsys):
+    clock = [100.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
+    with progress.progress("scoring", 4000) as bar:
+        for _ in range(4):
+            clock[0] += 20
+            bar.note("hit rate 5%")
+            bar.advance(500)
+    # at 40 s: 1,000 of 4,000 in 40 s, so 25 a second and two minutes left
+    assert capsys.readouterr().err.splitlines() == [
+        "scoring: 1,000 of 4,000 tokens (25/s, 2.0 min left) hit rate 5%",
+        "scoring: 2,000 of 4,000 tokens (25/s, 1.3 min left) hit rate 5%",
+    ]
