@@ -185,7 +185,7 @@ class LearnConfig(DeviceOptions, ReturnOptions, SamplingOptions, ScoringOptions)
     """Policy to train: a folder or a Hub id, best pre-distilled."""
     cache: Path
     """Cache with scored rollouts; refreshed rollouts go there too."""
-    out: Path
+    out: Path = Path("run")
     """Folder for the run: metrics.jsonl, config.json, checkpoint, and the trained student in student/."""
     teacher: str | None = None
     """Scores refreshed rollouts: a folder or a Hub id. Without it, learning is offline, from the cache alone."""
@@ -193,8 +193,8 @@ class LearnConfig(DeviceOptions, ReturnOptions, SamplingOptions, ScoringOptions)
     """Which teacher's scores to use where the cache holds several (name, or start of its fingerprint)."""
     policy: str | None = None
     """Train only on rollouts of this policy (name, or start of its fingerprint)."""
-    refresh_every: int = Field(default=0, ge=0)
-    """Optimizer steps between new rollouts of the current student (needs --teacher). 0: never."""
+    refresh_every: Positive = 16
+    """With a teacher: optimizer steps between new rollouts of the current student."""
     steps: int = Field(default=0, ge=0)
     """Optimizer steps. 0: as many as --epochs gives."""
     epochs: Positive = 1
@@ -225,11 +225,7 @@ class LearnConfig(DeviceOptions, ReturnOptions, SamplingOptions, ScoringOptions)
     """Optimizer steps between checkpoints. 0: only at the end."""
 
     @model_validator(mode="after")
-    def _refresh_needs_a_teacher(self) -> LearnConfig:
-        if self.teacher is None and self.refresh_every:
-            raise ValueError("refresh_every needs a teacher to score the new rollouts: add --teacher M")
-        if self.teacher is not None and not self.refresh_every:
-            raise ValueError("teacher is used for refreshed rollouts only: add --refresh-every N, or leave it out")
+    def _samples_fit(self) -> LearnConfig:
         if self.baseline == "leave-one-out" and self.teacher is not None and self.samples < 2:
             raise ValueError("baseline leave-one-out compares samples of one prompt: set --samples to 2 or more")
         if self.batch_size % self.samples:
