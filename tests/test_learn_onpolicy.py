@@ -100,6 +100,17 @@ def test_prompts_go_on_where_the_last_phase_stopped(words, tmp_path):
     assert sorted(sixth) == [(0, 6), (24, 30)]
 
 
+def test_prompts_that_were_stored_twice_count_once(words, tmp_path):
+    """As two processes do that start at the same moment."""
+    cache = open_cache(tmp_path / "cache")
+    ((id_, manifest),) = cache.manifests("prompts")
+    assert cache.commit_prompts(cache.load_prompts(id_), manifest.info) != id_
+    assert main(flat(words)) == 0
+    segments = open_cache(tmp_path / "cache").rollouts()
+    assert {info.prompts for _, info in segments} == {id_}
+    assert sum(info.prompt_stop - info.prompt_start for _, info in segments) == 1 + 12 + 12
+
+
 def test_teacher_is_in_memory_only_while_it_scores(words, monkeypatch):
     """During every optimizer step, no module that a teacher was loaded with is alive."""
     import gc

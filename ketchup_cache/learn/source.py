@@ -81,7 +81,7 @@ class OnPolicy:
         self, cache: Cache, config: LearnConfig, tokenizer: TokenizerInfo, score_rollouts: ScoreRollouts
     ) -> None:
         self._cache, self._config, self._tokenizer, self._score = cache, config, tokenizer, score_rollouts
-        self._prompt_segments = [(id_, manifest.rows) for id_, manifest in cache.manifests("prompts")]
+        self._prompt_segments = _distinct_prompts(cache)
         total = sum(rows for _, rows in self._prompt_segments)
         if total == 0:
             raise CacheError(f"{cache.path}: holds no prompts; put them there with `ketchup-cache rollout`")
@@ -178,3 +178,12 @@ class OnPolicy:
 
     def resolved(self) -> dict[str, Any]:
         return {"prompts": [id_ for id_, _ in self._prompt_segments]}
+
+
+def _distinct_prompts(cache: Cache) -> list[tuple[str, int]]:
+    """(id, rows) of the prompts segments, one of each content: two processes may have stored the same prompts at once."""
+    segments: dict[tuple[str, ...], tuple[str, int]] = {}
+    for id_, manifest in cache.manifests("prompts"):
+        content = tuple(manifest.files[name].sha256 for name in sorted(manifest.files))
+        segments.setdefault(content, (id_, manifest.rows))
+    return list(segments.values())
