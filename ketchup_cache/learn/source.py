@@ -181,7 +181,7 @@ class OnPolicy:
 
 
 def _distinct_prompts(cache: Cache) -> list[tuple[str, int]]:
-    """(id, rows) of the prompts segments, one of each content: two processes may have stored the same prompts at once."""
+    """(id, rows) of the prompts segments, one of each content: two processes may have stored the same at once."""
     segments: dict[tuple[str, ...], tuple[str, int]] = {}
     for id_, manifest in cache.manifests("prompts"):
         content = tuple(manifest.files[name].sha256 for name in sorted(manifest.files))
