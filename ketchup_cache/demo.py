@@ -97,7 +97,7 @@ def demo(config: DemoConfig, run: RunCommand) -> DemoReport:
     print("A teacher translates a made-up language. A smaller student is to learn it from the teacher alone.")
     decoding = ("--max-new-tokens", 36, "--rollout-batch", 256)
     _title(f"1. A pre-distilled student: it learned the teacher's own translations of {LABELLED:,} sentences")
-    print(f"It comes with the task; the two commands that made it, in about 2 minutes, are in {data / 'README.md'}.")
+    print(f"It comes with the task; the two commands that made it are in {data / 'README.md'}.")
     student = data / "predistilled"
 
     _title("2. Rollouts of the student on other sentences, scored once by the teacher: the cache")
