@@ -98,6 +98,9 @@ def test_prompts_go_on_where_the_last_phase_stopped(words, tmp_path):
         (m.info.prompt_start, m.info.prompt_stop) for _, m in cache.manifests("rollouts") if m.info.policy.step == 6
     ]
     assert sorted(sixth) == [(0, 6), (24, 30)]
+    # prompts 0 to 6 come again, but not with the random numbers of another phase
+    seeds = {info.policy.step: info.sampling.seed for _, info in cache.rollouts()}
+    assert len(set(seeds.values())) == 3
 
 
 def test_prompts_that_were_stored_twice_count_once(words, tmp_path):

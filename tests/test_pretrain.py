@@ -13,7 +13,7 @@ from tiny import make_t5, make_tokenizer, save_model, write_prompts
 
 from ketchup_cache.config import PretrainConfig
 from ketchup_cache.errors import CacheError, DataError, KetchupError
-from ketchup_cache.pretrain import pretrain
+from ketchup_cache.pretrain import _target_ids, pretrain
 from ketchup_cache.training.optim import Optimizer
 
 
@@ -94,6 +94,18 @@ def test_interrupted_run_goes_on_to_the_same_weights(tmp_path, folders, monkeypa
     assert all(torch.equal(tensor, resumed[name]) for name, tensor in whole.items())
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 8
     assert pretrain(config(tmp_path, folders, **options)).already_done
+
+
+def test_targets_end_with_eos_even_if_the_tokenizer_adds_none():
+    """As GPT-2's and others' do not; a student that never sees EOS never stops."""
+    from tokenizers.processors import TemplateProcessing
+
+    plain = make_tokenizer()
+    plain.backend_tokenizer.post_processor = TemplateProcessing(single="$A", special_tokens=[])
+    assert plain("the cat")["input_ids"] == [3, 5]
+    for tokenizer in (plain, make_tokenizer()):
+        assert _target_ids(tokenizer, "the cat", 64) == [3, 5, 1]
+    assert _target_ids(plain, "the cat", 2) == [3, 5]
 
 
 def test_schedule_by_hand():
