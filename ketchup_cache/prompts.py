@@ -204,14 +204,15 @@ def _records(options: DataOptions, columns: Iterable[str]) -> Generator[tuple[in
         raise DataError(f"{data}: is empty")
     name = file.name.lower()
     if _is_jsonl(name):
-        yield from _json_records(data, _file_rows(file, data, "text", encoding="utf-8-sig"))
+        with closing(_file_rows(file, data, "text", encoding="utf-8-sig")) as lines:
+            yield from _json_records(data, lines)
     elif name.endswith(".csv"):
         as_text = dict.fromkeys(columns, str)
-        rows = _file_rows(file, data, "csv", na_filter=False, converters=as_text)
-        for row, record in enumerate(rows, start=1):
-            if "__index_level_0__" in record:
-                raise DataError(f"{data}: rows have more cells than the header names; quote cells that hold commas")
-            yield row, record
+        with closing(_file_rows(file, data, "csv", na_filter=False, converters=as_text)) as rows:
+            for row, record in enumerate(rows, start=1):
+                if "__index_level_0__" in record:
+                    raise DataError(f"{data}: rows have more cells than the header names; quote cells that hold commas")
+                yield row, record
     elif name.endswith(".parquet"):
         # a batch size of our own: the library's, the first row group's, is an error for a file without rows
         yield from enumerate(_file_rows(file, data, "parquet", batch_size=4096), start=1)
@@ -242,7 +243,8 @@ def _json_records(data: str, lines: Iterable[Record]) -> Iterator[tuple[int, Rec
         yield number, record
 
 
-def _file_rows(file: Path, data: str, builder: str, **reading: Any) -> Iterator[Record]:
+def _file_rows(file: Path, data: str, builder: str, **reading: Any) -> Generator[Record, None, None]:
+    """Close it when done with it, else the libraries stay quiet until the garbage collector comes round."""
     with tempfile.TemporaryDirectory() as locks:
 
         def load() -> Iterable[Record]:
