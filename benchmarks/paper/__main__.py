@@ -1,0 +1,149 @@
+"""Run the experiments, or draw tables and figures from their results.
+
+    python -m benchmarks.paper run            # everything that is not done yet: table, ablations, figures
+    python -m benchmarks.paper run --only table --task translate
+    python -m benchmarks.paper draw           # tables and pictures again, from the JSON
+
+From the repository's folder. Stopped at any moment, `run` goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import platform
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: a process for each core, not a thread
+
+from benchmarks.paper.runs import Run, analyses, execute
+from benchmarks.paper.settings import (
+    ABLATION_SEEDS,
+    FIGURE_3_KS,
+    LENGTHS,
+    SIZES,
+    TASKS,
+    Row,
+    ablation_runs,
+    table_runs,
+)
+
+RESULTS = Path("benchmarks/results")
+PARTS = ("table", "ablation", "figures")
+ANALYSED = {"prompts": 256, "samples": 32}
+
+
+def runs_of(part: str) -> Iterator[Run]:
+    if part == "table":
+        for task in TASKS:
+            yield from (Run(task, None, model=model) for model in ("teacher", "student", "predistilled"))
+        yield from (Run(*run) for run in table_runs())
+    elif part == "ablation":
+        yield Run("translate", None, model="short")
+        yield from (Run(*run) for run in ablation_runs())
+    else:
+        from benchmarks.paper.pictures import size_row
+
+        for seed in ABLATION_SEEDS:
+            for size in SIZES:
+                for k in FIGURE_3_KS:
+                    yield Run("translate", Row(size_row(size.name, k), {"k": k}, student=size.name), seed)
+
+
+def run(parts: list[str], tasks: list[str], work: Path, workers: int) -> None:
+    wanted = [r for part in parts for r in runs_of(part) if r.task in tasks]
+    began, records = time.monotonic(), []
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context) as pool:
+        waiting = {pool.submit(execute, r, work): r for r in wanted}
+        if "figures" in parts:
+            students = [*(s.name for s in LENGTHS), "predistilled"]
+            drawn = [pool.submit(analyses, TASKS[t], students, **ANALYSED, work=work) for t in tasks]
+        for n, future in enumerate(as_completed(waiting), start=1):
+            record = future.result()
+            records.append(record)
+            print(
+                f"[{n}/{len(waiting)}, {(time.monotonic() - began) / 60:.0f} min] {record['task']}, {record['row']}, "
+                f"seed {record['seed']}: return {record['evaluation']['returns']['mean']:.2f}, "
+                f"{TASKS[record['task']].headline.title} "
+                f"{record['evaluation']['metrics'][TASKS[record['task']].headline.key]:.2f}",
+                flush=True,
+            )
+        figures = [future.result() for future in drawn] if "figures" in parts else []
+    save(records, figures)
+
+
+def save(records: list[dict[str, Any]], figures: list[dict[str, Any]]) -> None:
+    """Into the results, in place of what is there of the same runs."""
+    from ketchup_cache import __version__
+
+    path = RESULTS / "paper.json"
+    held = json.loads(path.read_text()) if path.exists() else {"records": [], "figure_2": []}
+    by_key = {r["key"]: r for r in [*held["records"], *records]}
+    by_task = {f["task"]: f for f in [*held["figure_2"], *figures]}
+    import torch
+    import transformers
+
+    content = {
+        "machine": f"{os.cpu_count()} CPU cores, {platform.machine()}, {platform.system()}; one thread for each run",
+        "versions": {
+            "ketchup-cache": __version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+        "records": sorted(by_key.values(), key=lambda r: (r["task"], r["row"], r["seed"])),
+        "figure_2": [by_task[task] for task in sorted(by_task)],
+    }
+    RESULTS.mkdir(exist_ok=True)
+    lines = [json.dumps(record, ensure_ascii=False) for record in content["records"]]
+    head = json.dumps({k: v for k, v in content.items() if k != "records"}, ensure_ascii=False, indent=1)
+    path.write_text(head[:-2] + ',\n "records": [\n' + ",\n".join(lines) + "\n]}\n", encoding="utf-8")
+
+
+def draw() -> None:
+    from benchmarks.paper.pictures import figure_1, figure_2, figure_3
+    from benchmarks.paper.tables import ablation_tables, paper_table
+
+    path = RESULTS / "paper.json"
+    if not path.exists():
+        sys.exit(f"{path}: not there yet; make it with `python -m benchmarks.paper run`")
+    results = json.loads(path.read_text())
+    records = results["records"]
+    versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
+    head = f"Test split, greedy decoding, mean ± standard error over seeds. {results['machine']}; {versions}.\n"
+    (RESULTS / "paper-table.md").write_text(
+        f"# The paper's Table 1 on the shipped tasks\n\n{head}\n{paper_table(records)}"
+    )
+    (RESULTS / "ablations.md").write_text(f"# What the paper leaves open\n\n{head}\n{ablation_tables(records)}")
+    figure_1(records, RESULTS / "figure-1.png")
+    for analysis in results["figure_2"]:
+        figure_2(analysis, RESULTS / f"figure-2-{analysis['task']}.png")
+    figure_3(records, RESULTS / "figure-3.png")
+    print((RESULTS / "paper-table.md").read_text())
+    print((RESULTS / "ablations.md").read_text())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.paper", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser.add_argument("action", choices=("run", "draw"))
+    parser.add_argument("--only", choices=PARTS, action="append", help="a part of it; may be given several times")
+    parser.add_argument("--task", choices=tuple(TASKS), action="append")
+    parser.add_argument("--work", type=Path, default=Path("benchmarks/work"), help="where unfinished work lies")
+    parser.add_argument("--workers", type=int, default=2, help="runs at once, a thread each")
+    arguments = parser.parse_args()
+    if arguments.action == "run":
+        run(arguments.only or list(PARTS), arguments.task or list(TASKS), arguments.work, arguments.workers)
+    draw()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,207 @@
+"""What is run: tasks, the rows of the table, the ablations. Everything else in this folder reads it from here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+Options = dict[str, Any]
+"""Options of a command, by their YAML names."""
+
+SEEDS = range(5)
+ABLATION_SEEDS = range(3)
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A column of the table: where `evaluate --json` has it, its title, and which direction is better."""
+
+    key: str
+    title: str
+    higher: bool = True
+
+
+@dataclass(frozen=True)
+class Task:
+    """A shipped task (data/NAME) and the options that its runs share.
+
+    labelled: prompts whose teacher outputs the student was pre-distilled on, and which the offline methods learn
+    from. Reinforcement learning uses the prompts after them: the teacher scores there, and never generates.
+    """
+
+    name: str
+    title: str
+    labelled: int
+    metrics: tuple[Metric, ...]
+    decoding: Options
+    pretrain: Options
+    """How the shipped student was pre-distilled; the runs of other lengths and sizes change a part of it."""
+
+    @property
+    def headline(self) -> Metric:
+        return self.metrics[0]
+
+
+TASKS = {
+    task.name: task
+    for task in (
+        Task(
+            "translate",
+            "translate (as Europarl)",
+            labelled=1500,
+            metrics=(Metric("bleu", "BLEU"), Metric("chrf", "chrF"), Metric("ter", "TER", higher=False)),
+            decoding={"max_new_tokens": 36, "rollout_batch": 256},
+            pretrain={"epochs": 130, "batch_size": 64, "lr": 3e-3, "warmup": 50, "schedule": "linear",
+                      "weight_decay": 0},
+        ),
+    )
+}  # fmt: skip
+
+REINFORCE: Options = {
+    "steps": 80,
+    "batch_size": 512,
+    "samples": 8,
+    "refresh_every": 4,
+    "lr": 5e-4,
+    "warmup": 10,
+    "schedule": "linear",
+}
+"""`learn` for every method that learns from the student's own samples. Chosen on the dev splits (docs/log.md)."""
+
+DIVERGENCE: Options = {
+    "steps": 300,
+    "batch_size": 64,
+    "samples": 1,
+    "refresh_every": 16,
+    "lr": 1e-3,
+    "warmup": 50,
+    "schedule": "linear",
+}
+"""`learn` for the methods that match the teacher's distribution."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of a table: a learned student. `options`: of `learn`, over the shared ones."""
+
+    name: str
+    options: Options
+    needs_outputs: bool = False
+    """Whether it learns from the teacher's own outputs."""
+    student: str = "predistilled"
+    """Folder of the task that it starts from, or the name of a student that `students` makes."""
+
+    @property
+    def shared(self) -> Options:
+        return DIVERGENCE if self.needs_outputs else REINFORCE
+
+
+KS = (2, 4, 8, 16)
+TABLE = (
+    Row("SeqKD", {"method": "seqkd"}, needs_outputs=True),
+    Row("KL", {"method": "kl"}, needs_outputs=True),
+    Row("JS", {"method": "js"}, needs_outputs=True),
+    Row("TVD", {"method": "tvd"}, needs_outputs=True),
+    Row("LLMR (K = 1)", {"method": "llmr"}),
+    Row("LLMR + mean", {"method": "llmr", "baseline": "mean"}),
+    Row("LLMR + min-variance", {"method": "llmr", "baseline": "min-variance"}),
+    *(Row(f"KETCHUP, K = {k}", {"k": k}) for k in KS),
+)
+REFERENCE = "LLMR (K = 1)"
+"""The row that every other one is compared with."""
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """One question that the paper leaves open: what is varied, from which setting, and on which task."""
+
+    title: str
+    rows: tuple[Row, ...]
+    task: str = "translate"
+    base: Options = field(default_factory=dict)
+
+
+ABLATIONS = (
+    Ablation(
+        "normalisation (no baseline)",
+        tuple(Row(f"{n}", {"k": 4, "normalization": n}) for n in ("raw", "centred", "logprob")),
+    ),
+    Ablation(
+        "normalisation (leave-one-out baseline)",
+        tuple(
+            Row(f"{n}, leave-one-out", {"k": 4, "normalization": n, "baseline": "leave-one-out"})
+            for n in ("raw", "centred", "logprob")
+        ),
+    ),
+    Ablation("tail", tuple(Row(f"tail {t}", {"k": 4, "tail": t}) for t in ("one-step", "jump"))),
+    Ablation(
+        "unfinished rollouts (cut at 12 tokens)",
+        tuple(
+            Row(f"{u}", {"k": 4, "unfinished": u, "max_new_tokens": 12}) for u in ("drop", "bootstrap", "zero")
+        ),
+    ),
+    Ablation(
+        "refresh period N, with and without importance correction",
+        tuple(
+            Row(f"N = {n}{'' if on else ', uncorrected'}", {"k": 4, "refresh_every": n, "importance": on})
+            for n in (1, 4, 16, 80)
+            for on in (True, False)
+            if n > 1 or on
+        ),
+    ),
+    Ablation(
+        "sampled or greedy rollouts",
+        (
+            Row("sampled, 8 of each prompt", {"k": 4}),
+            Row("sampled, 1 of each prompt", {"k": 4, "samples": 1}),
+            Row("greedy", {"k": 4, "samples": 1, "greedy": True}),
+        ),
+    ),
+    Ablation(
+        "pre-distillation",
+        tuple(
+            Row(f"{name} pre-distillation, K = {k}", {"k": k}, student=name)
+            for name in ("short", "predistilled")
+            for k in (1, 4)
+        ),
+    ),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Student:
+    """A student other than the shipped one: more or less pre-distilled, or of another size."""
+
+    name: str
+    pretrain: Options = field(default_factory=dict)
+    size: Options = field(default_factory=dict)
+    """Fields of the shipped student's T5 configuration that are changed."""
+
+
+LENGTHS = (Student("early", {"epochs": 16}), Student("short", {"epochs": 45}))
+"""Figure 2 and the ablation of pre-distillation: students at other distances from the teacher."""
+SIZES = (
+    Student("small", size={"d_model": 32, "d_kv": 8, "d_ff": 64}),
+    Student("large", size={"d_model": 128, "d_kv": 32, "d_ff": 256}),
+)
+"""Figure 3."""
+FIGURE_3_KS = (1, 4, 8)
+
+
+def table_runs() -> Iterator[tuple[str, Row, int]]:
+    """(task, row, seed) of the paper's table, a seed of everything before the next, so that a part is of use."""
+    for seed in SEEDS:
+        for task in TASKS:
+            for row in TABLE:
+                yield task, row, seed
+
+
+def ablation_runs() -> Iterator[tuple[str, Row, int]]:
+    for seed in ABLATION_SEEDS:
+        seen = set()
+        for ablation in ABLATIONS:
+            for row in ablation.rows:
+                if row.name not in seen:
+                    seen.add(row.name)
+                    yield ablation.task, row, seed
