@@ -59,9 +59,9 @@ TASKS = {
 }  # fmt: skip
 
 REINFORCE: Options = {
-    "steps": 80,
+    "steps": 64,
     "batch_size": 512,
-    "samples": 8,
+    "samples": 1,
     "refresh_every": 4,
     "lr": 5e-4,
     "warmup": 10,
