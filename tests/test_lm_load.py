@@ -66,8 +66,9 @@ def test_device_maps(good):
         (lambda d: (d / "config.json").write_text("{"), "config.json: can't be read"),
         (lambda d: (d / "config.json").write_text("[]"), "config.json: is not a JSON object"),
         (lambda d: edit_config(d, model_type="no-such-architecture"), "can't be loaded"),
-        (lambda d: edit_config(d, model_type="gpt2", is_encoder_decoder=False), "gpt2 is not an encoder-decoder"),
-        (lambda d: edit_config(d, model_type="whisper", vocab_size=60), "can't be loaded"),
+        (lambda d: edit_config(d, model_type="gpt2", is_encoder_decoder=False), "not a complete GPT2LMHeadModel"),
+        (lambda d: edit_config(d, model_type="vit", is_encoder_decoder=False), "vit is not a language model"),
+        (lambda d: edit_config(d, model_type="whisper", vocab_size=60), "whisper is not a language model"),
     ],
 )  # fmt: skip
 def test_an_unusable_folder_is_refused_in_one_line(copy, damage, message):

@@ -19,7 +19,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from ketchup_cache.errors import DataError, ModelError
 from ketchup_cache.lm.load import input_device
-from ketchup_cache.types import Ragged
+from ketchup_cache.types import Ragged, offsets_of
 
 
 @dataclass(frozen=True)
@@ -59,22 +59,38 @@ def completion_states(
     The state of token a_t is the one that predicts a_t: it has seen the prompt and a_1 … a_{t-1}.
     With `next_state` ([B] bool) also [sum(next_state), D]: the states after the last token of those rows.
 
-    Each prompt is encoded once, however many completions it has. Padding is masked by length, never by token id.
-    Gradients flow unless the caller switches them off.
+    Encoder-decoder: each prompt is encoded once, however many completions it has. Decoder-only: every row is its prompt
+    and its completion. Padding is masked by length, never by token id. Gradients flow unless the caller switches
+    them off.
 
-    Raises DataError for a prompt without tokens, and ModelError for a model without a decoder start token or a head.
+    Raises DataError for a prompt without tokens or a row longer than the model has positions, and ModelError for a
+    model without a decoder start token or a head.
     """
     if (empty := np.flatnonzero(batch.prompts.lengths == 0)).size:
         raise DataError(f"prompt {empty[0]} of the batch has no tokens; drop it or use a template that adds some")
+    lengths = batch.completions.lengths
+    after = np.zeros(len(lengths), np.int64) if next_state is None else next_state.astype(np.int64)
+    pass_ = _encoder_decoder_pass if model.config.is_encoder_decoder else _decoder_only_pass
+    states, first = pass_(model, batch, lengths + after)
+    rows, width = states.shape[:2]
+    states = states.flatten(0, 1)
+    starts = np.arange(rows) * width + first  # where a row's first completion token is predicted
+    within = np.arange(lengths.sum()) - np.repeat(offsets_of(lengths)[:-1], lengths)
+    chosen = states[_to(np.repeat(starts, lengths) + within, states.device)]
+    if next_state is None:
+        return chosen
+    return chosen, states[_to((starts + lengths)[next_state], states.device)]
+
+
+def _encoder_decoder_pass(model: PreTrainedModel, batch: Batch, read: NDArray[np.int64]) -> tuple[Tensor, NDArray]:
+    """States [B, W, D], and the column of each row's first completion token. read: [B], states wanted of each row."""
     device = input_device(model)
     prompt_mask = _mask(batch.prompts.lengths)
     encoded = model.get_encoder()(
         input_ids=_to(batch.prompts.padded(), device), attention_mask=_to(prompt_mask, device)
     ).last_hidden_state
-    lengths = batch.completions.lengths
-    read = lengths if next_state is None else lengths + next_state  # decoder inputs of each row
     width = int(read.max(initial=1))
-    start = np.full((len(lengths), 1), decoder_start(model))
+    start = np.full((len(read), 1), decoder_start(model))
     inputs = np.concatenate([start, batch.completions.padded()], axis=1)[:, :width]
     states = _head_input(
         model,
@@ -83,12 +99,37 @@ def completion_states(
         decoder_input_ids=_to(inputs, device),
         decoder_attention_mask=_to(_mask(read, width), device),
         use_cache=False,
-    ).flatten(0, 1)
-    chosen = states[_to(np.flatnonzero(_mask(lengths, width)), states.device)]
-    if next_state is None:
-        return chosen
-    rows = np.flatnonzero(next_state)
-    return chosen, states[_to(rows * width + lengths[rows], states.device)]
+    )
+    return states, np.zeros(len(read), np.int64)
+
+
+def _decoder_only_pass(model: PreTrainedModel, batch: Batch, read: NDArray[np.int64]) -> tuple[Tensor, NDArray]:
+    """The same of prompt and completion in one row, padded on the right: the row's tokens stand at positions 0, 1, …,
+    which is what every architecture (learned positions, rotary ones, ALiBi) assumes where it is told nothing else,
+    and a causal model does not see what comes behind."""
+    prompts = batch.prompts.lengths[batch.prompt_index]
+    # the last prompt token predicts the first of the completion, whose last token is read for the state after it only
+    fed = prompts + np.maximum(read - 1, 0)
+    check_positions(model, int(fed.max(initial=0)))
+    rows = zip(batch.prompt_index, batch.completions, fed, strict=True)
+    inputs = Ragged.from_rows((np.append(batch.prompts[p], row)[:end] for p, row, end in rows), np.int64)
+    device = input_device(model)
+    states = _head_input(
+        model, input_ids=_to(inputs.padded(), device), attention_mask=_to(_mask(fed), device), use_cache=False
+    )
+    return states, prompts - 1
+
+
+def check_positions(model: PreTrainedModel, longest: int) -> None:
+    """Raises DataError where a row is longer than the positions that a model has learned (GPT-2). Rotary ones go on."""
+    config = model.config.get_text_config(decoder=True)
+    known = getattr(config, "max_position_embeddings", None)
+    if known is not None and getattr(config, "rope_parameters", None) is None and longest > known:
+        name = model.name_or_path or type(model).__name__
+        raise DataError(
+            f"a prompt and its completion have {longest:,} tokens, but {name} only {known:,} positions: "
+            "lower --max-prompt-tokens (with --long-prompts truncate or drop) or --max-new-tokens"
+        )
 
 
 def decoder_start(model: PreTrainedModel) -> int:

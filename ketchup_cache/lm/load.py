@@ -17,6 +17,7 @@ import torch
 from huggingface_hub import snapshot_download
 from transformers import (
     AutoConfig,
+    AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
     PreTrainedConfig,
@@ -113,7 +114,7 @@ def load_model(
     device_map: str | None = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """An encoder-decoder language model in eval mode, on `device` or spread over devices by `device_map`.
+    """An encoder-decoder or decoder-only model in eval mode, on `device` or spread over devices by `device_map`.
 
     Raises ModelError for a folder that is missing, incomplete, damaged or of another kind of model, for weights that
     are missing, left over or of another shape, and for a device that is not there.
@@ -127,10 +128,9 @@ def load_model(
     with quiet():
         try:
             config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
-            if not config.is_encoder_decoder:
-                raise ModelError(f"{name}: {config.model_type} is not an encoder-decoder model (T5, BART and the like)")
-            _refuse_other_shapes(name, config, entries, trust_remote_code)
-            model, loading = AutoModelForSeq2SeqLM.from_pretrained(
+            kind = _kind(name, config)
+            _refuse_other_shapes(name, kind, config, entries, trust_remote_code)
+            model, loading = kind.from_pretrained(
                 folder,
                 config=config,
                 dtype=DTYPES[dtype],
@@ -168,12 +168,26 @@ def _read_config(name: str, folder: Path) -> dict[str, Any]:
     return config
 
 
+def _kind(name: str, config: PreTrainedConfig) -> type[AutoModelForCausalLM] | type[AutoModelForSeq2SeqLM]:
+    """What loads it. Raises ModelError for a model that does not write text."""
+    kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    if type(config) not in kind._model_mapping and kind.__name__ not in (getattr(config, "auto_map", None) or {}):
+        raise ModelError(
+            f"{name}: {config.model_type} is not a language model that writes text (T5, Qwen2 and the like)"
+        )
+    return kind
+
+
 def _refuse_other_shapes(
-    name: str, config: PreTrainedConfig, entries: list[WeightEntry], trust_remote_code: bool
+    name: str,
+    kind: type[AutoModelForCausalLM] | type[AutoModelForSeq2SeqLM],
+    config: PreTrainedConfig,
+    entries: list[WeightEntry],
+    trust_remote_code: bool,
 ) -> None:
     """Before loading: what transformers says of a head of another shape does not name it."""
     with torch.device("meta"):
-        empty = AutoModelForSeq2SeqLM.from_config(config, trust_remote_code=trust_remote_code)
+        empty = kind.from_config(config, trust_remote_code=trust_remote_code)
     shapes = {key: tuple(value.shape) for key, value in empty.state_dict().items()}
     for entry in entries:
         if entry.shape != (expected := shapes.get(entry.name, entry.shape)):

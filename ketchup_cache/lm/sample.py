@@ -1,6 +1,7 @@
 """Completions sampled from a policy, each token with its log-probability under the distribution it was drawn from.
 
-transformers' `generate` does the decoding: every prompt is encoded once, keys and values are kept. The distribution is
+transformers' `generate` does the decoding: keys and values are kept, and an encoder sees every
+prompt once. The distribution is
 ours alone: a checkpoint's own generation defaults (temperature, repetition penalty, beams, minimum length) would
 silently make another policy of it, so they are set aside, and only the end-of-sequence and decoder start ids are taken.
 """
@@ -24,8 +25,8 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from ketchup_cache.errors import ConfigError, ModelError, NumericsError
-from ketchup_cache.lm.forward import decoder_start
+from ketchup_cache.errors import ConfigError, DataError, ModelError, NumericsError
+from ketchup_cache.lm.forward import check_positions, decoder_start
 from ketchup_cache.lm.load import input_device
 from ketchup_cache.store.manifest import Sampling
 from ketchup_cache.types import TOKEN_DTYPE, Ragged, Rollouts
@@ -52,12 +53,17 @@ def sample_completions(
     `prompt_index` of the result counts from the first of the given prompts. Greedy choices have log-probability 0.
 
     Raises ConfigError for several greedy samples, ModelError for a model without an end-of-sequence token or
-    with fewer tokens than the tokenizer, NumericsError for NaN or infinite logits.
+    with fewer tokens than the tokenizer, DataError for a prompt without tokens or too long for the model's positions,
+    NumericsError for NaN or infinite logits.
     """
     if sampling.greedy and sampling.samples > 1:
         raise ConfigError([f"--greedy gives the same completion {sampling.samples} times: set --samples 1"])
     if (known := model.get_input_embeddings().weight.shape[0]) < vocab_size:
         raise ModelError(f"the tokenizer has {vocab_size:,} tokens, but {_name(model)} only {known:,}: not a pair")
+    if (empty := np.flatnonzero(prompts.lengths == 0)).size:
+        raise DataError(f"prompt {first_prompt + empty[0]} has no tokens; drop it or use a template that adds some")
+    if not model.config.is_encoder_decoder:
+        check_positions(model, int(prompts.lengths.max(initial=0)) + sampling.max_new_tokens)
     eos = eos_ids(model)
     completions: list[NDArray] = []
     logprobs: list[NDArray] = []
@@ -107,14 +113,26 @@ def _batches(prompts: int, samples: int, batch: int) -> Iterator[tuple[int, int,
             yield start, min(start + at_once, prompts), first_sample, min(batch, samples - first_sample)
 
 
+def _inputs(model: PreTrainedModel, prompts: Ragged) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Prompts and their mask, [P, longest]. A decoder-only model goes on at the right end, so they are padded on the
+    left; `generate` counts positions from the mask."""
+    mask = np.arange(prompts.lengths.max()) < prompts.lengths[:, None]
+    if not model.config.is_encoder_decoder:
+        mask = mask[:, ::-1]
+    tokens = np.zeros(mask.shape, np.int64)
+    tokens[mask] = prompts.values
+    return tokens, mask.astype(np.int64)
+
+
 def _generate(
     model: PreTrainedModel, vocab_size: int, prompts: Ragged, samples: int, sampling: Sampling
 ) -> tuple[NDArray, NDArray]:
     """Tokens [B, T] int64 and their log-probabilities [B, T] float32; after the first EOS of a row anything."""
     device = input_device(model)
-    mask = np.arange(prompts.lengths.max()) < prompts.lengths[:, None]
+    input_ids, mask = _inputs(model, prompts)
+    given = 1 if model.config.is_encoder_decoder else input_ids.shape[1]  # the decoder start, or the prompt
     recorder = _Recorder()
-    processors: list[LogitsProcessor] = [_RealVocabulary(vocab_size)]
+    processors: list[LogitsProcessor] = [_RealVocabulary(vocab_size, given)]
     if not sampling.greedy:
         # in the order of transformers' own: top-p is a share of the tempered, top-k distribution
         if sampling.temperature != 1:
@@ -131,12 +149,12 @@ def _generate(
         max_new_tokens=sampling.max_new_tokens,
     )
     sequences = model.generate(
-        input_ids=torch.from_numpy(prompts.padded().astype(np.int64)).to(device),
-        attention_mask=torch.from_numpy(mask.astype(np.int64)).to(device),
+        input_ids=torch.from_numpy(input_ids).to(device),
+        attention_mask=torch.from_numpy(mask).to(device),
         generation_config=settings,
         logits_processor=LogitsProcessorList(processors),
     )
-    tokens = sequences[:, 1:]  # without the decoder start
+    tokens = sequences[:, given:]
     logprob = torch.zeros(tokens.shape) if sampling.greedy else recorder.logprob(tokens)
     return tokens.cpu().numpy(), logprob.cpu().numpy()
 
@@ -144,15 +162,15 @@ def _generate(
 class _RealVocabulary(LogitsProcessor):
     """Takes away the ids that the tokenizer does not have, and refuses logits that are not numbers."""
 
-    def __init__(self, vocab_size: int) -> None:
-        self._vocab_size = vocab_size
+    def __init__(self, vocab_size: int, given: int) -> None:
+        """given: tokens before the first that is generated."""
+        self._vocab_size, self._given = vocab_size, given
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         scores[:, self._vocab_size :] = -torch.inf
         if not scores[:, : self._vocab_size].sum().isfinite():  # a tenth of the time of looking at each
-            raise NumericsError(
-                f"the policy's logits of token {input_ids.shape[1]} hold a NaN or infinity: check its weights"
-            )
+            token = input_ids.shape[1] - self._given + 1
+            raise NumericsError(f"the policy's logits of token {token} hold a NaN or infinity: check its weights")
         return scores
 
 
@@ -187,9 +205,8 @@ def _only_our_settings(model: PreTrainedModel, eos: list[int]) -> Iterator[None]
     """No dropout, and only the special ids of the checkpoint's generation config: `generate` takes whatever is not
     set in the config that it is given from the model's own."""
     own, was_training = model.generation_config, model.training
-    model.generation_config = GenerationConfig(
-        decoder_start_token_id=decoder_start(model), eos_token_id=eos, pad_token_id=eos[0]
-    )
+    start = decoder_start(model) if model.config.is_encoder_decoder else None
+    model.generation_config = GenerationConfig(decoder_start_token_id=start, eos_token_id=eos, pad_token_id=eos[0])
     model.eval()
     try:
         yield
