@@ -61,6 +61,18 @@ class DataOptions(Config):
     """Longest prompt the model is given."""
     long_prompts: Literal["refuse", "truncate", "drop"] = "refuse"
     """What to do with a longer one: stop, cut it at the end (EOS is kept), or leave it out."""
+    chat: bool = False
+    """Wrap the prompt as a user turn with the tokenizer's chat template, and leave the assistant's turn open."""
+    system: str = ""
+    """With --chat: text of a system turn before it."""
+
+    @model_validator(mode="after")
+    def _whole_turns(self) -> DataOptions:
+        if self.system and not self.chat:
+            raise ValueError("system is a turn of a chat: set --chat too, or put the text into --template")
+        if self.chat and self.long_prompts == "truncate":
+            raise ValueError("chat with long_prompts truncate would cut off the end of the turn: use refuse or drop")
+        return self
 
 
 class SamplingOptions(Config):

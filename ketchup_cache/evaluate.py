@@ -22,7 +22,7 @@ from ketchup_cache.lm.load import load_model, load_tokenizer
 from ketchup_cache.lm.sample import sample_completions
 from ketchup_cache.metrics import Values, check_targets, compute
 from ketchup_cache.progress import progress
-from ketchup_cache.prompts import Example, kept_examples, read_examples, tokenize_prompts
+from ketchup_cache.prompts import Example, as_chat, kept_examples, read_examples, tokenize_prompts
 from ketchup_cache.returns import rollout_returns
 from ketchup_cache.store.manifest import Sampling, TokenizerInfo
 from ketchup_cache.teacher import Teacher
@@ -96,7 +96,7 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     """
     tokenizer = load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
     vocabulary = tokenizer_info(tokenizer, config.model)
-    examples = read_examples(config)
+    examples = as_chat(read_examples(config), tokenizer, config)
     prompts = tokenize_prompts(examples, tokenizer, config)
     kept = kept_examples(examples, prompts)
     targets = _targets(kept, config)

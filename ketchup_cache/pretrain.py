@@ -13,15 +13,16 @@ from numpy.typing import NDArray
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ketchup_cache.config import PretrainConfig
-from ketchup_cache.errors import CacheError, MismatchError, NumericsError
+from ketchup_cache.errors import CacheError, MismatchError, ModelError, NumericsError
 from ketchup_cache.lm.batching import token_budget_batches
 from ketchup_cache.lm.fingerprint import state_fingerprint, tokenizer_info
 from ketchup_cache.lm.forward import Batch, completion_states
 from ketchup_cache.lm.head import Head
-from ketchup_cache.lm.load import load_model, load_tokenizer
+from ketchup_cache.lm.load import is_encoder_decoder, load_model, load_tokenizer
+from ketchup_cache.lm.sample import eos_ids
 from ketchup_cache.losses import cross_entropy_loss
 from ketchup_cache.progress import progress
-from ketchup_cache.prompts import kept_examples, read_examples, tokenize_prompts
+from ketchup_cache.prompts import as_chat, kept_examples, read_examples, tokenize_prompts
 from ketchup_cache.store.cache import open_cache
 from ketchup_cache.store.manifest import TokenizerInfo
 from ketchup_cache.training.optim import Optimizer
@@ -61,7 +62,8 @@ def pretrain(config: PretrainConfig) -> PretrainReport:
     """Train `config.model` by teacher forcing. Killed and run again, it goes on from its last checkpoint.
 
     Raises ConfigError for an output folder in use or of another run, DataError and CacheError for unusable data,
-    MismatchError for a cache of another tokenizer, NumericsError for NaN, and what loading a model raises.
+    MismatchError for a cache of another tokenizer, ModelError for a model that does not stop where its tokenizer ends
+    a text, NumericsError for NaN, and what loading a model raises.
     """
     tokenizer = load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
     info = tokenizer_info(tokenizer, config.model)
@@ -71,6 +73,11 @@ def pretrain(config: PretrainConfig) -> PretrainReport:
             return PretrainReport(**{**run.report, "already_done": True})
         model = load_model(config.model, device=config.device, trust_remote_code=config.trust_remote_code)
         head = Head.of(model, info.vocab_size)
+        if config.data and tokenizer.eos_token_id not in eos_ids(model):
+            raise ModelError(
+                f"{config.model}: its tokenizer ends texts with {tokenizer.eos_token!r} (id {tokenizer.eos_token_id}), "
+                f"at which the model does not stop (eos_token_id {eos_ids(model)}): make them agree in its config.json"
+            )
         rows = len(data.completions)
         batch_size = min(config.batch_size, rows)
         per_epoch = rows // batch_size
@@ -127,15 +134,24 @@ class _Pairs:
 
 
 def _from_references(config: PretrainConfig, tokenizer: PreTrainedTokenizerBase) -> _Pairs:
-    examples = read_examples(config, need_target=True)
+    examples = as_chat(read_examples(config, need_target=True), tokenizer, config)
     prompts = tokenize_prompts(examples, tokenizer, config)
-    targets = [_target_ids(tokenizer, e.target or "", config.max_new_tokens) for e in kept_examples(examples, prompts)]
+    bare = not is_encoder_decoder(config.model, trust_remote_code=config.trust_remote_code)
+    targets = [
+        _target_ids(tokenizer, example.target or "", config.max_new_tokens, bare=bare)
+        for example in kept_examples(examples, prompts)
+    ]
     return _Pairs(prompts.tokens, np.arange(len(prompts)), Ragged.from_rows(targets, TOKEN_DTYPE))
 
 
-def _target_ids(tokenizer: PreTrainedTokenizerBase, target: str, limit: int) -> list[int]:
-    """Ids of a reference, always ending with EOS unless the limit cuts it."""
-    ids = list(tokenizer(text_target=target, verbose=False)["input_ids"])
+def _target_ids(tokenizer: PreTrainedTokenizerBase, target: str, limit: int, *, bare: bool = False) -> list[int]:
+    """Ids of a reference, always ending with EOS unless the limit cuts it.
+
+    bare: without what the tokenizer adds to a text. A decoder-only model is given prompt ids and target ids in one row,
+    where a BOS in the middle would be a token that it never writes. The two are tokenised apart, as they are when the
+    model writes: a token that spans the border of prompt and target can't be generated after that prompt.
+    """
+    ids = list(tokenizer(text_target=target, add_special_tokens=not bare, verbose=False)["input_ids"])
     if not ids or ids[-1] != tokenizer.eos_token_id:
         ids.append(tokenizer.eos_token_id)
     return ids[:limit]

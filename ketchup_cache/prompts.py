@@ -16,7 +16,7 @@ import string
 import tempfile
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +25,7 @@ import datasets
 import huggingface_hub
 import numpy as np
 
+from ketchup_cache.chat import user_turn
 from ketchup_cache.config import DataOptions
 from ketchup_cache.errors import ConfigError, DataError
 from ketchup_cache.store.manifest import DataInfo
@@ -80,7 +81,7 @@ def read_examples(options: DataOptions, *, need_target: bool = False) -> list[Ex
                 target = _text(record, options.target_field, where, "--target-field")
             elif not isinstance(target, str) or not target.strip():
                 target = None
-            examples.append(Example(hashlib.sha256(prompt.encode()).digest()[:16], prompt, target, row))
+            examples.append(Example(_id(prompt), prompt, target, row))
     if not examples:
         after = f" after the first {options.skip:,}" if options.skip else ""
         raise DataError(f"{_public(options.data)}: holds no rows{after}")
@@ -95,8 +96,22 @@ def without_duplicates(examples: Iterable[Example]) -> list[Example]:
     return list(first.values())
 
 
-def data_info(examples: Sequence[Example], options: DataOptions) -> DataInfo:
-    """Name and content hash of the prompts, for the manifest."""
+def as_chat(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, options: DataOptions) -> list[Example]:
+    """The same examples with their prompts as a chat's user turn (`options.chat`); without it, as they are.
+
+    Raises ConfigError where the tokenizer's chat template does not offer that.
+    """
+    if not options.chat:
+        return list(examples)
+    turns = [user_turn(example.prompt, tokenizer, options.system) for example in examples]
+    return [replace(e, id=_id(turn), prompt=turn) for e, turn in zip(examples, turns, strict=True)]
+
+
+def data_info(
+    examples: Sequence[Example], options: DataOptions, tokenizer: PreTrainedTokenizerBase | None = None
+) -> DataInfo:
+    """Name and content hash of the prompts, for the manifest. With `options.chat`, the template that is recorded is
+    the whole turn, as `tokenizer` renders it."""
     content = hashlib.sha256()
     for example in examples:
         text = example.prompt.encode()
@@ -104,7 +119,15 @@ def data_info(examples: Sequence[Example], options: DataOptions) -> DataInfo:
     name = _public(options.data)
     if _is_hub_name(options.data):
         name += f" [{options.split}]"
-    return DataInfo(name=name, fingerprint=content.hexdigest(), template=options.template)
+    template = options.template
+    if options.chat:
+        assert tokenizer is not None
+        template = user_turn(template, tokenizer, options.system)
+    return DataInfo(name=name, fingerprint=content.hexdigest(), template=template)
+
+
+def _id(prompt: str) -> bytes:
+    return hashlib.sha256(prompt.encode()).digest()[:16]
 
 
 # ------------------------------------------------------------------------------------------------------- tokens
@@ -113,15 +136,25 @@ def data_info(examples: Sequence[Example], options: DataOptions) -> DataInfo:
 def tokenize_prompts(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, options: DataOptions) -> Prompts:
     """Token ids with the special tokens that the tokenizer adds; prompts over the limit as `long_prompts` says.
 
+    To a chat (`as_chat`) nothing is added: its template has written all special tokens, and BOS must not come twice.
+
     Rows are in the order of `examples`; with `long_prompts="drop"` some are left out: see `kept_examples`.
 
-    Raises DataError for a prompt over the limit (`long_prompts="refuse"`) and where no prompt is left.
+    Raises DataError for a prompt without tokens, for one over the limit (`long_prompts="refuse"`), and where no prompt
+    is left.
     """
     limit, rows, ids = options.max_prompt_tokens, [], []
     for start in range(0, len(examples), TOKENIZE_AT_ONCE):
         chunk = examples[start : start + TOKENIZE_AT_ONCE]
-        encoded = tokenizer([e.prompt for e in chunk], return_attention_mask=False, verbose=False)["input_ids"]
+        encoded = tokenizer(
+            [e.prompt for e in chunk], add_special_tokens=not options.chat, return_attention_mask=False, verbose=False
+        )["input_ids"]
         for example, tokens in zip(chunk, encoded, strict=True):
+            if not tokens:
+                raise DataError(
+                    f"{_public(options.data)}: row {example.row}: the tokenizer makes no token of this prompt, and a "
+                    "model needs one: leave the row out, or use a --template that adds some text"
+                )
             if len(tokens) > limit:
                 if options.long_prompts == "drop":
                     continue

@@ -10,7 +10,14 @@ from ketchup_cache.config import RolloutConfig
 from ketchup_cache.lm.fingerprint import tokenizer_info, weights_fingerprint
 from ketchup_cache.lm.load import load_model, load_tokenizer, resolve_folder
 from ketchup_cache.progress import progress
-from ketchup_cache.prompts import data_info, kept_examples, read_examples, tokenize_prompts, without_duplicates
+from ketchup_cache.prompts import (
+    as_chat,
+    data_info,
+    kept_examples,
+    read_examples,
+    tokenize_prompts,
+    without_duplicates,
+)
 from ketchup_cache.sampling import ensure_prompts, held_rollouts, rollout_chunks, rollout_range, sampling_of
 from ketchup_cache.store.cache import open_cache
 from ketchup_cache.store.manifest import PolicyInfo
@@ -64,15 +71,15 @@ def rollout(config: RolloutConfig) -> RolloutReport:
     """
     began = time.monotonic()
     given = read_examples(config)
-    examples = without_duplicates(given)
     tokenizer = load_tokenizer(config.student, trust_remote_code=config.trust_remote_code)
+    examples = as_chat(without_duplicates(given), tokenizer, config)
     info = tokenizer_info(tokenizer, config.student)
     prompts = tokenize_prompts(examples, tokenizer, config)
     policy = PolicyInfo(name=config.student, fingerprint=weights_fingerprint(resolve_folder(config.student)))
     sampling = sampling_of(config)
 
     cache = open_cache(config.cache, create=True)
-    data = data_info(kept_examples(examples, prompts), config)
+    data = data_info(kept_examples(examples, prompts), config, tokenizer)
     chunks, left = [], config.first or len(prompts)
     for prompts_id in ensure_prompts(cache, prompts, data, info):
         rows = min(left, cache.manifest(prompts_id).rows)

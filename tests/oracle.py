@@ -37,14 +37,20 @@ def plain_scores(model, prompts: Ragged, rollouts: Rollouts, vocab_size: int = 6
     per_token, final = [], []
     for row, completion in enumerate(rollouts.completions):
         prompt = torch.tensor(prompts[rollouts.prompt_index[row]][None], dtype=torch.long)
-        decoder_input = torch.tensor([[model.config.decoder_start_token_id, *completion]])
-        with torch.no_grad():
-            logits = model(
-                input_ids=prompt,
-                attention_mask=torch.ones_like(prompt),
-                decoder_input_ids=decoder_input,
-                decoder_attention_mask=torch.ones_like(decoder_input),
-            ).logits[0, :, :vocab_size]
+        if model.config.is_encoder_decoder:
+            decoder_input = torch.tensor([[model.config.decoder_start_token_id, *completion]])
+            with torch.no_grad():
+                logits = model(
+                    input_ids=prompt,
+                    attention_mask=torch.ones_like(prompt),
+                    decoder_input_ids=decoder_input,
+                    decoder_attention_mask=torch.ones_like(decoder_input),
+                ).logits[0, :, :vocab_size]
+        else:
+            both = torch.cat([prompt, torch.tensor([completion.tolist()])], 1)
+            with torch.no_grad():
+                logits = model(both, attention_mask=torch.ones_like(both), use_cache=False).logits[0, :, :vocab_size]
+            logits = logits[prompt.shape[1] - 1 :]
         q_all = logits.double().numpy()  # [T + 1, V]: state t has seen a_1 … a_{t-1}; the last one all of them
         largest = q_all.max(axis=1)
         logsumexp = largest + np.log(np.exp(q_all - largest[:, None]).sum(axis=1))

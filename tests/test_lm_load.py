@@ -66,7 +66,7 @@ def test_device_maps(good):
         (lambda d: (d / "config.json").write_text("{"), "config.json: can't be read"),
         (lambda d: (d / "config.json").write_text("[]"), "config.json: is not a JSON object"),
         (lambda d: edit_config(d, model_type="no-such-architecture"), "can't be loaded"),
-        (lambda d: edit_config(d, model_type="gpt2", is_encoder_decoder=False), "not a complete GPT2LMHeadModel"),
+        (lambda d: edit_config(d, model_type="gpt2", is_encoder_decoder=False), "config.json makes it (60, 768)"),
         (lambda d: edit_config(d, model_type="vit", is_encoder_decoder=False), "vit is not a language model"),
         (lambda d: edit_config(d, model_type="whisper", vocab_size=60), "whisper is not a language model"),
     ],

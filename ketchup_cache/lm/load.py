@@ -90,7 +90,11 @@ def resolve_folder(name: str) -> Path:
 
 
 def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model. Raises ModelError where there is none, or where it has no end-of-sequence token."""
+    """The tokenizer of a model.
+
+    Raises ModelError where there is none, where it has no end-of-sequence token, and where it ends every text with
+    one although the model is decoder-only: the prompt would be over before the completion begins.
+    """
     folder = resolve_folder(name)
     if not any(file for pattern in TOKENIZER_FILES for file in folder.glob(pattern)):
         raise ModelError(f"{name}: holds no tokenizer (tokenizer.json or the like); save the model's tokenizer there")
@@ -103,7 +107,25 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedT
         raise ModelError(f"{name}: its tokenizer can't be loaded ({_one_line(error)})") from error
     if tokenizer.eos_token_id is None:
         raise ModelError(f"{name}: its tokenizer has no end-of-sequence token (eos_token); completions would never end")
+    ends = tokenizer("a")["input_ids"][-1:] == [tokenizer.eos_token_id] and (folder / "config.json").is_file()
+    if ends and not is_encoder_decoder(name, trust_remote_code=trust_remote_code):
+        raise ModelError(
+            f"{name}: its tokenizer ends every text with {tokenizer.eos_token!r}, but a decoder-only model goes on "
+            "from its prompt: set add_eos_token to false in tokenizer_config.json (or change its post-processor)"
+        )
     return tokenizer
+
+
+def is_encoder_decoder(name: str, *, trust_remote_code: bool = False) -> bool:
+    """From the configuration alone; False for a decoder-only model. Raises ModelError where it can't be read."""
+    folder = resolve_folder(name)
+    _read_config(name, folder)
+    try:
+        with quiet():
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
+    except Exception as error:  # an unknown architecture, values of the wrong kind, the model's own code
+        raise ModelError(f"{name}: can't be loaded ({_one_line(error)})") from error
+    return bool(config.is_encoder_decoder)
 
 
 def load_model(
@@ -195,7 +217,9 @@ def _refuse_other_shapes(
 
 
 def _refuse_incomplete(name: str, model: PreTrainedModel, loading: dict[str, Any]) -> None:
-    kinds = {"missing": loading["missing_keys"], "not part of the model": loading["unexpected_keys"]}
+    # a constant that old GPT-2 files hold: what the causal mask was filled with
+    left_over = [key for key in loading["unexpected_keys"] if not key.endswith(".attn.masked_bias")]
+    kinds = {"missing": loading["missing_keys"], "not part of the model": left_over}
     problems = [f"{len(keys)} weights {kind} (first: {min(keys)})" for kind, keys in kinds.items() if keys]
     if problems:
         raise ModelError(f"{name}: not a complete {type(model).__name__} checkpoint: {'; '.join(problems)}")
