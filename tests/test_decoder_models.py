@@ -157,7 +157,7 @@ def sample(model, prompts=PROMPTS, *, first_prompt=0, batch=64, **sampling) -> R
 def test_logprob_is_that_of_a_plain_pass(family):
     model = make(family)
     rollouts = sample(model, samples=5, batch=11)
-    assert 0 < rollouts.finished.sum()
+    assert rollouts.finished.any()
     logprob = rollouts.completions.with_values(rollouts.behavior_logprob)
     for row, prompt in enumerate(rollouts.prompt_index):
         completion = rollouts.completions[row]
@@ -213,7 +213,7 @@ def test_nan_weights_are_named_with_the_token():
 
 def test_what_the_model_has_no_room_for():
     model = make("gpt2", n_positions=12)
-    with pytest.raises(DataError, match="have 19 tokens, but .* only 12 positions: lower --max-prompt-tokens"):
+    with pytest.raises(DataError, match=r"have 19 tokens, but .* only 12 positions: lower --max-prompt-tokens"):
         sample(model)
     assert len(sample(model, max_new_tokens=3)) == len(PROMPTS)
     batch = Batch(PROMPTS.slice(1, 2), np.zeros(1, np.int64), Ragged.from_rows([[5] * 4], np.int32))

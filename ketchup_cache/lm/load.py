@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
+from tokenizers import Tokenizer
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -23,11 +24,12 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
 )
 from transformers.utils import logging as transformers_logging
 
 from ketchup_cache.errors import ModelError
-from ketchup_cache.lm.fingerprint import WeightEntry, weight_entries
+from ketchup_cache.lm.fingerprint import PROBES, WeightEntry, weight_entries
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 """Without float16: T5's feed-forward layers overflow it and give NaN."""
@@ -103,6 +105,8 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedT
             tokenizer = AutoTokenizer.from_pretrained(
                 folder, trust_remote_code=trust_remote_code, local_files_only=True
             )
+            if not _encodes_as_its_file(tokenizer, folder / "tokenizer.json"):
+                tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # OSError, ValueError, KeyError, JSON and Rust errors, as the broken file has it
         raise ModelError(f"{name}: its tokenizer can't be loaded ({_one_line(error)})") from error
     if tokenizer.eos_token_id is None:
@@ -114,6 +118,18 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedT
             "from its prompt: set add_eos_token to false in tokenizer_config.json (or change its post-processor)"
         )
     return tokenizer
+
+
+def _encodes_as_its_file(tokenizer: PreTrainedTokenizerBase, file: Path) -> bool:
+    """False where transformers built another tokenizer than tokenizer.json holds: for some model types (Qwen2) it
+    takes the vocabulary and puts a pre-tokenizer of its own before it, whatever the file says."""
+    if not file.is_file():
+        return True
+    held = Tokenizer.from_file(str(file))
+    held.no_truncation()
+    texts = [text for text in PROBES if text]
+    ids = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    return ids == [encoding.ids for encoding in held.encode_batch(texts, add_special_tokens=False)]
 
 
 def is_encoder_decoder(name: str, *, trust_remote_code: bool = False) -> bool:
