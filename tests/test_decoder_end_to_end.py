@@ -23,7 +23,7 @@ from ketchup_cache.rollout import rollout
 
 VOCAB = len(WORDS) + 3
 EOS = 1
-NOUNS = WORDS[18:26]
+NOUNS = WORDS[18:23]
 
 
 @pytest.fixture(autouse=True)
@@ -53,8 +53,8 @@ def test_pretrain_rollout_score_learn_evaluate(tmp_path, capsys):
         tmp_path / "s0", seed=1, hidden_size=16, intermediate_size=24, num_attention_heads=2, num_key_value_heads=1,
         initializer_range=0.1,
     )  # fmt: skip
-    run("pretrain", "--model", big, "--data", train, *form, "--out", tmp_path / "t", "--epochs", 40, "--lr", 5e-3,
-        "--batch-size", 32)  # fmt: skip
+    run("pretrain", "--model", big, "--data", train, *form, "--out", tmp_path / "t", "--epochs", 20, "--lr", 5e-3,
+        "--batch-size", 16)  # fmt: skip
     teacher, cache, student = tmp_path / "t" / "model", tmp_path / "cache", tmp_path / "s" / "model"
     run("rollout", "--student", teacher, "--greedy", "--data", train, *form, "--cache", tmp_path / "sft",
         "--max-new-tokens", 8)  # fmt: skip
@@ -65,24 +65,31 @@ def test_pretrain_rollout_score_learn_evaluate(tmp_path, capsys):
     run("score", "--teacher", teacher, "--cache", cache, "--device", "cpu")
 
     offline, onpolicy = tmp_path / "offline", tmp_path / "onpolicy"
-    learn = ["learn", "--student", student, "--cache", cache, "--k", 2, "--lr", 3e-3, "--batch-size", 32, "--samples",
+    learn = ["learn", "--student", student, "--cache", cache, "--k", 2, "--lr", 2e-3, "--batch-size", 32, "--samples",
              2, "--max-new-tokens", 8, "--baseline", "mean", "--unfinished", "bootstrap",
              "--device", "cpu"]  # fmt: skip
-    run(*learn, "--out", offline, "--steps", 6)
-    run(*learn, "--out", onpolicy, "--steps", 40, "--teacher", teacher, "--refresh-every", 2)
+    run(*learn, "--out", offline, "--steps", 2)
+    run(*learn, "--out", onpolicy, "--steps", 24, "--teacher", teacher, "--refresh-every", 4)
     run("verify", cache)
 
-    def returns(model) -> float:
-        capsys.readouterr()
-        run("evaluate", "--model", model, "--data", test, *form, "--teacher", teacher, "--metrics", "exact",
-            "--max-new-tokens", 8, "--json")  # fmt: skip
-        result = json.loads(capsys.readouterr().out)
-        return result["returns"]["mean"], result["metrics"]["exact"]
+    # learning raises the return of what the student samples, from far below the teacher's
+    steps = [json.loads(line) for line in (onpolicy / "metrics.jsonl").read_text().splitlines()]
+    assert [m["refreshed"] for m in steps] == [True, False, False, False] * 6
+    before, after = (np.mean([m["return_mean"] for m in part]) for part in (steps[:4], steps[-4:]))
+    assert before < -30
+    assert after > before + 6
+    # sampling and the training pass agree about the policy
+    assert all(m["ratio_mean"] == pytest.approx(1, abs=1e-4) for m in steps if m["refreshed"])
 
-    (before, _), (after, _), (best, exact) = returns(student), returns(onpolicy / "student"), returns(teacher)
-    print(before, after, best, exact)
-    assert after > before + 1  # of a gap to the teacher of several nats
-    assert best > after
+    capsys.readouterr()
+    run("evaluate", "--model", onpolicy / "student", "--data", test, *form, "--teacher", teacher, "--metrics", "exact",
+        "--max-new-tokens", 8, "--outputs", tmp_path / "o.jsonl", "--json")  # fmt: skip
+    result = json.loads(capsys.readouterr().out)
+    written = [json.loads(line) for line in (tmp_path / "o.jsonl").read_text().splitlines()]
+    hits = [line["output"].split() == line["target"].split() for line in written]
+    assert result["metrics"]["exact"] == pytest.approx(100 * np.mean(hits))
+    assert result["returns"]["mean"] < 0
+    assert all(line["prompt"].endswith(" =") and "=" not in line["output"] for line in written)
 
     # what the run learned from, against plain passes
     plain_teacher, plain_student = load_model(str(teacher), device="cpu"), load_model(str(student), device="cpu")
@@ -99,11 +106,6 @@ def test_pretrain_rollout_score_learn_evaluate(tmp_path, capsys):
         np.testing.assert_allclose(row.q, logits[steps, row.completion_tokens], rtol=0, atol=1e-4)
         np.testing.assert_allclose(row.max_q, logits[:-1].max(1), rtol=0, atol=1e-4)
         assert row.final_max_q == pytest.approx(0 if row.finished else logits[-1].max(), abs=1e-4)
-
-    # ratios of fresh rollouts are 1: sampling and the training pass agree about the policy
-    fresh = [m for m in map(json.loads, (onpolicy / "metrics.jsonl").read_text().splitlines()) if m["refreshed"]]
-    assert len(fresh) == 20
-    assert all(m["ratio_mean"] == pytest.approx(1, abs=1e-4) for m in fresh)
 
 
 # ------------------------------------------------------------------------------------------------------ pretrain
@@ -130,7 +132,7 @@ def test_first_loss_is_the_mean_negative_log_likelihood_of_target_and_eos(bos, t
     words = tokenizer.get_vocab()
     for line in data.read_text().splitlines():
         target = [words[word] for word in json.loads(line)["target"].split()]
-        prompt = [words["<s>"]] * bos + [*target, words["="]]
+        prompt = [*([words["<s>"]] if bos else []), *target, words["="]]
         logprob = torch.tensor(plain_row_logits(model, prompt, [*target, EOS])[:-1, : VOCAB + bos]).log_softmax(1)
         nll += (-logprob[range(len(target) + 1), [*target, EOS]]).tolist()
     assert report.loss_first == pytest.approx(np.mean(nll), rel=1e-5)
