@@ -202,7 +202,7 @@ class LearnConfig(DeviceOptions, ReturnOptions, SamplingOptions, ScoringOptions)
     """seqkd, kl, js, tvd: policy whose rollouts are teacher outputs (name, or start of its fingerprint), if not the
     teacher itself."""
     keep_top: Positive = 64
-    """kl, js, tvd: compute with so many of the teacher's largest logits, which scores must hold; all others are lumped."""
+    """kl, js, tvd: compute with so many of the teacher's largest logits, which scores must hold; the rest is lumped."""
     refresh_every: Positive = 16
     """With a teacher: optimizer steps between new rollouts of the current student."""
     steps: int = Field(default=0, ge=0)

@@ -4,7 +4,9 @@ A distribution over V tokens becomes one over m buckets: one for each of the tea
 for all others together (the tail) where there are any. With top = V nothing is lumped, and the values are exact.
 Lumping never raises a divergence (data-processing inequality), so what is computed is a lower bound of the exact one.
 
-All are in nats, of log-probabilities: teacher [n, m], without gradient, -inf allowed; student [n, m], finite. Values and gradients are finite for every such input.
+All are in nats, of log-probabilities: teacher [n, m], without gradient, -inf allowed; student [n, m], finite.
+Values and gradients are finite for every such input. The teacher's tail is as exact as a float32 logsumexp lets it be:
+to about 1e-7 times the size of the logits.
 """
 
 from __future__ import annotations
