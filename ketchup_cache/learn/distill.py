@@ -38,8 +38,8 @@ def divergence_step(
     The loss is the mean over the batch's tokens; where it holds teacher outputs and student samples, half the mean
     over the ones and half that over the others (f-distill, Wen et al. 2023), however long they are. So it does not
     depend on `micro_batch_tokens`. Forced tokens are left out; rollouts cut at the length limit are in, because
-    every token of them has a divergence of its own. The states are constants: no gradient flows through the sampling, and there are
-    no importance ratios.
+    every token of them has a divergence of its own. The states are constants: no gradient flows through the sampling,
+    and there are no importance ratios.
 
     from_teacher: [B] bool. Returns metrics whose returns and ratios are of the student samples, null without them.
     Raises NumericsError for a loss or gradient that is not finite; the weights are then as before.
