@@ -20,6 +20,21 @@ def mean_baseline(returns: NDArray, real: NDArray[np.bool_]) -> NDArray:
     return np.broadcast_to(means, returns.shape).astype(returns.dtype)
 
 
+def min_variance_baseline(returns: NDArray, real: NDArray[np.bool_], weight: NDArray) -> NDArray:
+    """b_t = Σ w G / Σ w over the batch: the constant of step t that gives the policy gradient the least variance
+    (Greensmith et al. 2004).
+
+    weight: [B, T], w = ‖∇ log π(a_t|s_t)‖² of each token, here in logit space (`losses.squared_score`). Where all
+    weights of a step are zero, no constant changes the gradient, and b_t is 0.
+
+    Shapes: returns [B, T], real [B, T] → [B, T], the same in every row.
+    """
+    weight = np.where(real, weight, 0).astype(np.float64)
+    total = weight.sum(axis=0)
+    value = (weight * np.where(real, returns, 0)).sum(axis=0) / np.where(total > 0, total, 1)
+    return np.broadcast_to(value, returns.shape).astype(returns.dtype)
+
+
 def leave_one_out_baseline(returns: NDArray, real: NDArray[np.bool_], group: NDArray[np.integer]) -> NDArray:
     """b_t of a rollout: mean of the returns at step t of the other rollouts of its prompt (RLOO, Ahmadian et al. 2024).
 

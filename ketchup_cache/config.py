@@ -14,7 +14,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 Normalization = Literal["raw", "centred", "logprob"]
 Tail = Literal["one-step", "jump"]
 Unfinished = Literal["drop", "bootstrap", "zero"]
-Baseline = Literal["none", "mean", "leave-one-out"]
+Baseline = Literal["none", "mean", "min-variance", "leave-one-out"]
+Method = Literal["ketchup", "llmr", "seqkd", "kl", "js", "tvd"]
 Dtype = Literal["float32", "bfloat16"]
 Metric = Literal["rouge", "bleu", "chrf", "ter", "exact", "gsm8k"]
 
@@ -188,11 +189,15 @@ class ScoreConfig(DeviceOptions, ScoringOptions):
     """Cache whose rollouts are scored."""
     commit_tokens: Positive = 262144
     """Completion tokens per committed segment: the most that a killed run has to do again."""
+    keep_top: int = Field(default=0, ge=0)
+    """Also store the teacher's so many largest logits per token, for `learn --method kl, js, tvd`. 0: none."""
 
 
 class LearnConfig(DeviceOptions, ReturnOptions, SamplingOptions, ScoringOptions):
     """Options of `ketchup-cache learn`."""
 
+    method: Method = "ketchup"
+    """ketchup (K-step), llmr (K = 1), seqkd or kl (on teacher outputs), js or tvd (half on the student's samples)."""
     student: str
     """Policy to train: a folder or a Hub id, best pre-distilled."""
     cache: Path
@@ -205,6 +210,11 @@ class LearnConfig(DeviceOptions, ReturnOptions, SamplingOptions, ScoringOptions)
     """Which teacher's scores to use where the cache holds several (name, or start of its fingerprint)."""
     policy: str | None = None
     """Train only on rollouts of this policy (name, or start of its fingerprint)."""
+    teacher_outputs: str | None = None
+    """seqkd, kl, js, tvd: policy whose rollouts are teacher outputs (name, or start of its fingerprint), if not the
+    teacher itself."""
+    keep_top: Positive = 64
+    """kl, js, tvd: compute with so many of the teacher's largest logits, which scores must hold; the rest is lumped."""
     refresh_every: Positive = 16
     """With a teacher: optimizer steps between new rollouts of the current student."""
     steps: int = Field(default=0, ge=0)
@@ -224,7 +234,7 @@ class LearnConfig(DeviceOptions, ReturnOptions, SamplingOptions, ScoringOptions)
     max_grad_norm: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     """Clip the gradient's norm."""
     baseline: Baseline = "none"
-    """Subtracted from the returns: mean (per time step, over the batch) or leave-one-out (a prompt's other samples)."""
+    """Subtracted from the returns: mean or min-variance (per time step), or leave-one-out (samples of a prompt)."""
     clip_return: float = Field(default=100.0, gt=0, allow_inf_nan=False)
     """Returns are clipped to plus or minus this, after normalisation (paper, Tables 4 and 5)."""
     max_ratio: float = Field(default=2.0, gt=0, allow_inf_nan=False)
@@ -235,6 +245,38 @@ class LearnConfig(DeviceOptions, ReturnOptions, SamplingOptions, ScoringOptions)
     """Largest padded micro-batch, in tokens. Memory, not results, depends on it."""
     checkpoint_every: int = Field(default=100, ge=0)
     """Optimizer steps between checkpoints. 0: only at the end."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _llmr_is_k_1(cls, options: Any) -> Any:
+        if isinstance(options, dict) and options.get("method") == "llmr":
+            if options.get("k") not in (None, 1, "1"):
+                raise ValueError(f"method llmr is K = 1: leave --k out (it is {options['k']}), or use --method ketchup")
+            return {**options, "k": 1}
+        return options
+
+    @model_validator(mode="after")
+    def _method_fits(self) -> LearnConfig:
+        if self.method in ("seqkd", "kl"):
+            if self.teacher is not None:
+                raise ValueError(f"method {self.method} learns from teacher outputs in the cache: leave --teacher out")
+            if self.policy is not None:
+                raise ValueError(
+                    f"method {self.method} has no rollouts of a student: use --teacher-outputs, not --policy"
+                )
+        if self.method in ("js", "tvd") and self.batch_size // 2 % self.samples + self.batch_size % 2:
+            raise ValueError(
+                f"method {self.method} takes half of the {self.batch_size} rollouts from the teacher: "
+                f"make half of --batch-size a multiple of --samples {self.samples}"
+            )
+        if self.method not in ("ketchup", "llmr") and self.baseline != "none":
+            raise ValueError(f"method {self.method} has no returns, so no baseline: leave --baseline out")
+        return self
+
+    @property
+    def top_needed(self) -> int:
+        """How many of the teacher's largest logits scores must hold for this run."""
+        return self.keep_top if self.method in ("kl", "js", "tvd") else 0
 
     @model_validator(mode="after")
     def _samples_fit(self) -> LearnConfig:

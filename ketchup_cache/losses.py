@@ -38,6 +38,16 @@ def importance_ratio(logprob: Tensor, behavior_logprob: Tensor, max_ratio: float
     return (logprob.detach() - behavior_logprob).exp().clamp(max=max_ratio)
 
 
+def squared_score(logits: Tensor, targets: Tensor) -> Tensor:
+    """‖∂ log π(a)/∂ logits‖² = 1 − 2 π(a) + Σ_b π(b)², between 0 and 2, for the min-variance baseline.
+
+    Shapes: logits [n, V], targets [n] int64 → [n].
+    """
+    prob = logits.softmax(1)
+    chosen = prob.gather(1, targets[:, None]).squeeze(1)
+    return (1 - chosen).square() + ((prob * prob).sum(1) - chosen * chosen).clamp(min=0)
+
+
 @dataclass
 class Staleness:
     """How far the policy has moved from the one that sampled, summed up over micro-batches.

@@ -27,6 +27,11 @@ from ketchup_cache.types import Ragged, Rollouts, Scores
 
 COMMIT_TOKENS: int = ScoreConfig.model_fields["commit_tokens"].default
 
+TOP_BYTES = 2**28
+"""Most bytes of kept logits in a segment, so that it stays well below the format's limit and fits into memory."""
+TOP_ITEM_BYTES = 8
+"""Of one kept logit with its id, at most."""
+
 
 @dataclass(frozen=True)
 class ScoreReport:
@@ -90,9 +95,14 @@ class Scorer:
         """Raises ModelError where the teacher's files are missing or damaged."""
         self._config, self._name, self._commit_tokens = config, teacher, commit_tokens
         self._known: _KnownScores | None = None
+        wanted = config.keep_top if isinstance(config, ScoreConfig) else getattr(config, "top_needed", 0)
         self.info, self.tokenizer = Teacher.identify(
             teacher, dtype=config.dtype, trust_remote_code=config.trust_remote_code
         )
+        self.keep_top = min(wanted, self.tokenizer.vocab_size)
+        if self.keep_top:
+            fitting = TOP_BYTES // (self.keep_top * TOP_ITEM_BYTES)
+            self._commit_tokens = max(1, min(self._commit_tokens, fitting))
 
     def ensure(self, cache: Cache, rollout_ids: Sequence[str] | None = None) -> ScoreReport:
         """Score every row of these rollouts segments (None: of the whole cache) that has no scores by this teacher.
@@ -103,7 +113,7 @@ class Scorer:
         began = time.monotonic()
         ids = {i for i, _ in cache.manifests("rollouts")} if rollout_ids is None else set(rollout_ids)
         rows = sum(cache.manifest(rollouts_id).rows for rollouts_id in ids)
-        missing = [part for part in cache.unscored(self.info.fingerprint) if part[0] in ids]
+        missing = [part for part in cache.unscored(self.info.fingerprint, keep_top=self.keep_top) if part[0] in ids]
         for rollouts_id, _, _ in missing:
             self._check_tokenizer(cache, rollouts_id)
         already = rows - sum(stop - start for _, start, stop in missing)
@@ -114,7 +124,7 @@ class Scorer:
 
     def _score_missing(self, cache: Cache, missing: list[tuple[str, int, int]], report: ScoreReport) -> ScoreReport:
         if self._known is None or self._known.cache is not cache:
-            self._known = _KnownScores(cache, self.info.fingerprint)
+            self._known = _KnownScores(cache, self.info.fingerprint, self.keep_top)
         teacher = functools.cache(self._load)  # loaded at its first call, if there is one
         try:
             with progress("score", sum(_estimated_tokens(cache, *part) for part in missing)) as bar:
@@ -157,7 +167,12 @@ class Scorer:
             places = np.sort(np.fromiter(new.values(), np.int64))
             try:
                 scores = teacher().score(
-                    prompts, rollouts, rows=places, batch_tokens=self._config.batch_tokens, on_batch=bar.advance
+                    prompts,
+                    rollouts,
+                    rows=places,
+                    batch_tokens=self._config.batch_tokens,
+                    keep_top=self.keep_top,
+                    on_batch=bar.advance,
                 )
             except (MismatchError, NumericsError) as error:
                 raise type(error)(f"{cache.path}, rollouts {rollouts_id[:12]}: {error}") from None
@@ -174,6 +189,7 @@ class Scorer:
             row_stop=rows.stop,
             teacher=self.info,
             tokenizer=self.tokenizer,
+            keep_top=self.keep_top,
         )
 
     def _load(self) -> Teacher:
@@ -220,9 +236,9 @@ def commit_ranges(completions: Ragged, start: int, stop: int, tokens: int) -> It
 class _KnownScores:
     """Where a cache has this teacher's scores of a rollout, whichever policy and run the rollout came from."""
 
-    def __init__(self, cache: Cache, fingerprint: str) -> None:
+    def __init__(self, cache: Cache, fingerprint: str, keep_top: int) -> None:
         self.cache = cache
-        self._fingerprint = fingerprint
+        self._fingerprint, self._keep_top = fingerprint, keep_top
         self._seen: set[ScoredRef] = set()
         self._places: dict[bytes, tuple[ScoredRef, int]] = {}
 
@@ -230,7 +246,7 @@ class _KnownScores:
         """Learn of the scores that were committed since the last time."""
         if all(teacher.fingerprint != self._fingerprint for teacher in self.cache.teachers()):
             return
-        for ref in self.cache.scored(self._fingerprint):
+        for ref in self.cache.scored(self._fingerprint, keep_top=self._keep_top):
             if ref not in self._seen:
                 rollouts, prompts = _load(self.cache, ref.rollouts_id)
                 for place, key in enumerate(_keys(prompts, rollouts, range(ref.row_start, ref.row_stop))):
@@ -247,7 +263,8 @@ class _KnownScores:
         found: dict[bytes, Scores] = {}
         for ref, wanted in places.items():
             part = self.cache.load_scored(ref)
-            found |= {key: _row(part.scores, part.rollouts.completions, place) for key, place in wanted.items()}
+            scores = part.scores.with_top(self._keep_top)
+            found |= {key: _row(scores, part.rollouts.completions, place) for key, place in wanted.items()}
         return found
 
 
@@ -279,4 +296,6 @@ def _row(scores: Scores, completions: Ragged, row: int) -> Scores:
         scores.logsumexp[tokens],
         scores.mean_q[tokens],
         scores.final_max_q[row : row + 1],
+        scores.top_q[tokens],
+        scores.top_ids[tokens],
     )

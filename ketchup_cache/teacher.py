@@ -16,7 +16,7 @@ from ketchup_cache.lm.forward import Batch, completion_states
 from ketchup_cache.lm.head import Head
 from ketchup_cache.lm.load import load_model, load_tokenizer, resolve_folder
 from ketchup_cache.store.manifest import TeacherInfo, TokenizerInfo
-from ketchup_cache.types import Ragged, Rollouts, Scores
+from ketchup_cache.types import TOKEN_DTYPE, Ragged, Rollouts, Scores
 
 
 class Teacher:
@@ -60,6 +60,7 @@ class Teacher:
         rollouts: Rollouts,
         *,
         batch_tokens: int,
+        keep_top: int = 0,
         rows: NDArray[np.int64] | None = None,
         on_batch: Callable[[int], None] | None = None,
     ) -> Scores:
@@ -67,7 +68,8 @@ class Teacher:
 
         prompts: the token ids that `rollouts.prompt_index` points into. rows: the rows of `rollouts` to score; None
         for all. batch_tokens: largest padded batch, in tokens; results do not depend on it, and running out of GPU
-        memory halves it. on_batch: called with the number of completion tokens after each batch.
+        memory halves it. keep_top: how many of the largest logits of each state to keep (`Scores.top_q`), at most
+        all. on_batch: called with the number of completion tokens after each batch.
 
         Raises MismatchError for token ids that the teacher does not have, NumericsError for NaN or infinite logits,
         and ModelError where not even a single row fits into memory.
@@ -80,7 +82,7 @@ class Teacher:
 
         prompt_lengths, lengths = prompts.lengths[prompt_index], completions.lengths
         tokens = completions.with_values(np.arange(len(completions.values)))
-        scores = Scores.empty(len(tokens.values), len(names))
+        scores = Scores.empty(len(tokens.values), len(names), min(keep_top, self.tokenizer.vocab_size))
 
         def split(places: NDArray[np.int64]) -> list[NDArray[np.int64]]:
             """To pop from the end: the longest prompts come first, so memory runs out early or not at all."""
@@ -95,7 +97,7 @@ class Teacher:
             places = waiting.pop()
             batch = Batch.of_rows(prompts, prompt_index, completions, places)
             try:
-                part = self._score_batch(batch, rollouts.finished[names[places]], names[places])
+                part = self._score_batch(batch, rollouts.finished[names[places]], names[places], scores.top)
             except torch.OutOfMemoryError:
                 part = None
             if part is None:  # outside the except block, whose traceback would keep the batch's memory
@@ -110,17 +112,21 @@ class Teacher:
                 waiting = split(np.sort(np.concatenate([*waiting, places])))
                 continue
             where = tokens.take(places).values
-            for name in ("q", "max_q", "logsumexp", "mean_q"):
-                getattr(scores, name)[where] = getattr(part, name)
+            for name, values in part.of_tokens().items():
+                getattr(scores, name)[where] = values
             scores.final_max_q[places] = part.final_max_q
             if on_batch:
                 on_batch(len(where))
         return scores
 
-    def _score_batch(self, batch: Batch, finished: NDArray[np.bool_], names: NDArray[np.int64]) -> Scores:
+    def _score_batch(
+        self, batch: Batch, finished: NDArray[np.bool_], names: NDArray[np.int64], keep_top: int
+    ) -> Scores:
         states, next_states = completion_states(self._model, batch, next_state=~finished)
         targets = torch.tensor(batch.completions.values, dtype=torch.long, device=self._head.device)
-        q, max_q, logsumexp, mean_q = (values.cpu().numpy() for values in self._head.reduce(states, targets))
+        reduced = self._head.reduce(states, targets, keep_top=keep_top)
+        q, max_q, logsumexp, mean_q, *largest = (values.cpu().numpy() for values in reduced)
+        top = (largest[0], largest[1].astype(TOKEN_DTYPE)) if largest else ()
         _, next_max_q, next_logsumexp, _ = self._head.reduce(next_states, targets.new_zeros(len(next_states)))
         final_max_q = np.zeros(len(names), np.float32)
         final_max_q[~finished] = next_max_q.cpu().numpy()
@@ -133,7 +139,7 @@ class Teacher:
             raise NumericsError(
                 f"rollout row {bad.min()}: teacher {self.info.name} gives NaN or infinite logits; {hint}"
             )
-        return Scores(q, max_q, logsumexp, mean_q, final_max_q)
+        return Scores(q, max_q, logsumexp, mean_q, final_max_q, *top)
 
     def _check_ids(self, what: str, tokens: Ragged, names: NDArray[np.int64]) -> None:
         vocab_size = self.tokenizer.vocab_size

@@ -8,7 +8,7 @@ Notation (docs/method.md): B rollouts, T tokens of one completion, N tokens of a
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
@@ -142,6 +142,8 @@ class Scores:
     q: [N] raw logit of the token. max_q: [N] largest logit. logsumexp: [N]. mean_q: [N] mean logit.
     final_max_q: [B] largest logit in the state after the last token of an unfinished rollout; 0 for finished ones.
     Maximum, logsumexp and mean are over the real vocabulary (the tokenizer's), not over padding rows of the head.
+    top_q: [N, top] float32, the `top` largest logits of each state, largest first; top_ids: [N, top] int32, their
+        tokens. top is 0 where they were not kept (`score --keep-top`).
     """
 
     q: NDArray[np.float32]
@@ -149,22 +151,50 @@ class Scores:
     logsumexp: NDArray[np.float32]
     mean_q: NDArray[np.float32]
     final_max_q: NDArray[np.float32]
+    top_q: NDArray[np.float32] = None  # type: ignore[assignment]  # __post_init__ makes it [N, 0]
+    top_ids: NDArray[np.int32] = None  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        for name, dtype in (("top_q", np.float32), ("top_ids", TOKEN_DTYPE)):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, np.zeros((len(self.q), 0), dtype))
+
+    @property
+    def top(self) -> int:
+        """How many of the largest logits are kept of each state."""
+        return int(self.top_q.shape[1])
+
+    def with_top(self, top: int) -> Scores:
+        """The same scores with only so many of the largest logits; there must be as many."""
+        if top > self.top:
+            raise ValueError(f"{top} logits of scores that keep {self.top}")
+        return replace(self, top_q=self.top_q[:, :top], top_ids=self.top_ids[:, :top])
 
     @classmethod
-    def empty(cls, tokens: int, rows: int) -> Scores:
-        return cls(*(np.zeros(n, np.float32) for n in (tokens, tokens, tokens, tokens, rows)))
+    def empty(cls, tokens: int, rows: int, top: int = 0) -> Scores:
+        q, max_q, logsumexp, mean_q, final_max_q = (
+            np.zeros(n, np.float32) for n in (tokens, tokens, tokens, tokens, rows)
+        )
+        top_q, top_ids = np.zeros((tokens, top), np.float32), np.zeros((tokens, top), TOKEN_DTYPE)
+        return cls(q, max_q, logsumexp, mean_q, final_max_q, top_q, top_ids)
 
     @classmethod
     def concatenate(cls, parts: Sequence[Scores]) -> Scores:
+        """One after another. Of the largest logits as many are kept as every part has."""
+        parts = [p.with_top(min(p.top for p in parts)) for p in parts]
         return cls(*(np.concatenate([getattr(p, f.name) for p in parts]) for f in fields(cls)))
 
     def per_token(self) -> dict[str, NDArray[np.float32]]:
         """The arrays with one value for each token, by name."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "final_max_q"}
+        return {name: getattr(self, name) for name in ("q", "max_q", "logsumexp", "mean_q")}
+
+    def of_tokens(self) -> dict[str, NDArray]:
+        """The arrays with one value, or one row, for each token, by name."""
+        return {**self.per_token(), "top_q": self.top_q, "top_ids": self.top_ids}
 
     def take(self, completions: Ragged, rows: NDArray[np.integer]) -> Scores:
         """The given rows of these scores of `completions`, in the given order."""
-        per_token = {k: completions.with_values(v).take(rows).values for k, v in self.per_token().items()}
+        per_token = {k: completions.with_values(v).take(rows).values for k, v in self.of_tokens().items()}
         return Scores(**per_token, final_max_q=self.final_max_q[rows])
 
 

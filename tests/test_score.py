@@ -186,11 +186,11 @@ def test_a_bad_number_names_its_rollouts_and_keeps_what_was_done(cache, teacher,
     rollouts_id = add_rollouts(cache, *random_rollouts(0, 9))
     score_batch, calls = Teacher._score_batch, []
 
-    def fail_later(self, batch, finished, names):
+    def fail_later(self, batch, finished, names, keep_top):
         calls.append(names)
         if len(calls) > 3:
             raise NumericsError(f"rollout row {names[0]}: no number")
-        return score_batch(self, batch, finished, names)
+        return score_batch(self, batch, finished, names, keep_top)
 
     monkeypatch.setattr(Teacher, "_score_batch", fail_later)
     with pytest.raises(NumericsError, match=f"rollouts {rollouts_id[:12]}: rollout row [0-9]: no number"):

@@ -9,6 +9,7 @@ from typing import Any
 
 from ketchup_cache.config import LearnConfig
 from ketchup_cache.errors import MismatchError
+from ketchup_cache.learn.distill import divergence_step
 from ketchup_cache.learn.metrics import StepMetrics
 from ketchup_cache.learn.source import Offline, OnPolicy, ScoreRollouts, Source
 from ketchup_cache.learn.step import train_step
@@ -46,10 +47,10 @@ class LearnReport:
         resumed = f" (continued from step {self.resumed_from})" if self.resumed_from else ""
         change = " → ".join(f"{m['return_mean']:.2f}" for m in (self.first, self.last) if m["return_mean"] is not None)
         skipped = f"; {self.skipped} steps skipped, all their rollouts were dropped" if self.skipped else ""
-        return (
-            f"{self.steps} steps in {self.seconds:.0f} s{resumed}; mean return of the rollouts {change}{skipped}; "
-            f"student in {self.student}"
-        )
+        changes = f"mean return of the rollouts {change}" if change else ""
+        if not change:
+            changes = f"loss {self.first['loss']:.4f} → {self.last['loss']:.4f} nats per token"
+        return f"{self.steps} steps in {self.seconds:.0f} s{resumed}; {changes}{skipped}; student in {self.student}"
 
 
 def learn(config: LearnConfig, score_rollouts: ScoreRollouts | None = None) -> LearnReport:
@@ -85,11 +86,14 @@ def learn(config: LearnConfig, score_rollouts: ScoreRollouts | None = None) -> L
         began, resumed = time.monotonic(), state["step"]
         with progress("learning", source.steps - resumed, "steps") as bar:
             for step in range(resumed, source.steps):
-                batch, refreshed = source.batch(step, model)
+                drawn = source.batch(step, model)
                 step_began = time.monotonic()
-                metrics = train_step(model, head, optimizer, batch, config, step)
+                if config.method in ("ketchup", "llmr"):
+                    metrics = train_step(model, head, optimizer, drawn.rollouts, config, step)
+                else:
+                    metrics = divergence_step(model, head, optimizer, drawn.rollouts, drawn.from_teacher, config, step)
                 seconds = time.monotonic() - step_began
-                metrics = metrics.model_copy(update={"refreshed": refreshed, "seconds": round(seconds, 4)})
+                metrics = metrics.model_copy(update={"refreshed": drawn.refreshed, "seconds": round(seconds, 4)})
                 run.log(metrics.model_dump())
                 bar.note(_note(metrics))
                 bar.advance()
@@ -122,7 +126,10 @@ def check_tokenizer(cache: Cache, student: TokenizerInfo) -> None:
 
 
 def _note(metrics: StepMetrics) -> str:
+    if metrics.return_mean is None and metrics.action_tokens:
+        return f"loss {metrics.loss:.4f} nats per token, length {metrics.length_mean:.1f}"
     if metrics.return_mean is None:
         return "every rollout of this step was dropped"
     returns = f"return {metrics.return_mean:.2f} ± {metrics.return_sd:.2f}"
-    return f"{returns}, length {metrics.length_mean:.1f}, ess {metrics.ess:.2f}"
+    ess = "" if metrics.ess is None else f", ess {metrics.ess:.2f}"
+    return f"{returns}, length {metrics.length_mean:.1f}{ess}"

@@ -39,13 +39,13 @@ class StepMetrics(BaseModel):
     """Share of rollouts cut at the length limit."""
     dropped: float = Field(ge=0, le=1)
     """Share of rollouts left out of the loss."""
-    teacher_kl: float
+    teacher_kl: float | None
     """Mean of log μ(a_t) − log p_teacher(a_t), nats per token: an estimate of KL(μ‖teacher) from plain samples."""
-    ratio_mean: float
+    ratio_mean: float | None
     """Mean importance ratio π/μ before truncation. 1 on-policy."""
-    ess: float
+    ess: float | None
     """Effective sample size of the ratios, as a share. 1 on-policy."""
-    behavior_kl: float
+    behavior_kl: float | None
     """Estimate of KL(μ‖π), nats per token: how stale the rollouts are. 0 on-policy."""
     loss: float
     grad_norm: float

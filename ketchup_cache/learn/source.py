@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
 from ketchup_cache.config import LearnConfig
 from ketchup_cache.errors import CacheError
-from ketchup_cache.learn.stream import Stream
+from ketchup_cache.learn.pick import ON_OUTPUTS, ON_SAMPLES, student_samples, teacher_outputs
+from ketchup_cache.learn.stream import Stream, concatenate
 from ketchup_cache.lm.fingerprint import state_fingerprint, weights_fingerprint
 from ketchup_cache.lm.load import resolve_folder
 from ketchup_cache.progress import progress
@@ -24,12 +28,22 @@ ScoreRollouts = Callable[[Cache, Sequence[str]], str]
 Handed in by the command line, so that learning never imports the teacher."""
 
 
+@dataclass(frozen=True)
+class Drawn:
+    """The rollouts of one optimizer step. refreshed: whether they were sampled for it. from_teacher: [B] bool, rows
+    that count as teacher outputs."""
+
+    rollouts: ScoredRollouts
+    refreshed: bool
+    from_teacher: NDArray[np.bool_]
+
+
 class Source(Protocol):
     steps: int
     """Optimizer steps of the whole run."""
 
-    def batch(self, step: int, model: PreTrainedModel) -> tuple[ScoredRollouts, bool]:
-        """The rollouts of optimizer step `step`, and whether they were refreshed for it."""
+    def batch(self, step: int, model: PreTrainedModel) -> Drawn:
+        """The rollouts of optimizer step `step`."""
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint must hold so that `restore` goes on exactly here."""
@@ -41,33 +55,43 @@ class Source(Protocol):
 
 
 class Offline:
-    """Everything in the cache that this teacher scored, in epochs."""
+    """What the method needs of the cache, in epochs: rollouts of the student, teacher outputs, or half of each.
+
+    An epoch is one over the student's rollouts; over the teacher outputs where the method has no others.
+    """
 
     def __init__(self, cache: Cache, config: LearnConfig) -> None:
         self._cache, self._config = cache, config
-        self._refs = cache.scored(config.scored_by, config.policy)
-        rows = sum(ref.row_stop - ref.row_start for ref in self._refs)
-        if rows == 0:
-            raise CacheError(f"{cache.path}: no scored rollouts of policy {config.policy!r}")
-        self.steps = config.steps or max(1, rows * config.epochs // config.batch_size)
-        self._stream: Stream | None = None
+        self._parts: dict[str, list[ScoredRef]] = {}
+        if config.method in ON_SAMPLES:
+            self._parts["student"] = student_samples(cache, config)
+        if config.method in ON_OUTPUTS:
+            self._parts["teacher"] = teacher_outputs(cache, config)
+        self._share = config.batch_size // len(self._parts)
+        rows = sum(ref.rows for ref in next(iter(self._parts.values())))
+        self.steps = config.steps or max(1, rows * config.epochs // self._share)
+        self._streams: dict[str, Stream] = {}
 
-    def batch(self, step: int, model: PreTrainedModel) -> tuple[ScoredRollouts, bool]:
-        if self._stream is None:
-            self._stream = Stream(self._cache, self._refs, self._config.batch_size, self._config.seed, skip=step)
-        return next(self._stream), False
+    def batch(self, step: int, model: PreTrainedModel) -> Drawn:
+        if not self._streams:
+            self._streams = {
+                name: Stream(self._cache, refs, self._share, self._config.seed, skip=step)
+                for name, refs in self._parts.items()
+            }
+        drawn = [next(stream) for stream in self._streams.values()]
+        from_teacher = [np.full(len(part), name == "teacher") for name, part in zip(self._streams, drawn, strict=True)]
+        return Drawn(concatenate(drawn), False, np.concatenate(from_teacher))
 
     def state(self) -> dict[str, Any]:
-        return {"segments": [ref.scores_id for ref in self._refs]}
+        return {"segments": [ref.scores_id for refs in self._parts.values() for ref in refs]}
 
     def restore(self, state: dict[str, Any]) -> None:
         """The segments of the killed run, even if the cache has grown since."""
-        wanted = set(state.get("segments", ()))
-        if wanted:
-            self._refs = [ref for ref in self._refs if ref.scores_id in wanted]
+        if wanted := set(state.get("segments", ())):
+            self._parts = {name: [ref for ref in refs if ref.scores_id in wanted] for name, refs in self._parts.items()}
 
     def resolved(self) -> dict[str, Any]:
-        return {"segments": [ref.scores_id for ref in self._refs]}
+        return self.state()
 
 
 class OnPolicy:
@@ -85,13 +109,16 @@ class OnPolicy:
         total = sum(rows for _, rows in self._prompt_segments)
         if total == 0:
             raise CacheError(f"{cache.path}: holds no prompts; put them there with `ketchup-cache rollout`")
-        self.steps = config.steps or max(1, total * config.samples * config.epochs // config.batch_size)
-        self._prompts_per_phase = config.refresh_every * config.batch_size // config.samples
+        self._outputs = teacher_outputs(cache, config) if config.method in ON_OUTPUTS else None
+        self._share = config.batch_size // (2 if self._outputs else 1)
+        self._output_stream: Stream | None = None
+        self.steps = config.steps or max(1, total * config.samples * config.epochs // self._share)
+        self._prompts_per_phase = config.refresh_every * self._share // config.samples
         self._phase: int | None = None
         self._refs: list[ScoredRef] = []
         self._stream: Stream | None = None
 
-    def batch(self, step: int, model: PreTrainedModel) -> tuple[ScoredRollouts, bool]:
+    def batch(self, step: int, model: PreTrainedModel) -> Drawn:
         phase, place = divmod(step, self._config.refresh_every)
         refreshed = phase != self._phase
         if refreshed:
@@ -99,8 +126,14 @@ class OnPolicy:
         if self._stream is None:
             # each phase has a seed of its own; a resumed one skips the batches it has trained on
             seed = self._config.seed * 1_000_003 + phase
-            self._stream = Stream(self._cache, self._refs, self._config.batch_size, seed, skip=place)
-        return next(self._stream), refreshed
+            self._stream = Stream(self._cache, self._refs, self._share, seed, skip=place)
+        drawn = [next(self._stream)]
+        if self._outputs:
+            if self._output_stream is None:
+                self._output_stream = Stream(self._cache, self._outputs, self._share, self._config.seed, skip=step)
+            drawn.append(next(self._output_stream))
+        from_teacher = np.repeat([False, True][: len(drawn)], self._share)
+        return Drawn(concatenate(drawn), refreshed, from_teacher)
 
     def _refresh(self, phase: int, step: int, model: PreTrainedModel) -> list[ScoredRef]:
         if phase == 0:
@@ -147,7 +180,9 @@ class OnPolicy:
     def _refs_of(self, rollout_ids: Sequence[str]) -> list[ScoredRef]:
         teacher = self._score(self._cache, rollout_ids)
         place = {id_: i for i, id_ in enumerate(rollout_ids)}
-        refs = [ref for ref in self._cache.scored(teacher) if ref.rollouts_id in place]
+        refs = [
+            ref for ref in self._cache.scored(teacher, keep_top=self._config.top_needed) if ref.rollouts_id in place
+        ]
         return sorted(refs, key=lambda ref: (place[ref.rollouts_id], ref.row_start))
 
     def _next_prompts(self, phase: int) -> list[tuple[str, int, int]]:
@@ -169,12 +204,15 @@ class OnPolicy:
         return ranges
 
     def state(self) -> dict[str, Any]:
-        return {"phase": self._phase, "rollouts": list(dict.fromkeys(ref.rollouts_id for ref in self._refs))}
+        state = {"phase": self._phase, "rollouts": list(dict.fromkeys(ref.rollouts_id for ref in self._refs))}
+        return state | ({"outputs": [ref.scores_id for ref in self._outputs]} if self._outputs else {})
 
     def restore(self, state: dict[str, Any]) -> None:
         if state.get("phase") is not None:
             self._phase = state["phase"]
             self._refs = self._refs_of(state["rollouts"])
+        if self._outputs and (wanted := set(state.get("outputs", ()))):
+            self._outputs = [ref for ref in self._outputs if ref.scores_id in wanted]
 
     def resolved(self) -> dict[str, Any]:
         return {"prompts": [id_ for id_, _ in self._prompt_segments]}

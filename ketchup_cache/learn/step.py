@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,17 +10,20 @@ import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
-from ketchup_cache.baselines import leave_one_out_baseline, mean_baseline
+from ketchup_cache.baselines import leave_one_out_baseline, mean_baseline, min_variance_baseline
 from ketchup_cache.config import LearnConfig
 from ketchup_cache.errors import CacheError, NumericsError
 from ketchup_cache.learn.metrics import StepMetrics
 from ketchup_cache.lm.batching import token_budget_batches
 from ketchup_cache.lm.forward import Batch, completion_states
 from ketchup_cache.lm.head import Head
-from ketchup_cache.losses import Staleness, importance_ratio, policy_gradient_loss
+from ketchup_cache.losses import Staleness, importance_ratio, policy_gradient_loss, squared_score
 from ketchup_cache.returns import rollout_returns
 from ketchup_cache.training.optim import Optimizer
 from ketchup_cache.types import Ragged, ScoredRollouts
+
+CHUNK = 1024
+"""States whose logits are held at once."""
 
 
 @dataclass(frozen=True)
@@ -37,8 +41,11 @@ class Signal:
     one_step: NDArray[np.float64]
 
 
-def learning_signal(batch: ScoredRollouts, config: LearnConfig) -> Signal:
-    """K-step returns, clipping and baseline of a whole optimizer-step batch."""
+def learning_signal(batch: ScoredRollouts, config: LearnConfig, weight: NDArray | None = None) -> Signal:
+    """K-step returns, clipping and baseline of a whole optimizer-step batch.
+
+    weight: [N] squared norms of the score (`score_weights`), for the min-variance baseline alone.
+    """
     rollouts = batch.rollouts
     lengths = rollouts.completions.lengths
     estimate, one_step = rollout_returns(
@@ -56,6 +63,10 @@ def learning_signal(batch: ScoredRollouts, config: LearnConfig) -> Signal:
     clipped = np.clip(estimate, -config.clip_return, config.clip_return)
     if config.baseline == "mean":
         clipped = clipped - mean_baseline(clipped, real)
+    elif config.baseline == "min-variance":
+        assert weight is not None
+        padded = rollouts.completions.with_values(weight).padded()
+        clipped = clipped - min_variance_baseline(clipped, real, padded)
     elif config.baseline == "leave-one-out":
         clipped = clipped - leave_one_out_baseline(clipped, real, rollouts.prompt_index)
     return Signal(clipped[inside].astype(np.float32), real[inside], kept, estimate[:, 0], one_step[:, 0])
@@ -73,7 +84,8 @@ def train_step(
     is not finite; the weights are then as before.
     """
     rollouts = batch.rollouts
-    signal = learning_signal(batch, config)
+    weight = score_weights(model, head, batch, config) if config.baseline == "min-variance" else None
+    signal = learning_signal(batch, config, weight)
     if not np.isfinite(signal.advantage[signal.in_loss]).all():
         raise NumericsError(f"step {step}: a return is not finite; check the cache with `ketchup-cache verify`")
     total = int(signal.in_loss.sum())
@@ -83,23 +95,51 @@ def train_step(
             "raise --max-new-tokens, pre-distil the student for longer, or use --unfinished bootstrap"
         )
     staleness, loss_sum = Staleness(), 0.0
-    rows = np.flatnonzero(signal.kept)
-    lengths = rollouts.completions.lengths
-    for chosen in token_budget_batches(
-        batch.prompts.tokens.lengths[rollouts.prompt_index[rows]],
-        lengths[rows],
-        config.micro_batch_tokens,
-        prompt_index=rollouts.prompt_index[rows],
-    ):
-        loss = _micro_batch_loss(model, head, batch, rows[chosen], signal, total, config, staleness)
-        if not torch.isfinite(loss):
-            raise NumericsError(
-                f"step {step}: the loss is {float(loss.detach())}; the weights were not changed. Lower --lr"
-            )
-        loss.backward()
-        loss_sum += float(loss.detach())
+    for rows in micro_batches(batch, np.flatnonzero(signal.kept), config):
+        loss = _micro_batch_loss(model, head, batch, rows, signal, total, config, staleness)
+        loss_sum += backward(loss, step)
     norm = optimizer.step(step) if total else 0.0
     return StepMetrics.of(step, batch, signal, staleness, loss=loss_sum, grad_norm=norm, lr=optimizer.lr(step))
+
+
+def micro_batches(batch: ScoredRollouts, rows: NDArray[np.int64], config: LearnConfig) -> Iterator[NDArray[np.int64]]:
+    """The given rows of a batch, in parts of at most `micro_batch_tokens` padded tokens."""
+    prompt_index = batch.rollouts.prompt_index[rows]
+    parts = token_budget_batches(
+        batch.prompts.tokens.lengths[prompt_index],
+        batch.rollouts.completions.lengths[rows],
+        config.micro_batch_tokens,
+        prompt_index=prompt_index,
+    )
+    return (rows[part] for part in parts)
+
+
+def backward(loss: torch.Tensor, step: int) -> float:
+    """Add the gradient of a micro-batch; returns its loss. Raises NumericsError where that is not finite."""
+    value = float(loss.detach())
+    if not np.isfinite(value):
+        raise NumericsError(f"step {step}: the loss is {value}; the weights were not changed. Lower --lr")
+    loss.backward()
+    return value
+
+
+@torch.no_grad()
+def score_weights(
+    model: PreTrainedModel, head: Head, batch: ScoredRollouts, config: LearnConfig
+) -> NDArray[np.float32]:
+    """`squared_score` of every token of a batch under the policy as it is, [N]: one forward pass without gradient."""
+    rollouts = batch.rollouts
+    completions = rollouts.completions
+    places = completions.with_values(np.arange(len(completions.values)))
+    weight = np.zeros(len(completions.values), np.float32)
+    for rows in micro_batches(batch, np.flatnonzero(completions.lengths > 0), config):
+        part = Batch.of_rows(batch.prompts.tokens, rollouts.prompt_index, completions, rows)
+        states = completion_states(model, part)
+        targets = torch.from_numpy(part.completions.values).long().to(head.device)
+        pieces = zip(states.split(CHUNK), targets.split(CHUNK), strict=True)
+        found = torch.cat([squared_score(head.logits(some), chosen) for some, chosen in pieces])
+        weight[places.take(rows).values] = found.cpu().numpy()
+    return weight
 
 
 def _micro_batch_loss(

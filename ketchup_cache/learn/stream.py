@@ -90,3 +90,8 @@ def gather(parts: Sequence[tuple[ScoredRollouts, NDArray[np.int64]]]) -> ScoredR
         ),
         Scores.concatenate(scores),
     )
+
+
+def concatenate(batches: Sequence[ScoredRollouts]) -> ScoredRollouts:
+    """All rows of the batches, in their order, as one."""
+    return batches[0] if len(batches) == 1 else gather([(batch, np.arange(len(batch))) for batch in batches])

@@ -100,15 +100,21 @@ class Head:
         return torch.cat([chosen(*part) for part in parts])
 
     @torch.no_grad()
-    def reduce(self, states: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """States [n, D] and targets [n] int64 → q, max_q, logsumexp and mean_q (`Scores`), each [n] float32."""
-        parts = []
+    def reduce(self, states: Tensor, targets: Tensor, *, keep_top: int = 0) -> tuple[Tensor, ...]:
+        """States [n, D] and targets [n] int64 → q, max_q, logsumexp and mean_q (`Scores`), each [n] float32.
+
+        With keep_top, also top_q [n, keep_top] float32 and top_ids [n, keep_top] int64, largest first.
+        """
+        parts, tops = [], []
         for some_states, some_targets in _chunks(states, targets, REDUCE_CHUNK):
             logits = self.logits(some_states)
             q = logits.gather(1, some_targets[:, None]).squeeze(1)
             parts.append(torch.stack([q, logits.amax(1), logits.logsumexp(1), logits.mean(1)]))
+            if keep_top:
+                tops.append(logits.topk(keep_top, dim=1))
         q, max_q, logsumexp, mean_q = torch.cat(parts, dim=1)
-        return q, max_q, logsumexp, mean_q
+        largest = tuple(torch.cat(values) for values in zip(*tops, strict=True))
+        return q, max_q, logsumexp, mean_q, *largest
 
 
 def _chunks(states: Tensor, targets: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:

@@ -214,15 +214,16 @@ class Cache:
             raise CacheError(f"{self.path}: no rollouts yet; run `ketchup-cache rollout --cache {self.path}` first")
         return coverage.select("policy", "--policy", selector, found)
 
-    def scored(self, teacher: str | None = None, policy: str | None = None) -> list[ScoredRef]:
+    def scored(self, teacher: str | None = None, policy: str | None = None, *, keep_top: int = 0) -> list[ScoredRef]:
         """Every row scored by a teacher once, in the order of commits.
 
         teacher, policy: name or start of fingerprint. Without a teacher, the only one there is; without a policy, all.
+        keep_top: only rows whose scores keep so many of the largest logits.
         Raises CacheError where the teacher or policy is unknown or ambiguous, or a parent segment is missing.
         """
         by = self.select_teacher(teacher).fingerprint
         of = self.select_policy(policy).fingerprint if policy is not None else None
-        return coverage.scored(dict(self.manifests()), by, of)
+        return coverage.scored(dict(self.manifests()), by, of, keep_top)
 
     def load_scored(self, ref: ScoredRef) -> ScoredRollouts:
         """The rows of one reference. `prompts` is the whole parent; `prompt_index` points into it."""
@@ -231,9 +232,12 @@ class Cache:
         prompts, rollouts = self.load_prompts(ref.prompts_id), self.load_rollouts(ref.rollouts_id)
         return join(ref, prompts, rollouts, self.load_scores(ref.scores_id), info.row_start)
 
-    def unscored(self, teacher_fingerprint: str) -> list[tuple[str, int, int]]:
-        """(rollouts id, row_start, row_stop) of all rows without scores by this teacher, in the order of commits."""
-        return coverage.unscored(dict(self.manifests()), teacher_fingerprint)
+    def unscored(self, teacher_fingerprint: str, *, keep_top: int = 0) -> list[tuple[str, int, int]]:
+        """(rollouts id, row_start, row_stop) of all rows without scores by this teacher, in the order of commits.
+
+        keep_top: scores with fewer of the largest logits don't count.
+        """
+        return coverage.unscored(dict(self.manifests()), teacher_fingerprint, keep_top)
 
     def rows(self, teacher: str | None = None, policy: str | None = None) -> Iterator[Row]:
         """Every scored rollout, one at a time. Selects and raises as `scored`, at once; loads segment by segment."""

@@ -26,16 +26,21 @@ class ScoredRef:
     """Completions per prompt."""
     policy: PolicyInfo
     teacher: TeacherInfo
+    keep_top: int = 0
+    """Largest logits kept of each state."""
 
     @property
     def rows(self) -> int:
         return self.row_stop - self.row_start
 
 
-def scored(manifests: Mapping[str, Manifest], teacher: str | None = None, policy: str | None = None) -> list[ScoredRef]:
+def scored(
+    manifests: Mapping[str, Manifest], teacher: str | None = None, policy: str | None = None, keep_top: int = 0
+) -> list[ScoredRef]:
     """Every scored row once, in the order of commits: where two scorers did the same rows, the first one's scores.
 
-    manifests: all of a cache, in the order of commits. teacher, policy: fingerprints; None for any.
+    manifests: all of a cache, in the order of commits. teacher, policy: fingerprints; None for any. keep_top: only
+    scores with so many of the largest logits; a vocabulary has at most all of its own.
     Raises CacheError where a parent is missing, MismatchError where its tokenizer is another.
     """
     done: dict[tuple[str, str], list[tuple[int, int]]] = {}
@@ -43,6 +48,8 @@ def scored(manifests: Mapping[str, Manifest], teacher: str | None = None, policy
     for scores_id, manifest in manifests.items():
         info = manifest.info
         if not isinstance(info, ScoresInfo) or teacher not in (None, info.teacher.fingerprint):
+            continue
+        if info.keep_top < min(keep_top, info.tokenizer.vocab_size):
             continue
         parent = check_parent(info, manifests.get(info.rollouts), scores_id).info
         assert isinstance(parent, RolloutsInfo)
@@ -52,14 +59,27 @@ def scored(manifests: Mapping[str, Manifest], teacher: str | None = None, policy
         for start, stop in gaps(info.row_start, info.row_stop, covered):
             covered.append((start, stop))
             samples, by = parent.sampling.samples, parent.policy
-            refs.append(ScoredRef(scores_id, info.rollouts, parent.prompts, start, stop, samples, by, info.teacher))
+            refs.append(
+                ScoredRef(
+                    scores_id,
+                    info.rollouts,
+                    parent.prompts,
+                    start,
+                    stop,
+                    samples,
+                    by,
+                    info.teacher,
+                    info.keep_top,
+                )
+            )
     return refs
 
 
-def unscored(manifests: Mapping[str, Manifest], teacher: str) -> list[tuple[str, int, int]]:
-    """(rollouts id, row_start, row_stop) of all rows without scores by the teacher with this fingerprint."""
+def unscored(manifests: Mapping[str, Manifest], teacher: str, keep_top: int = 0) -> list[tuple[str, int, int]]:
+    """(rollouts id, row_start, row_stop) of all rows without scores by the teacher with this fingerprint, or with
+    fewer than `keep_top` of the largest logits."""
     covered: dict[str, list[tuple[int, int]]] = {}
-    for ref in scored(manifests, teacher):
+    for ref in scored(manifests, teacher, keep_top=keep_top):
         covered.setdefault(ref.rollouts_id, []).append((ref.row_start, ref.row_stop))
     return [
         (rollouts_id, start, stop)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import fields
 
 from ketchup_cache.store.coverage import ScoredRef
 from ketchup_cache.types import Prompts, Rollouts, Row, ScoredRollouts, Scores
@@ -22,7 +21,7 @@ def join(ref: ScoredRef, prompts: Prompts, rollouts: Rollouts, scores: Scores, f
     )
     own_rows = slice(ref.row_start - first_row, ref.row_stop - first_row)
     own_tokens = slice(tokens.start - offsets[first_row], tokens.stop - offsets[first_row])
-    per_token = {f.name: getattr(scores, f.name)[own_tokens] for f in fields(Scores) if f.name != "final_max_q"}
+    per_token = {name: values[own_tokens] for name, values in scores.of_tokens().items()}
     return ScoredRollouts(prompts, cut, Scores(**per_token, final_max_q=scores.final_max_q[own_rows]))
 
 

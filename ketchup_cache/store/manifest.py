@@ -10,7 +10,7 @@ import hashlib
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
 FORMAT = "ketchup-cache"
 FORMAT_VERSION = 1
@@ -110,6 +110,14 @@ class ScoresInfo(Record):
     """Rows of the parent that are scored here."""
     teacher: TeacherInfo
     tokenizer: TokenizerInfo
+    keep_top: int = Field(default=0, ge=0)
+    """How many of the largest logits of each state are kept. 0: none, and no arrays for them."""
+
+    @model_validator(mode="after")
+    def _no_more_than_all(self) -> ScoresInfo:
+        if self.keep_top > self.tokenizer.vocab_size:
+            raise ValueError(f"keeps {self.keep_top} logits of a vocabulary of {self.tokenizer.vocab_size}")
+        return self
 
 
 Info = Annotated[PromptsInfo | RolloutsInfo | ScoresInfo, Field(discriminator="kind")]

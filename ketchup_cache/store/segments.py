@@ -45,6 +45,8 @@ def layout(info: Info, rows: int, tokens: int) -> dict[str, ArrayEntry]:
         case "scores":
             shapes = dict.fromkeys(("q", "max_q", "logsumexp", "mean_q"), ("float32", per_token))
             shapes["final_max_q"] = ("float32", per_row)
+            if info.keep_top:
+                shapes |= {"top_q": ("float32", (tokens, info.keep_top)), "top_ids": (token, (tokens, info.keep_top))}
     return {name: ArrayEntry(dtype=dtype, shape=shape) for name, (dtype, shape) in shapes.items()}
 
 
@@ -66,7 +68,12 @@ def pack(segment: Segment, info: Info) -> dict[str, NDArray]:
             "finished": segment.finished,
         }
         return arrays | ({"forced": segment.forced} if segment.forced.any() else {})
-    return dict(vars(segment))
+    arrays = dict(vars(segment))
+    return arrays | {"top_ids": segment.top_ids.astype(token)} if segment.top else _without_top(arrays)
+
+
+def _without_top(arrays: dict[str, NDArray]) -> dict[str, NDArray]:
+    return {name: array for name, array in arrays.items() if name not in ("top_q", "top_ids")}
 
 
 def unpack(info: Info, arrays: Mapping[str, NDArray]) -> Segment:
@@ -81,6 +88,8 @@ def unpack(info: Info, arrays: Mapping[str, NDArray]) -> Segment:
             prompt_index, behavior_logprob, finished = plain
             return Rollouts(prompt_index, completions, behavior_logprob, _frozen(forced), finished)
         case "scores":
+            if "top_ids" in arrays:
+                arrays = {**arrays, "top_ids": arrays["top_ids"].astype(TOKEN_DTYPE)}
             return Scores(**{name: _frozen(array) for name, array in arrays.items()})
 
 
@@ -130,13 +139,29 @@ def _check_rollouts(rollouts: Rollouts, info: RolloutsInfo) -> None:
 def _check_scores(scores: Scores, info: ScoresInfo) -> None:
     rows = info.row_stop - info.row_start
     for name, entry in layout(info, rows, len(scores.q)).items():
-        _check_array(name, getattr(scores, name), np.float32, entry.shape)
+        _check_array(name, getattr(scores, name), TOKEN_DTYPE if name == "top_ids" else np.float32, entry.shape)
+    if scores.top != info.keep_top:
+        raise CacheError(f"top_q has {scores.top} logits of each state, must be {info.keep_top}")
     slack = TOLERANCE * np.maximum(1, np.abs(scores.max_q))
     _refuse("q", scores.q > scores.max_q + slack, "is larger than max_q")
     _refuse("mean_q", scores.mean_q > scores.max_q + slack, "is larger than max_q")
     _refuse("logsumexp", scores.logsumexp < scores.max_q - slack, "is smaller than max_q")
     highest = scores.max_q + math.log(info.tokenizer.vocab_size) + slack
     _refuse("logsumexp", scores.logsumexp > highest, "is larger than max_q + log(vocab_size)")
+    if info.keep_top:
+        _check_top(scores, info, slack)
+
+
+def _check_top(scores: Scores, info: ScoresInfo, slack: NDArray) -> None:
+    top_q, top_ids = scores.top_q, scores.top_ids
+    beyond = (top_ids < 0) | (top_ids >= min(info.tokenizer.vocab_size, MAX_VOCABULARY))
+    _refuse("top_ids", beyond, f"holds an id that {info.tokenizer.name} does not have")
+    _refuse("top_ids", np.diff(np.sort(top_ids, axis=1), axis=1) == 0, "holds a token twice")
+    _refuse("top_q", np.diff(top_q, axis=1) > 0, "does not fall from the largest logit to the smallest")
+    _refuse("top_q", top_q[:, 0] != scores.max_q, "does not begin with max_q")
+    # the mass of the kept tokens can't be more than that of all
+    mass = np.exp(top_q - scores.max_q[:, None], dtype=np.float64).sum(1)
+    _refuse("top_q", np.log(mass) + scores.max_q > scores.logsumexp + slack, "has more mass than logsumexp says")
 
 
 def _check_pair(scores: Scores, info: ScoresInfo, rollouts: Rollouts) -> None:
@@ -146,6 +171,10 @@ def _check_pair(scores: Scores, info: ScoresInfo, rollouts: Rollouts) -> None:
     if tokens != len(scores.q):
         raise CacheError(f"scores of {len(scores.q)} tokens for rollouts that have {tokens}")
     valued = rollouts.finished[rows] & (scores.final_max_q != 0)
+    chosen = scores.top_ids == rollouts.completions.slice(info.row_start, info.row_stop).values[:, None]
+    slack = TOLERANCE * np.maximum(1, np.abs(scores.max_q))[:, None]
+    differs = chosen & (np.abs(scores.top_q - scores.q[:, None]) > slack)
+    _refuse("top_q", differs, "is not q where top_ids is the token")
     _refuse("final_max_q", valued, "is not 0, though the rollout is finished")
 
 
@@ -165,12 +194,13 @@ def _check_array(name: str, array: NDArray, dtype: type[np.generic], shape: tupl
         raise CacheError(f"{name} is {found}, must be {wanted}")
     if array.dtype.kind == "f" and not np.isfinite(array).all():
         place = int(np.flatnonzero(~np.isfinite(array))[0])
-        raise NumericsError(f"{name}[{place}] is {array[place]}: scores and log-probabilities must be finite")
+        raise NumericsError(f"{name}[{place}] is {array.flat[place]}: scores and log-probabilities must be finite")
 
 
 def _refuse(name: str, wrong: NDArray[np.bool_], reason: str) -> None:
+    """wrong: [n], or [n, m] for an array of rows."""
     if wrong.any():
-        raise CacheError(f"{name}[{int(np.flatnonzero(wrong)[0])}] {reason}")
+        raise CacheError(f"{name}[{int(np.argwhere(wrong)[0, 0])}] {reason}")
 
 
 def _ragged(tokens: NDArray, offsets: NDArray) -> Ragged:

@@ -1,0 +1,80 @@
+"""Which scored rollouts of a cache a method learns from: samples of a student, outputs of the teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from ketchup_cache.config import LearnConfig
+from ketchup_cache.errors import CacheError
+from ketchup_cache.store.cache import Cache
+from ketchup_cache.store.coverage import ScoredRef
+from ketchup_cache.store.manifest import PolicyInfo, TeacherInfo
+
+ON_SAMPLES = ("ketchup", "llmr", "js", "tvd")
+"""Methods that learn from the student's own samples."""
+ON_OUTPUTS = ("seqkd", "kl", "js", "tvd")
+"""Methods that learn from teacher outputs."""
+
+
+def student_samples(cache: Cache, config: LearnConfig) -> list[ScoredRef]:
+    """Scored rollouts of `config.policy`; without one, of all policies, for js and tvd of all but the teacher's.
+
+    Raises CacheError where there are none.
+    """
+    selected = cache.scored(config.scored_by, config.policy)
+    if config.method in ON_OUTPUTS and config.policy is None:
+        selected = [ref for ref in selected if not _is_output(cache, config)(ref)]
+    what = f"of policy {config.policy!r}" if config.policy else "of a student"
+    return _with_top(cache, config, selected, f"no scored rollouts {what}; make some with `rollout` and `score`")
+
+
+def teacher_outputs(cache: Cache, config: LearnConfig) -> list[ScoredRef]:
+    """Scored rollouts of `config.teacher_outputs`; without it, of the policy that is the teacher: the same weights, or
+    the same name where it scored in another precision than it sampled in.
+
+    Raises CacheError where there are none.
+    """
+    is_output = _is_output(cache, config)
+    name = cache.select_teacher(config.scored_by).name
+    return _with_top(
+        cache,
+        config,
+        [ref for ref in cache.scored(config.scored_by) if is_output(ref)],
+        f"--method {config.method} learns from teacher outputs, but no scored rollouts are of policy "
+        f"{config.teacher_outputs or name}; make them with `ketchup-cache rollout --student {name} --greedy` and "
+        "`ketchup-cache score`, or name a policy with --teacher-outputs",
+    )
+
+
+def _is_output(cache: Cache, config: LearnConfig) -> Callable[[ScoredRef], bool]:
+    teacher = cache.select_teacher(config.scored_by)
+    if config.teacher_outputs is not None:
+        chosen = cache.select_policy(config.teacher_outputs).fingerprint
+        return lambda ref: ref.policy.fingerprint == chosen
+    return lambda ref: is_teacher(ref.policy, teacher)
+
+
+def is_teacher(policy: PolicyInfo, teacher: TeacherInfo) -> bool:
+    return policy.fingerprint == teacher.fingerprint or (policy.step is None and policy.name == teacher.name)
+
+
+def _with_top(cache: Cache, config: LearnConfig, selected: list[ScoredRef], none: str) -> list[ScoredRef]:
+    """The selected rows, from segments that keep as many logits as the method needs. All rows must have them."""
+    if not selected:
+        raise CacheError(f"{cache.path}: {none}")
+    if not config.top_needed:
+        return selected
+    wanted = {(ref.rollouts_id, ref.teacher.fingerprint) for ref in selected}
+    enough = [
+        ref
+        for ref in cache.scored(config.scored_by, keep_top=config.top_needed)
+        if (ref.rollouts_id, ref.teacher.fingerprint) in wanted
+    ]
+    missing = sum(ref.rows for ref in selected) - sum(ref.rows for ref in enough)
+    if missing:
+        raise CacheError(
+            f"{cache.path}: {missing:,} of the rollouts for --method {config.method} are scored without the teacher's "
+            f"{config.top_needed} largest logits (or with fewer); run `ketchup-cache score --teacher "
+            f"{selected[0].teacher.name} --cache {cache.path} --keep-top {config.top_needed}`"
+        )
+    return enough

@@ -1,0 +1,131 @@
+"""Divergences off the largest logits, against torch's own over full distributions; and the min-variance baseline."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+from ketchup_cache import divergences as d
+from ketchup_cache.baselines import min_variance_baseline
+from ketchup_cache.losses import squared_score
+
+V = 9
+
+
+def full(name: str, p_logits: torch.Tensor, s_logits: torch.Tensor) -> torch.Tensor:
+    """Over whole distributions, in float64, by torch's own kl_div."""
+    p, s = p_logits.double().log_softmax(1), s_logits.double().log_softmax(1)
+    m = ((p.exp() + s.exp()) / 2).log()
+    kl = lambda a, b: F.kl_div(b, a, reduction="none", log_target=True).sum(1)  # noqa: E731  # KL(a‖b)
+    return {
+        "forward_kl": lambda: kl(p, s),
+        "js_teacher_half": lambda: kl(p, m),
+        "js_student_half": lambda: kl(s, m),
+        "js": lambda: (kl(p, m) + kl(s, m)) / 2,
+        "tvd": lambda: (p.exp() - s.exp()).abs().sum(1) / 2,
+    }[name]()
+
+
+def ours(name: str, p_logits: torch.Tensor, s_logits: torch.Tensor, top: int) -> torch.Tensor:
+    top_q, top_ids = p_logits.topk(top, dim=1)
+    teacher = d.teacher_buckets(top_q, p_logits.logsumexp(1), p_logits.shape[1])
+    return getattr(d, name)(teacher, d.student_buckets(s_logits, top_ids))
+
+
+def lumped(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Logits of the buckets, one row at a time."""
+    rows = []
+    for row, keep in zip(logits.double(), ids.tolist(), strict=True):
+        rest = [i for i in range(len(row)) if i not in keep]
+        rows.append(torch.cat([row[keep], row[rest].logsumexp(0, keepdim=True)]))
+    return torch.stack(rows)
+
+
+NAMES = ("forward_kl", "js_teacher_half", "js_student_half", "js", "tvd")
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("scale", [0.3, 3.0, 20.0])
+@pytest.mark.parametrize("top", [1, 3, V - 1, V])
+def test_values_and_gradients_equal_the_full_ones(name, scale, top):
+    g = torch.Generator().manual_seed(7)
+    p = torch.randn(40, V, generator=g) * scale
+    s = (torch.randn(40, V, generator=g) * scale).requires_grad_()
+    value = ours(name, p, s, top)
+    ids = p.topk(top, dim=1).indices
+    plain = full(name, p, s) if top == V else full(name, lumped(p, ids), lumped(s, ids))
+    # a float32 logsumexp of large logits bends the mass of the tail, and a log-ratio multiplies that
+    atol = 2e-6 if top == V or scale < 20 else 2e-4
+    torch.testing.assert_close(value.double(), plain, rtol=2e-5, atol=atol)
+    (ours_grad,) = torch.autograd.grad(value.sum(), s)
+    (plain_grad,) = torch.autograd.grad(plain.sum(), s)
+    torch.testing.assert_close(ours_grad, plain_grad, rtol=1e-4, atol=5e-6)
+
+
+@pytest.mark.parametrize("name", ["forward_kl", "js", "tvd"])
+def test_more_logits_never_lower_it(name):
+    g = torch.Generator().manual_seed(3)
+    p, s = (torch.randn(50, V, generator=g) * 3 for _ in range(2))
+    values = torch.stack([ours(name, p, s, top) for top in range(1, V + 1)])
+    assert (values.diff(dim=0) > -1e-5).all()
+    assert (values[0] < values[-1] - 1e-3).any()
+
+
+@given(
+    st.lists(st.floats(-200, 200, width=32), min_size=6, max_size=6),
+    st.lists(st.floats(-1e4, 1e4, width=32), min_size=6, max_size=6),
+    st.integers(1, 6),
+    st.sampled_from(NAMES),
+)
+@settings(max_examples=300, deadline=None)
+def test_no_nan_whatever_the_tail(p, s, top, name):
+    p_logits, s_logits = torch.tensor([p]), torch.tensor([s], requires_grad=True)
+    value = ours(name, p_logits, s_logits, top)
+    (gradient,) = torch.autograd.grad(value.sum(), s_logits)
+    assert torch.isfinite(value).all()
+    assert torch.isfinite(gradient).all()
+    value = value.detach()
+    assert float(value) >= -1e-4
+    if name in ("js", "js_teacher_half", "js_student_half"):
+        assert float(value) <= np.log(2) + 1e-4
+    if name == "tvd":
+        assert float(value) <= 1 + 1e-5
+
+
+def test_a_tail_without_mass_adds_nothing():
+    p = torch.tensor([[100.0, 0.0, -50.0]])  # float32: the first token has all of it
+    assert d.teacher_buckets(p[:, :1], p.logsumexp(1), 3).tolist() == [[0.0, -float("inf")]]
+    s = torch.tensor([[1.0, 2.0, 3.0]], requires_grad=True)
+    value = ours("forward_kl", p, s, 1)
+    assert float(value) == pytest.approx(-float(s.detach().log_softmax(1)[0, 0]), rel=1e-6)
+
+
+def test_squared_score_is_the_norm_of_the_gradient():
+    g = torch.Generator().manual_seed(0)
+    logits = (torch.randn(30, V, generator=g) * 4).requires_grad_()
+    targets = torch.randint(V, (30,), generator=g)
+    logprob = logits.log_softmax(1).gather(1, targets[:, None])
+    (gradient,) = torch.autograd.grad(logprob.sum(), logits)
+    torch.testing.assert_close(squared_score(logits.detach(), targets), gradient.square().sum(1), rtol=1e-4, atol=1e-6)
+
+
+def test_min_variance_baseline_has_the_least_variance():
+    """Σ w (G − b)² of each step is the second moment of the gradient; no b on a grid does better."""
+    rng = np.random.default_rng(0)
+    logits = torch.tensor(rng.normal(0, 2, (24, V)))
+    targets = torch.tensor(rng.integers(0, V, 24))
+    score = (F.one_hot(targets, V) - logits.softmax(1)).numpy().reshape(8, 3, V)
+    returns, real = rng.normal(-3, 4, (8, 3)), rng.random((8, 3)) < 0.8
+    weight = squared_score(logits, targets).numpy().reshape(8, 3)
+    found = min_variance_baseline(returns, real, weight)
+    assert (found == found[0]).all()
+    for t in range(3):
+        rows = np.flatnonzero(real[:, t])
+        moment = lambda b, t=t, rows=rows: np.square((returns[rows, t] - b)[:, None] * score[rows, t]).sum()  # noqa: E731
+        grid = np.linspace(found[0, t] - 2, found[0, t] + 2, 4001)
+        assert abs(grid[np.argmin([moment(b) for b in grid])] - found[0, t]) < 2e-3
+    assert (min_variance_baseline(returns, real, np.zeros((8, 3))) == 0).all()
