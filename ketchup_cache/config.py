@@ -48,7 +48,7 @@ class DataOptions(Config):
     split: str = "train"
     """Split of a Hugging Face dataset."""
     prompt_field: str = "prompt"
-    """Column that holds the prompt."""
+    """Column that holds the prompt; translation.en is the part `en` of the column `translation`."""
     target_field: str = "target"
     """Column that holds the reference."""
     template: str = "{prompt}"
@@ -282,6 +282,13 @@ class InfoConfig(Config):
     """Cache to describe."""
 
 
+class RecipesConfig(Config):
+    """Options of `ketchup-cache recipes`."""
+
+    name: str | None = None
+    """Recipe to print with its commands. Without it, all are listed."""
+
+
 class VerifyConfig(Config):
     """Options of `ketchup-cache verify`."""
 
@@ -306,4 +313,5 @@ COMMANDS: dict[str, type[Config]] = {
     "info": InfoConfig,
     "verify": VerifyConfig,
     "demo": DemoConfig,
+    "recipes": RecipesConfig,
 }
