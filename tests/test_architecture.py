@@ -79,7 +79,7 @@ def test_foundation_imports_nothing_above_it():
         assert IMPORTS[name] <= FOUNDATION, name
 
 
-@pytest.mark.parametrize("name", ["returns", "baselines", "losses"])
+@pytest.mark.parametrize("name", ["returns", "baselines", "losses", "suggest"])
 def test_maths_is_pure(name):
     """No I/O, no config, no model: arrays in, arrays out."""
     assert IMPORTS[name] <= {"types"}
