@@ -17,6 +17,7 @@ Unfinished = Literal["drop", "bootstrap", "zero"]
 Baseline = Literal["none", "mean", "leave-one-out"]
 Dtype = Literal["float32", "bfloat16"]
 Metric = Literal["rouge", "bleu", "chrf", "ter", "exact", "gsm8k"]
+Aspect = Literal["quality", "informativeness", "coherence"]
 
 
 def _split(value: Any) -> Any:
@@ -25,6 +26,7 @@ def _split(value: Any) -> Any:
 
 IntList = Annotated[tuple[int, ...], BeforeValidator(_split), Field(json_schema_extra={"metavar": "INT,INT,…"})]
 MetricList = Annotated[tuple[Metric, ...], BeforeValidator(_split)]
+AspectList = Annotated[tuple[Aspect, ...], BeforeValidator(_split), Field(min_length=1)]
 Positive = Annotated[int, Field(ge=1)]
 
 
@@ -254,6 +256,39 @@ class EvaluateConfig(DeviceOptions, DataOptions, ScoringOptions):
     """Also write every prompt, output and target to this JSONL file."""
 
 
+class JudgeConfig(Config):
+    """Options of `ketchup-cache judge`."""
+
+    system: Path
+    """Outputs of the system in question, as `evaluate --outputs` writes them."""
+    baseline: Path
+    """Outputs of the system it is compared with, for the same prompts."""
+    judge_model: str
+    """Model that judges, by the name that the endpoint has for it."""
+    base_url: str | None = None
+    """OpenAI-compatible endpoint. Without it: OPENAI_BASE_URL, else OpenAI. The key is read from OPENAI_API_KEY."""
+    kind: Literal["summary", "translation", "answer"] = "summary"
+    """What the outputs are; the question is worded for it."""
+    aspects: AspectList = ("quality", "informativeness", "coherence")
+    """Questions, comma-separated: quality, informativeness, coherence."""
+    answers: Path = Path("judge-answers.jsonl")
+    """File of all answers; what stands there is not asked again."""
+    limit: int = Field(default=0, ge=0)
+    """Judge only so many pairs, drawn at random. 0: all."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of that choice."""
+    concurrency: Positive = 8
+    """Queries under way at once."""
+    judge_temperature: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    """Sampling temperature of the judge."""
+    judge_tokens: Positive = 256
+    """Longest answer of the judge."""
+    retries: int = Field(default=5, ge=0)
+    """Tries after one that failed (busy, broken or no connection), with growing pauses."""
+    timeout: float = Field(default=120.0, gt=0, allow_inf_nan=False)
+    """Seconds to wait for an answer."""
+
+
 class AnalyzeConfig(Config):
     """Options of `ketchup-cache analyze`."""
 
@@ -309,6 +344,7 @@ COMMANDS: dict[str, type[Config]] = {
     "score": ScoreConfig,
     "learn": LearnConfig,
     "evaluate": EvaluateConfig,
+    "judge": JudgeConfig,
     "analyze": AnalyzeConfig,
     "info": InfoConfig,
     "verify": VerifyConfig,
