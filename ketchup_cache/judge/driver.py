@@ -26,7 +26,7 @@ class WinRate:
 
     win_rate: mean score in percent. low, high: its 95 % Wilson interval over pairs, too wide rather than too narrow
         where the four verdicts of a pair disagree. None where no pair counts.
-    won, tied, lost: pairs by score, above, at and below one half. Identical outputs are ties; nobody is asked about them.
+    won, tied, lost: pairs by score, above, at and below one half. Identical outputs are ties, not asked about.
     left_out: pairs without four readable answers; with fewer, a taste for a place or a letter would not cancel.
     """
 
