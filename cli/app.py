@@ -50,8 +50,8 @@ def command(
         fields = COMMANDS[name].model_fields
 
         def invoke(**flags: Any) -> None:
-            config_file, as_json = flags.pop("config"), flags.pop("as_json")
-            result = run(resolve(name, _config_path(config_file), flags))
+            config_file, recipe_name, as_json = (flags.pop(key) for key in ("config", "recipe", "as_json"))
+            result = run(resolve(name, _config_path(config_file), flags, recipe_name))
             if as_json:
                 print(json.dumps(result.to_dict(), ensure_ascii=False, allow_nan=False))
             else:
@@ -60,7 +60,7 @@ def command(
                 raise typer.Exit(2)
 
         parameters = [_parameter(key, info, key in positional) for key, info in fields.items()]
-        parameters += [_config_parameter(), _json_parameter()]
+        parameters += [_config_parameter(), _recipe_parameter(), _json_parameter()]
         # Click wants arguments before options; a stable sort keeps the order of the fields otherwise.
         parameters.sort(key=lambda p: p.name not in positional)
         invoke.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
@@ -96,11 +96,23 @@ def _config_parameter() -> inspect.Parameter:
     option = typer.Option(
         "--config",
         metavar="FILE",
-        help="YAML file with these options, or the name of a shipped recipe; flags win.",
+        help="YAML file with these options; flags win.",
         show_default=False,
     )
     return inspect.Parameter(
         "config", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[str | None, option]
+    )
+
+
+def _recipe_parameter() -> inspect.Parameter:
+    option = typer.Option(
+        "--recipe",
+        metavar="NAME",
+        help="Published settings to start from (`ketchup-cache recipes`); --config and flags win.",
+        show_default=False,
+    )
+    return inspect.Parameter(
+        "recipe", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[str | None, option]
     )
 
 

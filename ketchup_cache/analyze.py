@@ -24,6 +24,7 @@ from ketchup_cache.progress import progress
 from ketchup_cache.returns import rollout_returns
 from ketchup_cache.store.cache import open_cache
 from ketchup_cache.store.manifest import PolicyInfo, RolloutsInfo, Sampling
+from ketchup_cache.suggest import Suggestion, suggest_k
 from ketchup_cache.types import ScoredRollouts
 
 ROWS_AT_ONCE = 4096
@@ -72,6 +73,7 @@ class PolicyAnalysis:
     return_sd: float | None
     kl_per_token: float | None
     by_k: tuple[KAnalysis, ...]
+    suggestion: Suggestion
 
     def __str__(self) -> str:
         head = [
@@ -97,6 +99,11 @@ class PolicyAnalysis:
             notes.append(
                 f"  {self.repeated:,} more rollouts are copies (sampled twice with one seed) and were left out"
             )
+        suggested = self.suggestion
+        notes.append(f"  suggested K: {'none' if suggested.k is None else suggested.k}; {suggested.reason}")
+        if suggested.k is not None:
+            best = ", ".join(f"{k} for {m}" for m, k in zip(suggested.averaged, suggested.best, strict=True))
+            notes.append(f"  best K by the rollouts averaged for each decision: {best} (docs/method.md)")
         return "\n".join(head + rows + notes)
 
 
@@ -174,6 +181,7 @@ class _Group:
     def __init__(self, policy: PolicyInfo, sampling: str, config: AnalyzeConfig) -> None:
         self.policy, self.sampling, self.config = policy, sampling, config
         self.prompt_ids: list[NDArray[np.bytes_]] = []
+        self.first_tokens: list[NDArray[np.int64]] = []
         self.returns: list[NDArray[np.float64]] = []
         self.lengths: list[NDArray[np.int64]] = []
         self.rollouts = self.repeated = self.finished = self.tokens = self.drawn = 0
@@ -197,6 +205,8 @@ class _Group:
         used = np.flatnonzero(new & kept & (lengths > 0))
         self.prompt_ids.append(_prompt_ids(scored)[used])
         self.lengths.append(lengths[used])
+        completions = rollouts.completions
+        self.first_tokens.append(completions.values[completions.offsets[used]].astype(np.int64))
         for start in range(0, len(used), ROWS_AT_ONCE):
             self.returns.append(_first_returns(scored, used[start : start + ROWS_AT_ONCE], self.config))
 
@@ -241,6 +251,7 @@ class _Group:
                 )
                 for i, k in enumerate(self.config.ks)
             ),
+            suggestion=suggest_k(prompt, np.concatenate(self.first_tokens), one_step, k_step, self.config.ks),
         )
 
 

@@ -18,6 +18,7 @@ Baseline = Literal["none", "mean", "min-variance", "leave-one-out"]
 Method = Literal["ketchup", "llmr", "seqkd", "kl", "js", "tvd"]
 Dtype = Literal["float32", "bfloat16"]
 Metric = Literal["rouge", "bleu", "chrf", "ter", "exact", "gsm8k"]
+Aspect = Literal["quality", "informativeness", "coherence"]
 
 
 def _split(value: Any) -> Any:
@@ -26,6 +27,7 @@ def _split(value: Any) -> Any:
 
 IntList = Annotated[tuple[int, ...], BeforeValidator(_split), Field(json_schema_extra={"metavar": "INT,INT,…"})]
 MetricList = Annotated[tuple[Metric, ...], BeforeValidator(_split)]
+AspectList = Annotated[tuple[Aspect, ...], BeforeValidator(_split), Field(min_length=1)]
 Positive = Annotated[int, Field(ge=1)]
 
 
@@ -49,7 +51,7 @@ class DataOptions(Config):
     split: str = "train"
     """Split of a Hugging Face dataset."""
     prompt_field: str = "prompt"
-    """Column that holds the prompt."""
+    """Column that holds the prompt; translation.en is the part `en` of the column `translation`."""
     target_field: str = "target"
     """Column that holds the reference."""
     template: str = "{prompt}"
@@ -308,6 +310,39 @@ class EvaluateConfig(DeviceOptions, DataOptions, ScoringOptions):
     """Also write every prompt, output and target to this JSONL file."""
 
 
+class JudgeConfig(Config):
+    """Options of `ketchup-cache judge`."""
+
+    system: Path
+    """Outputs of the system in question, as `evaluate --outputs` writes them."""
+    baseline: Path
+    """Outputs of the system it is compared with, for the same prompts."""
+    judge_model: str
+    """Model that judges, by the name that the endpoint has for it."""
+    base_url: str | None = None
+    """OpenAI-compatible endpoint. Without it: OPENAI_BASE_URL, else OpenAI. The key is read from OPENAI_API_KEY."""
+    kind: Literal["summary", "translation", "answer"] = "summary"
+    """What the outputs are; the question is worded for it."""
+    aspects: AspectList = ("quality", "informativeness", "coherence")
+    """Questions, comma-separated: quality, informativeness, coherence."""
+    answers: Path = Path("judge-answers.jsonl")
+    """File of all answers; what stands there is not asked again."""
+    limit: int = Field(default=0, ge=0)
+    """Judge only so many pairs, drawn at random. 0: all."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of that choice."""
+    concurrency: Positive = 8
+    """Queries under way at once."""
+    judge_temperature: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    """Sampling temperature of the judge."""
+    judge_tokens: Positive = 256
+    """Longest answer of the judge."""
+    retries: int = Field(default=5, ge=0)
+    """Tries after one that failed (busy, broken or no connection), with growing pauses."""
+    timeout: float = Field(default=120.0, gt=0, allow_inf_nan=False)
+    """Seconds to wait for an answer."""
+
+
 class AnalyzeConfig(Config):
     """Options of `ketchup-cache analyze`."""
 
@@ -336,6 +371,13 @@ class InfoConfig(Config):
     """Cache to describe."""
 
 
+class RecipesConfig(Config):
+    """Options of `ketchup-cache recipes`."""
+
+    name: str | None = None
+    """Recipe to print with its commands. Without it, all are listed."""
+
+
 class VerifyConfig(Config):
     """Options of `ketchup-cache verify`."""
 
@@ -356,8 +398,10 @@ COMMANDS: dict[str, type[Config]] = {
     "score": ScoreConfig,
     "learn": LearnConfig,
     "evaluate": EvaluateConfig,
+    "judge": JudgeConfig,
     "analyze": AnalyzeConfig,
     "info": InfoConfig,
     "verify": VerifyConfig,
     "demo": DemoConfig,
+    "recipes": RecipesConfig,
 }

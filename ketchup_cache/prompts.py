@@ -76,7 +76,7 @@ def read_examples(options: DataOptions, *, need_target: bool = False) -> list[Ex
             where = f"{_public(options.data)}: {unit} {row}"
             texts = {name: _text(record, column, where, flag) for name, (column, flag) in sources.items()}
             prompt = "".join(literal + (texts[name] if name else "") for literal, name in template)
-            target = record.get(options.target_field)
+            target = _column(record, options.target_field)
             if need_target:
                 target = _text(record, options.target_field, where, "--target-field")
             elif not isinstance(target, str) or not target.strip():
@@ -199,10 +199,18 @@ def _parse_template(template: str) -> list[tuple[str, str | None]]:
     return [(literal, name) for literal, name, *_ in parts]
 
 
+def _column(record: Record, name: str) -> Any:
+    """A column, or with a dotted name a part of one, as in {"translation": {"en": …}}; None where it is not there."""
+    value: Any = record
+    for part in [name] if name in record or "." not in name else name.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    return value
+
+
 def _text(record: Record, name: str, where: str, flag: str) -> str:
-    if name not in record:
+    value = _column(record, name)
+    if name not in record and value is None:
         raise DataError(f"{where}: no field {name!r}; it has {', '.join(map(repr, record)) or 'none'}: set {flag}")
-    value = record[name]
     if value is None:
         raise DataError(f"{where}: {name!r} is null; fill it in or leave the row out")
     if not isinstance(value, str):

@@ -13,18 +13,28 @@ from pydantic_core import ErrorDetails
 
 from ketchup_cache.config import COMMANDS, Config
 from ketchup_cache.errors import ConfigError
+from ketchup_cache.shipped import recipe, recipe_names
+
+RECIPE_KEYS = {"extends", "about"}
+"""Keys of a YAML file that are not options: the recipe it builds on, and what `ketchup-cache recipes` shows of it."""
 
 
-def resolve(command: str, file: Path | None, flags: dict[str, Any]) -> Config:
-    """Options of one command from a YAML file and flags; flags win.
+def resolve(command: str, file: Path | None, flags: dict[str, Any], recipe_name: str | None = None) -> Config:
+    """Options of one command from a shipped recipe, a YAML file and flags; the later ones win.
 
     One file can serve a whole experiment: a top-level key that names a command holds that command's options,
-    the other keys hold for every command that has such an option.
+    the other keys hold for every command that has such an option. `extends: NAME` builds on a shipped recipe.
 
     Raises ConfigError with every problem at once: unknown keys, missing and wrong values.
     """
     config_class = COMMANDS[command]
-    values, problems = _read_yaml(command, file) if file else ({}, [])
+    values: dict[str, Any] = {}
+    problems: list[str] = []
+    for path in (find_recipe(recipe_name) if recipe_name else None, file):
+        if path:
+            found, wrong = _read_yaml(command, path)
+            values |= found
+            problems += wrong
     values |= {key: value for key, value in flags.items() if value is not None}
     config = None
     try:
@@ -36,7 +46,25 @@ def resolve(command: str, file: Path | None, flags: dict[str, Any]) -> Config:
     return config
 
 
-def _read_yaml(command: str, file: Path) -> tuple[dict[str, Any], list[str]]:
+def find_recipe(name: str) -> Path:
+    """File of a shipped recipe. Raises ConfigError where there is none of that name."""
+    if name not in recipe_names():
+        hint = _did_you_mean(name, set(recipe_names())) or "; `ketchup-cache recipes` lists them"
+        raise ConfigError([f"no recipe `{name}`{hint}"])
+    return recipe(name)
+
+
+def load_yaml(file: Path) -> dict[str, Any]:
+    """A YAML file on top of the recipe that it extends, and so on; underscores in all keys.
+
+    A section (a key that holds keys) is merged with the one below it, anything else replaces it.
+
+    Raises ConfigError where the file is missing, unreadable or no mapping, or `extends` names no recipe or goes round.
+    """
+    return _load(file, ())
+
+
+def _load(file: Path, above: tuple[Path, ...]) -> dict[str, Any]:
     try:
         loaded = yaml.safe_load(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -46,11 +74,31 @@ def _read_yaml(command: str, file: Path) -> tuple[dict[str, Any], list[str]]:
     except yaml.YAMLError as error:
         raise ConfigError([f"{file}: not valid YAML: {' '.join(str(error).split())}"]) from None
     if loaded is None:
-        return {}, []
+        return {}
     if not isinstance(loaded, dict):
         raise ConfigError([f"{file}: expected `option: value` lines, found a {type(loaded).__name__}"])
+    own = _underscored(loaded)
+    if "extends" not in own:
+        return own
+    below = find_recipe(str(own["extends"]))
+    if below in (*above, file):
+        raise ConfigError([f"{file}: `extends: {own['extends']}` goes round in a circle"])
+    merged = _load(below, (*above, file))
+    for key, value in own.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = merged[key] | value if both else value
+    return merged
+
+
+def _underscored(values: dict[Any, Any]) -> dict[str, Any]:
+    return {_key(key): _underscored(value) if isinstance(value, dict) else value for key, value in values.items()}
+
+
+def _read_yaml(command: str, file: Path) -> tuple[dict[str, Any], list[str]]:
+    """Options of one command, and what is wrong with the file."""
+    loaded = load_yaml(file)
     problems: list[str] = []
-    shared = {_key(key): value for key, value in loaded.items() if key not in COMMANDS}
+    shared = {key: value for key, value in loaded.items() if key not in COMMANDS and key not in RECIPE_KEYS}
     known = {name for config_class in COMMANDS.values() for name in config_class.model_fields}
     problems += [f"{file}: unknown key `{key}`{_did_you_mean(key, known)}" for key in shared if key not in known]
     sections: dict[str, dict[str, Any]] = {}
@@ -60,7 +108,7 @@ def _read_yaml(command: str, file: Path) -> tuple[dict[str, Any], list[str]]:
             problems.append(f"{file}: section `{name}` must hold `option: value` lines")
             continue
         fields = COMMANDS[name].model_fields
-        sections[name] = {_key(key): value for key, value in section.items()}
+        sections[name] = section
         problems += [
             f"{file}: unknown key `{key}` in section `{name}`{_did_you_mean(key, set(fields))}"
             for key in sections[name]

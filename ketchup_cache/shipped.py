@@ -11,6 +11,11 @@ def recipe(name: str) -> Path:
     return Path(str(files("ketchup_cache.recipes"))) / f"{name}.yaml"
 
 
+def recipe_names() -> list[str]:
+    """Names of all recipes, sorted."""
+    return sorted(path.stem for path in Path(str(files("ketchup_cache.recipes"))).glob("*.yaml"))
+
+
 def task(name: str) -> Path:
     """Folder of a shipped task: train.jsonl, test.jsonl, teacher/, student/."""
     return Path(str(files("ketchup_cache.data"))) / name

@@ -40,6 +40,12 @@ def metrics_schema() -> dict[str, Any]:
     return {"$schema": DIALECT} | StepMetrics.model_json_schema(schema_generator=_EveryFieldRequired)
 
 
+RECIPE_KEYS: dict[str, Any] = {
+    "extends": {"type": "string", "description": "Name of the shipped recipe that this file builds on."},
+    "about": {"type": "object", "description": "What `ketchup-cache recipes` says of a recipe."},
+}
+
+
 def config_schema() -> dict[str, Any]:
     """A YAML file for `--config`: a section for each command, and options that hold for every command that has them."""
     sections = {
@@ -58,7 +64,7 @@ def config_schema() -> dict[str, Any]:
         "title": "ketchup-cache config",
         "description": config_schema.__doc__,
         "type": "object",
-        "properties": sections | options,
+        "properties": sections | options | RECIPE_KEYS,
         "additionalProperties": False,
     }
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-DRIVERS = {"pretrain", "rollout", "score", "learn.loop", "evaluate", "analyze", "demo"}
+DRIVERS = {"pretrain", "rollout", "score", "learn.loop", "evaluate", "analyze", "demo", "judge.driver"}
 FOUNDATION = {"types", "errors", "config"}
 
 
@@ -79,7 +79,7 @@ def test_foundation_imports_nothing_above_it():
         assert IMPORTS[name] <= FOUNDATION, name
 
 
-@pytest.mark.parametrize("name", ["returns", "baselines", "losses"])
+@pytest.mark.parametrize("name", ["returns", "baselines", "losses", "suggest"])
 def test_maths_is_pure(name):
     """No I/O, no config, no model: arrays in, arrays out."""
     assert IMPORTS[name] <= {"types"}
@@ -107,7 +107,7 @@ def test_files_hold_one_idea():
     [
         "import ketchup_cache.store.cache, ketchup_cache.store.inspect",
         "import ketchup_cache.config, ketchup_cache.types, ketchup_cache.errors",
-        "import ketchup_cache.returns, ketchup_cache.analyze",
+        "import ketchup_cache.returns, ketchup_cache.analyze, ketchup_cache.judge.driver",
         "import ketchup_cache.cli",
         "from ketchup_cache import k_step_returns, open_cache",
     ],

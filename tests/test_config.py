@@ -11,7 +11,6 @@ import pytest
 from ketchup_cache.config import COMMANDS
 from ketchup_cache.errors import ConfigError
 from ketchup_cache.resolve import resolve
-from ketchup_cache.shipped import recipe
 
 LEARN = {"student": "s", "cache": "c", "out": "o"}
 
@@ -98,23 +97,6 @@ def test_missing_and_binary_files(tmp_path):
     assert "no such config file" in problems("learn", tmp_path / "none.yaml", **LEARN)[0]
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00k")
     assert "can't be read" in problems("learn", tmp_path / "binary", **LEARN)[0]
-
-
-def test_xsum_recipe_is_the_papers_setting():
-    """Tables 4 and 5 of the paper; see docs/method.md for what it leaves open."""
-    file = recipe("xsum")
-    paths = {"student": "s", "cache": "c", "out": "o"}
-    rollout = resolve("rollout", file, {"student": "s", "cache": "c"})
-    pretrain = resolve("pretrain", file, {"cache": "c", "out": "o"})
-    learn = resolve("learn", file, paths)
-    evaluate = resolve("evaluate", file, {"model": "m"})
-    assert resolve("score", file, {"cache": "c"}).teacher == learn.teacher == "google/flan-t5-xl"
-    assert (rollout.max_prompt_tokens, rollout.max_new_tokens) == (1024, 64)
-    assert (pretrain.epochs, pretrain.lr, pretrain.batch_size) == (5, 3e-5, 8)
-    assert (learn.epochs, learn.lr, learn.batch_size, learn.clip_return) == (10, 1e-5, 8 * 32, 100)
-    assert (learn.temperature, learn.top_k, learn.top_p, learn.greedy) == (1, 0, 1, False)
-    assert (rollout.data, rollout.template, rollout.long_prompts) == (evaluate.data, evaluate.template, "truncate")
-    assert (evaluate.split, evaluate.metrics) == ("test", ("rouge",))
 
 
 def test_every_option_has_a_help_text():

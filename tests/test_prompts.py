@@ -378,3 +378,16 @@ def test_more_prompts_than_are_tokenised_at_once(monkeypatch):
     examples = [example(word) for word in WORDS[:7]]
     prompts = tokenize_prompts(examples, make_tokenizer(), options("d.jsonl"))
     assert [row.tolist() for row in prompts.tokens] == [[ID[word], EOS] for word in WORDS[:7]]
+
+
+def test_dotted_names_read_parts_of_a_column(tmp_path):
+    """As Europarl's `translation: {en, nl}`; a column that has the dotted name itself comes first."""
+    file = tmp_path / "pairs.jsonl"
+    rows = [{"translation": {"en": "yes", "nl": "ja"}}, {"translation": {"en": "no", "nl": "nee"}}]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = DataOptions(data=str(file), prompt_field="translation.en", target_field="translation.nl")
+    assert [(e.prompt, e.target) for e in read_examples(options)] == [("yes", "ja"), ("no", "nee")]
+    with pytest.raises(DataError, match=r"line 1: no field 'translation\.fr'"):
+        read_examples(options.model_copy(update={"prompt_field": "translation.fr"}))
+    file.write_text(json.dumps({"a.b": "flat", "a": {"b": "deep"}}) + "\n")
+    assert read_examples(DataOptions(data=str(file), prompt_field="a.b"))[0].prompt == "flat"

@@ -1,0 +1,1 @@
+"""Pairwise judgements of two systems' outputs by a language model (the paper's Table 2)."""

@@ -1,0 +1,268 @@
+"""The judge against a scripted server that speaks the protocol."""
+
+from __future__ import annotations
+
+import json
+import re
+import socket
+import threading
+from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from ketchup_cache.cli import main
+from ketchup_cache.config import JudgeConfig
+from ketchup_cache.errors import ConfigError, DataError, JudgeError
+from ketchup_cache.judge.driver import judge, wilson
+from ketchup_cache.judge.queries import Query, queries, verdict
+
+pytest.importorskip("openai")
+SECRET = "sk-very-secret"
+
+
+class Server:
+    """`reply(text, n)` gives the answer to the n-th request, or (status, headers, body), or None to hang up."""
+
+    def __init__(self, reply):
+        self.reply, self.texts, self.keys, self.lock = reply, [], set(), threading.Lock()
+        server = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self):
+                body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+                with server.lock:
+                    server.texts.append(body["messages"][0]["content"])
+                    server.keys.add(self.headers["authorization"])
+                    number = len(server.texts)
+                found = server.reply(body["messages"][0]["content"], number)
+                if found is None:
+                    self.connection.shutdown(socket.SHUT_RDWR)
+                    return
+                if isinstance(found, str):
+                    message = {"role": "assistant", "content": found}
+                    reply = {"id": "x", "object": "chat.completion", "created": 1, "model": body["model"]}
+                    reply["choices"] = [{"index": 0, "finish_reason": "stop", "message": message}]
+                    found = 200, {"content-type": "application/json"}, json.dumps(reply)
+                self.send_response(found[0])
+                for name, value in found[1].items():
+                    self.send_header(name, value)
+                self.end_headers()
+                self.wfile.write(found[2].encode())
+
+            def log_message(self, *args):
+                pass
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.http.server_port}/v1"
+        threading.Thread(target=self.http.serve_forever, daemon=True).start()
+
+
+@pytest.fixture
+def serve(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", SECRET)
+    servers = []
+
+    def start(reply):
+        servers.append(Server(reply))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.http.shutdown()
+        server.http.server_close()
+
+
+@pytest.fixture
+def config(tmp_path):
+    def make(server, ours=None, theirs=None, **options):
+        ours = ours or [f"good {i}" for i in range(6)]
+        theirs = theirs or [f"poor {i}" for i in range(len(ours))]
+        for name, outputs in (("ours", ours), ("theirs", theirs)):
+            rows = [{"id": "0", "prompt": f"text {i}", "output": o, "target": None} for i, o in enumerate(outputs)]
+            (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        options = {"answers": tmp_path / "answers.jsonl", "retries": 2, "timeout": 20} | options
+        return JudgeConfig(
+            system=tmp_path / "ours", baseline=tmp_path / "theirs", judge_model="m", base_url=server.url, **options
+        )
+
+    return make
+
+
+def prefers(word):
+    """A fair judge: finds the letter of the candidate that holds the word."""
+
+    def reply(text, number):
+        (letter,) = re.findall(rf"\[([AB])\]\n{word}", text)
+        return f"One is better than A or B.\nPreferred: {letter}"
+
+    return reply
+
+
+def test_a_fair_judge_and_the_four_queries(serve, config):
+    server = serve(prefers("good"))
+    result = judge(config(server))
+    assert [(a.win_rate, a.won, a.tied, a.lost, a.unreadable) for a in result.aspects] == [(100.0, 6, 0, 0, 0)] * 3
+    assert (result.asked, result.cached, len(server.texts)) == (6 * 3 * 4, 0, 72)
+    shown = Counter(tuple(re.findall(r"\[([AB])\]\n(good|poor) 0", text)) for text in server.texts)
+    orders = {(("A", "good"), ("B", "poor")), (("B", "poor"), ("A", "good"))}
+    orders |= {(("B", "good"), ("A", "poor")), (("A", "poor"), ("B", "good"))}
+    assert {key: n for key, n in shown.items() if key} == dict.fromkeys(orders, 3)
+    assert server.keys == {f"Bearer {SECRET}"}
+    assert judge(config(serve(prefers("poor")), judge_tokens=99)).aspects[0].win_rate == 0
+
+
+@pytest.mark.parametrize("taste", ["A", "B", "first", "last"])
+def test_a_taste_for_a_letter_or_a_place_gives_exactly_one_half(serve, config, taste):
+    def reply(text, number):
+        letters = re.findall(r"\[([AB])\]", text)
+        return f"Preferred: {taste if taste in 'AB' else letters[0 if taste == 'first' else 1]}"
+
+    for aspect in judge(config(serve(reply))).aspects:
+        assert (aspect.win_rate, aspect.tied) == (50.0, 6)
+        assert (aspect.low, aspect.high) == tuple(100 * x for x in wilson(0.5, 6))
+
+
+def test_a_rerun_costs_nothing_and_a_killed_run_goes_on(serve, config):
+    server = serve(prefers("good"))
+    first = config(server)
+    judge(first)
+    lines = first.answers.read_bytes().splitlines(keepends=True)
+    again = judge(first)
+    assert (again.asked, again.cached, len(server.texts)) == (0, 72, 72)
+    first.answers.write_bytes(b"".join(lines[:40]) + lines[40][:30])  # killed while it wrote a line
+    rest = judge(first)
+    assert (rest.asked, rest.cached) == (32, 40)
+    assert judge(first).asked == 0
+    assert judge(first.model_copy(update={"judge_model": "other"})).asked == 72
+    assert judge(first.model_copy(update={"judge_temperature": 0.5})).asked == 72
+    assert SECRET not in first.answers.read_text()
+
+
+def test_busy_broken_and_cut_connections_are_tried_again(serve, config):
+    fair = prefers("good")
+    bad = {1: (429, {"retry-after": "0"}, "{}"), 3: (500, {}, "oops"), 5: None}
+    server = serve(lambda text, number: bad[number] if number in bad else fair(text, number))
+    result = judge(config(server, ours=["good 0", "good 1"], concurrency=1, aspects="quality"))
+    assert result.aspects[0].win_rate == 100
+    assert len(server.texts) == 8 + 3
+
+
+@pytest.mark.parametrize(
+    ("reply", "message"),
+    [
+        ((401, {}, json.dumps({"error": {"message": SECRET}})), "HTTP 401"),
+        ((500, {}, ""), "HTTP 500"),
+        (None, "no connection"),
+    ],
+)
+def test_what_fails_for_good_is_one_line_without_the_key_and_keeps_answers(serve, config, capsys, reply, message):
+    fair = prefers("good")
+    server = serve(lambda text, number: fair(text, number) if number <= 5 else reply)
+    with pytest.raises(JudgeError, match=message) as caught:
+        judge(config(server, concurrency=1, retries=0))
+    assert SECRET not in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert len(config(server).answers.read_text().splitlines()) == 5
+
+
+def test_unreadable_answers_are_counted_and_their_pairs_left_out(serve, config):
+    fair = prefers("good")
+
+    def reply(text, number):
+        return "I can't say." if "[A]\ngood 0" in text and "quality" in text else fair(text, number)
+
+    result = judge(config(serve(reply)))
+    quality, rest, _ = result.aspects
+    assert (quality.unreadable, quality.left_out, quality.won, quality.win_rate) == (2, 1, 5, 100)
+    assert (rest.unreadable, rest.left_out, rest.won) == (0, 0, 6)
+    assert "2 unreadable answers, 1 pairs left out" in str(result)
+    nothing = judge(config(serve(lambda text, number: "?"), judge_temperature=1.0))
+    assert nothing.aspects[0].win_rate is None
+    assert json.loads(json.dumps(nothing.to_dict(), allow_nan=False))["aspects"][0]["left_out"] == 6
+    with pytest.raises(JudgeError, match="not an answer"):
+        judge(config(serve(lambda t, n: (200, {"content-type": "application/json"}, "{}")), judge_tokens=9))
+
+
+def test_identical_outputs_are_ties_and_a_subset_depends_on_the_seed(serve, config, tmp_path):
+    server = serve(prefers("good"))
+    result = judge(config(server, ours=["good 0", "same", "good 2"], theirs=["poor 0", "same", "poor 2"]))
+    assert (result.identical, result.asked) == (1, 24)
+    assert result.aspects[0].win_rate == pytest.approx(250 / 3)
+    chosen = []
+    for seed in (0, 0, 1):
+        server = serve(prefers("good"))
+        answers = tmp_path / f"answers-{len(chosen)}"
+        judge(config(server, ours=[f"good {i}" for i in range(40)], limit=5, seed=seed, answers=answers))
+        chosen.append({re.search(r"text (\d+)", text)[1] for text in server.texts})
+    assert chosen[0] == chosen[1] != chosen[2]
+    assert {len(c) for c in chosen} == {5}
+
+
+def test_files_that_do_not_belong_together_are_refused(serve, config, tmp_path):
+    asked = config(serve(prefers("good")))
+    text = asked.baseline.read_text()
+    for content, message in (
+        (text.replace("text 3", "text 9"), "output 4 has another prompt"),
+        ("\n".join(text.splitlines()[:5]), "has 6 outputs, .* 5"),
+        ("", "holds no outputs"),
+        ('{"prompt": "x"}\n', "line 1: no prompt and output"),
+        ("nonsense\n", "line 1: no prompt and output"),
+    ):
+        asked.baseline.write_text(content)
+        with pytest.raises(DataError, match=message):
+            judge(asked)
+    asked.baseline.write_text(text)
+    asked.answers.write_text('{"other": 1}\n')
+    with pytest.raises(DataError, match="not an answer of a judge"):
+        judge(asked)
+
+
+def test_no_endpoint(config, serve, monkeypatch):
+    asked = config(serve(prefers("good"))).model_copy(update={"base_url": None})
+    monkeypatch.delenv("OPENAI_API_KEY")
+    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
+    with pytest.raises(ConfigError, match="no endpoint"):
+        judge(asked)
+
+
+@pytest.mark.parametrize(
+    ("answer", "system_is_a", "expected"),
+    [
+        ("A is worse.\nPreferred: B", True, 0.0),
+        ("A is worse.\nPreferred: B", False, 1.0),
+        ("x\n**Preferred: A**", True, 1.0),
+        ("Preferred: <A>", True, 1.0),
+        ("Preferred: Summary A.", True, 1.0),
+        ("Preferred: A\nNo.\npreferred: B", True, 0.0),
+        ("(B)", True, 0.0),
+        ("Preferred: tie", True, 0.5),
+        ("Preferred: A or B", True, None),
+        ("Preferred: <A or B>", True, None),
+        ("A is good", True, None),
+        ("Preferred: C", True, None),
+        ("", True, None),
+    ],
+)
+def test_verdicts(answer, system_is_a, expected):
+    assert verdict(Query(0, "quality", True, system_is_a, ""), answer) == expected
+
+
+def test_wilson_is_the_published_interval():
+    assert wilson(0.5, 10) == pytest.approx((0.2366, 0.7634), abs=1e-4)
+    assert wilson(1.0, 10) == pytest.approx((0.7225, 1.0), abs=1e-4)
+
+
+def test_every_question_names_its_aspect():
+    for kind in ("summary", "translation", "answer"):
+        for aspect in ("quality", "informativeness", "coherence"):
+            assert all(aspect in q.text for q in queries(0, aspect, kind, "p", "x", "y"))
+
+
+def test_command_line(serve, config, capsys):
+    asked = config(serve(prefers("good")))
+    arguments = ["judge", str(asked.system), str(asked.baseline), "--judge-model", "m", "--base-url", asked.base_url]
+    assert main([*arguments, "--answers", str(asked.answers), "--aspects", "coherence", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["aspects"][0]["win_rate"] == 100
+    assert main([*arguments, "--aspects", "beauty"]) == 2
+    assert main([*arguments, "--aspects", ""]) == 2

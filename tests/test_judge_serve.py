@@ -1,0 +1,78 @@
+"""The judge against a real OpenAI-compatible server with a tiny model of random weights: `transformers serve`."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+from ketchup_cache.config import JudgeConfig
+from ketchup_cache.judge.driver import judge
+
+for module in ("openai", "fastapi", "uvicorn"):
+    pytest.importorskip(module)
+
+
+def save_chat_model(folder) -> None:
+    vocab = {token: i for i, token in enumerate(["<pad>", "<eos>", *sorted(pre_tokenizers.ByteLevel.alphabet())])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    template = "{% for m in messages %}{{ m.content }}\n{% endfor %}"
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>", chat_template=template
+    ).save_pretrained(folder)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = Qwen2Config(vocab_size=len(vocab), num_key_value_heads=2, eos_token_id=1, pad_token_id=0, **sizes)
+    Qwen2ForCausalLM(config).save_pretrained(folder)
+
+
+def test_transformers_serve_answers_and_is_asked_once(tmp_path):
+    save_chat_model(tmp_path / "model")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    code = "from transformers.cli.transformers import main; main()"
+    arguments = ["serve", "--host", "127.0.0.1", "--port", str(port), "--device", "cpu"]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    with (tmp_path / "log").open("wb") as log:
+        server = subprocess.Popen([sys.executable, "-c", code, *arguments], env=environment, stdout=log, stderr=log)
+    try:
+        for _ in range(240):
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2)
+                break
+            except OSError:
+                assert server.poll() is None, (tmp_path / "log").read_text()
+                time.sleep(0.5)
+        for name in ("x", "y"):
+            (tmp_path / name).write_text(json.dumps({"prompt": "p", "output": name}) + "\n")
+        config = JudgeConfig(
+            system=tmp_path / "x",
+            baseline=tmp_path / "y",
+            judge_model=str(tmp_path / "model"),
+            base_url=f"http://127.0.0.1:{port}/v1",
+            answers=tmp_path / "answers",
+            judge_tokens=4,
+            concurrency=2,
+        )
+        result = judge(config)
+    finally:
+        server.terminate()
+        server.wait(30)
+    assert (result.asked, result.cached) == (12, 0)
+    assert all(json.loads(line)["answer"] for line in (tmp_path / "answers").read_text().splitlines())
+    # random weights don't follow instructions: nothing can be read, and that is said
+    assert [(a.win_rate, a.unreadable) for a in result.aspects] == [(None, 4)] * 3
+    again = judge(config)  # the server is gone
+    assert (again.asked, again.cached, again.aspects) == (0, 12, result.aspects)

@@ -1,0 +1,185 @@
+"""Every recipe against the paper's tables, which are written down here once more, by hand."""
+
+from __future__ import annotations
+
+import json
+import shlex
+
+import pytest
+import yaml
+from typer.main import get_command
+
+from ketchup_cache.cli import app, main
+from ketchup_cache.config import COMMANDS, RecipesConfig
+from ketchup_cache.errors import ConfigError
+from ketchup_cache.recipes.catalogue import catalogue, one_recipe
+from ketchup_cache.resolve import find_recipe, load_yaml, resolve
+from ketchup_cache.shipped import recipe_names
+
+# Tables 4 and 5, Section 3.1: input, output, RL epochs, batch x accumulation, metrics, training and test examples
+TASKS = {
+    "xsum": (1024, 64, 10, 8 * 32, ("rouge",), None, None),
+    "europarl": (80, 80, 10, 8 * 32, ("bleu", "chrf", "ter"), 1_167_808, 10_016),
+    "gsm8k": (200, 300, 5, 8 * 4, ("gsm8k",), 6_705, None),
+}
+# Section 3.1, Figure 3, Table 8: teacher that is prompted or fine-tuned, student
+MODELS = {
+    "": ("google/flan-t5-xl", "google-t5/t5-base"),
+    "-t5-small": ("google/flan-t5-xl", "google-t5/t5-small"),
+    "-t5-large": ("google/flan-t5-xl", "google-t5/t5-large"),
+    "-qwen": ("Qwen/Qwen1.5-4B", "Qwen/Qwen1.5-0.5B"),
+}
+# Table 1 (ROUGE-1, BLEU, accuracy) and the caption of Table 8
+TABLE_1 = {
+    "xsum": {2: 36.03, 4: 35.96, 8: 35.68, 16: 35.31},
+    "europarl": {2: 22.93, 4: 22.93, 8: 22.95, 16: 22.94},
+    "gsm8k": {2: 25.32, 4: 25.40, 8: 25.71, 16: 25.47},
+}
+TABLE_8_K = {"xsum": 2, "europarl": 2, "gsm8k": 16}
+GIVEN = {"student": "s", "cache": "c", "out": "o", "model": "m", "data": "d", "teacher": "t"}
+ALL = [(task, variant) for task in TASKS for variant in MODELS]
+
+
+def from_recipe(command, name, **flags):
+    return resolve(command, None, flags, name)
+
+
+def test_these_are_all_the_recipes():
+    assert recipe_names() == sorted(task + variant for task, variant in ALL)
+
+
+@pytest.mark.parametrize(("task", "variant"), ALL, ids=lambda x: x or "t5-base")
+def test_recipe_is_the_papers_setting(task, variant):
+    longest_in, longest_out, epochs, batch, metrics, train, test = TASKS[task]
+    teacher, student = MODELS[variant]
+    name = task + variant
+    finetuned = task != "xsum" or variant == "-qwen"
+    rollout = from_recipe("rollout", name, student="s", cache="c")
+    pretrain = from_recipe("pretrain", name, cache="c", out="o")
+    score = from_recipe("score", name, cache="c")
+    learn = from_recipe("learn", name, student="s", cache="c")
+    evaluate = from_recipe("evaluate", name, model="m")
+
+    assert pretrain.model == student
+    assert score.teacher == learn.teacher == evaluate.teacher == ("teacher/model" if finetuned else teacher)
+    assert load_yaml(find_recipe(name))["about"].get("finetune") == (teacher if finetuned else None)
+    assert rollout.max_prompt_tokens == pretrain.max_prompt_tokens == evaluate.max_prompt_tokens == longest_in
+    for config in (rollout, pretrain, learn, evaluate):
+        assert config.max_new_tokens == longest_out
+    assert (pretrain.epochs, pretrain.lr, pretrain.batch_size) == (5, 3e-5, 8)
+    assert (learn.epochs, learn.lr, learn.batch_size, learn.clip_return) == (epochs, 1e-5, batch, 100)
+    results = TABLE_1[task]
+    assert learn.k == (TABLE_8_K[task] if variant == "-qwen" else max(results, key=results.get))
+    for config in (rollout, learn):  # Algorithm 1: the student's own distribution, one completion of each prompt
+        assert (config.temperature, config.top_k, config.top_p, config.greedy, config.samples) == (1, 0, 1, False, 1)
+    assert (learn.tail, learn.baseline) == ("one-step", "none")
+    assert (evaluate.metrics, evaluate.rollout_batch) == (metrics, 32)
+    assert (rollout.limit or None, pretrain.limit or None, evaluate.limit or None) == (train, train, test)
+    for field in ("data", "prompt_field", "target_field", "template", "long_prompts"):
+        assert getattr(rollout, field) == getattr(evaluate, field), field
+    for field in ("prompt_field", "target_field", "template", "long_prompts", "limit"):
+        assert getattr(rollout, field) == getattr(pretrain, field), field  # what the teacher is fine-tuned on
+
+
+def test_test_examples_are_none_of_the_training_examples():
+    for name in recipe_names():
+        rollout = from_recipe("rollout", name, student="s", cache="c")
+        evaluate = from_recipe("evaluate", name, model="m")
+        assert (rollout.split, rollout.skip) == ("train", 0)
+        assert evaluate.split == "test" or evaluate.skip >= rollout.limit + 10_014
+
+
+@pytest.mark.parametrize("command", list(COMMANDS))
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_recipe_fits_every_command(command, name):
+    fields = COMMANDS[command].model_fields
+    flags = {key: value for key, value in GIVEN.items() if key in fields and fields[key].is_required()}
+    if command == "pretrain":
+        flags["cache"] = "c"
+    assert isinstance(from_recipe(command, name, **flags), COMMANDS[command])
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_commands_of_a_recipe_are_commands(name):
+    """Parsed by the command line itself, and each finds the options that it needs."""
+    group = get_command(app)
+    commands = one_recipe(name).commands
+    made = set()
+    for line in commands:
+        program, command, *flags = shlex.split(line)
+        assert program == "ketchup-cache"
+        values = group.commands[command].make_context(command, flags).params
+        values.pop("as_json"), values.pop("config")
+        config = resolve(command, None, {k: v for k, v in values.items() if k != "recipe"}, values["recipe"])
+        assert values["recipe"] == name
+        needed = {str(getattr(config, key, None)) for key in ("model", "student", "teacher")}
+        assert {path for path in needed if path.endswith(("/model", "/student"))} <= made | {"None"}, line
+        if out := getattr(config, "out", None):
+            made |= {f"{out}/model", f"{out}/student"}
+    assert [line.split()[1] for line in commands][-6:] == "rollout pretrain rollout score learn evaluate".split()
+
+
+def test_flags_win_over_config_and_config_over_the_recipe(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("max-new-tokens: 7\nlr: 1e-3\n")
+    config = resolve("learn", file, {"student": "s", "cache": "c", "lr": "2e-3"}, "xsum")
+    assert (config.max_new_tokens, config.lr, config.k, config.epochs) == (7, 2e-3, 2, 10)
+
+
+def test_a_file_extends_a_recipe_and_merges_its_sections(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("extends: gsm8k-t5-small\nlearn:\n  batch-size: 64\n")
+    config = resolve("learn", file, {"student": "s", "cache": "c"})
+    assert (config.batch_size, config.k, config.max_new_tokens) == (64, 8, 300)
+    assert resolve("pretrain", file, {"cache": "c", "out": "o"}).model == "google-t5/t5-small"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("extends: gsm8\n", "no recipe `gsm8`: did you mean `gsm8k`?"), ("extends: 3\n", "no recipe `3`; ")],
+)
+def test_extends_names_a_recipe(tmp_path, text, message):
+    file = tmp_path / "mine.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match="no recipe") as caught:
+        resolve("learn", file, {})
+    assert str(caught.value).startswith(message)
+
+
+def test_a_circle_is_refused(tmp_path, monkeypatch):
+    for name, below in (("a", "b"), ("b", "a")):
+        (tmp_path / f"{name}.yaml").write_text(f"extends: {below}\n")
+    monkeypatch.setattr("ketchup_cache.resolve.recipe_names", lambda: ["a", "b"])
+    monkeypatch.setattr("ketchup_cache.resolve.recipe", lambda name: tmp_path / f"{name}.yaml")
+    with pytest.raises(ConfigError, match="circle"):
+        resolve("learn", None, {}, "a")
+
+
+def test_list_and_one_recipe(capsys):
+    assert main(["recipes"]) == 0
+    shown = capsys.readouterr().out
+    assert all(f"\n{name} " in shown for name in recipe_names())
+    assert "FLAN-T5-XL (3B) → T5-large (800M)" in shown
+    assert main(["recipes", "--json"]) == 0
+    assert [r["name"] for r in json.loads(capsys.readouterr().out)["recipes"]] == recipe_names()
+    assert {r.task for r in catalogue().recipes} == {
+        "XSum summarisation",
+        "Europarl EN–NL translation",
+        "GSM8K reasoning",
+    }
+
+    assert main(["recipes", "gsm8k-qwen"]) == 0
+    shown = capsys.readouterr().out
+    for name in ("gsm8k-qwen", "gsm8k"):
+        assert find_recipe(name).read_text() in shown
+    assert shown.rstrip().splitlines()[-1] == "ketchup-cache evaluate --recipe gsm8k-qwen --model k16/student"
+    yaml.safe_load(shown.split("# Commands")[0].split("# --- gsm8k.yaml")[1])
+    assert main(["recipes", "gsm8k-qwen", "--json"]) == 0
+    one = json.loads(capsys.readouterr().out)
+    assert (one["options"]["learn"]["k"], one["options"]["learn"]["epochs"], one["student"]) == (16, 5, "Qwen1.5-0.5B")
+
+    assert main(["recipes", "gsm8k-gpt"]) == 2
+    assert "no recipe `gsm8k-gpt`" in capsys.readouterr().err
+    assert main(["learn", "--recipe", "nonsense-name"]) == 2
+    assert "`ketchup-cache recipes` lists them" in capsys.readouterr().err
+    assert RecipesConfig().name is None
