@@ -19,6 +19,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from ketchup_cache.errors import DataError, ModelError
 from ketchup_cache.lm.load import input_device
+from ketchup_cache.lm.packing import PACKABLE, PACKED_WIDTH, pack
 from ketchup_cache.types import Ragged, offsets_of
 
 
@@ -71,10 +72,7 @@ def completion_states(
     lengths = batch.completions.lengths
     after = np.zeros(len(lengths), np.int64) if next_state is None else next_state.astype(np.int64)
     pass_ = _encoder_decoder_pass if model.config.is_encoder_decoder else _decoder_only_pass
-    states, first = pass_(model, batch, lengths + after)
-    rows, width = states.shape[:2]
-    states = states.flatten(0, 1)
-    starts = np.arange(rows) * width + first  # where a row's first completion token is predicted
+    states, starts = pass_(model, batch, lengths + after)
     within = np.arange(lengths.sum()) - np.repeat(offsets_of(lengths)[:-1], lengths)
     chosen = states[_to(np.repeat(starts, lengths) + within, states.device)]
     if next_state is None:
@@ -83,24 +81,33 @@ def completion_states(
 
 
 def _encoder_decoder_pass(model: PreTrainedModel, batch: Batch, read: NDArray[np.int64]) -> tuple[Tensor, NDArray]:
-    """States [B, W, D], and the column of each row's first completion token. read: [B], states wanted of each row."""
+    """States [n, D], padding and all, and the place in them of the state that predicts each completion's first token.
+
+    read: [B], how many states are wanted of each completion.
+    """
     device = input_device(model)
     prompt_mask = _mask(batch.prompts.lengths)
     encoded = model.get_encoder()(
         input_ids=_to(batch.prompts.padded(), device), attention_mask=_to(prompt_mask, device)
     ).last_hidden_state
-    width = int(read.max(initial=1))
-    start = np.full((len(read), 1), decoder_start(model))
-    inputs = np.concatenate([start, batch.completions.padded()], axis=1)[:, :width]
+    packing = pack(batch.prompt_index, read, PACKED_WIDTH if model.config.model_type in PACKABLE else 0)
+    start = decoder_start(model)
+    inputs = packing.ids([np.append(start, row)[:n] for row, n in zip(batch.completions, read, strict=True)])
+    if len(packing.prompt) < len(read):
+        mask = packing.mask(read, encoded.dtype, device)
+    else:
+        mask = _to(_mask(read[np.argsort(packing.row)], packing.width), device)
+    if not np.array_equal(packing.prompt, np.arange(len(prompt_mask))):
+        encoded, prompt_mask = encoded[_to(packing.prompt, encoded.device)], prompt_mask[packing.prompt]
     states = _head_input(
         model,
-        encoder_outputs=BaseModelOutput(last_hidden_state=encoded[_to(batch.prompt_index, encoded.device)]),
-        attention_mask=_to(prompt_mask[batch.prompt_index], device),
+        encoder_outputs=BaseModelOutput(last_hidden_state=encoded),
+        attention_mask=_to(prompt_mask, device),
         decoder_input_ids=_to(inputs, device),
-        decoder_attention_mask=_to(_mask(read, width), device),
+        decoder_attention_mask=mask,
         use_cache=False,
     )
-    return states, np.zeros(len(read), np.int64)
+    return states.flatten(0, 1), packing.row * packing.width + packing.column
 
 
 def _decoder_only_pass(model: PreTrainedModel, batch: Batch, read: NDArray[np.int64]) -> tuple[Tensor, NDArray]:
@@ -117,7 +124,7 @@ def _decoder_only_pass(model: PreTrainedModel, batch: Batch, read: NDArray[np.in
     states = _head_input(
         model, input_ids=_to(inputs.padded(), device), attention_mask=_to(_mask(fed), device), use_cache=False
     )
-    return states, prompts - 1
+    return states.flatten(0, 1), np.arange(len(fed)) * states.shape[1] + prompts - 1
 
 
 def check_positions(model: PreTrainedModel, longest: int) -> None:
