@@ -67,7 +67,7 @@ class Calculator:
         if whole[: len(before)] == before and self._text(whole[len(before) :]) == text:
             return whole[len(before) :]
         # a token of `=2` and the like: then sign by sign
-        tokens = [self._encode("1=" + sign)[-1] for sign in text]
+        tokens = [token for token in self._tokenizer.convert_tokens_to_ids(list(text)) if token is not None]
         return tokens if self._text(tokens) == text else []
 
     def _text(self, tokens: list[int]) -> str:
