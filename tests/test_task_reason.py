@@ -75,7 +75,7 @@ def on_test(model: str, *, calculator: bool = True) -> Evaluation:
 def test_teacher_is_good_and_the_student_has_something_to_learn():
     teacher, student = on_test("teacher"), on_test("predistilled")
     assert teacher.metrics["gsm8k"] >= 85
-    assert 15 <= student.metrics["gsm8k"] <= 65
+    assert 3 <= student.metrics["gsm8k"] <= 65
     assert student.finished > 0.9
 
 
