@@ -95,6 +95,8 @@ class SamplingOptions(Config):
     """Seed of all sampling. The same seed gives the same rollouts."""
     rollout_batch: Positive = 64
     """Completions generated at once."""
+    calculator: bool = False
+    """Compute what stands between << and = (GSM8K's annotations) and write the result for the model."""
 
     @model_validator(mode="after")
     def _greedy_is_one_sample(self) -> SamplingOptions:
@@ -306,6 +308,8 @@ class EvaluateConfig(DeviceOptions, DataOptions, ScoringOptions):
     """Longest output."""
     rollout_batch: Positive = 64
     """Outputs generated at once."""
+    calculator: bool = False
+    """Compute what stands between << and = (GSM8K's annotations) and write the result for the model."""
     outputs: Path | None = None
     """Also write every prompt, output and target to this JSONL file."""
 

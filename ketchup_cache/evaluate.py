@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from ketchup_cache.config import EvaluateConfig
 from ketchup_cache.errors import DataError, MismatchError
 from ketchup_cache.files import write_file
+from ketchup_cache.lm.calculator import Calculator
 from ketchup_cache.lm.fingerprint import first_difference, tokenizer_info
 from ketchup_cache.lm.load import load_model, load_tokenizer
 from ketchup_cache.lm.sample import sample_completions
@@ -105,7 +106,8 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     if config.teacher is not None:
         _check_teacher(config.teacher, tokenizer, vocabulary, config)
 
-    rollouts = _decode(prompts.tokens, vocabulary.vocab_size, config)
+    calculator = Calculator(tokenizer, config.model) if config.calculator else None
+    rollouts = _decode(prompts.tokens, vocabulary.vocab_size, config, calculator)
     outputs = [tokenizer.decode(row, skip_special_tokens=True) for row in rollouts.completions]
     if config.outputs is not None:
         write_file(config.outputs, _jsonl(kept, outputs, rollouts.finished))
@@ -148,13 +150,22 @@ def _check_teacher(
         )
 
 
-def _decode(prompts: Ragged, vocab_size: int, config: EvaluateConfig) -> Rollouts:
+def _decode(
+    prompts: Ragged, vocab_size: int, config: EvaluateConfig, calculator: Calculator | None = None
+) -> Rollouts:
     """One greedy completion of each prompt. The model is gone afterwards."""
     model = load_model(config.model, device=config.device, trust_remote_code=config.trust_remote_code)
-    greedy = Sampling(greedy=True, max_new_tokens=config.max_new_tokens)
+    greedy = Sampling(greedy=True, max_new_tokens=config.max_new_tokens, calculator=config.calculator)
     with progress("decode", len(prompts), "outputs") as bar:
         rollouts = sample_completions(
-            model, vocab_size, prompts, greedy, first_prompt=0, batch=config.rollout_batch, on_batch=bar.advance
+            model,
+            vocab_size,
+            prompts,
+            greedy,
+            first_prompt=0,
+            batch=config.rollout_batch,
+            calculator=calculator,
+            on_batch=bar.advance,
         )
     del model
     gc.collect()

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ketchup_cache.config import RolloutConfig
+from ketchup_cache.lm.calculator import Calculator
 from ketchup_cache.lm.fingerprint import tokenizer_info, weights_fingerprint
 from ketchup_cache.lm.load import load_model, load_tokenizer, resolve_folder
 from ketchup_cache.progress import progress
@@ -77,6 +78,7 @@ def rollout(config: RolloutConfig) -> RolloutReport:
     prompts = tokenize_prompts(examples, tokenizer, config)
     policy = PolicyInfo(name=config.student, fingerprint=weights_fingerprint(resolve_folder(config.student)))
     sampling = sampling_of(config)
+    calculator = Calculator(tokenizer, config.student) if config.calculator else None
 
     cache = open_cache(config.cache, create=True)
     data = data_info(kept_examples(examples, prompts), config, tokenizer)
@@ -93,7 +95,15 @@ def rollout(config: RolloutConfig) -> RolloutReport:
         with progress("rollouts", new, "rollouts") as bar:
             for chunk in missing:
                 held[chunk] = rollout_range(
-                    cache, model, policy, info, *chunk, sampling, batch=config.rollout_batch, bar=bar
+                    cache,
+                    model,
+                    policy,
+                    info,
+                    *chunk,
+                    sampling,
+                    batch=config.rollout_batch,
+                    calculator=calculator,
+                    bar=bar,
                 )
     rows = tokens = finished = 0
     for chunk in chunks:

@@ -14,6 +14,7 @@ import numpy as np
 
 from ketchup_cache.config import SamplingOptions
 from ketchup_cache.errors import MismatchError
+from ketchup_cache.lm.calculator import Calculator
 from ketchup_cache.lm.sample import sample_completions
 from ketchup_cache.progress import Bar
 from ketchup_cache.store.cache import Cache
@@ -115,11 +116,13 @@ def rollout_range(
     sampling: Sampling,
     *,
     batch: int,
+    calculator: Calculator | None = None,
     bar: Bar | None = None,
 ) -> str:
     """Id of the segment with the rollouts of prompts start..stop of a prompts segment, sampled if it is not there yet.
 
-    policy: what `model` is. batch: completions generated at once. bar: advances by the number of new ones.
+    policy: what `model` is. batch: completions generated at once. calculator: of the tokenizer, for sampling with it.
+    bar: advances by the number of new ones.
     Raises the errors of `sample_completions` and `Cache.commit_rollouts`.
     """
     if found := held_rollouts(cache, policy, sampling).get((prompts_id, start, stop)):
@@ -133,6 +136,7 @@ def rollout_range(
         sampling,
         first_prompt=parent.start + start,
         batch=batch,
+        calculator=calculator,
         on_batch=bar.advance if bar else None,
     )
     info = RolloutsInfo(

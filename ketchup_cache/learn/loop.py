@@ -13,6 +13,7 @@ from ketchup_cache.learn.distill import divergence_step
 from ketchup_cache.learn.metrics import StepMetrics
 from ketchup_cache.learn.source import Offline, OnPolicy, ScoreRollouts, Source
 from ketchup_cache.learn.step import train_step
+from ketchup_cache.lm.calculator import Calculator
 from ketchup_cache.lm.fingerprint import state_fingerprint, tokenizer_info
 from ketchup_cache.lm.head import Head
 from ketchup_cache.lm.load import load_model, load_tokenizer
@@ -68,7 +69,10 @@ def learn(config: LearnConfig, score_rollouts: ScoreRollouts | None = None) -> L
     with Run(config.out, "learn", config).locked() as run:
         if run.report:
             return LearnReport(**{**run.report, "already_done": True})
-        source: Source = OnPolicy(cache, config, info, score_rollouts) if score_rollouts else Offline(cache, config)
+        calculator = Calculator(tokenizer, config.student) if config.calculator else None
+        source: Source = (
+            OnPolicy(cache, config, info, score_rollouts, calculator) if score_rollouts else Offline(cache, config)
+        )
         model = load_model(config.student, device=config.device, trust_remote_code=config.trust_remote_code)
         head = Head.of(model, info.vocab_size)
         run.write_config({"student": state_fingerprint(model), "steps": source.steps, **source.resolved()})

@@ -14,6 +14,7 @@ from ketchup_cache.config import LearnConfig
 from ketchup_cache.errors import CacheError
 from ketchup_cache.learn.pick import ON_OUTPUTS, ON_SAMPLES, student_samples, teacher_outputs
 from ketchup_cache.learn.stream import Stream, concatenate
+from ketchup_cache.lm.calculator import Calculator
 from ketchup_cache.lm.fingerprint import state_fingerprint, weights_fingerprint
 from ketchup_cache.lm.load import resolve_folder
 from ketchup_cache.progress import progress
@@ -102,9 +103,15 @@ class OnPolicy:
     """
 
     def __init__(
-        self, cache: Cache, config: LearnConfig, tokenizer: TokenizerInfo, score_rollouts: ScoreRollouts
+        self,
+        cache: Cache,
+        config: LearnConfig,
+        tokenizer: TokenizerInfo,
+        score_rollouts: ScoreRollouts,
+        calculator: Calculator | None = None,
     ) -> None:
         self._cache, self._config, self._tokenizer, self._score = cache, config, tokenizer, score_rollouts
+        self._calculator = calculator
         self._prompt_segments = _distinct_prompts(cache)
         total = sum(rows for _, rows in self._prompt_segments)
         if total == 0:
@@ -163,6 +170,7 @@ class OnPolicy:
                         *chunk,
                         sampling,
                         batch=self._config.rollout_batch,
+                        calculator=self._calculator,
                         bar=bar,
                     )
                     ids.append(made)
@@ -173,7 +181,8 @@ class OnPolicy:
         ids = [
             id_
             for id_, info in self._cache.rollouts()
-            if info.policy.fingerprint == fingerprint and info.sampling.greedy == self._config.greedy
+            if info.policy.fingerprint == fingerprint
+            and (info.sampling.greedy, info.sampling.calculator) == (self._config.greedy, self._config.calculator)
         ]
         return self._refs_of(ids) if ids else []
 

@@ -26,6 +26,7 @@ from transformers import (
 )
 
 from ketchup_cache.errors import ConfigError, DataError, ModelError, NumericsError
+from ketchup_cache.lm.calculator import Calculator, ForcedResults
 from ketchup_cache.lm.forward import check_positions, decoder_start
 from ketchup_cache.lm.load import input_device
 from ketchup_cache.store.manifest import Sampling
@@ -40,6 +41,7 @@ def sample_completions(
     *,
     first_prompt: int,
     batch: int,
+    calculator: Calculator | None = None,
     on_batch: Callable[[int], None] | None = None,
 ) -> Rollouts:
     """`sampling.samples` completions of every prompt: consecutive rows, in the order of the prompts.
@@ -48,14 +50,18 @@ def sample_completions(
     first_prompt: absolute place of the first of the prompts, so that the seed of a batch does not depend on which call
     it is part of. batch: completions generated at once. The same weights, prompts, `sampling`, `first_prompt` and
     `batch` give the same rollouts, whatever was sampled before; torch's global random state is left as it was.
+    calculator: of the model's tokenizer; needed where `sampling.calculator` is set, and used nowhere else.
     on_batch: called with the number of new completions after each batch.
 
-    `prompt_index` of the result counts from the first of the given prompts. Greedy choices have log-probability 0.
+    `prompt_index` of the result counts from the first of the given prompts. Greedy choices and forced tokens have log-
+    probability 0.
 
     Raises ConfigError for several greedy samples, ModelError for a model without an end-of-sequence token or
     with fewer tokens than the tokenizer, DataError for a prompt without tokens or too long for the model's positions,
     NumericsError for NaN or infinite logits.
     """
+    if sampling.calculator and calculator is None:
+        raise ValueError("sampling with the calculator needs the Calculator of the tokenizer")
     if sampling.greedy and sampling.samples > 1:
         raise ConfigError([f"--greedy gives the same completion {sampling.samples} times: set --samples 1"])
     if (known := model.get_input_embeddings().weight.shape[0]) < vocab_size:
@@ -67,17 +73,22 @@ def sample_completions(
     eos = eos_ids(model)
     completions: list[NDArray] = []
     logprobs: list[NDArray] = []
+    forced: list[NDArray] = []
     finished: list[bool] = []
     with _only_our_settings(model, eos):
         for start, stop, first_sample, samples in _batches(len(prompts), sampling.samples, batch):
             with _seeded([sampling.seed, first_prompt + start, first_sample]):
-                tokens, logprob = _generate(model, vocab_size, prompts.slice(start, stop), samples, sampling)
+                forcing = ForcedResults(calculator) if calculator and sampling.calculator else None
+                tokens, logprob = _generate(model, vocab_size, prompts.slice(start, stop), samples, sampling, forcing)
             # only EOS ends a completion: the padding behind it may be an id that the policy also chooses
             is_eos = np.isin(tokens, eos)
             ended = np.asarray(is_eos.any(axis=1))
             lengths = np.where(ended, is_eos.argmax(axis=1) + 1, tokens.shape[1])
             completions += [row[:length] for row, length in zip(tokens, lengths, strict=True)]
             logprobs += [row[:length] for row, length in zip(logprob, lengths, strict=True)]
+            if forcing is not None:
+                chosen_for = forcing.forced(tokens.shape[1])
+                forced += [row[:length] for row, length in zip(chosen_for, lengths, strict=True)]
             finished += ended.tolist()
             if on_batch is not None:
                 on_batch(len(tokens))
@@ -86,7 +97,7 @@ def sample_completions(
         prompt_index=np.repeat(np.arange(len(prompts)), sampling.samples),
         completions=ragged,
         behavior_logprob=Ragged.from_rows(logprobs, np.float32).values,
-        forced=np.zeros(len(ragged.values), np.bool_),
+        forced=Ragged.from_rows(forced, np.bool_).values if forced else np.zeros(len(ragged.values), np.bool_),
         finished=np.array(finished, np.bool_),
     )
 
@@ -125,7 +136,12 @@ def _inputs(model: PreTrainedModel, prompts: Ragged) -> tuple[NDArray[np.int64],
 
 
 def _generate(
-    model: PreTrainedModel, vocab_size: int, prompts: Ragged, samples: int, sampling: Sampling
+    model: PreTrainedModel,
+    vocab_size: int,
+    prompts: Ragged,
+    samples: int,
+    sampling: Sampling,
+    forcing: ForcedResults | None = None,
 ) -> tuple[NDArray, NDArray]:
     """Tokens [B, T] int64 and their log-probabilities [B, T] float32; after the first EOS of a row anything."""
     device = input_device(model)
@@ -133,6 +149,8 @@ def _generate(
     given = 1 if model.config.is_encoder_decoder else input_ids.shape[1]  # the decoder start, or the prompt
     recorder = _Recorder()
     processors: list[LogitsProcessor] = [_RealVocabulary(vocab_size, given)]
+    if forcing is not None:
+        processors.append(forcing)
     if not sampling.greedy:
         # in the order of transformers' own: top-p is a share of the tempered, top-k distribution
         if sampling.temperature != 1:

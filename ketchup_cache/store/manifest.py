@@ -71,6 +71,8 @@ class Sampling(Record):
     samples: int = Field(default=1, ge=1)
     """Completions per prompt."""
     seed: int = Field(default=0, ge=0)
+    calculator: bool = False
+    """What stands between `<<` and `=` was computed, and its tokens forced."""
 
 
 class TeacherInfo(Record):

@@ -1,0 +1,140 @@
+"""The calculator in decoding: after `<<48/2=` the next tokens are those of `24>>`, whatever the model would have said.
+
+It looks at generated tokens only, one row at a time and one token at a time, so it serves encoder-decoder and
+decoder-only models alike, and what it costs does not grow with the length of the text.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import LogitsProcessor, PreTrainedTokenizerBase
+
+from ketchup_cache.calculator import LONGEST, calculate
+from ketchup_cache.errors import ModelError
+
+OPEN, CLOSE = "<<", ">>"
+
+
+class Calculator:
+    """How one tokenizer writes annotations. Holds what it has worked out, so keep it for a whole run.
+
+    T5 and FLAN-T5 have no `<`: in a fine-tuning text `<<` becomes their unknown token, so that is what a model of
+    theirs has learnt to open an annotation with. Here it counts as `<<` where the tokenizer turns `<<` into nothing
+    but that token. It stands for other characters too, but only before an expression and `=` does it start anything.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+        """name: of the model, for messages. Raises ModelError where the tokenizer can't write annotations."""
+        self._tokenizer = tokenizer
+        # not all_special_ids: somebody may have given T5 a `<<` as an additional special token
+        ids = (tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id)
+        self._silent = {token for token in ids if token is not None}
+        self._pieces: dict[int, str] = {}
+        self._results: dict[str, list[int]] = {}
+        # SentencePiece may put a piece that is only a space before it
+        opening = [token for token in self._encode(OPEN) if self.piece(token).strip() or token in self._silent]
+        if set(opening) == {tokenizer.unk_token_id} and len(opening) <= len(OPEN):
+            self._pieces[opening[0]] = OPEN[len(opening) - 1 :]
+        missing = [sign for sign in (OPEN, "=", *"0123456789.-+*/") if self._text(self._encode(sign)).strip() != sign]
+        if missing or not self.result_tokens("-12345.67890"):
+            signs = " ".join(missing) or f"a number and {CLOSE}"
+            raise ModelError(
+                f"{name}: its tokenizer can't write {signs}, which --calculator needs: "
+                "leave --calculator out, or choose a model whose tokenizer knows them"
+            )
+
+    def piece(self, token: int) -> str:
+        """The text that a token adds in the middle of a text; empty for special tokens."""
+        known = self._pieces.get(token)
+        if known is None:
+            known = "" if token in self._silent else self._decode([token, token])[len(self._decode([token])) :]
+            self._pieces[token] = known
+        return known
+
+    def result_tokens(self, result: str) -> list[int]:
+        """Tokens of `24>>` as the tokenizer writes it behind a `=`; empty where it can't."""
+        known = self._results.get(result)
+        if known is None:
+            known = self._results[result] = self._write(result + CLOSE)
+        return known
+
+    def _write(self, text: str) -> list[int]:
+        # in context first: on its own, SentencePiece starts a text with a space
+        before, whole = self._encode("1="), self._encode("1=" + text)
+        if whole[: len(before)] == before and self._text(whole[len(before) :]) == text:
+            return whole[len(before) :]
+        # a token of `=2` and the like: then sign by sign
+        tokens = [token for token in self._tokenizer.convert_tokens_to_ids(list(text)) if token is not None]
+        return tokens if self._text(tokens) == text else []
+
+    def _text(self, tokens: list[int]) -> str:
+        return "".join(map(self.piece, tokens))
+
+    def _encode(self, text: str) -> list[int]:
+        return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def _decode(self, tokens: list[int]) -> str:
+        return str(self._tokenizer.decode(tokens, clean_up_tokenization_spaces=False))
+
+
+class ForcedResults(LogitsProcessor):
+    """Takes every choice but one away where a row has a result to write: that token's log-probability is then 0.
+
+    For one call of `generate`. State per row: the text since its last `<<`, and the tokens that it has yet to write.
+    """
+
+    def __init__(self, calculator: Calculator) -> None:
+        self._calculator = calculator
+        self._open: list[str] = []
+        self._queues: dict[int, list[int]] = {}
+        self._steps: list[NDArray[np.bool_]] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if self._steps:  # the first call sees only what was there before: a prompt, or the decoder's start
+            self._read(input_ids[:, -1].tolist())
+        else:
+            self._open = [""] * len(input_ids)
+        forced = np.zeros(len(input_ids), np.bool_)
+        if self._queues:
+            rows = list(self._queues)
+            tokens = [queue.pop(0) for queue in self._queues.values()]
+            self._queues = {row: queue for row, queue in self._queues.items() if queue}
+            forced[rows] = True
+            where = torch.tensor(rows, device=scores.device)
+            scores[where] = -torch.inf
+            scores[where, torch.tensor(tokens, device=scores.device)] = 0
+        self._steps.append(forced)
+        return scores
+
+    def forced(self, length: int) -> NDArray[np.bool_]:
+        """[B, length]: which of the generated tokens were not the policy's choice. Behind a row's end anything."""
+        return np.stack(self._steps[:length], axis=1)
+
+    def _read(self, tokens: list[int]) -> None:
+        """The row's newest tokens; forced ones belong to no expression."""
+        pieces, forced = self._calculator.piece, self._steps[-1]
+        for row, token in enumerate(tokens):
+            text = pieces(token)
+            was = self._open[row]
+            if forced[row] or not (was or "<" in text):
+                continue
+            now = was + text
+            start = now.rfind(OPEN)
+            if start < 0:
+                self._open[row] = "<" if now.endswith("<") else ""
+            elif ">" in now[start:] or len(now) - start > LONGEST + len(OPEN) + 1:
+                self._open[row] = ""
+            else:
+                self._open[row] = now[start:]
+                if now.endswith("="):
+                    self._finish(row, now[start + len(OPEN) : -1])
+
+    def _finish(self, row: int, expression: str) -> None:
+        result = calculate(expression)
+        tokens = self._calculator.result_tokens(result) if result is not None else []
+        if tokens:
+            self._queues[row] = list(tokens)
+            self._open[row] = ""
