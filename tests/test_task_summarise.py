@@ -94,9 +94,16 @@ def test_summaries_need_selection_aggregation_and_more_than_copying():
         "first": first,
         "helper": sum(" and " in row["target"] for row in found),
         "passive": sum(" by " in row["target"] for row in found),
+        "pronoun": sum(" . she " in row["prompt"] or " . he " in row["prompt"] for row in found),
         "place first": sum(row["target"].startswith("in ") for row in found),
     }
-    bounds = {"first": (0.3, 0.6), "helper": (0.1, 0.4), "passive": (0.13, 0.27), "place first": (0.13, 0.27)}
+    bounds = {
+        "first": (0.3, 0.6),
+        "helper": (0.1, 0.4),
+        "passive": (0.13, 0.27),
+        "pronoun": (0.3, 0.6),
+        "place first": (0.13, 0.27),
+    }
     for name, (low, high) in bounds.items():
         assert low <= share[name] / len(found) <= high, (name, share[name])
 

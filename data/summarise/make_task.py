@@ -25,7 +25,7 @@ from typing import Any
 from ketchup_cache.data.translate.make_task import exact_match, make_model, save, train
 
 HERE = Path(__file__).resolve().parent
-SIZES = {"train": 16000, "prompts": 12000, "dev": 400, "test": 400}
+SIZES = {"train": 10000, "prompts": 6000, "dev": 400, "test": 400}
 
 NAMES = {"she": "anna clara emma greta ida lena".split(), "he": "bruno david felix hugo karl otto".split()}
 OBJECT = {"she": "her", "he": "him"}
@@ -184,7 +184,7 @@ def main() -> None:
         pairs = [(tokenizer(row["prompt"]).input_ids, tokenizer(row["target"]).input_ids) for row in read("train")]
         ids = tokenizer.get_vocab()
         noise = {ids[word]: [ids[other] for other in group] for word, group in confusable().items()}
-        model = make_model(args.seed, len(tokenizer), 128, 2)
+        model = make_model(args.seed, len(tokenizer), 112, 2)
         train(model, pairs, args.steps, noise)
         save(model, tokenizer, HERE / "teacher")
         print(f"dev exact match {exact_match(model, tokenizer, read('dev')):.1f} %")
