@@ -1,0 +1,122 @@
+"""The summarisation task: what its script makes, what its summaries say, and that its splits are apart."""
+
+from __future__ import annotations
+
+import filecmp
+import json
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from ketchup_cache.shipped import task
+
+TASK = task("summarise")
+SPLITS = ("train", "prompts", "dev", "test")
+RANK = "rescued stole broke found built sold painted cleaned".split()
+"""Past tenses, the most newsworthy first."""
+SAYS = {
+    "rescued": "save rescue rescued",
+    "stole": "steal take stolen",
+    "broke": "break destroy broken",
+    "found": "find discover found",
+    "built": "build make built",
+    "sold": "sell trade sold",
+    "painted": "paint colour painted",
+    "cleaned": "clean wash cleaned",
+}
+
+
+def rows(name: str) -> list[dict[str, str]]:
+    return [json.loads(line) for line in (TASK / f"{name}.jsonl").read_text().splitlines()]
+
+
+def content(document: str) -> tuple[set[str], set[str], str, str]:
+    """What a summary has to say, read off the report by other means than the script's: trades of the actor and
+    the helper, verbs that may be used, the things, the place."""
+    trade: dict[str, str] = {}
+    sentences, last = [], ""
+    for text in document.removesuffix(" .").split(" . "):
+        words = text.split()
+        if words[0] == "the":
+            trade[words[2]] = words[1]
+            words = words[2:]
+        name = last if words[0] in ("she", "he") else words[0]
+        last = name
+        sentences.append((name, words[1:]))
+    main = min((i for i, (_, w) in enumerate(sentences) if w[0] in RANK), key=lambda i: RANK.index(sentences[i][1][0]))
+    actor, words = sentences[main]
+    people = {trade[actor]}
+    if main + 1 < len(sentences) and sentences[main + 1][1][0] == "helped":
+        people.add(trade[sentences[main + 1][0]])
+    place = re.search(r" in the (\w+) ", document)
+    assert place
+    return people, set(SAYS[words[0]].split()), " ".join(words[1:3]), place.group(1)
+
+
+def test_script_makes_the_shipped_data_and_tokenizer_again(tmp_path):
+    shutil.copy(TASK / "make_task.py", tmp_path)
+    for part in ("data", "tokenizer"):
+        subprocess.run([sys.executable, tmp_path / "make_task.py", part], check=True, capture_output=True)
+    for name in (*(f"{split}.jsonl" for split in SPLITS), "tokenizer/tokenizer.json"):
+        assert filecmp.cmp(tmp_path / name, TASK / name, shallow=False), name
+
+
+def test_no_report_is_in_two_splits():
+    splits = {name: {row["prompt"] for row in rows(name)} for name in SPLITS}
+    assert {name: len(found) for name, found in splits.items()} == {name: len(rows(name)) for name in SPLITS}
+    for i, one in enumerate(SPLITS):
+        for other in SPLITS[i + 1 :]:
+            assert not splits[one] & splits[other], (one, other)
+
+
+@pytest.mark.parametrize("split", ["train", "dev", "test"])
+def test_summaries_say_who_did_the_most_newsworthy_thing_and_where(split):
+    for row in rows(split)[:2000]:
+        people, verbs, what, place = content(row["prompt"])
+        words = row["target"].split()
+        stems = {form for word in words for form in (word, word.removesuffix("s"), word.removesuffix("es"))}
+        assert people <= set(words), row
+        assert verbs & stems, row
+        assert what in row["target"], row
+        assert f"in {place}" in row["target"], row
+        assert ("and" in words) == (len(people) == 2), row
+
+
+def test_summaries_need_selection_aggregation_and_more_than_copying():
+    """The main event is often not the first, there is often a helper, and every wording occurs."""
+    found = rows("dev")
+    first = sum(RANK.index(row["prompt"].split()[3]) == min(
+        RANK.index(word) for word in row["prompt"].split() if word in RANK) for row in found)  # fmt: skip
+    share = {
+        "first": first,
+        "helper": sum(" and " in row["target"] for row in found),
+        "passive": sum(" by " in row["target"] for row in found),
+        "pronoun": sum(" . she " in row["prompt"] or " . he " in row["prompt"] for row in found),
+        "place first": sum(row["target"].startswith("in ") for row in found),
+    }
+    bounds = {
+        "first": (0.3, 0.6),
+        "helper": (0.1, 0.4),
+        "passive": (0.13, 0.27),
+        "pronoun": (0.3, 0.6),
+        "place first": (0.13, 0.27),
+    }
+    for name, (low, high) in bounds.items():
+        assert low <= share[name] / len(found) <= high, (name, share[name])
+
+
+def test_tokens_are_words_and_lengths_are_within_the_limits():
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(TASK / "tokenizer")
+    assert len(tokenizer) <= 130
+    for split in SPLITS:
+        for row in rows(split):
+            for key, limit in (("prompt", 60), ("target", 16)):
+                if key in row:
+                    ids = tokenizer(row[key]).input_ids
+                    assert tokenizer.unk_token_id not in ids, row
+                    assert len(ids) == len(row[key].split()) + 1 <= limit, row
