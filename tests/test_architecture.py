@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import ast
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -119,12 +119,13 @@ def test_imports_without_torch(code):
 
 
 def test_help_answers_at_once():
-    """Best of three, so that a busy machine is not a slow program."""
+    """In processor time, best of three: a busy machine is not a slow program."""
     times = []
     for _ in range(3):
-        began = time.perf_counter()
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         subprocess.run([sys.executable, "-m", "ketchup_cache", "learn", "--help"], check=True, capture_output=True)
-        times.append(time.perf_counter() - began)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        times.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
     assert min(times) < 1.0
 
 

@@ -36,7 +36,10 @@ TABLE_1 = {
     "gsm8k": {2: 25.32, 4: 25.40, 8: 25.71, 16: 25.47},
 }
 TABLE_8_K = {"xsum": 2, "europarl": 2, "gsm8k": 16}
-GIVEN = {"student": "s", "cache": "c", "out": "o", "model": "m", "data": "d", "teacher": "t"}
+GIVEN = {
+    "student": "s", "cache": "c", "out": "o", "model": "m", "data": "d", "teacher": "t",
+    "system": "a", "baseline": "b", "judge_model": "j",
+}  # fmt: skip
 ALL = [(task, variant) for task in TASKS for variant in MODELS]
 
 
