@@ -70,15 +70,17 @@ REINFORCE: Options = {
 """`learn` for every method that learns from the student's own samples. Chosen on the dev splits (docs/log.md)."""
 
 DIVERGENCE: Options = {
-    "steps": 300,
+    "steps": 188,
     "batch_size": 64,
-    "samples": 1,
-    "refresh_every": 16,
-    "lr": 1e-3,
-    "warmup": 50,
+    "lr": 5e-4,
+    "warmup": 10,
     "schedule": "linear",
+    "keep_top": 64,
 }
-"""`learn` for the methods that match the teacher's distribution."""
+"""`learn` for the methods that learn from teacher outputs: as many steps as eight epochs of 1,500 outputs take."""
+
+ON_SAMPLES: Options = {"samples": 1, "refresh_every": 16}
+"""The same for those that also learn from the student's own samples."""
 
 
 @dataclass(frozen=True)
@@ -92,15 +94,25 @@ class Row:
     student: str = "predistilled"
     """Folder of the task that it starts from, or the name of a student that `students` makes."""
 
+    needs_samples: bool = True
+    """Whether it learns from the student's own samples, which are refreshed and scored."""
+
     @property
     def shared(self) -> Options:
-        return DIVERGENCE if self.needs_outputs else REINFORCE
+        if not self.needs_outputs:
+            return REINFORCE
+        return {**DIVERGENCE, **ON_SAMPLES} if self.needs_samples else DIVERGENCE
+
+    def fresh_rollouts(self, options: Options) -> int:
+        """Rollouts of the student between two refreshes."""
+        of_student = options["batch_size"] // (2 if self.needs_outputs else 1)
+        return int(options["refresh_every"] * of_student)
 
 
 KS = (2, 4, 8, 16)
 TABLE = (
-    Row("SeqKD", {"method": "seqkd"}, needs_outputs=True),
-    Row("KL", {"method": "kl"}, needs_outputs=True),
+    Row("SeqKD", {"method": "seqkd"}, needs_outputs=True, needs_samples=False),
+    Row("KL", {"method": "kl"}, needs_outputs=True, needs_samples=False),
     Row("JS", {"method": "js"}, needs_outputs=True),
     Row("TVD", {"method": "tvd"}, needs_outputs=True),
     Row("LLMR (K = 1)", {"method": "llmr"}),
@@ -130,7 +142,7 @@ ABLATIONS = (
     Ablation(
         "normalisation (leave-one-out baseline)",
         tuple(
-            Row(f"{n}, leave-one-out", {"k": 4, "normalization": n, "baseline": "leave-one-out"})
+            Row(f"{n}, leave-one-out", {"k": 4, "normalization": n, "baseline": "leave-one-out", "samples": 8})
             for n in ("raw", "centred", "logprob")
         ),
     ),
@@ -145,7 +157,7 @@ ABLATIONS = (
         "refresh period N, with and without importance correction",
         tuple(
             Row(f"N = {n}{'' if on else ', uncorrected'}", {"k": 4, "refresh_every": n, "importance": on})
-            for n in (1, 4, 16, 80)
+            for n in (1, 4, 16, 64)
             for on in (True, False)
             if n > 1 or on
         ),
@@ -153,9 +165,9 @@ ABLATIONS = (
     Ablation(
         "sampled or greedy rollouts",
         (
-            Row("sampled, 8 of each prompt", {"k": 4}),
-            Row("sampled, 1 of each prompt", {"k": 4, "samples": 1}),
-            Row("greedy", {"k": 4, "samples": 1, "greedy": True}),
+            Row("sampled, 1 of each prompt", {"k": 4}),
+            Row("sampled, 8 of each prompt", {"k": 4, "samples": 8}),
+            Row("greedy", {"k": 4, "greedy": True}),
         ),
     ),
     Ablation(
