@@ -1,12 +1,13 @@
 """How fast the cache commits and loads, and how small it is: `python benchmarks/store.py [FOLDER]`.
 
-FOLDER is on the disk to be measured (default: the system's temporary folder).
-Speeds are of the arrays as they are in memory.
+FOLDER is on the disk to be measured (default: the system's temporary folder). Speeds are of the arrays as they are in
+memory. Other work on the machine slows them down: the load is printed, and so is the processor time that was used.
 """
 
 from __future__ import annotations
 
 import hashlib
+import os
 import statistics
 import sys
 import tempfile
@@ -16,6 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
+from ketchup_cache.compact import compact
+from ketchup_cache.config import CompactConfig
 from ketchup_cache.store.cache import Cache, open_cache
 from ketchup_cache.store.manifest import (
     DataInfo,
@@ -27,9 +30,11 @@ from ketchup_cache.store.manifest import (
     TeacherInfo,
     TokenizerInfo,
 )
-from ketchup_cache.types import Prompts, Ragged, Rollouts, Scores, offsets_of
+from ketchup_cache.types import Prompts, Ragged, Rollouts, ScoredRollouts, Scores, offsets_of
 
-TOKENS, LENGTH, VOCAB, REPEATS = 1_000_000, 100, 32_100, 5
+TOKENS, LENGTH, VOCAB, REPEATS = 1_000_000, 100, 32_100, 9
+CPU: list[float] = []
+"""Processor seconds of each measurement, in their order."""
 
 
 def fingerprint(name: str) -> str:
@@ -54,8 +59,9 @@ def sample(seed: int) -> tuple[Prompts, Rollouts, Scores]:
 
 
 def seconds(work: Callable[[], object]) -> float:
-    began = time.perf_counter()
+    began, busy = time.perf_counter(), time.process_time()
     work()
+    CPU.append(time.process_time() - busy)
     return time.perf_counter() - began
 
 
@@ -94,6 +100,22 @@ def main(where: str | None) -> None:
         yard_write = [seconds(lambda: raw_write(folder, scores)) for _ in range(REPEATS)]
         yard_read = [seconds(lambda: raw_read(folder, scores)) for _ in range(REPEATS)]
         report(cache, r, s, scores, (commits, yard_write), (loads, yard_read))
+        gathering(ScoredRollouts(prompts, rollouts, scores))
+        small = open_cache(folder / "small", create=True)
+        compact(CompactConfig(cache=cache.path, into=small.path))
+        print("\ncompact:")
+        sizes(small, *(small.manifests(kind)[-1][0] for kind in ("rollouts", "scores")))
+
+
+def gathering(loaded: ScoredRollouts) -> None:
+    """256 random rows with all their arrays, from memory."""
+    rng = np.random.default_rng(0)
+    times = []
+    for _ in range(200):
+        rows = rng.choice(len(loaded), 256, replace=False)
+        completions = loaded.rollouts.completions
+        times.append(seconds(lambda rows=rows: (loaded.rollouts.take(rows), loaded.scores.take(completions, rows))))
+    print(f"\ngather 256 rows of {LENGTH} tokens: {statistics.median(times) * 1e3:.2f} ms ({min(times) * 1e3:.2f})")
 
 
 def report(
@@ -105,28 +127,33 @@ def report(
     reads: tuple[list[float], list[float]],
 ) -> None:
     megabytes = sum(array.nbytes for array in vars(scores).values()) / 1e6
+    load = os.getloadavg()[0] / (os.cpu_count() or 1)
     print(f"one scores segment: {TOKENS:,} tokens, {megabytes:.1f} MB, median (and best) of {REPEATS}")
+    print(f"load of the machine while measuring: {load:.1f} tasks for each of {os.cpu_count()} processors")
+    for at, label in enumerate(("commit", "load")):
+        print(f"{label}: {megabytes / min(CPU[at * REPEATS : (at + 1) * REPEATS]):.0f} MB for a second of processor time")
     print("| | seconds | MB/s | share of plain .npy, unsynced |\n| --- | --- | --- | --- |")
     for label, (times, yard) in (("commit, durable", writes), ("load, verified", reads)):
         middle = statistics.median(times)
         speed = f"{megabytes / middle:.0f} ({megabytes / min(times):.0f})"
         print(f"| {label} | {middle:.3f} ({min(times):.3f}) | {speed} | {statistics.median(yard) / middle:.0%} |")
-    files = {name: e.length for i in (r, s) for name, e in cache.manifest(i).files.items() if "/c/" in name}
     print(
         f"\nfiles: {len(cache.manifest(s).files)} a scores segment, {len(cache.manifest(r).files)} a rollouts segment"
     )
-    print("| | bytes/token | of memory |\n| --- | --- | --- |")
+    sizes(cache, r, s)
+
+
+def sizes(cache: Cache, r: str, s: str) -> None:
+    files = {name: e.length for i in (r, s) for name, e in cache.manifest(i).files.items() if "/c/" in name}
+    print("| | bytes/token |\n| --- | --- |")
     parts = {
-        "q + max_q + token ids": ("q", "max_q", "completion_tokens"),
-        "all scores": ("q", "max_q", "logsumexp", "mean_q", "final_max_q"),
+        "q + max_q + token ids": ("q", "max_q", "gap", "completion_tokens"),
+        "all scores": ("q", "max_q", "gap", "logsumexp", "logsumexp_gap", "mean_q", "mean_gap", "final_max_q"),
         "all scores and rollouts": tuple({name.split("/")[0] for name in files}),
     }
-    width = {"final_max_q": 4 / LENGTH, "prompt_index": 8 / LENGTH, "completion_offsets": 8 / LENGTH}
-    width["finished"] = 1 / LENGTH
     for label, names in parts.items():
         stored = sum(size for name, size in files.items() if name.split("/")[0] in names) / TOKENS
-        memory = sum(width.get(name, 4) for name in names)
-        print(f"| {label} | {stored:.2f} | {stored / memory:.0%} |")
+        print(f"| {label} | {stored:.2f} |")
 
 
 if __name__ == "__main__":

@@ -389,6 +389,19 @@ class VerifyConfig(Config):
     """Cache to check: every byte against its manifest, and every array against the format."""
 
 
+class CompactConfig(Config):
+    """Options of `ketchup-cache compact`."""
+
+    cache: Path
+    """Cache to rewrite. It stays as it is."""
+    into: Path
+    """Cache that receives the segments; made if it is not there. Run again, it gets what has been added since."""
+    storage: Literal["compact", "lossless"] = "compact"
+    """compact: float16, a bit more than half the size. lossless: the same numbers, only in fewer segments."""
+    segment_tokens: Positive = 4194304
+    """Most completion tokens in a segment of merged scores."""
+
+
 class DemoConfig(Config):
     """Options of `ketchup-cache demo`."""
 
@@ -406,6 +419,7 @@ COMMANDS: dict[str, type[Config]] = {
     "analyze": AnalyzeConfig,
     "info": InfoConfig,
     "verify": VerifyConfig,
+    "compact": CompactConfig,
     "demo": DemoConfig,
     "recipes": RecipesConfig,
 }

@@ -353,7 +353,7 @@ def test_bytes_that_are_no_booleans(cache: Cache) -> None:
     (cache.path / "manifests" / f"{scores}.json").unlink()
     odd = np.array([2, 0, 1], np.uint8)
     forge(cache, rollouts_id, lambda m, f: f.update({"finished/c/0": stored(odd, "finished")["finished/c/0"]}))
-    refused(cache.path, match="finished/c: holds bytes that are neither true nor false")
+    refused(cache.path, match="finished/c/0: holds bytes that are neither true nor false")
 
 
 def test_parents_must_be_there_and_fit(cache: Cache) -> None:

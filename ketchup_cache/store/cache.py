@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -78,8 +77,11 @@ class Cache:
         return [pair for pair in found if kind in (None, pair[1].kind)]
 
     def rollouts(self) -> list[tuple[str, RolloutsInfo]]:
-        """(id, info) of all rollouts segments, in the order of commits. Raises the errors of `manifests`."""
-        return [(id_, m.info) for id_, m in self.manifests("rollouts") if isinstance(m.info, RolloutsInfo)]
+        """(id, info) of all rollouts segments, in the order of commits; the same rows, lossless and compact, once.
+
+        Raises the errors of `manifests`.
+        """
+        return coverage.rollouts(dict(self.manifests("rollouts")))
 
     def manifest(self, segment_id: str) -> Manifest:
         """Raises CacheError where there is no such segment, CorruptError where its manifest is damaged."""
@@ -105,42 +107,41 @@ class Cache:
         """
         return self._commit(prompts, info)
 
-    def commit_rollouts(self, rollouts: Rollouts, info: RolloutsInfo) -> str:
+    def commit_rollouts(self, rollouts: Rollouts, info: RolloutsInfo, created: str = "") -> str:
         """Store rollouts of prompts that are in this cache; returns the id of the new segment once it is durable.
 
         Raises CacheError where they break a rule of the format or their prompts are missing, NumericsError for a NaN
         or infinity, MismatchError where the tokenizer is not that of the prompts, WriteError where the disk fails.
+        created: time of a segment that is rewritten; empty for now.
         """
-        return self._commit(rollouts, info)
+        return self._commit(rollouts, info, created)
 
-    def commit_scores(self, scores: Scores, info: ScoresInfo) -> str:
+    def commit_scores(self, scores: Scores, info: ScoresInfo, created: str = "") -> str:
         """Store scores of rollouts that are in this cache; returns the id of the new segment once it is durable.
 
         Raises the same errors as `commit_rollouts`.
         """
-        return self._commit(scores, info)
+        return self._commit(scores, info, created)
 
-    def _commit(self, segment: segments.Segment, info: Info) -> str:
+    def _commit(self, segment: segments.Segment, info: Info, created: str = "") -> str:
         segments.check(segment, info, self._parent(info))
         packed = segments.pack(segment, info)
-        files = arrays.encode(packed)
         rows, tokens = segments.size(segment)
-        manifest = Manifest(
-            format=FORMAT,
-            version=FORMAT_VERSION,
-            tool=f"ketchup-cache {ketchup_cache.__version__}",
-            created=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ"),
-            rows=rows,
-            tokens=tokens,
-            info=info,
-            arrays={name: arrays.entry_of(array) for name, array in packed.items()},
-            files={
-                name: FileEntry(length=len(data), sha256=hashlib.sha256(data).hexdigest())
-                for name, data in files.items()
-            },
-        )
-        reading.check_manifest(manifest)
-        durable.publish(self.path, manifest.id, files, manifest.to_bytes())
+        with durable.staged(self.path) as stage:
+            written = stage.write(arrays.encoders(packed))
+            manifest = Manifest(
+                format=FORMAT,
+                version=FORMAT_VERSION,
+                tool=f"ketchup-cache {ketchup_cache.__version__}",
+                created=created or datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ"),
+                rows=rows,
+                tokens=tokens,
+                info=info,
+                arrays={name: arrays.entry_of(array) for name, array in packed.items()},
+                files={name: FileEntry(length=length, sha256=digest) for name, (length, digest) in written.items()},
+            )
+            reading.check_manifest(manifest)
+            stage.commit(manifest.id, manifest.to_bytes())
         return manifest.id
 
     def _parent(self, info: Info, segment_id: str = "") -> Rollouts | None:

@@ -17,6 +17,7 @@ FORMAT_VERSION = 1
 
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 Kind = Literal["prompts", "rollouts", "scores"]
+Storage = Literal["lossless", "compact"]
 
 
 class Record(BaseModel):
@@ -101,6 +102,10 @@ class RolloutsInfo(Record):
     policy: PolicyInfo
     tokenizer: TokenizerInfo
     sampling: Sampling
+    storage: Storage = "lossless"
+    """compact: log-probabilities in float16."""
+    original: Sha256 | None = None
+    """Of a compact segment: id of the lossless one with the same rows. Readers that find both use each row once."""
 
 
 class ScoresInfo(Record):
@@ -114,6 +119,8 @@ class ScoresInfo(Record):
     tokenizer: TokenizerInfo
     keep_top: int = Field(default=0, ge=0)
     """How many of the largest logits of each state are kept. 0: none, and no arrays for them."""
+    storage: Storage = "lossless"
+    """compact: float16 `q`, and the other scores as float16 distances from the maximum."""
 
     @model_validator(mode="after")
     def _no_more_than_all(self) -> ScoresInfo:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Set
+from collections.abc import Iterator, Mapping, Set
 from pathlib import Path
 
 from numpy.typing import NDArray
@@ -87,17 +87,48 @@ def read_arrays(root: Path, segment_id: str, manifest: Manifest, names: Set[str]
     """
     folder = root / "segments" / segment_id
     entries = {name: entry for name, entry in manifest.arrays.items() if name in names}
-    files = {}
-    for key in sorted(arrays.file_names(entries)):
-        promised = manifest.files[key]
-        data = durable.read_file(folder / key, promised.length)
-        if len(data) != promised.length or hashlib.sha256(data).hexdigest() != promised.sha256:
-            raise CorruptError(f"{folder / key}: its bytes are not those its manifest promises; {RESTORE}")
-        files[key] = data
     try:
-        return arrays.decode(files, entries)
+        return arrays.decode(_Verified(folder, manifest, arrays.file_names(entries)), entries)
+    except _Refused as error:
+        raise CorruptError(str(error)) from None
     except CorruptError as error:
         raise CorruptError(f"{folder}/{error}; {RESTORE}") from None
+
+
+def copy_of(root: Path, segment_id: str, manifest: Manifest) -> tuple[dict[str, bytes], bytes]:
+    """The files and the manifest of a segment, byte by byte, for `durable.publish`. Every byte is checked.
+
+    Raises CorruptError, naming the file, where one is missing or differs.
+    """
+    verified = _Verified(root / "segments" / segment_id, manifest, manifest.files.keys())
+    return dict(verified), durable.read_file(root / "manifests" / f"{segment_id}.json", MAX_MANIFEST_BYTES)
+
+
+class _Refused(CorruptError):
+    """A file whose message says already where it is."""
+
+
+class _Verified(Mapping[str, bytes]):
+    """Files of a segment, each read when it is asked for and checked against the manifest."""
+
+    def __init__(self, folder: Path, manifest: Manifest, names: Set[str]) -> None:
+        self._folder, self._files, self._names = folder, manifest.files, names
+
+    def __getitem__(self, key: str) -> bytes:
+        path, promised = self._folder / key, self._files[key]
+        try:
+            data = durable.read_file(path, promised.length)
+        except CorruptError as error:
+            raise _Refused(str(error)) from None
+        if len(data) != promised.length or hashlib.sha256(data).hexdigest() != promised.sha256:
+            raise _Refused(f"{path}: its bytes are not those its manifest promises; {RESTORE}")
+        return data
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 def _check_version(path: Path, version: object) -> None:
