@@ -25,6 +25,7 @@ from store_samples import (
     same,
     scores_info,
 )
+from zarr.buffer import default_buffer_prototype
 from zarr.storage import MemoryStore
 
 from ketchup_cache.errors import CacheError, MismatchError, NumericsError
@@ -152,7 +153,7 @@ def test_the_example_in_the_format_page_runs(cache: Cache) -> None:
 def test_chunks_are_byte_for_byte_those_that_zarr_writes(array: np.ndarray) -> None:
     """We compress and checksum in threads of our own; Zarr itself is the oracle, and reads them back too."""
     encoded = arrays.encode({"a": array})
-    buffer = zarr.buffer.default_buffer_prototype().buffer
+    buffer = default_buffer_prototype().buffer
     files = {name: buffer.from_bytes(data) for name, data in encoded.items() if name.endswith("zarr.json")}
     with zarr.config.set({"array.write_empty_chunks": True}):
         zarr.open_array(MemoryStore(files), path="a", mode="r+", zarr_format=3)[...] = array
