@@ -20,7 +20,7 @@ from pydantic_core import from_json
 
 from ketchup_cache.errors import CorruptError
 from ketchup_cache.store.manifest import ArrayEntry, canonical_json
-from ketchup_cache.store.threads import each
+from ketchup_cache.store.threads import each, one_by_one
 
 CHUNK_ELEMENTS = 2**20
 """Most elements in a chunk. Smaller arrays are one chunk."""
@@ -86,7 +86,10 @@ def decode(files: Mapping[str, bytes], expected: Mapping[str, ArrayEntry]) -> di
         _check_document(f"{name}/zarr.json", files[f"{name}/zarr.json"], _metadata(entry))
     decoded = {name: np.empty(entry.shape, _on_disk(entry)) for name, entry in expected.items()}
     tasks = [(key, name, rows) for name, entry in expected.items() for key, rows in _chunks(name, entry)]
-    each(lambda task: _decode_chunk(task[0], files[task[0]], decoded[task[1]], task[2]), tasks)
+    # threads are worth it for a megabyte and more
+    (each if decoded_bytes(expected) > CHUNK_ELEMENTS else one_by_one)(
+        lambda task: _decode_chunk(task[0], files[task[0]], decoded[task[1]], task[2]), tasks
+    )
     return {name: array.astype(expected[name].dtype, copy=False) for name, array in decoded.items()}
 
 

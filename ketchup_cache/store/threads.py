@@ -20,7 +20,7 @@ def each(work: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
     Raises what the first failing item (in their order) raised; items that nobody has begun by then are left out.
     """
     if len(items) < 2:
-        return [work(item) for item in items]
+        return one_by_one(work, items)
     # a pool of its own for each call: a forked process has no threads, and must not wait for its parent's
     with ThreadPoolExecutor(min(THREADS, len(items))) as pool:
         futures = [pool.submit(work, item) for item in items]
@@ -29,3 +29,7 @@ def each(work: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
+
+
+def one_by_one(work: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
+    return [work(item) for item in items]
