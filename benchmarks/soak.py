@@ -95,10 +95,10 @@ def main() -> int:
         return max(1, round(number * arguments.share))
 
     troubles: dict[str, Callable[[Path], Any]] = {
-        "kill a writer": lambda folder: kill_writers(folder, cases(800)),
+        "kill a writer": lambda folder: kill_writers(folder, cases(840)),
         "kill compact": lambda folder: kill_compact(folder, cases(100)),
-        "kill score": lambda folder: kill_score(folder, cases(60)),
-        "kill learn": lambda folder: kill_learn(folder, cases(40)),
+        "kill score": lambda folder: kill_score(folder, cases(40)),
+        "kill learn": lambda folder: kill_learn(folder, cases(20)),
         "fail a write": lambda folder: fail_every_step(folder, pytest.MonkeyPatch, ERRORS, round(1 / arguments.share)),
         "flip a bit or byte": lambda folder: flips(folder, cases(10_000)),
         "16 writers and a reader": lambda folder: write_at_once(folder, 16, cases(100)),

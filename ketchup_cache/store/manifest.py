@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
 FORMAT = "ketchup-cache"
 FORMAT_VERSION = 1
@@ -20,8 +21,19 @@ Kind = Literal["prompts", "rollouts", "scores"]
 Storage = Literal["lossless", "compact"]
 
 
+def _without_credentials(name: str) -> str:
+    if re.search(r"//[^/\s]*@", name):
+        raise ValueError("is an address with credentials; leave them out")
+    return name
+
+
+Name = Annotated[str, AfterValidator(_without_credentials)]
+"""Where something came from: a path, a Hub id, an address. Anybody may read it."""
+
+
 class Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    # an error must not repeat its input, which may hold a credential
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, hide_input_in_errors=True)
 
 
 class FileEntry(Record):
@@ -36,7 +48,7 @@ class ArrayEntry(Record):
 
 
 class TokenizerInfo(Record):
-    name: str
+    name: Name
     """Where it was loaded from: a path or a Hub id. Never an address with credentials."""
     fingerprint: Sha256
     """Of what it encodes (lm/fingerprint.py), so that equal tokenizers from different places agree."""
@@ -45,7 +57,7 @@ class TokenizerInfo(Record):
 
 
 class DataInfo(Record):
-    name: str
+    name: Name
     fingerprint: Sha256
     """Of the rendered prompt texts, in order."""
     template: str
@@ -53,7 +65,7 @@ class DataInfo(Record):
 
 
 class PolicyInfo(Record):
-    name: str
+    name: Name
     fingerprint: Sha256
     """Of the weights and the architecture."""
     step: int | None = Field(default=None, ge=0)
@@ -77,7 +89,7 @@ class Sampling(Record):
 
 
 class TeacherInfo(Record):
-    name: str
+    name: Name
     fingerprint: Sha256
     """Of the weights, the architecture and the precision they ran in: the same fingerprint, the same numbers."""
     dtype: str

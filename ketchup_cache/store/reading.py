@@ -45,7 +45,7 @@ def read_manifest(root: Path, segment_id: str) -> Manifest:
     if hashlib.sha256(data).hexdigest() != segment_id:
         raise CorruptError(f"{path}: its bytes are not those of its id; {RESTORE}")
     try:
-        manifest = Manifest.model_validate_json(data)
+        manifest = Manifest.model_validate_json(data, strict=True)
     except ValidationError as error:
         problems = error.errors(include_url=False)
         for problem in problems:
