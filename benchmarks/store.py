@@ -1,4 +1,4 @@
-"""How fast the cache commits and loads, and how small it is: `python benchmarks/store.py [FOLDER]`.
+"""How fast the cache commits and loads, and how small it is: `python benchmarks/store.py [FOLDER [RESULTS.json]]`.
 
 FOLDER is on the disk to be measured (default: the system's temporary folder). Speeds are of the arrays as they are in
 memory. Other work on the machine slows them down: the load is printed, and so is the processor time that was used.
@@ -7,12 +7,15 @@ memory. Other work on the machine slows them down: the load is printed, and so i
 from __future__ import annotations
 
 import hashlib
+import json
 import os
+import platform
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +36,7 @@ from ketchup_cache.store.manifest import (
 from ketchup_cache.types import Prompts, Ragged, Rollouts, ScoredRollouts, Scores, offsets_of
 
 TOKENS, LENGTH, VOCAB, REPEATS = 1_000_000, 100, 32_100, 9
+RESULTS: dict[str, object] = {}
 CPU: list[float] = []
 """Processor seconds of each measurement, in their order."""
 
@@ -107,14 +111,21 @@ def main(where: str | None) -> None:
         sizes(small, *(small.manifests(kind)[-1][0] for kind in ("rollouts", "scores")))
 
 
+def take(loaded: ScoredRollouts, rows: np.ndarray) -> None:
+    loaded.rollouts.take(rows)
+    loaded.scores.take(loaded.rollouts.completions, rows)
+
+
 def gathering(loaded: ScoredRollouts) -> None:
     """256 random rows with all their arrays, from memory."""
     rng = np.random.default_rng(0)
     times = []
     for _ in range(200):
         rows = rng.choice(len(loaded), 256, replace=False)
-        completions = loaded.rollouts.completions
-        times.append(seconds(lambda rows=rows: (loaded.rollouts.take(rows), loaded.scores.take(completions, rows))))
+        times.append(seconds(partial(take, loaded, rows)))
+    RESULTS["gather 256 rows, ms, median and best"] = [
+        round(t * 1e3, 2) for t in (statistics.median(times), min(times))
+    ]
     print(f"\ngather 256 rows of {LENGTH} tokens: {statistics.median(times) * 1e3:.2f} ms ({min(times) * 1e3:.2f})")
 
 
@@ -130,11 +141,15 @@ def report(
     load = os.getloadavg()[0] / (os.cpu_count() or 1)
     print(f"one scores segment: {TOKENS:,} tokens, {megabytes:.1f} MB, median (and best) of {REPEATS}")
     print(f"load of the machine while measuring: {load:.1f} tasks for each of {os.cpu_count()} processors")
+    RESULTS["tasks per processor while measuring"] = round(load, 1)
     for at, label in enumerate(("commit", "load")):
-        print(f"{label}: {megabytes / min(CPU[at * REPEATS : (at + 1) * REPEATS]):.0f} MB for a second of processor time")
+        busy = megabytes / min(CPU[at * REPEATS : (at + 1) * REPEATS])
+        RESULTS[f"{label}, MB for a second of processor time"] = round(busy)
+        print(f"{label}: {busy:.0f} MB for a second of processor time")
     print("| | seconds | MB/s | share of plain .npy, unsynced |\n| --- | --- | --- | --- |")
     for label, (times, yard) in (("commit, durable", writes), ("load, verified", reads)):
         middle = statistics.median(times)
+        RESULTS[f"{label}, MB/s, median and best"] = [round(megabytes / middle), round(megabytes / min(times))]
         speed = f"{megabytes / middle:.0f} ({megabytes / min(times):.0f})"
         print(f"| {label} | {middle:.3f} ({min(times):.3f}) | {speed} | {statistics.median(yard) / middle:.0%} |")
     print(
@@ -153,8 +168,13 @@ def sizes(cache: Cache, r: str, s: str) -> None:
     }
     for label, names in parts.items():
         stored = sum(size for name, size in files.items() if name.split("/")[0] in names) / TOKENS
+        storage = cache.manifest(s).info.storage
+        RESULTS[f"{label}, {storage}, bytes/token"] = round(stored, 2)
         print(f"| {label} | {stored:.2f} |")
 
 
 if __name__ == "__main__":
     main(sys.argv[1] if len(sys.argv) > 1 else None)
+    if len(sys.argv) > 2:
+        machine = f"{os.cpu_count()} cores, {platform.system()}"
+        Path(sys.argv[2]).write_text(json.dumps({"machine": machine, **RESULTS}, indent=1) + "\n")
