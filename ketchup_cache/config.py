@@ -35,9 +35,6 @@ class Config(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
-# ------------------------------------------------------------------------------------------- groups of options
-
-
 class DeviceOptions(Config):
     device: str = "auto"
     """Where models run: auto (a GPU if there is one), cpu, cuda, cuda:1, mps."""
@@ -123,9 +120,6 @@ class ReturnOptions(Config):
     """Subtracted from all logits of a state: nothing (raw), their mean (centred), their logsumexp (logprob)."""
     unfinished: Unfinished = "drop"
     """Rollouts cut at the length limit: drop, bootstrap from the teacher's value there, or zero after the cut."""
-
-
-# ------------------------------------------------------------------------------------------------- commands
 
 
 class PretrainConfig(DeviceOptions, DataOptions):
