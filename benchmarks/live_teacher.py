@@ -103,8 +103,7 @@ def memory(folder: Path, steps: int, batch: int) -> dict[str, dict[str, float]]:
     live = tool(*common, "--cache", folder / "c-live", "--out", folder / "live", *made, *scoring,
                 "--teacher", folder / "teacher", "--refresh-every", 1)  # fmt: skip
     alone = run(sys.executable, __file__, "--alone", folder, "--steps", steps, "--batch-size", batch)
-    found = {"student-only": alone, "offline": offline, "live": live, "score": score}
-    return found
+    return {"student-only": alone, "offline": offline, "live": live, "score": score}
 
 
 def student_alone(folder: Path, steps: int, batch: int) -> None:
@@ -141,7 +140,8 @@ def main() -> None:
         alone=("", "(used by the script itself)"),
     )
     if chosen.alone:
-        return student_alone(Path(chosen.alone), chosen.steps, chosen.batch_size)
+        student_alone(Path(chosen.alone), chosen.steps, chosen.batch_size)
+        return
     steps = 4 if chosen.short else chosen.steps
     everies = (1, 4) if chosen.short else (1, 4, 16, 64)
     with tempfile.TemporaryDirectory() as temporary:

@@ -4,7 +4,8 @@
 
 - Loader: completion tokens per second through `Stream` (load, verify, shuffle, gather), nothing else running; against
   np.load of the same numbers from plain .npy files, neither compressed nor hashed nor shuffled.
-- Memory: resident memory while a whole cache of this many tokens streams by, above that of the first batch, in decoded segments.
+- Memory: resident memory while a whole cache of this many tokens streams by, above that of the first batch, in
+  decoded segments.
 - Share: time that `learn`'s loop waits for `Stream` against the time of its steps, T5-small-shaped student.
 """
 
@@ -178,9 +179,9 @@ def main() -> None:
         share = waiting(folder / "small", 3 if chosen.short else chosen.steps, chosen.batch_size)
         results["waiting"] = share
         print(
-            f"{share['steps']} steps of {chosen.batch_size} rollouts, T5-small: waiting {share['waiting_seconds']:.4f} s, "
-            f"working {share['step_seconds']:.1f} s: {share['share']:.3%} (the first batch took "
-            f"{share['first_batch_seconds']:.2f} s)"
+            f"{share['steps']} steps of {chosen.batch_size} rollouts, T5-small: waiting "
+            f"{share['waiting_seconds']:.4f} s, working {share['step_seconds']:.1f} s: {share['share']:.3%} "
+            f"(the first batch took {share['first_batch_seconds']:.2f} s)"
         )
     publish("loading", chosen, **results)
 
