@@ -59,6 +59,22 @@ def padded(model: Any, batch: ScoredRollouts, weight: np.ndarray, vocab: int, ro
         (-(torch.from_numpy(weights.take(rows).padded()) * logprob).sum() / len(weight)).backward()
 
 
+def padding(rollouts: int, samples: int) -> dict[str, float]:
+    """Tokens that encoder and decoder read, padding included, over the real ones (prompts once)."""
+    batch = sample(0, rollouts, samples=samples)
+    prompts, lengths = batch.prompts.tokens.lengths, batch.rollouts.completions.lengths
+    index = batch.rollouts.prompt_index
+    shuffled = np.random.default_rng(1).permutation(rollouts)
+    fixed = [shuffled[start : start + 8] for start in range(0, rollouts, 8)]
+    ours = token_budget_batches(prompts[index], lengths, BUDGET, prompt_index=index)
+    found: dict[str, float] = {"rollouts": rollouts, "samples": samples, "micro_batches": len(ours)}
+    for name, batches in (("bucketed", ours), ("padded", fixed)):
+        unique = [index[rows] if name == "padded" else np.unique(index[rows]) for rows in batches]
+        found[f"{name}_encoder"] = sum(len(rows) * prompts[rows].max() for rows in unique) / prompts.sum()
+        found[f"{name}_decoder"] = sum(len(rows) * lengths[rows].max() for rows in batches) / lengths.sum()
+    return found
+
+
 def largest_difference() -> float:
     """Of the two gradients in float64, relative to the largest element of each tensor.
 
@@ -109,6 +125,27 @@ def main() -> None:
     difference = largest_difference()
     print(f"gradients in float64 differ by at most {difference:.1e} of the largest element", flush=True)
     assert difference < 1e-6
+    counted = [padding(256, samples) for samples in (1, 4)]
+    names = ("encoder", "decoder")
+    print(
+        table(
+            (
+                "256 rollouts, samples of a prompt",
+                "micro-batches",
+                *(f"{w}, {n}" for n in names for w in ("ours", "8s")),
+            ),
+            [
+                (
+                    found["samples"],
+                    found["micro_batches"],
+                    *(f"{found[f'{way}_{name}']:.2f}" for name in names for way in ("bucketed", "padded")),
+                )
+                for found in counted
+            ],
+        )
+        + "\n(tokens read over real tokens)\n",
+        flush=True,
+    )
     model = t5(T5_SMALL)
     head = Head.of(model, VOCAB)
     rollouts = 16 if chosen.short else chosen.rollouts
@@ -152,7 +189,9 @@ def main() -> None:
         f"\nlog-probabilities forward and backward: {memory['chunked'] / 1e6:.0f} MB in recomputed chunks, "
         f"{memory['plain'] / 1e6:.0f} MB with all logits: {memory['share']:.0%}"
     )
-    publish("micro_batches", chosen, float64_difference=difference, ways=results, head_memory_bytes=memory)
+    publish(
+        "micro_batches", chosen, float64_difference=difference, padding=counted, ways=results, head_memory_bytes=memory
+    )
 
 
 if __name__ == "__main__":

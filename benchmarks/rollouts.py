@@ -2,8 +2,8 @@
 
     python benchmarks/rollouts.py [--prompts 16]
 
-Random weights of T5-small's shape, realistic prompts, 4 samples of each. One in 25 ids ends a completion, so that lengths
-are geometric with a mean near 25, cut at 64: random weights alone would never stop.
+Random weights of T5-small's shape, realistic prompts, 4 samples of each. One in 25 ids ends a completion, so that
+lengths are geometric with a mean near 25, cut at 64: random weights alone would never stop.
 
 - plain: transformers' `generate`, every sample a row of its own with an encoder pass of its own, 8 at once, as they come.
 - ours: `sample_completions` (each prompt encoded once for its samples), 64 at once.
