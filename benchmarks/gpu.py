@@ -6,7 +6,8 @@
 - the rate of a plain bfloat16 matrix product, in TFLOP/s;
 - scoring: completion tokens/s through `Teacher.score`, its share of that rate (counting only the operations of the
   weights that a token passes, prompts once), peak memory;
-- learning: seconds of an optimizer step of the student with and without the teacher in memory, peak memory of both.
+- learning: seconds of an optimizer step of the student with and without the teacher in memory, peak memory of
+  both.
 """
 
 from __future__ import annotations
@@ -60,8 +61,8 @@ def matrix_rate(device: torch.device, size: int, dtype: torch.dtype, repeats: in
 
 
 def needed_operations(model: Any, batch: ScoredRollouts) -> float:
-    """Two per weight that a token passes: encoder for each prompt token once, decoder and head for each completion
-    token, cross-attention keys and values for each prompt token once. Attention products of token pairs are not counted.
+    """Two per weight that a token passes: encoder, and cross-attention keys and values, for each prompt token once;
+    decoder and head for each completion token. Attention products of token pairs are not counted.
     """
     config = model.config
     wide = config.d_kv * config.num_heads

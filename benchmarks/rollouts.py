@@ -5,12 +5,13 @@
 Random weights of T5-small's shape, realistic prompts, 4 samples of each. One in 25 ids ends a completion, so that
 lengths are geometric with a mean near 25, cut at 64: random weights alone would never stop.
 
-- plain: transformers' `generate`, every sample a row of its own with an encoder pass of its own, 8 at once, as they come.
+- plain: transformers' `generate`, every sample a row of its own with an encoder pass of its own, 8 at once, as
+  they come.
 - ours: `sample_completions` (each prompt encoded once for its samples), 64 at once.
 - ours, sorted: the same, prompts sorted by length.
-- removal: a decoding loop of 20 lines on the same model that drops finished rows from the batch at every step.
-- CTranslate2: float32 `Translator`, an engine of its own. It reports one score per completion, so the tokens'
-  log-probabilities are recomputed by our model in one pass, which is part of its time.
+- removal: a decoding loop of 20 lines on the same model that drops finished rows from the batch each step.
+- CTranslate2: float32 `Translator`, an engine of its own. It reports one score per completion, so the tokens' log-
+  probabilities are recomputed by our model in one pass, which is part of its time.
 """
 
 from __future__ import annotations

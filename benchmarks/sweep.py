@@ -3,8 +3,9 @@
     python benchmarks/sweep.py [--steps 8]
 
 K ∈ {1, 2, 4, 8, 16} × baseline ∈ {mean, leave-one-out} on the shipped task `translate`. From the cache: one
-`rollout`, one `score`, ten offline runs. Live: ten runs that sample and score at every step. Equal steps on equally many rollouts; all in
-one process, so that no start-up is counted. Offline trains on the start policy's rollouts: the figures are cost, not quality.
+`rollout`, one `score`, ten offline runs. Live: ten runs that sample and score at every step. Equal steps on
+equally many rollouts; all in one process, so that no start-up is counted. Offline trains on the start policy's
+rollouts: the figures are cost, not quality.
 """
 
 from __future__ import annotations

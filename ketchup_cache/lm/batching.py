@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-
 ENOUGH = 2048
 """Padded tokens of a batch that already keep the machine busy: from here on, padding is worth a batch of its own."""
 WASTE = 1.15
