@@ -76,9 +76,7 @@ class Offline:
     def batch(self, step: int, model: PreTrainedModel) -> Drawn:
         if not self._streams:
             self._streams = {
-                name: Stream(
-                    self._cache, refs, self._share, self._config.seed, skip=step, batches=self.steps - step
-                )
+                name: Stream(self._cache, refs, self._share, self._config.seed, skip=step, batches=self.steps - step)
                 for name, refs in self._parts.items()
             }
         drawn = [next(stream) for stream in self._streams.values()]
