@@ -22,8 +22,8 @@ def test_gpu_script_runs_without_a_gpu(tmp_path):
     found = json.loads(out.read_text())
     assert found["tiny"] is True
     assert 0 < found["scoring"]["share_of_matrix_rate"] < 1
-    # by hand, for the toy shape: 16 rollouts, 4 of each prompt, float32
-    assert found["scoring"]["weights_bytes"] > 2 * 4 * 64 * 32_100
+    # at least the embedding of the toy shape, float32
+    assert found["scoring"]["weights_bytes"] > 4 * 64 * 32_100
     assert set(found["learning"]) == {"with teacher", "without teacher"}
     assert str(found["matrix_flops"] / 1e12)[:3] in done.stdout
 
