@@ -28,6 +28,13 @@ bench: .venv/.installed
 	$(BIN)/python benchmarks/returns.py
 	$(BIN)/python benchmarks/store.py
 	$(BIN)/python benchmarks/scoring.py
+	$(BIN)/python benchmarks/loading.py --short
+	$(BIN)/python benchmarks/growth.py --short
+	$(BIN)/python benchmarks/sweep.py --short
+	$(BIN)/python benchmarks/live_teacher.py --short
+	$(BIN)/python benchmarks/micro_batches.py --short
+	$(BIN)/python benchmarks/rollouts.py --short
+	$(BIN)/python benchmarks/gpu.py --short
 
 # about a quarter of an hour; `make test` has a short form
 soak: .venv/.installed

@@ -67,6 +67,12 @@ class Cache:
         self._parsed: dict[str, Manifest] = {}
         self._decoded: dict[str, Prompts | Rollouts] = {}
 
+    def handle(self) -> Cache:
+        """The same cache for another thread: manifests parsed once serve both, decoded segments are its own."""
+        other = Cache(self.path)
+        other._parsed = self._parsed
+        return other
+
     def manifests(self, kind: Kind | None = None) -> list[tuple[str, Manifest]]:
         """(id, manifest) of all segments that are there now, in the order of commits (time, then id).
 
