@@ -222,7 +222,8 @@ def _measure(run: Run, work: Path) -> dict[str, Any]:
         }
         model = out / "student"
     # with the task's own limit, whatever limit the rollouts had
-    evaluated = tool("evaluate", model=model, data=folder / "test.jsonl", teacher=folder / "teacher", **task.decoding)
+    options = {**task.decoding, **task.evaluation}
+    evaluated = tool("evaluate", model=model, data=folder / "test.jsonl", teacher=folder / "teacher", **options)
     record |= {"evaluation": evaluated, "commands": tool.commands, "seconds": round(time.monotonic() - began, 1)}
     if run.row is not None:
         shutil.rmtree(cache)

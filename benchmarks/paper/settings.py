@@ -37,6 +37,8 @@ class Task:
     decoding: Options
     pretrain: Options
     """How the shipped student was pre-distilled; the runs of other lengths and sizes change a part of it."""
+    evaluation: Options = field(default_factory=dict)
+    """Of `evaluate`, over the decoding."""
 
     @property
     def headline(self) -> Metric:
@@ -54,6 +56,16 @@ TASKS = {
             decoding={"max_new_tokens": 36, "rollout_batch": 256},
             pretrain={"epochs": 130, "batch_size": 64, "lr": 3e-3, "warmup": 50, "schedule": "linear",
                       "weight_decay": 0},
+        ),
+        Task(
+            "reason",
+            "reason (as GSM8K, with the calculator)",
+            labelled=2000,
+            metrics=(Metric("gsm8k", "accuracy"),),
+            decoding={"max_new_tokens": 48, "rollout_batch": 256, "calculator": True},
+            pretrain={"epochs": 60, "batch_size": 64, "lr": 4e-3, "warmup": 30, "schedule": "linear",
+                      "weight_decay": 0},
+            evaluation={"metrics": "gsm8k"},
         ),
     )
 }  # fmt: skip
