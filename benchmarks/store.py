@@ -69,14 +69,18 @@ def seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
+def stored_arrays(scores: Scores) -> dict[str, np.ndarray]:
+    return {**scores.per_token(), "final_max_q": scores.final_max_q}
+
+
 def raw_write(folder: Path, scores: Scores) -> None:
     """The yardstick: the same numbers as .npy files, neither compressed nor hashed nor synced."""
-    for name, array in vars(scores).items():
+    for name, array in stored_arrays(scores).items():
         np.save(folder / f"{name}.npy", array)
 
 
 def raw_read(folder: Path, scores: Scores) -> None:
-    for name in vars(scores):
+    for name in stored_arrays(scores):
         np.load(folder / f"{name}.npy")
 
 
@@ -137,7 +141,7 @@ def report(
     writes: tuple[list[float], list[float]],
     reads: tuple[list[float], list[float]],
 ) -> None:
-    megabytes = sum(array.nbytes for array in vars(scores).values()) / 1e6
+    megabytes = sum(array.nbytes for array in stored_arrays(scores).values()) / 1e6
     load = os.getloadavg()[0] / (os.cpu_count() or 1)
     print(f"one scores segment: {TOKENS:,} tokens, {megabytes:.1f} MB, median (and best) of {REPEATS}")
     print(f"load of the machine while measuring: {load:.1f} tasks for each of {os.cpu_count()} processors")

@@ -5,8 +5,7 @@ for all others together (the tail) where there are any. With top = V nothing is 
 Lumping never raises a divergence (data-processing inequality), so what is computed is a lower bound of the exact one.
 
 All are in nats, of log-probabilities: teacher [n, m], without gradient, -inf allowed; student [n, m], finite.
-Values and gradients are finite for every such input. The teacher's tail is as exact as a float32 logsumexp lets it be:
-to about 1e-7 times the size of the logits.
+Values and gradients are finite for every such input.
 """
 
 from __future__ import annotations
@@ -17,18 +16,17 @@ import torch
 from torch import Tensor
 
 
-def teacher_buckets(top_q: Tensor, logsumexp: Tensor, vocab_size: int) -> Tensor:
+def teacher_buckets(top_q: Tensor, rest_logsumexp: Tensor, vocab_size: int) -> Tensor:
     """Log-probabilities of the teacher's buckets.
 
-    top_q: [n, top] float32 largest logits. logsumexp: [n] float32 over all logits. → [n, top + 1] float32 with the tail
-    last, [n, top] where top is the whole vocabulary. The tail is what is missing to 1; where rounding leaves nothing,
-    or less, it is -inf.
+    top_q: [n, top] float32 largest logits. rest_logsumexp: [n] float32 over all others. → [n, top + 1] float32 with the
+    tail last, [n, top] where top is the whole vocabulary. They are normalised here, in float64: what is missing to 1
+    would have the rounding of a float32 logsumexp (2e-6 for logits near 40), all of it in the tail.
     """
-    logprob = top_q.double() - logsumexp.double()[:, None]
+    logits = top_q.double()
     if top_q.shape[1] < vocab_size:
-        tail = (1 - logprob.exp().sum(1, keepdim=True)).clamp(min=0).log()
-        logprob = torch.cat([logprob, tail], dim=1)
-    return logprob.float()
+        logits = torch.cat([logits, rest_logsumexp.double()[:, None]], dim=1)
+    return logits.log_softmax(1).float()
 
 
 def student_buckets(logits: Tensor, top_ids: Tensor) -> Tensor:

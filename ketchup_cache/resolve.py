@@ -36,6 +36,8 @@ def resolve(command: str, file: Path | None, flags: dict[str, Any], recipe_name:
             values |= found
             problems += wrong
     values |= {key: value for key, value in flags.items() if value is not None}
+    if values.get("method") == "llmr" and flags.get("k") is None:
+        values.pop("k", None)  # a file's or recipe's k is for ketchup: one file serves both methods
     config = None
     try:
         config = config_class.model_validate(values)

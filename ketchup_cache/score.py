@@ -298,4 +298,5 @@ def _row(scores: Scores, completions: Ragged, row: int) -> Scores:
         scores.final_max_q[row : row + 1],
         scores.top_q[tokens],
         scores.top_ids[tokens],
+        scores.rest_logsumexp[tokens],
     )

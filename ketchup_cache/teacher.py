@@ -126,7 +126,7 @@ class Teacher:
         targets = torch.tensor(batch.completions.values, dtype=torch.long, device=self._head.device)
         reduced = self._head.reduce(states, targets, keep_top=keep_top)
         q, max_q, logsumexp, mean_q, *largest = (values.cpu().numpy() for values in reduced)
-        top = (largest[0], largest[1].astype(TOKEN_DTYPE)) if largest else ()
+        top = (largest[0], largest[1].astype(TOKEN_DTYPE), largest[2]) if largest else ()
         _, next_max_q, next_logsumexp, _ = self._head.reduce(next_states, targets.new_zeros(len(next_states)))
         final_max_q = np.zeros(len(names), np.float32)
         final_max_q[~finished] = next_max_q.cpu().numpy()

@@ -152,6 +152,8 @@ class Scores:
     Maximum, logsumexp and mean are over the real vocabulary (the tokenizer's), not over padding rows of the head.
     top_q: [N, top] float32, the `top` largest logits of each state, largest first; top_ids: [N, top] int32, their
         tokens. top is 0 where they were not kept (`score --keep-top`).
+    rest_logsumexp: [N] float32, logsumexp over all tokens but these; logsumexp itself where top is 0, and -inf where
+        top is the whole vocabulary.
     """
 
     q: NDArray[np.float32]
@@ -161,11 +163,16 @@ class Scores:
     final_max_q: NDArray[np.float32]
     top_q: NDArray[np.float32] = None  # type: ignore[assignment]  # __post_init__ makes it [N, 0]
     top_ids: NDArray[np.int32] = None  # type: ignore[assignment]
+    rest_logsumexp: NDArray[np.float32] = None  # type: ignore[assignment]  # needed where there is a top_q
 
     def __post_init__(self) -> None:
         for name, dtype in (("top_q", np.float32), ("top_ids", TOKEN_DTYPE)):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, np.zeros((len(self.q), 0), dtype))
+        if self.rest_logsumexp is None:
+            if self.top:
+                raise ValueError("top_q without rest_logsumexp")
+            object.__setattr__(self, "rest_logsumexp", self.logsumexp)
 
     @property
     def top(self) -> int:
@@ -173,10 +180,17 @@ class Scores:
         return int(self.top_q.shape[1])
 
     def with_top(self, top: int) -> Scores:
-        """The same scores with only so many of the largest logits; there must be as many."""
+        """The same scores with only so many of the largest logits; there must be as many. The others join the rest."""
         if top > self.top:
             raise ValueError(f"{top} logits of scores that keep {self.top}")
-        return replace(self, top_q=self.top_q[:, :top], top_ids=self.top_ids[:, :top])
+        if top == self.top:
+            return self
+        rest = self.logsumexp
+        if top:
+            largest = self.top_q[:, top]
+            mass = np.exp(self.top_q[:, top:] - largest[:, None]).sum(axis=1, dtype=np.float64)
+            rest = np.logaddexp(largest + np.log(mass), self.rest_logsumexp).astype(np.float32)
+        return replace(self, top_q=self.top_q[:, :top], top_ids=self.top_ids[:, :top], rest_logsumexp=rest)
 
     @classmethod
     def empty(cls, tokens: int, rows: int, top: int = 0) -> Scores:
@@ -184,7 +198,7 @@ class Scores:
             np.zeros(n, np.float32) for n in (tokens, tokens, tokens, tokens, rows)
         )
         top_q, top_ids = np.zeros((tokens, top), np.float32), np.zeros((tokens, top), TOKEN_DTYPE)
-        return cls(q, max_q, logsumexp, mean_q, final_max_q, top_q, top_ids)
+        return cls(q, max_q, logsumexp, mean_q, final_max_q, top_q, top_ids, np.zeros(tokens, np.float32))
 
     @classmethod
     def concatenate(cls, parts: Sequence[Scores]) -> Scores:
@@ -200,7 +214,8 @@ class Scores:
 
     def of_tokens(self) -> dict[str, NDArray]:
         """The arrays with one value, or one row, for each token, by name."""
-        return {**self.per_token(), "top_q": self.top_q, "top_ids": self.top_ids}
+        top = {name: getattr(self, name) for name in ("top_q", "top_ids", "rest_logsumexp")}
+        return {**self.per_token(), **top}
 
     def take(self, completions: Ragged, rows: NDArray[np.integer]) -> Scores:
         """The given rows of these scores of `completions`, in the given order."""

@@ -334,7 +334,11 @@ def scores_with_top(rollouts, start: int, stop: int, top: int, seed: int) -> Sco
     logsumexp = (largest + np.log(np.exp(logits - largest[:, None]).sum(axis=1))).astype(np.float32)
     q = logits[np.arange(len(tokens)), tokens]
     final = np.zeros(stop - start, np.float32)
-    return Scores(q, largest, logsumexp, logits.mean(axis=1), final, np.take_along_axis(logits, ids, 1), ids)
+    others = logits.copy()
+    np.put_along_axis(others, ids, -np.inf, axis=1)
+    with np.errstate(divide="ignore"):
+        rest = np.log(np.exp(others - largest[:, None]).sum(axis=1)) + largest
+    return Scores(q, largest, logsumexp, logits.mean(axis=1), final, np.take_along_axis(logits, ids, 1), ids, rest)
 
 
 @pytest.mark.parametrize("top", [1, 3, VOCAB])
@@ -359,6 +363,12 @@ def test_largest_logits_are_kept_and_win_over_scores_without_them(tmp_path: Path
         read = small.load_scores(segment_id)
         assert same(read.top_ids, kept.top_ids)
         assert same(read.top_q[:, 0], read.max_q)
+        rest_gap = kept.logsumexp - kept.rest_logsumexp
+        if top < VOCAB:
+            difference = abs(read.logsumexp - read.rest_logsumexp - rest_gap)
+            np.testing.assert_array_less(difference, rest_gap * 2.0**-11 + 1e-5)
+        else:
+            assert (read.rest_logsumexp == -np.inf).all()
         gap = kept.max_q[:, None] - kept.top_q
         np.testing.assert_array_less(abs(read.max_q[:, None] - read.top_q - gap), gap * 2.0**-11 + 1e-5)
         assert [(r.row_start, r.row_stop) for r in small.scored(keep_top=top)] == [(1, 4)]

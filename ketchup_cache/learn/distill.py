@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -44,6 +46,7 @@ def divergence_step(
     from_teacher: [B] bool. Returns metrics whose returns and ratios are of the student samples, null without them.
     Raises NumericsError for a loss or gradient that is not finite; the weights are then as before.
     """
+    batch = replace(batch, scores=batch.scores.with_top(min(config.top_needed, batch.scores.top)))
     rollouts = batch.rollouts
     completions = rollouts.completions
     weight = token_weights(from_teacher, completions, rollouts.forced)
@@ -71,17 +74,17 @@ def token_terms(
     from_teacher: Tensor,
     top_q: Tensor,
     top_ids: Tensor,
-    logsumexp: Tensor,
+    rest_logsumexp: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Each token's term of the loss [n], in nats, and the student's log-probability of the token [n].
 
     logits: [n, V] float32 of the student. targets: [n] int64. from_teacher: [n] bool. top_q, top_ids: [n, top], and
-    logsumexp: [n], of the teacher.
+    rest_logsumexp: [n], of the teacher.
     """
     logprob = logits.gather(1, targets[:, None]).squeeze(1) - logits.logsumexp(1)
     if method == "seqkd":
         return -logprob, logprob
-    teacher = divergences.teacher_buckets(top_q, logsumexp, logits.shape[1])
+    teacher = divergences.teacher_buckets(top_q, rest_logsumexp, logits.shape[1])
     student = divergences.student_buckets(logits, top_ids)
     on_teacher = ON_TEACHER[method](teacher, student)
     if method not in ON_STUDENT or ON_STUDENT[method] is ON_TEACHER[method]:
@@ -107,7 +110,6 @@ def _micro_batch_loss(
     inside = np.flatnonzero(weight[places] > 0)
     states, places = states[torch.from_numpy(inside).to(states.device)], places[inside]
     teacher = np.repeat(from_teacher, completions.lengths)[places]
-    top = min(config.top_needed, scores.top)
 
     def tensor(values: NDArray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(values)).to(head.device)
@@ -125,9 +127,9 @@ def _micro_batch_loss(
             states[chunk],
             tensor(completions.values[some]).long(),
             tensor(teacher[chunk]),
-            tensor(scores.top_q[some, :top]),
-            tensor(scores.top_ids[some, :top]).long(),
-            tensor(scores.logsumexp[some]),
+            tensor(scores.top_q[some]),
+            tensor(scores.top_ids[some]).long(),
+            tensor(scores.rest_logsumexp[some]),
             use_reentrant=False,
         )
         losses.append(values * tensor(weight[some].astype(np.float32)))

@@ -103,22 +103,29 @@ class Head:
     def reduce(self, states: Tensor, targets: Tensor, *, keep_top: int = 0) -> tuple[Tensor, ...]:
         """States [n, D] and targets [n] int64 → q, max_q, logsumexp and mean_q (`Scores`), each [n] float32.
 
-        With keep_top, also top_q [n, keep_top] float32 and top_ids [n, keep_top] int64, largest first.
+        With keep_top, also top_q [n, keep_top] float32 and top_ids [n, keep_top] int64, largest first, and
+        rest_logsumexp [n] float32 over the others.
         """
         parts, tops = [], []
         for some_states, some_targets in _chunks(states, targets, REDUCE_CHUNK):
             logits = self.logits(some_states)
             q = logits.gather(1, some_targets[:, None]).squeeze(1)
             max_q = logits.amax(1)
-            # log Σ exp(l) = max − log(largest probability): torch's logsumexp takes twice the time of its softmax, and
-            # far more where most of the exponentials are denormal numbers
-            logsumexp = max_q - logits.softmax(1).amax(1).log()
-            parts.append(torch.stack([q, max_q, logsumexp, logits.mean(1)]))
+            parts.append(torch.stack([q, max_q, _logsumexp(logits, max_q), logits.mean(1)]))
             if keep_top:
-                tops.append(logits.topk(keep_top, dim=1))
+                top_q, top_ids = logits.topk(keep_top, dim=1)
+                others = logits.scatter_(1, top_ids, -torch.inf)  # in place: nothing needs the logits any more
+                rest = _logsumexp(others, others.amax(1)) if keep_top < self.vocab_size else others[:, 0]
+                tops.append((top_q, top_ids, rest))
         q, max_q, logsumexp, mean_q = torch.cat(parts, dim=1)
         largest = tuple(torch.cat(values) for values in zip(*tops, strict=True))
         return q, max_q, logsumexp, mean_q, *largest
+
+
+def _logsumexp(logits: Tensor, largest: Tensor) -> Tensor:
+    """log Σ exp(l) = max − log(largest probability): torch's logsumexp takes twice the time of its softmax, and far
+    more where most of the exponentials are denormal numbers. Shapes: [n, V], [n] → [n]."""
+    return largest - logits.softmax(1).amax(1).log()
 
 
 def _chunks(states: Tensor, targets: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:

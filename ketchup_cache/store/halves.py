@@ -45,6 +45,7 @@ def shrink(scores: Scores) -> dict[str, NDArray]:
         "mean_gap": _distance("mean_gap", max_q, scores.mean_q),
         "final_max_q": scores.final_max_q,
         "top_gap": _distance("top_gap", max_q[:, None], scores.top_q),
+        "rest_gap": _rest_gap(scores),
         "top_ids": scores.top_ids,
     }
 
@@ -58,8 +59,17 @@ def restore(arrays: Mapping[str, NDArray]) -> Scores:
         max_q = q + gap
         scores = Scores(q, max_q, max_q + logsumexp_gap, max_q - mean_gap, arrays["final_max_q"])
         if "top_gap" in arrays:
-            scores = replace(scores, top_q=max_q[:, None] - arrays["top_gap"], top_ids=arrays["top_ids"])
+            nothing = np.full(len(q), -np.inf, np.float32)
+            rest = scores.logsumexp - arrays["rest_gap"].astype(np.float32) if "rest_gap" in arrays else nothing
+            top_q = max_q[:, None] - arrays["top_gap"]
+            scores = replace(scores, top_q=top_q, top_ids=arrays["top_ids"], rest_logsumexp=rest)
     return scores
+
+
+def _rest_gap(scores: Scores) -> NDArray[np.float16]:
+    """Not stored, and 0 here, where there is no rest."""
+    there = np.isfinite(scores.rest_logsumexp)
+    return _distance("rest_gap", scores.logsumexp, np.where(there, scores.rest_logsumexp, scores.logsumexp))
 
 
 def _distance(name: str, above: NDArray[np.float32], below: NDArray[np.float32]) -> NDArray[np.float16]:

@@ -49,8 +49,10 @@ def layout(info: Info, rows: int, tokens: int) -> dict[str, ArrayEntry]:
             shapes = dict.fromkeys(names, (_float(info), per_token))
             shapes["final_max_q"] = ("float32", per_row)
             if info.keep_top:
-                top_q = "top_gap" if compact else "top_q"
+                top_q, rest = ("top_gap", "rest_gap") if compact else ("top_q", "rest_logsumexp")
                 shapes |= {top_q: (_float(info), (tokens, info.keep_top)), "top_ids": (token, (tokens, info.keep_top))}
+                if info.keep_top < info.tokenizer.vocab_size:
+                    shapes[rest] = (_float(info), per_token)
     return {name: ArrayEntry(dtype=dtype, shape=shape) for name, (dtype, shape) in shapes.items()}
 
 
@@ -98,6 +100,8 @@ def unpack(info: Info, arrays: Mapping[str, NDArray]) -> Segment:
                 arrays = {**arrays, "top_ids": arrays["top_ids"].astype(TOKEN_DTYPE)}
             if info.storage == "compact":
                 arrays = vars(halves.restore(arrays))
+            elif info.keep_top == info.tokenizer.vocab_size:
+                arrays = {**arrays, "rest_logsumexp": np.full(len(arrays["q"]), -np.inf, np.float32)}
             return Scores(**{name: _frozen(array) for name, array in arrays.items()})
 
 
@@ -171,16 +175,24 @@ def _check_scores(scores: Scores, info: ScoresInfo) -> None:
 def _check_top(scores: Scores, info: ScoresInfo) -> None:
     top_q, top_ids = scores.top_q, scores.top_ids
     slack = TOLERANCE * np.maximum(1, np.abs(scores.max_q))
+    bound = scores.rest_logsumexp - top_q[:, -1] - slack
     if info.storage == "compact":  # logsumexp, and the logits that weigh, lie within log(vocab_size) of the maximum
-        slack += 2 * halves.ROUNDING * math.log(info.tokenizer.vocab_size)
+        slack += 3 * halves.ROUNDING * math.log(info.tokenizer.vocab_size)
+        far = scores.max_q - top_q[:, -1] + scores.logsumexp - scores.rest_logsumexp
+        bound -= 2 * halves.ROUNDING * np.abs(far)
     beyond = (top_ids < 0) | (top_ids >= min(info.tokenizer.vocab_size, MAX_VOCABULARY))
     _refuse("top_ids", beyond, f"holds an id that {info.tokenizer.name} does not have")
     _refuse("top_ids", np.diff(np.sort(top_ids, axis=1), axis=1) == 0, "holds a token twice")
     _refuse("top_q", np.diff(top_q, axis=1) > 0, "does not fall from the largest logit to the smallest")
     _refuse("top_q", top_q[:, 0] != scores.max_q, "does not begin with max_q")
-    # the mass of the kept tokens can't be more than that of all
+    others = info.tokenizer.vocab_size - info.keep_top
+    if others:
+        _refuse("rest_logsumexp", bound > math.log(others), "is more than so many smaller logits can have")
+    # together, the kept tokens and the others have the mass of all
     mass = np.exp(top_q - scores.max_q[:, None], dtype=np.float64).sum(1)
-    _refuse("top_q", np.log(mass) + scores.max_q > scores.logsumexp + slack, "has more mass than logsumexp says")
+    mass += np.exp(scores.rest_logsumexp - scores.max_q, dtype=np.float64)
+    differs = np.abs(np.log(mass) + scores.max_q - scores.logsumexp) > slack
+    _refuse("top_q", differs, "and rest_logsumexp do not add up to logsumexp")
 
 
 def _check_pair(scores: Scores, info: ScoresInfo, rollouts: Rollouts) -> None:
