@@ -13,6 +13,7 @@ from ketchup_cache.errors import KetchupError
 from ketchup_cache.store import coverage, reading
 from ketchup_cache.store.cache import Cache
 from ketchup_cache.store.manifest import Manifest, RolloutsInfo, ScoresInfo
+from ketchup_cache.store.sizes import ArraySizes, array_sizes
 
 _KINDS = ("prompts", "rollouts", "scores")
 
@@ -55,6 +56,8 @@ class CacheInfo:
     """Of all manifests and the files they name."""
     storage: tuple[str, ...]
     """lossless, compact, or both."""
+    arrays: tuple[ArraySizes, ...]
+    """Where the bytes are: each array of each kind of segment."""
     policies: tuple[PolicyUse, ...]
     teachers: tuple[TeacherUse, ...]
     tokenizers: tuple[dict[str, Any], ...]
@@ -72,7 +75,10 @@ class CacheInfo:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON."""
-        return asdict(self) | {"bytes_per_completion_token": self.bytes_per_completion_token}
+        return asdict(self) | {
+            "bytes_per_completion_token": self.bytes_per_completion_token,
+            "arrays": [sizes.to_dict() for sizes in self.arrays],
+        }
 
     def __str__(self) -> str:
         per_token = self.bytes_per_completion_token
@@ -86,6 +92,7 @@ class CacheInfo:
             ),
             ("size", _size(self.bytes) + (f" ({per_token:.1f} bytes per completion token)" if per_token else "")),
             *([("storage", " and ".join(self.storage))] if "compact" in self.storage else []),
+            *(("", str(sizes)) for sizes in self.arrays if sizes.tokens),
             *(("data", f"{d['name']} ({d['fingerprint'][:12]}), template {d['template']!r}") for d in self.data),
             *(
                 ("tokenizer", f"{t['name']} ({t['fingerprint'][:12]}), {t['vocab_size']:,} tokens")
@@ -173,6 +180,7 @@ def describe(cache: Cache) -> CacheInfo:
         completion_tokens=sum(manifests[id_].tokens for id_, _ in once),
         storage=tuple(sorted({m.info.storage for m in manifests.values() if m.info.kind != "prompts"})),
         bytes=sum(len(m.to_bytes()) + _data_bytes(m) for m in manifests.values()),
+        arrays=array_sizes(manifests.values()),
         policies=tuple(
             PolicyUse(p.name, p.fingerprint, p.step, drawn[p.fingerprint])
             for p in coverage.distinct(info.policy for info in rollouts)

@@ -1,0 +1,215 @@
+"""How many of the teacher's logits are enough for KL, JS and TVD: `python benchmarks/keep_top.py [--prompts N]`.
+
+Against the divergences over full distributions, for each N: the relative error of their mean, the relative error of the
+gradient with respect to the student's logits (‖g_N − g‖ / ‖g‖ over all tokens), and what the kept logits take on disk.
+On a shipped task, with the teacher's greedy outputs and the student's samples of held-out prompts; and on made-up
+distributions over 32,000 tokens. Prints Markdown, and writes it as numbers to benchmarks/results/keep_top.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ketchup_cache import divergences
+from ketchup_cache.config import RolloutConfig, ScoreConfig
+from ketchup_cache.learn.distill import ON_STUDENT, ON_TEACHER
+from ketchup_cache.lm.forward import Batch, completion_states
+from ketchup_cache.lm.head import Head
+from ketchup_cache.lm.load import load_model
+from ketchup_cache.rollout import rollout
+from ketchup_cache.score import score
+from ketchup_cache.shipped import task
+from ketchup_cache.store.arrays import encode
+from ketchup_cache.store.cache import open_cache
+from ketchup_cache.types import Scores
+
+RESULTS = Path(__file__).parent / "results" / "keep_top.json"
+METHODS = ("kl", "js", "tvd")
+ENOUGH = (0.1, 0.01)
+"""Largest relative errors, of value and gradient alike, for which the smallest N that keeps them is named."""
+CHUNK = 64
+
+
+@dataclass
+class Part:
+    """Teacher and student in the same states. n states, V tokens.
+
+    scores: of all V logits. logits: [n, V] float32 of the student. from_teacher: whether they are states of teacher
+    outputs.
+    """
+
+    scores: Scores
+    logits: Tensor
+    from_teacher: bool
+
+
+def shipped(name: str, prompts: int) -> list[Part]:
+    """A shipped teacher and pre-distilled student, in the states that `learn` would see."""
+    folder = task(name)
+    teacher, student = str(folder / "teacher"), str(folder / "predistilled")
+    model = load_model(student, device="cpu")
+    with tempfile.TemporaryDirectory() as temporary:
+        path = Path(temporary)
+        common = {"data": str(folder / "dev.jsonl"), "limit": prompts, "cache": path, "device": "cpu"}
+        rollout(RolloutConfig(student=teacher, greedy=True, **common))
+        rollout(RolloutConfig(student=student, **common))
+        score(ScoreConfig(teacher=teacher, cache=path, device="cpu", keep_top=10**6))
+        cache, parts = open_cache(path), []
+        for ref in cache.scored():
+            part = cache.load_scored(ref)
+            rollouts = part.rollouts
+            head = Head.of(model, part.scores.top)
+            batch = Batch(part.prompts.tokens, rollouts.prompt_index, rollouts.completions)
+            with torch.no_grad():
+                logits = head.logits(completion_states(model, batch))
+            parts.append(Part(part.scores, logits, ref.policy.name == teacher))
+    return parts
+
+
+def made_up(vocab: int, tokens: int) -> list[Part]:
+    """Logits that fall off with the rank as in natural text (Zipf, exponent 1), with noise; each state is more or less
+    certain. The student's are the teacher's with noise of its own, and less certain."""
+    rng = np.random.default_rng(0)
+    parts = []
+    for from_teacher in (True, False):
+        certainty = rng.uniform(1, 3, (tokens, 1))
+        base = -np.log(np.argsort(rng.random((tokens, vocab)), axis=1) + 1)
+        p = (certainty * base + rng.normal(0, 1, (tokens, vocab))).astype(np.float32)
+        s = (0.8 * p + rng.normal(0, 1, (tokens, vocab))).astype(np.float32)
+        ids = np.argsort(-p, axis=1, kind="stable").astype(np.int32)
+        top_q = np.take_along_axis(p, ids, 1)
+        total = np.logaddexp.reduce(p.astype(np.float64), axis=1).astype(np.float32)
+        nothing = np.full(tokens, -np.inf, np.float32)
+        scores = Scores(top_q[:, 0], top_q[:, 0], total, p.mean(1), np.zeros(1, np.float32), top_q, ids, nothing)
+        parts.append(Part(scores, torch.from_numpy(s), from_teacher))
+    return parts
+
+
+def exact(method: str, part: Part, rows: slice, logits: Tensor) -> Tensor:
+    """[n], over full distributions, in float64, by their definitions."""
+    q = torch.tensor(part.scores.top_q[rows]).double()
+    ids = torch.tensor(part.scores.top_ids[rows]).long()
+    log_p = torch.empty_like(q).scatter_(1, ids, q).log_softmax(1)
+    log_s = logits.double().log_softmax(1)
+    p, s = log_p.exp(), log_s.exp()
+    if method == "kl":
+        return (p * (log_p - log_s)).sum(1)
+    if method == "tvd":
+        return (p - s).abs().sum(1) / 2
+    log_m = torch.logaddexp(log_p, log_s) - np.log(2)
+    return (p * (log_p - log_m)).sum(1) if part.from_teacher else (s * (log_s - log_m)).sum(1)
+
+
+def lumped(method: str, part: Part, rows: slice, logits: Tensor, few: Scores) -> Tensor:
+    """[n], as `learn` computes it."""
+    teacher = divergences.teacher_buckets(
+        torch.tensor(few.top_q[rows]), torch.tensor(few.rest_logsumexp[rows]), logits.shape[1]
+    )
+    student = divergences.student_buckets(logits, torch.tensor(few.top_ids[rows]).long())
+    return (ON_TEACHER if part.from_teacher else ON_STUDENT)[method](teacher, student)
+
+
+def value_and_gradient(part: Part, rows: slice, terms: Callable[[Tensor], Tensor]) -> tuple[float, Tensor]:
+    logits = part.logits[rows].clone().requires_grad_()
+    value = terms(logits).sum()
+    (gradient,) = torch.autograd.grad(value, logits)
+    return float(value.detach()), gradient.double()
+
+
+def measure(parts: list[Part]) -> dict:
+    """For each N: of each method, value and relative errors; and bytes per token of the arrays that N adds."""
+    vocab, tokens = parts[0].logits.shape[1], sum(len(part.logits) for part in parts)
+    tops = [*(n for n in (2**i for i in range(20)) if n < vocab), vocab]
+    rows_of = [(p, slice(i, i + CHUNK)) for p in parts for i in range(0, len(p.logits), CHUNK)]
+    exact_value, norm, value, difference = ({} for _ in range(4))
+    for method in METHODS:
+        for part, rows in rows_of:
+            if method == "kl" and not part.from_teacher:
+                continue
+            v, g = value_and_gradient(part, rows, lambda x: exact(method, part, rows, x))  # noqa: B023
+            exact_value[method] = exact_value.get(method, 0) + v
+            norm[method] = norm.get(method, 0) + float(g.square().sum())
+            for n in tops:
+                few = part.scores.with_top(n)
+                v, h = value_and_gradient(part, rows, lambda x: lumped(method, part, rows, x, few))  # noqa: B023
+                value[method, n] = value.get((method, n), 0) + v
+                difference[method, n] = difference.get((method, n), 0) + float((h - g).square().sum())
+    count = {m: sum(len(p.logits) for p in parts if m != "kl" or p.from_teacher) for m in METHODS}
+    rows = [
+        {
+            "keep_top": n,
+            "bytes_per_token": sum(stored_bytes(part.scores.with_top(n)) for part in parts) / tokens,
+            "teacher_mass": float(np.mean(np.concatenate([mass(part.scores.with_top(n)) for part in parts]))),
+            "value_error": {m: abs(value[m, n] / exact_value[m] - 1) for m in METHODS},
+            "gradient_error": {m: (difference[m, n] / norm[m]) ** 0.5 for m in METHODS},
+        }
+        for n in tops
+    ]
+    worst = {r["keep_top"]: max(*r["value_error"].values(), *r["gradient_error"].values()) for r in rows}
+    return {
+        "vocabulary": vocab,
+        "tokens": tokens,
+        "exact": {m: exact_value[m] / count[m] for m in METHODS},
+        "rows": rows,
+        "enough": {f"{e:.0%}": min(n for n, error in worst.items() if error < e) for e in ENOUGH},
+    }
+
+
+def mass(scores: Scores) -> np.ndarray:
+    """[n], the teacher's probability of the kept tokens."""
+    return np.exp(scores.top_q.astype(np.float64) - scores.logsumexp[:, None]).sum(1)
+
+
+def stored_bytes(scores: Scores) -> int:
+    """Of the arrays that are there because of --keep-top, compressed as a segment has them."""
+    vocab_bytes = np.uint16 if scores.top_ids.max(initial=0) < 2**16 else np.uint32
+    arrays = {"top_q": scores.top_q, "top_ids": scores.top_ids.astype(vocab_bytes)}
+    if np.isfinite(scores.rest_logsumexp).all():
+        arrays["rest_logsumexp"] = scores.rest_logsumexp
+    return sum(len(data) for data in encode(arrays).values())
+
+
+def table(name: str, found: dict) -> str:
+    exact = ", ".join(f"{m.upper()} {v:.4f}" for m, v in found["exact"].items())
+    head = ["N", "bytes/token", "teacher's mass", *(f"{m.upper()} {w}" for w in ("error", "∇ error") for m in METHODS)]
+    lines = [
+        f"\n{name}: {found['tokens']:,} tokens, V = {found['vocabulary']:,}; per token {exact}; "
+        + "; ".join(f"all errors below {e} from N = {n:,}" for e, n in found["enough"].items())
+        + ".\n",
+        "| " + " | ".join(head) + " |",
+        "| " + " | ".join(["---"] * len(head)) + " |",
+    ]
+    for row in found["rows"]:
+        errors = [*row["value_error"].values(), *row["gradient_error"].values()]
+        cells = [f"{row['keep_top']:,}", f"{row['bytes_per_token']:,.1f}", f"{row['teacher_mass']:.4%}"]
+        lines.append("| " + " | ".join([*cells, *(f"{error:.1e}" for error in errors)]) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--prompts", type=int, default=100)
+    parser.add_argument("--vocab", type=int, default=32_000)
+    parser.add_argument("--tokens", type=int, default=128)
+    options = parser.parse_args()
+    settings = {"translate": lambda: shipped("translate", options.prompts)}
+    settings["made up"] = lambda: made_up(options.vocab, options.tokens)
+    results = {}
+    for name, make in settings.items():
+        results[name] = measure(make())
+        print(table(name, results[name]), flush=True)
+    RESULTS.parent.mkdir(exist_ok=True)
+    RESULTS.write_text(json.dumps(results, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
