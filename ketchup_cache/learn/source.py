@@ -64,10 +64,12 @@ class Offline:
     def __init__(self, cache: Cache, config: LearnConfig) -> None:
         self._cache, self._config = cache, config
         self._parts: dict[str, list[ScoredRef]] = {}
+        # asked for first: where they are missing, they must be made before anything is scored again
+        outputs = teacher_outputs(cache, config) if config.method in ON_OUTPUTS else None
         if config.method in ON_SAMPLES:
             self._parts["student"] = student_samples(cache, config)
-        if config.method in ON_OUTPUTS:
-            self._parts["teacher"] = teacher_outputs(cache, config)
+        if outputs is not None:
+            self._parts["teacher"] = outputs
         self._share = config.batch_size // len(self._parts)
         rows = sum(ref.rows for ref in next(iter(self._parts.values())))
         self.steps = config.steps or max(1, rows * config.epochs // self._share)
