@@ -15,7 +15,7 @@ from ketchup_cache.lm.fingerprint import tokenizer_info, weights_fingerprint
 from ketchup_cache.lm.forward import Batch, completion_states
 from ketchup_cache.lm.head import Head
 from ketchup_cache.lm.load import load_model, load_tokenizer, resolve_folder
-from ketchup_cache.store.manifest import TeacherInfo, TokenizerInfo
+from ketchup_cache.store.manifest import TeacherInfo, TokenizerInfo, in_precision
 from ketchup_cache.types import TOKEN_DTYPE, Ragged, Rollouts, Scores
 
 
@@ -50,7 +50,7 @@ class Teacher:
     ) -> tuple[TeacherInfo, TokenizerInfo]:
         """Who the teacher is, from its files alone: no weights are loaded. Raises ModelError."""
         tokenizer = tokenizer_info(load_tokenizer(name, trust_remote_code=trust_remote_code), name)
-        fingerprint = weights_fingerprint(resolve_folder(name), dtype=dtype)
+        fingerprint = in_precision(weights_fingerprint(resolve_folder(name)), dtype)
         return TeacherInfo(name=name, fingerprint=fingerprint, dtype=dtype), tokenizer
 
     @torch.no_grad()

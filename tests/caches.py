@@ -20,6 +20,7 @@ from ketchup_cache.store.manifest import (
     Sampling,
     ScoresInfo,
     TeacherInfo,
+    in_precision,
 )
 from ketchup_cache.types import Prompts, Ragged, Rollouts, Scores
 
@@ -77,7 +78,7 @@ def make_cache(
         Prompts(ids, Ragged.from_rows(texts, np.int32)), PromptsInfo(tokenizer=info, data=data, start=0)
     )
     teacher_info = TeacherInfo(
-        name="teacher", fingerprint=weights_fingerprint(teacher, dtype="float32"), dtype="float32"
+        name="teacher", fingerprint=in_precision(weights_fingerprint(teacher), "float32"), dtype="float32"
     )
     policy = PolicyInfo(name=str(student), fingerprint=weights_fingerprint(student))
     for some in np.array_split(np.arange(prompts), segments):

@@ -243,8 +243,15 @@ def test_what_a_method_lacks_is_said_in_one_line(base, tmp_path):
     )
     assert found.batch(0, None).from_teacher.all()
     refused("--keep-top 8", method="kl", keep_top=8)
-    refused("no scored rollouts", method="js", policy="teacher", keep_top=8)
-    refused("no policy nobody", method="kl", teacher_outputs="nobody")
+    refused("no policy `nobody`", method="kl", teacher_outputs="nobody")
+
+
+def test_js_without_a_student(base, tmp_path):
+    make_cache(tmp_path / "cache", base / "t", base / "t", prompts=3)
+    score(ScoreConfig(teacher=str(base / "t"), cache=tmp_path / "cache", device="cpu", keep_top=8))
+    options = config(base, cache=tmp_path / "cache", method="js", keep_top=8, teacher_outputs=None)
+    with pytest.raises(CacheError, match="no scored rollouts of a student; make some with `rollout` and `score`"):
+        Offline(open_cache(tmp_path / "cache"), options)
 
 
 def test_a_loss_that_is_not_finite_changes_nothing(base):

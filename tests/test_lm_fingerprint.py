@@ -4,13 +4,15 @@ import subprocess
 import sys
 
 import pytest
-from tiny import WORDS, make_t5, make_tokenizer
+from tiny import WORDS, make_t5, make_tokenizer, save_model
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from ketchup_cache.errors import ModelError
 from ketchup_cache.lm.fingerprint import first_difference, state_fingerprint, tokenizer_info, weights_fingerprint
 from ketchup_cache.lm.load import load_model
+from ketchup_cache.store.manifest import in_precision
+from ketchup_cache.teacher import Teacher
 
 VERSIONS = ("1.0", "1.1")
 
@@ -64,11 +66,12 @@ def test_two_weights_that_change_places_matter(tmp_path):
     assert state_fingerprint(model) != before
 
 
-def test_the_context_matters(tmp_path):
-    make_t5().save_pretrained(tmp_path)
-    fingerprints = [weights_fingerprint(tmp_path, **context) for context in ({}, {"dtype": "a"}, {"dtype": "b"})]
-    assert len(set(fingerprints)) == 3
-    assert weights_fingerprint(tmp_path, dtype="a") == fingerprints[1]
+def test_a_teacher_is_weights_and_precision(tmp_path):
+    save_model(tmp_path)
+    weights = weights_fingerprint(tmp_path)
+    teachers = [Teacher.identify(str(tmp_path), dtype=dtype)[0].fingerprint for dtype in ("float32", "bfloat16")]
+    assert len({weights, *teachers}) == 3
+    assert teachers == [in_precision(weights, dtype) for dtype in ("float32", "bfloat16")]
 
 
 def test_weights_are_read_without_torch(tmp_path):

@@ -184,7 +184,7 @@ def test_arrays_that_are_missing_or_too_many(cache: Cache) -> None:
 def test_not_committed_with_another_number_than_info_says(cache: Cache, said: int) -> None:
     segment_id, scores = fill_top(cache, 4)
     info = cache.manifest(segment_id).info.model_copy(update={"keep_top": said})
-    with pytest.raises(CacheError, match=r"top_q (has 4 logits of each state, must be 0|is float32 \[14, 4\])"):
+    with pytest.raises(CacheError, match=f"top_q has 4 logits of each state, must be {said}"):
         cache.commit_scores(scores, info)
 
 

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from ketchup_cache.config import LearnConfig
 from ketchup_cache.errors import CacheError
 from ketchup_cache.store.cache import Cache
-from ketchup_cache.store.coverage import ScoredRef
-from ketchup_cache.store.manifest import PolicyInfo, TeacherInfo
+from ketchup_cache.store.coverage import ScoredRef, original_id
+from ketchup_cache.store.manifest import PolicyInfo, RolloutsInfo, TeacherInfo, in_precision
 
 ON_SAMPLES = ("ketchup", "llmr", "js", "tvd")
 """Methods that learn from the student's own samples."""
@@ -29,8 +29,7 @@ def student_samples(cache: Cache, config: LearnConfig) -> list[ScoredRef]:
 
 
 def teacher_outputs(cache: Cache, config: LearnConfig) -> list[ScoredRef]:
-    """Scored rollouts of `config.teacher_outputs`; without it, of the policy that is the teacher: the same weights, or
-    the same name where it scored in another precision than it sampled in.
+    """Scored rollouts of `config.teacher_outputs`; without it, of the policy that has the teacher's weights.
 
     Raises CacheError where there are none.
     """
@@ -49,13 +48,14 @@ def teacher_outputs(cache: Cache, config: LearnConfig) -> list[ScoredRef]:
 def _is_output(cache: Cache, config: LearnConfig) -> Callable[[ScoredRef], bool]:
     teacher = cache.select_teacher(config.scored_by)
     if config.teacher_outputs is not None:
-        chosen = cache.select_policy(config.teacher_outputs).fingerprint
+        chosen = cache.select_policy(config.teacher_outputs, "--teacher-outputs").fingerprint
         return lambda ref: ref.policy.fingerprint == chosen
     return lambda ref: is_teacher(ref.policy, teacher)
 
 
 def is_teacher(policy: PolicyInfo, teacher: TeacherInfo) -> bool:
-    return policy.fingerprint == teacher.fingerprint or (policy.step is None and policy.name == teacher.name)
+    """Whether they have the same weights, whatever the names, and whatever precision the teacher scored in."""
+    return in_precision(policy.fingerprint, teacher.dtype) == teacher.fingerprint
 
 
 def _with_top(cache: Cache, config: LearnConfig, selected: list[ScoredRef], none: str) -> list[ScoredRef]:
@@ -64,12 +64,9 @@ def _with_top(cache: Cache, config: LearnConfig, selected: list[ScoredRef], none
         raise CacheError(f"{cache.path}: {none}")
     if not config.top_needed:
         return selected
-    wanted = {(ref.rollouts_id, ref.teacher.fingerprint) for ref in selected}
-    enough = [
-        ref
-        for ref in cache.scored(config.scored_by, keep_top=config.top_needed)
-        if (ref.rollouts_id, ref.teacher.fingerprint) in wanted
-    ]
+    wanted = {_original(cache, ref) for ref in selected}
+    scored = cache.scored(config.scored_by, keep_top=config.top_needed)
+    enough = [ref for ref in scored if _original(cache, ref) in wanted]
     missing = sum(ref.rows for ref in selected) - sum(ref.rows for ref in enough)
     if missing:
         raise CacheError(
@@ -78,3 +75,10 @@ def _with_top(cache: Cache, config: LearnConfig, selected: list[ScoredRef], none
             f"{selected[0].teacher.name} --cache {cache.path} --keep-top {config.top_needed}`"
         )
     return enough
+
+
+def _original(cache: Cache, ref: ScoredRef) -> str:
+    """The same for the lossless and the compact form of the same rollouts."""
+    info = cache.manifest(ref.rollouts_id).info
+    assert isinstance(info, RolloutsInfo)
+    return original_id(ref.rollouts_id, info)

@@ -53,8 +53,8 @@ class WeightEntry:
     stop: int
 
 
-def weights_fingerprint(folder: Path, **context: str) -> str:
-    """SHA-256 of a checkpoint folder's weights and architecture, and of `context` (such as the precision it runs in).
+def weights_fingerprint(folder: Path) -> str:
+    """SHA-256 of a checkpoint folder's weights and architecture.
 
     Raises ModelError for missing or damaged files.
     """
@@ -77,10 +77,10 @@ def weights_fingerprint(folder: Path, **context: str) -> str:
         for mapped in maps.values():
             mapped.close()
     tensors = [(e.name, e.dtype, e.shape, d) for e, d in zip(entries, digests, strict=True)]
-    return _fingerprint(tensors, _read_json(folder / "config.json"), context)
+    return _fingerprint(tensors, _read_json(folder / "config.json"))
 
 
-def state_fingerprint(model: PreTrainedModel, **context: str) -> str:
+def state_fingerprint(model: PreTrainedModel) -> str:
     """The same hash of weights in memory: that of the folder which `model.save_pretrained` would write."""
     import torch
     from safetensors.torch import _TYPES
@@ -96,13 +96,11 @@ def state_fingerprint(model: PreTrainedModel, **context: str) -> str:
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         tensors = list(pool.map(tensor, sorted(state)))
-    return _fingerprint(tensors, json.loads(model.config.to_json_string()), context)
+    return _fingerprint(tensors, json.loads(model.config.to_json_string()))
 
 
-def _fingerprint(
-    tensors: Iterable[tuple[str, str, tuple[int, ...], str]], config: dict[str, Any], context: dict[str, str]
-) -> str:
-    content = {"tensors": sorted(tensors), "config": _lasting(config), "context": context}
+def _fingerprint(tensors: Iterable[tuple[str, str, tuple[int, ...], str]], config: dict[str, Any]) -> str:
+    content = {"tensors": sorted(tensors), "config": _lasting(config)}
     return hashlib.sha256(canonical_json(content)).hexdigest()
 
 

@@ -215,11 +215,11 @@ class Cache:
             raise CacheError(f"{self.path}: no scores yet; run `ketchup-cache score --cache {self.path}` first")
         return coverage.select("teacher", "--scored-by", selector, found)
 
-    def select_policy(self, selector: str) -> PolicyInfo:
+    def select_policy(self, selector: str, option: str = "--policy") -> PolicyInfo:
         """By name or start of fingerprint. Raises CacheError where that is not exactly one."""
         if not (found := self._policies()):
             raise CacheError(f"{self.path}: no rollouts yet; run `ketchup-cache rollout --cache {self.path}` first")
-        return coverage.select("policy", "--policy", selector, found)
+        return coverage.select("policy", option, selector, found)
 
     def scored(self, teacher: str | None = None, policy: str | None = None, *, keep_top: int = 0) -> list[ScoredRef]:
         """Every row scored by a teacher once, in the order of commits.

@@ -171,5 +171,11 @@ class Manifest(Record):
         return hashlib.sha256(self.to_bytes()).hexdigest()
 
 
+def in_precision(fingerprint: str, dtype: str) -> str:
+    """Fingerprint of a teacher: of weights with this fingerprint, run in this precision. So it can be told of a policy
+    and a teacher whether they are one model."""
+    return hashlib.sha256(f"{fingerprint} in {dtype}".encode()).hexdigest()
+
+
 def canonical_json(value: Any) -> bytes:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()

@@ -156,6 +156,8 @@ def _check_scores(scores: Scores, info: ScoresInfo) -> None:
         _check_array(name, getattr(scores, name), dtype, (len(scores.q), scores.top))
     if scores.top != info.keep_top:
         raise CacheError(f"top_q has {scores.top} logits of each state, must be {info.keep_top}")
+    if info.keep_top < info.tokenizer.vocab_size:
+        _check_array("rest_logsumexp", scores.rest_logsumexp, np.float32, scores.q.shape[:1])
     _check_array("final_max_q", scores.final_max_q, np.float32, (rows,))
     max_q = scores.max_q
     rounding = halves.ROUNDING if info.storage == "compact" else 0
