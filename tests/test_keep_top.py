@@ -1,51 +1,213 @@
-"""From `score --keep-top` to `learn --method`: what is stored, what is refused, and what is learned."""
+"""From `score --keep-top` to `learn --method`, by the commands: what is stored, scored again, refreshed and resumed."""
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
+import torch
 from caches import make_cache, plain_logits
-from tiny import WORDS, save_model
+from safetensors.torch import load_file
+from tiny import WORDS, save_model, write_prompts
 from transformers import AutoModelForSeq2SeqLM
 
+from ketchup_cache.cli import main
 from ketchup_cache.config import LearnConfig, ScoreConfig
-from ketchup_cache.errors import CacheError
-from ketchup_cache.learn.loop import learn
+from ketchup_cache.learn.source import Offline
 from ketchup_cache.score import score
 from ketchup_cache.store.cache import open_cache
+from ketchup_cache.store.manifest import ScoresInfo
+from ketchup_cache.teacher import Teacher
+from ketchup_cache.training.optim import Optimizer
 
 VOCAB = len(WORDS) + 3
 
 
-@pytest.fixture
-def setting(tmp_path):
-    student, teacher = save_model(tmp_path / "s", "1.0", seed=1), save_model(tmp_path / "t", "1.1", seed=2)
-    make_cache(tmp_path / "cache", student, teacher, prompts=4)
-    make_cache(tmp_path / "cache", teacher, teacher, prompts=4, seed=1)
-    return tmp_path, student, teacher
+class Killed(BaseException):
+    """In the place of SIGKILL: nothing of ours catches it."""
 
 
-def test_the_largest_logits_are_stored_and_every_method_learns(setting):
-    base, student, teacher = setting
-    common = {"student": str(student), "cache": base / "cache", "device": "cpu", "batch_size": 16, "lr": 3e-3}
-    common |= {"steps": 25, "weight_decay": 0, "teacher_outputs": str(teacher), "policy": None}
-    with pytest.raises(CacheError, match="--keep-top 64"):
-        learn(LearnConfig(**common, method="kl", out=base / "refused"))
-    report = score(ScoreConfig(teacher=str(teacher), cache=base / "cache", device="cpu", keep_top=64))
-    assert (report.already, report.computed + report.copied) == (0, 16)
-    cache = open_cache(base / "cache")
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    base = tmp_path_factory.mktemp("models")
+    return save_model(base / "s", "1.0", seed=1), save_model(base / "t", "1.1", seed=2)
+
+
+def assert_top(cache, teacher, top: int, rows: int) -> None:
+    """Every row once, and its kept logits and the rest are those of plain forward passes."""
     model = AutoModelForSeq2SeqLM.from_pretrained(teacher).eval()
-    refs = cache.scored(keep_top=64)
+    refs, done = cache.scored(keep_top=top), 0
     for ref in refs:
         part = cache.load_scored(ref)
-        assert part.scores.top == ref.keep_top == min(64, VOCAB)
+        assert ref.keep_top >= min(top, VOCAB)
+        scores = part.scores.with_top(min(top, VOCAB))
         for row, completion in enumerate(part.rollouts.completions):
             prompt = part.prompts.tokens[part.rollouts.prompt_index[row]]
             span = slice(*part.rollouts.completions.offsets[row : row + 2])
-            logits = plain_logits(model, prompt, completion)[:, :VOCAB].numpy()
-            np.testing.assert_allclose(part.scores.top_q[span], -np.sort(-logits)[:, :64], atol=1e-4)
-            at_ids = np.take_along_axis(logits, part.scores.top_ids[span].astype(int), 1)
-            np.testing.assert_allclose(part.scores.top_q[span], at_ids, atol=1e-4)
-    for method in ("seqkd", "kl", "js", "tvd"):
-        done = learn(LearnConfig(**common, method=method, out=base / method))
-        assert done.last["loss"] < 0.9 * done.first["loss"], method
+            logits = plain_logits(model, prompt, completion)[:, :VOCAB].double().numpy()
+            ordered = -np.sort(-logits)
+            np.testing.assert_allclose(scores.top_q[span], ordered[:, :top], atol=1e-4)
+            at_ids = np.take_along_axis(logits, scores.top_ids[span].astype(int), 1)
+            np.testing.assert_allclose(scores.top_q[span], at_ids, atol=1e-4)
+            rest = np.log(np.exp(ordered[:, top:]).sum(1)) if top < VOCAB else np.full(len(logits), -np.inf)
+            np.testing.assert_allclose(scores.rest_logsumexp[span], rest, atol=1e-4)
+            done += 1
+    assert done == rows
+
+
+def add(path, models, seed: int = 0) -> None:
+    make_cache(path, *models, prompts=4, seed=seed)
+
+
+@pytest.mark.parametrize("top", [1, 5, 64])
+def test_the_largest_logits_are_stored(tmp_path, models, top):
+    """Beside scores without them, which don't count then; 64 is all of this vocabulary."""
+    add(tmp_path, models)
+    report = score(ScoreConfig(teacher=str(models[1]), cache=tmp_path, device="cpu", keep_top=top))
+    assert (report.already, report.computed + report.copied) == (0, 8)
+    cache = open_cache(tmp_path)
+    assert_top(cache, models[1], top, 8)
+    assert len(cache.scored()) == 1  # each row once, be it with or without
+    again = score(ScoreConfig(teacher=str(models[1]), cache=tmp_path, device="cpu", keep_top=top))
+    assert again.already == 8
+    assert "nothing to do" in str(again)
+
+
+def test_four_and_then_sixteen(tmp_path, models, monkeypatch):
+    """More logits than there are: computed again. Fewer: nothing to do. The same text again: copied, cut to size."""
+    add(tmp_path, models)
+    common = {"teacher": str(models[1]), "cache": tmp_path, "device": "cpu"}
+    reports = [score(ScoreConfig(**common, keep_top=n)) for n in (4, 16)]
+    assert [r.already for r in reports] == [0, 0]
+    assert_top(open_cache(tmp_path), models[1], 16, 8)
+
+    monkeypatch.setattr(Teacher, "load", None)
+    for fewer in (16, 4, 0):
+        assert score(ScoreConfig(**common, keep_top=fewer)).already == 8
+
+    # the same rollouts as another segment: copies of those that keep enough, without the teacher
+    add(tmp_path, models, seed=0)
+    kept = {id_ for id_, _ in open_cache(tmp_path).manifests("scores")}
+    report = score(ScoreConfig(**common, keep_top=4))
+    assert (report.already, report.computed, report.copied) == (8, 0, 8)
+    written = [m.info for id_, m in open_cache(tmp_path).manifests("scores") if id_ not in kept]
+    assert [info.keep_top for info in written if isinstance(info, ScoresInfo)] == [4]
+    cache = open_cache(tmp_path)
+    assert_top(cache, models[1], 4, 16)
+    assert sum(ref.rows for ref in cache.scored(keep_top=16)) == 8
+    report = score(ScoreConfig(**common, keep_top=16))
+    assert (report.already, report.computed, report.copied) == (8, 0, 8)
+    assert_top(open_cache(tmp_path), models[1], 16, 16)
+
+
+def test_a_part_of_the_rows_with_and_a_part_without(tmp_path, models, monkeypatch):
+    """A run that was killed between two commits goes on with the rows that are left."""
+    add(tmp_path, models)
+    common = {"teacher": str(models[1]), "cache": tmp_path, "device": "cpu", "keep_top": 3, "commit_tokens": 12}
+    from ketchup_cache.store.cache import Cache
+
+    commit, commits = Cache.commit_scores, []
+
+    def dying(self, *arguments):
+        if len(commits) == 2:
+            raise Killed
+        commits.append(commit(self, *arguments))
+        return commits[-1]
+
+    monkeypatch.setattr(Cache, "commit_scores", dying)
+    with pytest.raises(Killed):
+        score(ScoreConfig(**common))
+    monkeypatch.setattr(Cache, "commit_scores", commit)
+    cache = open_cache(tmp_path)
+    done = sum(ref.rows for ref in cache.scored(keep_top=3))
+    assert 0 < done < 8
+    assert sum(ref.rows for ref in cache.scored()) == 8
+    # learning wants all rows, and says what to run
+    options = {"student": str(models[0]), "cache": tmp_path, "keep_top": 3, "method": "kl"}
+    with pytest.raises(Exception, match=f"{8 - done} of the rollouts .* largest logits .*--keep-top 3"):
+        Offline(cache, LearnConfig(**options, teacher_outputs=str(models[0])))
+    report = score(ScoreConfig(**common))
+    assert (report.already, report.computed + report.copied) == (done, 8 - done)
+    assert_top(open_cache(tmp_path), models[1], 3, 8)
+
+
+# ------------------------------------------------------------------------------------------------- on-policy
+
+LEARN = {
+    "--steps": 7, "--refresh-every": 3, "--batch-size": 8, "--samples": 2, "--max-new-tokens": 6, "--lr": 1e-3,
+    "--checkpoint-every": 2, "--keep-top": 5, "--device": "cpu",
+}  # fmt: skip
+
+
+def words(tmp_path, models, name: str, method: str) -> list[str]:
+    """A cache with prompts and the teacher's scored outputs, and the words of a `learn` command."""
+    data, cache = tmp_path / "d.jsonl", tmp_path / f"{name}-cache"
+    write_prompts(data, 20)
+    rollout = ["rollout", "--student", models[1], "--greedy", "--data", data, "--cache", cache]
+    assert main([*map(str, rollout), "--max-new-tokens", "6", "--device", "cpu"]) == 0
+    kept = ["score", "--teacher", models[1], "--cache", cache, "--keep-top", "5", "--device", "cpu"]
+    assert main([*map(str, kept)]) == 0
+    options = {"--student": models[0], "--teacher": models[1], "--cache": cache, "--out": tmp_path / name}
+    options |= {"--method": method, **LEARN}
+    return ["learn", *(str(part) for pair in options.items() for part in pair)]
+
+
+@pytest.mark.parametrize("method", ["js", "tvd"])
+def test_on_policy_and_killed_it_ends_with_the_same_bits(tmp_path, models, method, monkeypatch):
+    assert main(words(tmp_path, models, "whole", method)) == 0
+    lines = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if line["refreshed"]] == [0, 3, 6]
+    for line in lines:
+        assert (line["dropped"], line["k_return_mean"], line["advantage_sd"]) == (0, None, None)
+        if line["refreshed"]:  # of the student's half alone: the teacher's outputs have no ratio
+            assert line["ratio_mean"] == pytest.approx(1, abs=1e-5)
+            assert line["behavior_kl"] == pytest.approx(0, abs=1e-8)
+        else:
+            assert line["behavior_kl"] > 1e-8
+    cache = open_cache(tmp_path / "whole-cache")
+    refreshed = [m.info for _, m in cache.manifests("rollouts") if m.info.policy.step in (0, 3, 6)]
+    assert {info.policy.step for info in refreshed} == {0, 3, 6}
+    # 4 of 8 rollouts of a step are the student's: 3 × 4 / 2 prompts a phase
+    assert sum(info.prompt_stop - info.prompt_start for info in refreshed) == 3 * 6
+    assert all(m.info.keep_top == 5 for _, m in cache.manifests("scores"))
+
+    command, step = words(tmp_path, models, "killed", method), Optimizer.step
+    for last in (1, 4):
+
+        def dying(self, number, last=last):
+            if number == last:
+                raise Killed
+            return step(self, number)
+
+        monkeypatch.setattr(Optimizer, "step", dying)
+        with pytest.raises(Killed):
+            main(command)
+    monkeypatch.setattr(Optimizer, "step", step)
+    assert main(command) == 0
+    whole, killed = (load_file(tmp_path / run / "student" / "model.safetensors") for run in ("whole", "killed"))
+    assert all(torch.equal(killed[name], tensor) for name, tensor in whole.items())
+    again = [json.loads(line) for line in (tmp_path / "killed" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["loss"] for line in again] == [line["loss"] for line in lines]
+
+
+def test_new_teacher_outputs_do_not_enter_a_run_that_goes_on(tmp_path, models, monkeypatch):
+    """A run that was killed reads the teacher outputs it began with, even if the cache has more by then."""
+    command, step = words(tmp_path, models, "run", "js"), Optimizer.step
+    assert main(words(tmp_path, models, "whole", "js")) == 0
+
+    def dying(self, number):
+        if number == 5:
+            raise Killed
+        return step(self, number)
+
+    monkeypatch.setattr(Optimizer, "step", dying)
+    with pytest.raises(Killed):
+        main(command)
+    monkeypatch.setattr(Optimizer, "step", step)
+    make_cache(tmp_path / "run-cache", models[1], models[1], prompts=4, seed=9)
+    more = ScoreConfig(teacher=str(models[1]), cache=tmp_path / "run-cache", device="cpu", keep_top=9)
+    assert score(more).computed > 0
+    assert main(command) == 0
+    whole, run = (load_file(tmp_path / name / "student" / "model.safetensors") for name in ("whole", "run"))
+    assert all(torch.equal(run[name], tensor) for name, tensor in whole.items())
