@@ -195,7 +195,7 @@ class LearnConfig(DeviceOptions, ReturnOptions, SamplingOptions, ScoringOptions)
     """Options of `ketchup-cache learn`."""
 
     method: Method = "ketchup"
-    """ketchup (K-step), llmr (K = 1, whatever a file says), seqkd or kl (on teacher outputs), js or tvd (half of
+    """ketchup (K-step), llmr (K = 1), seqkd or kl (on teacher outputs), js or tvd (half of
     them on the student's samples)."""
     student: str
     """Policy to train: a folder or a Hub id, best pre-distilled."""

@@ -19,6 +19,17 @@ RECIPE_KEYS = {"extends", "about"}
 """Keys of a YAML file that are not options: the recipe it builds on, and what `ketchup-cache recipes` shows of it."""
 
 
+NOT_OF_METHOD = {
+    "llmr": ("k",),
+    "seqkd": ("teacher", "policy", "baseline"),
+    "kl": ("teacher", "policy", "baseline"),
+    "js": ("baseline",),
+    "tvd": ("baseline",),
+}
+"""Options that a method of `learn` has no use for: refused as flags, but passed over in a file, which may serve several
+methods and commands."""
+
+
 def resolve(command: str, file: Path | None, flags: dict[str, Any], recipe_name: str | None = None) -> Config:
     """Options of one command from a shipped recipe, a YAML file and flags; the later ones win.
 
@@ -36,8 +47,9 @@ def resolve(command: str, file: Path | None, flags: dict[str, Any], recipe_name:
             values |= found
             problems += wrong
     values |= {key: value for key, value in flags.items() if value is not None}
-    if values.get("method") == "llmr" and flags.get("k") is None:
-        values.pop("k", None)  # a file's or recipe's k is for ketchup: one file serves both methods
+    for name in NOT_OF_METHOD.get(str(values.get("method")), ()):
+        if flags.get(name) is None:
+            values.pop(name, None)
     config = None
     try:
         config = config_class.model_validate(values)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import subprocess
 import sys
 import textwrap
+from typing import get_args
 
 import pytest
 
-from ketchup_cache.config import COMMANDS
+from ketchup_cache.config import COMMANDS, LearnConfig, Method
 from ketchup_cache.errors import ConfigError
 from ketchup_cache.resolve import resolve
 
@@ -77,6 +78,52 @@ def test_all_problems_at_once_each_with_its_fix(tmp_path):
 def test_rules(flags, message):
     (found,) = problems("learn", **LEARN, **flags)
     assert message in found
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"method": "llmr", "k": "4"}, "method llmr is K = 1: leave --k out (it is 4), or use --method ketchup"),
+        ({"method": "kl", "teacher": "t"}, "method kl learns from teacher outputs in the cache: leave --teacher out"),
+        ({"method": "seqkd", "policy": "s"}, "use --teacher-outputs, not --policy"),
+        ({"method": "js", "batch_size": "9"}, "takes half of the 9 rollouts from the teacher"),
+        ({"method": "tvd", "batch_size": "12", "samples": "4"}, "make half of --batch-size a multiple of --samples 4"),
+        ({"method": "kl", "baseline": "mean"}, "method kl has no returns, so no baseline: leave --baseline out"),
+        ({"method": "kl", "keep_top": "0"}, "--keep-top must be 1 or more"),
+        ({"method": "ppo"}, "--method must be one of"),
+    ],
+)
+def test_rules_of_the_methods(flags, message):
+    (found,) = problems("learn", **LEARN, **flags)
+    assert message in found
+
+
+def test_llmr_is_k_1_whatever_a_file_says(tmp_path):
+    """One recipe serves ketchup and llmr; a k that is asked for by a flag is refused all the same."""
+    file = yaml(tmp_path, "learn:\n  k: 8\n")
+    assert resolve("learn", file, {**LEARN, "method": "ketchup"}).k == 8
+    assert resolve("learn", file, {**LEARN, "method": "llmr"}).k == 1
+    assert resolve("learn", None, {**LEARN, "method": "llmr"}, "europarl").k == 1
+    both = yaml(tmp_path, "learn:\n  k: 8\n  method: llmr\n")
+    assert resolve("learn", both, LEARN).k == 1
+    assert resolve("learn", both, {**LEARN, "method": "ketchup"}).k == 8
+    assert "leave --k out" in problems("learn", both, **LEARN, k="8")[0]
+    assert resolve("learn", both, {**LEARN, "k": "1"}).k == 1
+
+
+def test_what_a_method_has_no_use_for_may_stand_in_a_file(tmp_path):
+    file = yaml(tmp_path, "teacher: T\nlearn: {k: 8, baseline: mean, policy: p}\n")
+    assert resolve("learn", file, LEARN).teacher == "T"
+    kl = resolve("learn", file, {**LEARN, "method": "kl"})
+    assert (kl.teacher, kl.policy, kl.baseline) == (None, None, "none")
+    js = resolve("learn", file, {**LEARN, "method": "js"})
+    assert (js.teacher, js.policy, js.baseline) == ("T", "p", "none")
+    assert "leave --teacher out" in problems("learn", file, **LEARN, method="kl", teacher="T")[0]
+
+
+def test_how_many_logits_a_method_needs():
+    needed = {m: LearnConfig(**LEARN, method=m, keep_top=7).top_needed for m in get_args(Method)}
+    assert needed == {"ketchup": 0, "llmr": 0, "seqkd": 0, "kl": 7, "js": 7, "tvd": 7}
 
 
 def test_pretrain_takes_one_source():
