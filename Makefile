@@ -34,6 +34,7 @@ bench: .venv/.installed
 	$(BIN)/python benchmarks/live_teacher.py --short
 	$(BIN)/python benchmarks/micro_batches.py --short
 	$(BIN)/python benchmarks/rollouts.py --short
+	$(BIN)/python benchmarks/keep_top.py --short
 	$(BIN)/python benchmarks/gpu.py --short
 
 # about a quarter of an hour; `make test` has a short form
