@@ -96,6 +96,21 @@ def test_gradient_equals_the_literal_one(base, method, micro):
         np.testing.assert_allclose(got[name].numpy(), gradient.numpy(), rtol=0, atol=3e-5 * scale + 1e-8, err_msg=name)
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_chunks_of_states_change_nothing(base, method, monkeypatch):
+    """Three states at once instead of a thousand, in one micro-batch and in several."""
+    whole, metrics, _ = step_of(base, config(base, method=method))
+    monkeypatch.setattr("ketchup_cache.learn.distill.CHUNK", 3)
+    for micro in (16384, 60):
+        parts, of_parts, _ = step_of(base, config(base, method=method, micro_batch_tokens=micro))
+        assert of_parts.loss == pytest.approx(metrics.loss, rel=1e-6)
+        for name in ("ratio_mean", "ess", "behavior_kl") if method in ("js", "tvd") else ():
+            assert getattr(of_parts, name) == pytest.approx(getattr(metrics, name), rel=1e-5), name
+        for name, gradient in whole.items():
+            bound = 2e-5 * gradient.abs().max().item() + 1e-8
+            np.testing.assert_allclose(parts[name].numpy(), gradient.numpy(), rtol=0, atol=bound, err_msg=name)
+
+
 @pytest.mark.parametrize("method", ["kl", "js", "tvd"])
 def test_kept_and_used_numbers_may_differ(base, method, tmp_path):
     """`learn --keep-top 4` over scores that keep all is the run over scores that keep 4."""
@@ -192,7 +207,7 @@ def test_each_method_lowers_its_own_divergence(base, tmp_path, method):
     assert f"; {summary} " in str(report)
 
 
-def test_min_variance_learns_from_start_to_end(base, tmp_path):
+def test_min_variance_learns_from_start_to_end(base, tmp_path, monkeypatch):
     """The baseline of a whole run's first step is the one of plain forward passes."""
     from ketchup_cache.learn.step import learning_signal, score_weights
     from ketchup_cache.learn.stream import Stream
@@ -204,7 +219,8 @@ def test_min_variance_learns_from_start_to_end(base, tmp_path):
     cache = open_cache(base / "cache")
     batch = next(Stream(cache, cache.scored(policy=str(base / "s")), 10, seed=0))
     model = load_model(str(base / "s"), device="cpu")
-    for micro in (16384, 30):
+    for micro, chunk in ((16384, 1024), (30, 1024), (16384, 3)):
+        monkeypatch.setattr("ketchup_cache.learn.step.CHUNK", chunk)
         some = options.model_copy(update={"micro_batch_tokens": micro})
         weight = score_weights(model, Head.of(model, VOCAB), batch, some)
         expected = []
