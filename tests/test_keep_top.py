@@ -191,6 +191,19 @@ def test_on_policy_and_killed_it_ends_with_the_same_bits(tmp_path, models, metho
     assert [line["loss"] for line in again] == [line["loss"] for line in lines]
 
 
+def test_what_the_cache_holds_of_the_student_is_scored_again_with_logits(tmp_path, models):
+    """Rollouts of the first phase that were scored without, before."""
+    command, cache = words(tmp_path, models, "run", "js"), tmp_path / "run-cache"
+    rollout = ["rollout", "--student", models[0], "--data", tmp_path / "d.jsonl", "--cache", cache, "--samples", 2]
+    assert main([*map(str, rollout), "--max-new-tokens", "6", "--device", "cpu", "--first", "3"]) == 0
+    assert main(["score", "--teacher", str(models[1]), "--cache", str(cache), "--device", "cpu"]) == 0
+    own = str(models[0])
+    assert len(open_cache(cache).scored(policy=own)) == 1
+    assert open_cache(cache).scored(policy=own, keep_top=5) == []
+    assert main([*command[: command.index("--steps") + 1], "2", *command[command.index("--steps") + 2 :]]) == 0
+    assert sum(ref.rows for ref in open_cache(cache).scored(policy=own, keep_top=5)) == 6
+
+
 def test_new_teacher_outputs_do_not_enter_a_run_that_goes_on(tmp_path, models, monkeypatch):
     """A run that was killed reads the teacher outputs it began with, even if the cache has more by then."""
     command, step = words(tmp_path, models, "run", "js"), Optimizer.step

@@ -46,7 +46,7 @@ def divergence_step(
     from_teacher: [B] bool. Returns metrics whose returns and ratios are of the student samples, null without them.
     Raises NumericsError for a loss or gradient that is not finite; the weights are then as before.
     """
-    batch = replace(batch, scores=batch.scores.with_top(min(config.top_needed, batch.scores.top)))
+    batch = replace(batch, scores=batch.scores.with_top(min(config.top_needed, head.vocab_size)))
     rollouts = batch.rollouts
     completions = rollouts.completions
     weight = token_weights(from_teacher, completions, rollouts.forced)
