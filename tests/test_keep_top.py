@@ -101,6 +101,17 @@ def test_four_and_then_sixteen(tmp_path, models, monkeypatch):
     assert_top(open_cache(tmp_path), models[1], 16, 16)
 
 
+def test_a_copy_of_more_is_cut(tmp_path, models):
+    add(tmp_path, models)
+    common = {"teacher": str(models[1]), "cache": tmp_path, "device": "cpu"}
+    score(ScoreConfig(**common, keep_top=16))
+    add(tmp_path, models)
+    assert score(ScoreConfig(**common, keep_top=4)).copied == 8
+    cache = open_cache(tmp_path)
+    assert sorted(m.info.keep_top for _, m in cache.manifests("scores")) == [0, 0, 4, 16]
+    assert_top(cache, models[1], 4, 16)
+
+
 def test_a_part_of_the_rows_with_and_a_part_without(tmp_path, models, monkeypatch):
     """A run that was killed between two commits goes on with the rows that are left."""
     add(tmp_path, models)

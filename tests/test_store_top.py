@@ -79,6 +79,22 @@ def test_round_trip(cache: Cache, top: int) -> None:
     assert verify(cache).ok
 
 
+@pytest.mark.parametrize(("vocab", "top"), [(32_100, 1), (32_100, 64), (500, 3), (32_100, 32_099)])
+def test_equal_logits_are_within_the_rules_after_rounding(cache: Cache, vocab: int, top: int) -> None:
+    """Every bound is met exactly there, and float16 bends it: also where a few logits are far below."""
+    prompts = cache.commit_prompts(make_prompts(), prompts_info(vocab))
+    rollouts = make_rollouts()
+    rollouts_id = cache.commit_rollouts(rollouts, rollouts_info(prompts, 3, vocab_size=vocab))
+    tokens = rollouts.completions.values
+    logits = np.zeros((len(tokens), vocab), np.float32)
+    logits[3:, vocab // 2 :] = -17.3
+    scores = scores_of(logits, tokens, np.where(rollouts.finished, 0, 1).astype(np.float32), top)
+    info = scores_info(rollouts_id, 0, 3, vocab_size=vocab)
+    id_ = cache.commit_scores(scores, info.model_copy(update={"keep_top": top, "storage": "compact"}))
+    read = Cache(cache.path).load_scores(id_)
+    np.testing.assert_allclose(read.rest_logsumexp, scores.rest_logsumexp, atol=0.02)
+
+
 def at(name: str, place: tuple[int, ...], value: float, dtype=np.float32):
     def change(scores: Scores) -> np.ndarray:
         array = np.array(getattr(scores, name)).astype(dtype)

@@ -180,7 +180,8 @@ def _check_top(scores: Scores, info: ScoresInfo) -> None:
     bound = scores.rest_logsumexp - top_q[:, -1] - slack
     if info.storage == "compact":  # logsumexp, and the logits that weigh, lie within log(vocab_size) of the maximum
         slack += 3 * halves.ROUNDING * math.log(info.tokenizer.vocab_size)
-        far = scores.max_q - top_q[:, -1] + scores.logsumexp - scores.rest_logsumexp
+        # of every distance that was rounded: of the last logit and logsumexp from the maximum, of the rest from that
+        far = 2 * scores.logsumexp - top_q[:, -1] - scores.rest_logsumexp
         bound -= 2 * halves.ROUNDING * np.abs(far)
     beyond = (top_ids < 0) | (top_ids >= min(info.tokenizer.vocab_size, MAX_VOCABULARY))
     _refuse("top_ids", beyond, f"holds an id that {info.tokenizer.name} does not have")
