@@ -38,7 +38,7 @@ TABLE_1 = {
 TABLE_8_K = {"xsum": 2, "europarl": 2, "gsm8k": 16}
 GIVEN = {
     "student": "s", "cache": "c", "out": "o", "model": "m", "data": "d", "teacher": "t",
-    "system": "a", "baseline": "b", "judge_model": "j",
+    "system": "a", "baseline": "b", "judge_model": "j", "into": "i",
 }  # fmt: skip
 ALL = [(task, variant) for task in TASKS for variant in MODELS]
 
