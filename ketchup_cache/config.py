@@ -389,6 +389,52 @@ class VerifyConfig(Config):
     """Cache to check: every byte against its manifest, and every array against the format."""
 
 
+class PushConfig(Config):
+    """Options of `ketchup-cache push`."""
+
+    cache: Path
+    """Cache whose segments are copied."""
+    url: str
+    """Where to: a path, s3://bucket/name, gs://…, or hf://datasets/owner/name. Made if it is not there."""
+    license: str | None = None
+    """License id for the card of a Hub data set; by default it stays as it is."""
+    dry_run: bool = False
+    """Only say what would be copied."""
+
+
+class PullConfig(Config):
+    """Options of `ketchup-cache pull`."""
+
+    url: str
+    """Where from: a path, s3://bucket/name, gs://…, https://…, or hf://datasets/owner/name."""
+    cache: Path
+    """Cache that receives the segments; made if it is not there."""
+    dry_run: bool = False
+    """Only say what would be copied."""
+
+
+class MergeConfig(Config):
+    """Options of `ketchup-cache merge`."""
+
+    a: str
+    """A cache: a path or an address."""
+    b: str
+    """Another cache."""
+    into: str
+    """Cache that receives what it lacks of both; made if it is not there. It may be one of the two."""
+    dry_run: bool = False
+    """Only say what would be copied."""
+
+
+class DiffConfig(Config):
+    """Options of `ketchup-cache diff`."""
+
+    a: str
+    """A cache: a path or an address."""
+    b: str
+    """Another cache."""
+
+
 class DemoConfig(Config):
     """Options of `ketchup-cache demo`."""
 
@@ -406,6 +452,10 @@ COMMANDS: dict[str, type[Config]] = {
     "analyze": AnalyzeConfig,
     "info": InfoConfig,
     "verify": VerifyConfig,
+    "push": PushConfig,
+    "pull": PullConfig,
+    "merge": MergeConfig,
+    "diff": DiffConfig,
     "demo": DemoConfig,
     "recipes": RecipesConfig,
 }

@@ -14,7 +14,7 @@ from ketchup_cache.store import coverage, reading
 from ketchup_cache.store.cache import Cache
 from ketchup_cache.store.manifest import Manifest, RolloutsInfo, ScoresInfo
 
-_KINDS = ("prompts", "rollouts", "scores")
+KINDS = ("prompts", "rollouts", "scores")
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class CacheInfo:
                 "rollouts",
                 f"{self.rollouts:,} ({self.completion_tokens:,} tokens){_share(self.finished, self.rollouts)}",
             ),
-            ("size", _size(self.bytes) + (f" ({per_token:.1f} bytes per completion token)" if per_token else "")),
+            ("size", size_text(self.bytes) + (f" ({per_token:.1f} bytes per completion token)" if per_token else "")),
             *(("data", f"{d['name']} ({d['fingerprint'][:12]}), template {d['template']!r}") for d in self.data),
             *(
                 ("tokenizer", f"{t['name']} ({t['fingerprint'][:12]}), {t['vocab_size']:,} tokens")
@@ -101,7 +101,7 @@ class CacheInfo:
             *([("created", f"{self.created[0]} to {self.created[1]}")] if self.created else []),
         ]
         # names come from manifests, which others may have written: no control characters to the terminal
-        return "\n".join(f"{label:<11} {_printable(text)}" for label, text in lines)
+        return "\n".join(f"{label:<11} {printable(text)}" for label, text in lines)
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ class VerifyReport:
 
     def __str__(self) -> str:
         verdict = "all right" if self.ok else f"{len(self.problems):,} problem{'s' * (len(self.problems) != 1)}"
-        lines = [f"{self.path}: {verdict}; {self.segments:,} segments, {_size(self.bytes)} checked", *self.problems]
+        lines = [f"{self.path}: {verdict}; {self.segments:,} segments, {size_text(self.bytes)} checked", *self.problems]
         leftovers = (
             (self.unfinished, "unfinished in tmp/"),
             (self.orphans, "without a manifest in segments/"),
@@ -138,7 +138,7 @@ class VerifyReport:
         if any(count for count, _ in leftovers):
             found = ", ".join(f"{count:,} {what}" for count, what in leftovers if count)
             lines.append(f"harmless leftovers, which may be deleted while nothing writes: {found}")
-        return "\n".join(_printable(line) for line in lines)
+        return "\n".join(printable(line) for line in lines)
 
 
 def describe(cache: Cache) -> CacheInfo:
@@ -147,7 +147,7 @@ def describe(cache: Cache) -> CacheInfo:
     Raises CorruptError where these are damaged, CacheError where a parent is missing.
     """
     manifests = dict(cache.manifests())
-    of_kind = {kind: [m for m in manifests.values() if m.kind == kind] for kind in _KINDS}
+    of_kind = {kind: [m for m in manifests.values() if m.kind == kind] for kind in KINDS}
     rollouts = [m.info for m in of_kind["rollouts"] if isinstance(m.info, RolloutsInfo)]
     created = [manifest.created for manifest in manifests.values()]
     drawn = Counter[str]()
@@ -170,7 +170,7 @@ def describe(cache: Cache) -> CacheInfo:
             if m.kind == "rollouts"
         ),
         completion_tokens=sum(m.tokens for m in of_kind["rollouts"]),
-        bytes=sum(len(m.to_bytes()) + _data_bytes(m) for m in manifests.values()),
+        bytes=sum(len(m.to_bytes()) + data_bytes(m) for m in manifests.values()),
         policies=tuple(
             PolicyUse(p.name, p.fingerprint, p.step, drawn[p.fingerprint])
             for p in coverage.distinct(info.policy for info in rollouts)
@@ -201,7 +201,7 @@ def verify(cache: Cache) -> VerifyReport:
     for segment_id in sorted(manifests, key=lambda segment_id: _family(segment_id, manifests[segment_id])):
         found = _problems(fresh, segment_id, manifests[segment_id])
         problems |= dict.fromkeys(found)
-        right += 0 if found else _data_bytes(manifests[segment_id])
+        right += 0 if found else data_bytes(manifests[segment_id])
     folders = {segment_id: cache.path / "segments" / segment_id for segment_id in manifests}
     known = set(reading.segment_ids(cache.path))
     return VerifyReport(
@@ -236,10 +236,10 @@ def _family(segment_id: str, manifest: Manifest) -> tuple[int, str, str]:
     """Sort key that puts the children of one parent side by side, so that it is decoded once."""
     info = manifest.info
     parent = coverage.parent_id(info) if isinstance(info, RolloutsInfo | ScoresInfo) else ""
-    return _KINDS.index(manifest.kind), parent, segment_id
+    return KINDS.index(manifest.kind), parent, segment_id
 
 
-def _data_bytes(manifest: Manifest) -> int:
+def data_bytes(manifest: Manifest) -> int:
     return sum(file.length for file in manifest.files.values())
 
 
@@ -263,7 +263,7 @@ def _step(step: int | None) -> str:
     return "" if step is None else f", step {step:,}"
 
 
-def _size(count: float) -> str:
+def size_text(count: float) -> str:
     for unit in ("bytes", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
@@ -271,5 +271,5 @@ def _size(count: float) -> str:
     return f"{count:.1f} TB"
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
     return "".join(c if c.isprintable() else "�" for c in text)
