@@ -28,6 +28,14 @@ def _split(value: Any) -> Any:
 IntList = Annotated[tuple[int, ...], BeforeValidator(_split), Field(json_schema_extra={"metavar": "INT,INT,…"})]
 MetricList = Annotated[tuple[Metric, ...], BeforeValidator(_split)]
 AspectList = Annotated[tuple[Aspect, ...], BeforeValidator(_split), Field(min_length=1)]
+
+
+def _folder_or_address(value: Any) -> Any:
+    return Path(value) if isinstance(value, str) and "://" not in value else value
+
+
+CacheAddress = Annotated[Path | str, BeforeValidator(_folder_or_address)]
+"""A folder, or an address: pathlib would make one slash of the two in s3://."""
 Positive = Annotated[int, Field(ge=1)]
 
 
@@ -133,7 +141,7 @@ class PretrainConfig(DeviceOptions, DataOptions):
 
     data: str = ""
     """References to learn (teacher fine-tuning): a file or dataset with prompt and target. Not with --cache."""
-    cache: Path | None = None
+    cache: CacheAddress | None = None
     """Completions to learn (pre-distillation, SeqKD): the finished rollouts in this cache."""
     policy: str | None = None
     """With --cache: only rollouts of this policy (name, or start of its fingerprint)."""
@@ -178,7 +186,7 @@ class RolloutConfig(DeviceOptions, DataOptions, SamplingOptions):
 
     student: str
     """Policy that samples: a folder or a Hub id. A teacher is a policy too."""
-    cache: Path
+    cache: CacheAddress
     """Cache that receives the rollouts; made if it is not there."""
     first: int = Field(default=0, ge=0)
     """Sample for the first so many prompts only; all are stored, for learn to go on with. 0: sample for all."""
@@ -189,7 +197,7 @@ class ScoreConfig(DeviceOptions, ScoringOptions):
 
     teacher: str
     """Frozen model whose logits are the Q-values: a folder or a Hub id."""
-    cache: Path
+    cache: CacheAddress
     """Cache whose rollouts are scored."""
     commit_tokens: Positive = 262144
     """Completion tokens per committed segment: the most that a killed run has to do again."""
@@ -204,7 +212,7 @@ class LearnConfig(DeviceOptions, ReturnOptions, SamplingOptions, ScoringOptions)
     """ketchup (K-step), llmr (K = 1), seqkd or kl (on teacher outputs), js or tvd (half on the student's samples)."""
     student: str
     """Policy to train: a folder or a Hub id, best pre-distilled."""
-    cache: Path
+    cache: CacheAddress
     """Cache with scored rollouts; refreshed rollouts go there too."""
     out: Path = Path("run")
     """Folder for the run: metrics.jsonl, config.json, checkpoint, and the trained student in student/."""
@@ -214,6 +222,8 @@ class LearnConfig(DeviceOptions, ReturnOptions, SamplingOptions, ScoringOptions)
     """Which teacher's scores to use where the cache holds several (name, or start of its fingerprint)."""
     policy: str | None = None
     """Train only on rollouts of this policy (name, or start of its fingerprint)."""
+    pin: Path | None = None
+    """Use exactly the segments of another run: the pins.json in its folder. Anything else is refused."""
     teacher_outputs: str | None = None
     """seqkd, kl, js, tvd: policy whose rollouts are teacher outputs (name, or start of its fingerprint), if not the
     teacher itself."""
@@ -350,7 +360,7 @@ class JudgeConfig(Config):
 class AnalyzeConfig(Config):
     """Options of `ketchup-cache analyze`."""
 
-    cache: Path
+    cache: CacheAddress
     """Cache with scored rollouts, several per prompt."""
     ks: IntList = (1, 2, 4, 8, 16)
     """Values of K."""
@@ -371,7 +381,7 @@ class AnalyzeConfig(Config):
 class InfoConfig(Config):
     """Options of `ketchup-cache info`."""
 
-    cache: Path
+    cache: CacheAddress
     """Cache to describe."""
 
 
@@ -385,8 +395,10 @@ class RecipesConfig(Config):
 class VerifyConfig(Config):
     """Options of `ketchup-cache verify`."""
 
-    cache: Path
-    """Cache to check: every byte against its manifest, and every array against the format."""
+    cache: CacheAddress
+    """Cache to check: every byte against its manifest."""
+    deep: bool = False
+    """Also decode every array and check every rule of the format."""
 
 
 class PushConfig(Config):
@@ -435,6 +447,24 @@ class DiffConfig(Config):
     """Another cache."""
 
 
+class LsConfig(Config):
+    """Options of `ketchup-cache ls`."""
+
+    cache: CacheAddress
+    """Cache to list: a path or an address."""
+
+
+class GcConfig(Config):
+    """Options of `ketchup-cache gc`."""
+
+    cache: Path
+    """Cache to tidy: data without a manifest, and leftovers in tmp/."""
+    older_than: float = Field(default=24.0, ge=0, allow_inf_nan=False)
+    """Hours. Younger garbage stays, since a writer may be at work on it."""
+    dry_run: bool = False
+    """Only say what would be deleted."""
+
+
 class DemoConfig(Config):
     """Options of `ketchup-cache demo`."""
 
@@ -456,6 +486,8 @@ COMMANDS: dict[str, type[Config]] = {
     "pull": PullConfig,
     "merge": MergeConfig,
     "diff": DiffConfig,
+    "ls": LsConfig,
+    "gc": GcConfig,
     "demo": DemoConfig,
     "recipes": RecipesConfig,
 }

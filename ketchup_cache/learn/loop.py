@@ -9,6 +9,7 @@ from typing import Any
 
 from ketchup_cache.config import LearnConfig
 from ketchup_cache.errors import MismatchError
+from ketchup_cache.learn import pins
 from ketchup_cache.learn.distill import divergence_step
 from ketchup_cache.learn.metrics import StepMetrics
 from ketchup_cache.learn.source import Offline, OnPolicy, ScoreRollouts, Source
@@ -18,7 +19,8 @@ from ketchup_cache.lm.fingerprint import state_fingerprint, tokenizer_info
 from ketchup_cache.lm.head import Head
 from ketchup_cache.lm.load import load_model, load_tokenizer
 from ketchup_cache.progress import progress
-from ketchup_cache.store.cache import Cache, open_cache
+from ketchup_cache.remote.view import open_cache
+from ketchup_cache.store.cache import Cache
 from ketchup_cache.store.manifest import TokenizerInfo
 from ketchup_cache.training.optim import Optimizer
 from ketchup_cache.training.run import Run
@@ -66,6 +68,7 @@ def learn(config: LearnConfig, score_rollouts: ScoreRollouts | None = None) -> L
     tokenizer = load_tokenizer(config.student, trust_remote_code=config.trust_remote_code)
     info = tokenizer_info(tokenizer, config.student)
     check_tokenizer(cache, info)
+    pins.restrict(cache, config.pin)
     with Run(config.out, "learn", config).locked() as run:
         if run.report:
             return LearnReport(**{**run.report, "already_done": True})
@@ -87,10 +90,12 @@ def learn(config: LearnConfig, score_rollouts: ScoreRollouts | None = None) -> L
         )
         state = run.restore(model, optimizer)
         source.restore(state)
+        used = pins.Pins(config.out, cache, resumed=state["step"] > 0)
         began, resumed = time.monotonic(), state["step"]
         with progress("learning", source.steps - resumed, "steps") as bar:
             for step in range(resumed, source.steps):
                 drawn = source.batch(step, model)
+                used.add(source.segments())
                 step_began = time.monotonic()
                 if config.method in ("ketchup", "llmr"):
                     metrics = train_step(model, head, optimizer, drawn.rollouts, config, step)

@@ -54,6 +54,9 @@ class Source(Protocol):
     def resolved(self) -> dict[str, Any]:
         """For the run's record: what the run reads."""
 
+    def segments(self) -> list[str]:
+        """Ids of the segments that the current batches come from, parents included."""
+
 
 class Offline:
     """What the method needs of the cache, in epochs: rollouts of the student, teacher outputs, or half of each.
@@ -93,6 +96,9 @@ class Offline:
 
     def resolved(self) -> dict[str, Any]:
         return self.state()
+
+    def segments(self) -> list[str]:
+        return _segments_of(self._refs)
 
 
 class OnPolicy:
@@ -225,6 +231,13 @@ class OnPolicy:
 
     def resolved(self) -> dict[str, Any]:
         return {"prompts": [id_ for id_, _ in self._prompt_segments]}
+
+    def segments(self) -> list[str]:
+        return _segments_of(self._refs)
+
+
+def _segments_of(refs: Sequence[ScoredRef]) -> list[str]:
+    return list(dict.fromkeys(id_ for ref in refs for id_ in (ref.prompts_id, ref.rollouts_id, ref.scores_id)))
 
 
 def _distinct_prompts(cache: Cache) -> list[tuple[str, int]]:

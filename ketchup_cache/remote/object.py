@@ -1,7 +1,7 @@
 """A cache in an object store, through fsspec: S3, Google Cloud, Azure, or memory.
 
-Objects appear whole or not at all. Every one is created only if it is absent (`If-None-Match: *` on S3), data before the
-manifest, so that no writer ever replaces what another one has published.
+Objects appear whole or not at all. Every one is created only if it is absent (`If-None-Match: *` on S3), data before
+the manifest, so that no writer ever replaces what another one has published.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ class ObjectRemote:
 
 
 def _filesystem(scheme: str, url: str) -> tuple[Any, str]:
-    import fsspec
+    import fsspec  # type: ignore[import-untyped]
 
     try:
         fs = fsspec.filesystem(scheme, use_listings_cache=False)

@@ -159,13 +159,13 @@ def describe(cache: Cache) -> CacheInfo:
     for ref in coverage.scored(manifests):
         scored[ref.teacher.fingerprint] += ref.rows
     return CacheInfo(
-        path=str(cache.path),
+        path=cache.address,
         segments={kind: len(found) for kind, found in of_kind.items()},
         prompts=sum(m.rows for m in of_kind["prompts"]),
         prompt_tokens=sum(m.tokens for m in of_kind["prompts"]),
         rollouts=total,
         finished=sum(
-            int(reading.read_arrays(cache.path, segment_id, m, {"finished"})["finished"].sum())
+            int(cache.read_arrays(segment_id, m, {"finished"})["finished"].sum())
             for segment_id, m in manifests.items()
             if m.kind == "rollouts"
         ),
@@ -187,35 +187,46 @@ def describe(cache: Cache) -> CacheInfo:
     )
 
 
-def verify(cache: Cache) -> VerifyReport:
-    """Read, hash and decode every byte again and check every rule of the format. Collects all problems."""
-    fresh = Cache(cache.path)
+def verify(cache: Cache, *, deep: bool = True) -> VerifyReport:
+    """Read and hash every byte again; `deep`: decode it and check every rule of the format. Collects all problems."""
+    fresh = cache.reopened()
     manifests: dict[str, Manifest] = {}
     problems: dict[str, None] = {}  # an ordered set: a damaged parent is found by each of its children too
-    for segment_id in sorted(reading.segment_ids(cache.path)):
+    for segment_id in sorted(fresh.segment_ids()):
         try:
             manifests[segment_id] = fresh.manifest(segment_id)
         except KetchupError as error:
             problems[str(error)] = None
     right = 0
     for segment_id in sorted(manifests, key=lambda segment_id: _family(segment_id, manifests[segment_id])):
-        found = _problems(fresh, segment_id, manifests[segment_id])
+        found = _problems(fresh, segment_id, manifests, deep)
         problems |= dict.fromkeys(found)
         right += 0 if found else data_bytes(manifests[segment_id])
-    folders = {segment_id: cache.path / "segments" / segment_id for segment_id in manifests}
-    known = set(reading.segment_ids(cache.path))
+    on_disk = cache.address == str(cache.path)  # an address elsewhere shows no leftovers
+    folders = {i: cache.path / "segments" / i for i in manifests if on_disk}
+    known = set(fresh.segment_ids())
     return VerifyReport(
-        path=str(cache.path),
+        path=cache.address,
         segments=len(manifests),
         bytes=right,
         problems=tuple(problems),
-        unfinished=len(_names(cache.path / "tmp")),
-        orphans=sum(name not in known for name in _names(cache.path / "segments")),
+        unfinished=len(_names(cache.path / "tmp")) if on_disk else 0,
+        orphans=sum(name not in known for name in _names(cache.path / "segments")) if on_disk else 0,
         strays=sum(len(_files(folder) - manifests[i].files.keys()) for i, folder in folders.items()),
     )
 
 
-def _problems(cache: Cache, segment_id: str, manifest: Manifest) -> list[str]:
+def _problems(cache: Cache, segment_id: str, manifests: dict[str, Manifest], deep: bool) -> list[str]:
+    manifest = manifests[segment_id]
+    try:
+        if isinstance(manifest.info, RolloutsInfo | ScoresInfo):
+            coverage.check_parent(manifest.info, manifests.get(coverage.parent_id(manifest.info)), segment_id)
+        if not deep or cache.address != str(cache.path):
+            cache.check_bytes(segment_id, manifest)
+        if not deep:
+            return []
+    except KetchupError as error:
+        return [str(error)]
     load = {"prompts": cache.load_prompts, "rollouts": cache.load_rollouts, "scores": cache.load_scores}[manifest.kind]
     try:
         load(segment_id)

@@ -1,0 +1,169 @@
+"""A cache at an address, used like one on disk: segments come when they are needed and stay in a local segment cache.
+
+The segment cache ($KETCHUP_CACHE_HOME, else ~/.cache/ketchup-cache) is shared by all addresses and processes: segments
+are named by what they hold. It keeps the most recently used ones up to $KETCHUP_CACHE_SIZE (as 500MB; default 20GB).
+There are no locks: a segment that another process drops while it is read is fetched again.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Mapping, Set
+from contextlib import suppress
+from pathlib import Path
+
+from numpy.typing import NDArray
+
+from ketchup_cache.errors import CacheError, ConfigError, CorruptError
+from ketchup_cache.files import write_file
+from ketchup_cache.remote.base import Packed, Remote, read_segment
+from ketchup_cache.remote.opening import is_url, open_remote
+from ketchup_cache.store import durable, reading
+from ketchup_cache.store.cache import Cache
+from ketchup_cache.store.cache import open_cache as open_folder
+from ketchup_cache.store.manifest import Manifest
+
+HOME_VARIABLE, SIZE_VARIABLE = "KETCHUP_CACHE_HOME", "KETCHUP_CACHE_SIZE"
+DEFAULT_BYTES = 20 * 10**9
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+
+
+def open_cache(address: str | os.PathLike[str], *, create: bool = False) -> Cache:
+    """Open the cache in a folder or at an address; with `create`, make one where there is none.
+
+    Raises CacheError where there is none, where it is of another format version, or where the address can't be
+    reached or holds credentials; ConfigError where $KETCHUP_CACHE_SIZE is no size; WriteError.
+    """
+    remote = open_remote(address)
+    if not is_url(address):
+        return open_folder(remote.url, create=create)
+    if not remote.exists():
+        if not create:
+            raise CacheError(f"{remote.url}: no cache here; `ketchup-cache push CACHE {remote.url}` makes one")
+        remote.create()
+    return RemoteCache(remote, SegmentCache.default())
+
+
+class SegmentCache:
+    """Whole segments in a folder, the most recently used ones up to a size."""
+
+    def __init__(self, path: Path, limit: int) -> None:
+        self.path, self.limit = path, limit
+
+    @classmethod
+    def default(cls) -> SegmentCache:
+        """Where the environment says. Raises ConfigError where $KETCHUP_CACHE_SIZE is no size."""
+        home = os.environ.get(HOME_VARIABLE)
+        path = Path(home) if home else Path("~/.cache/ketchup-cache").expanduser()
+        text = os.environ.get(SIZE_VARIABLE, "")
+        found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", text.strip().upper()) if text else None
+        if text and not found:
+            raise ConfigError([f"${SIZE_VARIABLE} must be a size such as 500MB or 20GB, not {text!r:.40}"])
+        return cls(path, int(float(found[1]) * _UNITS[found[2]]) if found else DEFAULT_BYTES)
+
+    def manifest(self, segment_id: str) -> bytes | None:
+        """The bytes of a manifest that was kept; None where there is none, or a damaged one."""
+        with suppress(CacheError):
+            data = durable.read_file(self._manifest_path(segment_id), reading.MAX_MANIFEST_BYTES)
+            reading.parse_manifest(data, segment_id, self._manifest_path(segment_id))
+            return data
+        return None
+
+    def keep_manifest(self, segment_id: str, data: bytes) -> None:
+        write_file(self._manifest_path(segment_id), data)
+
+    def holds(self, segment_id: str) -> bool:
+        """Whether a segment's data is here. Marks it as used now."""
+        try:
+            os.utime(self.path / "segments" / segment_id)
+        except OSError:
+            return False
+        return True
+
+    def keep(self, packed: Packed) -> None:
+        """Put a segment here, whole or not at all, then drop the least recently used ones beyond the limit."""
+        durable.publish(self.path, packed.segment_id, packed.files, packed.manifest)
+        self._shrink(packed.segment_id)
+
+    def drop(self, segment_id: str) -> None:
+        """Its folder disappears at once, so that no reader takes half of it for the whole."""
+        gone = self.path / "tmp" / uuid.uuid4().hex
+        with suppress(OSError):
+            os.rename(self.path / "segments" / segment_id, gone)
+        shutil.rmtree(gone, ignore_errors=True)
+
+    def _shrink(self, newest: str) -> None:
+        held = []
+        for name in durable.list_folder(self.path / "segments"):
+            folder = self.path / "segments" / name
+            with suppress(OSError):  # dropped by another process meanwhile
+                size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+                held.append((folder.stat().st_mtime_ns, name, size))
+        total = sum(size for _, _, size in held)
+        for _, name, size in sorted(held):
+            if total <= self.limit:
+                break
+            if name != newest:
+                self.drop(name)
+                total -= size
+
+    def _manifest_path(self, segment_id: str) -> Path:
+        return self.path / "manifests" / f"{segment_id}.json"
+
+
+class RemoteCache(Cache):
+    """A cache at an address. What is committed goes there at once: data first, manifest last.
+
+    The segments are those that were there when it was opened, and those committed through it since.
+    """
+
+    def __init__(self, remote: Remote, segments: SegmentCache) -> None:
+        super().__init__(segments.path)
+        self.remote, self._segments = remote, segments
+        self.address = remote.url
+        self._ids = dict.fromkeys(sorted(remote.segment_ids()))
+
+    def __repr__(self) -> str:
+        return f"RemoteCache({self.address!r})"
+
+    def segment_ids(self) -> list[str]:
+        return list(self._ids)
+
+    def read_arrays(self, segment_id: str, manifest: Manifest, names: Set[str]) -> dict[str, NDArray]:
+        """Damage, and eviction by another process, cost a second fetch; only what the address itself holds counts."""
+        for _ in range(2):
+            if self._segments.holds(segment_id):
+                with suppress(CorruptError):
+                    return reading.read_arrays(self._segments.path, segment_id, manifest, names)
+                self._segments.drop(segment_id)
+            self._fetch(segment_id, manifest)
+        return reading.read_arrays(self._segments.path, segment_id, manifest, names)
+
+    def check_bytes(self, segment_id: str, manifest: Manifest) -> None:
+        """Of the address itself, whatever the segment cache holds."""
+        read_segment(self.remote, segment_id, manifest, b"")
+
+    def reopened(self) -> Cache:
+        return RemoteCache(self.remote, self._segments)
+
+    def _fetch(self, segment_id: str, manifest: Manifest) -> None:
+        data = self._segments.manifest(segment_id) or self.remote.manifest(segment_id)
+        self._segments.keep(read_segment(self.remote, segment_id, manifest, data))
+
+    def _read_manifest(self, segment_id: str) -> Manifest:
+        data = self._segments.manifest(segment_id)
+        if data is None:
+            data = self.remote.manifest(segment_id)
+            manifest = reading.parse_manifest(data, segment_id, f"{self.address}/manifests/{segment_id}.json")
+            self._segments.keep_manifest(segment_id, data)
+            return manifest
+        return reading.parse_manifest(data, segment_id, self._segments.path)
+
+    def _publish(self, segment_id: str, files: Mapping[str, bytes], manifest: bytes) -> None:
+        packed = Packed(segment_id, manifest, files)
+        self.remote.put([packed])
+        self._ids[segment_id] = None
+        self._segments.keep(packed)
