@@ -12,6 +12,7 @@ import uuid
 from concurrent.futures import ThreadPoolExecutor
 from itertools import permutations
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -120,7 +121,7 @@ def test_what_is_committed_at_an_address_is_there_for_others(cache, url, tmp_pat
 @pytest.fixture
 def web(cache):
     class Handler(http.server.SimpleHTTPRequestHandler):
-        cut: set[str] = set()
+        cut: ClassVar[set[str]] = set()
 
         def log_message(self, *args):
             pass

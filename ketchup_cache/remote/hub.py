@@ -128,7 +128,11 @@ class HubRemote:
 
     def _get(self, key: str, limit: int) -> bytes:
         """Through a folder of its own, not the Hub client's cache, which would keep every segment a second time."""
-        from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
+        from huggingface_hub.errors import (
+            EntryNotFoundError,
+            LocalEntryNotFoundError,
+            RepositoryNotFoundError,
+        )
 
         def request() -> bytes:
             with tempfile.TemporaryDirectory() as folder:
@@ -136,6 +140,8 @@ class HubRemote:
                     path = self._api.hf_hub_download(
                         self._repo, key, repo_type="dataset", revision=self._revision, local_dir=folder
                     )
+                except LocalEntryNotFoundError as error:  # no connection: not an answer about the file
+                    raise ConnectionError(str(error)) from None
                 except (EntryNotFoundError, RepositoryNotFoundError):
                     raise FileNotFoundError(key) from None
                 with Path(path).open("rb") as file:

@@ -41,8 +41,8 @@ class GcReport:
 def collect(cache: Cache, *, hours: float = 24.0, dry_run: bool = False) -> GcReport:
     """Delete entries of tmp/, and folders of segments/ without a manifest, untouched for so many hours.
 
-    A commit renames its data to segments/ and right after that its manifest. The data's folder keeps the time of its last
-    file then, so the age must be longer than any commit takes. Raises WriteError where deleting fails.
+    A commit renames its data to segments/ and right after that its manifest: the age must be longer than that takes,
+    and than clocks of machines differ. Raises WriteError where deleting fails.
     """
     limit = time.time() - hours * 3600
     removed, size, kept = [], 0, 0
