@@ -129,7 +129,7 @@ def check_tokenizer(cache: Cache, student: TokenizerInfo) -> None:
     for _, manifest in cache.manifests("prompts"):
         if manifest.info.tokenizer.fingerprint != student.fingerprint:
             raise MismatchError(
-                f"{cache.path}: its prompts were encoded by the tokenizer of {manifest.info.tokenizer.name}, "
+                f"{cache.address}: its prompts were encoded by the tokenizer of {manifest.info.tokenizer.name}, "
                 f"which encodes differently from that of {student.name}; use a student with the cache's tokenizer"
             )
 

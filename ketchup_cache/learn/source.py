@@ -98,7 +98,7 @@ class Offline:
         return self.state()
 
     def segments(self) -> list[str]:
-        return _segments_of(self._refs)
+        return _segments_of([ref for refs in self._parts.values() for ref in refs])
 
 
 class OnPolicy:
@@ -121,7 +121,7 @@ class OnPolicy:
         self._prompt_segments = _distinct_prompts(cache)
         total = sum(rows for _, rows in self._prompt_segments)
         if total == 0:
-            raise CacheError(f"{cache.path}: holds no prompts; put them there with `ketchup-cache rollout`")
+            raise CacheError(f"{cache.address}: holds no prompts; put them there with `ketchup-cache rollout`")
         self._outputs = teacher_outputs(cache, config) if config.method in ON_OUTPUTS else None
         self._share = config.batch_size // (2 if self._outputs else 1)
         self._output_stream: Stream | None = None
@@ -233,7 +233,7 @@ class OnPolicy:
         return {"prompts": [id_ for id_, _ in self._prompt_segments]}
 
     def segments(self) -> list[str]:
-        return _segments_of(self._refs)
+        return list(dict.fromkeys([*self.resolved()["prompts"], *_segments_of([*self._refs, *(self._outputs or ())])]))
 
 
 def _segments_of(refs: Sequence[ScoredRef]) -> list[str]:
