@@ -8,6 +8,7 @@ import os
 import signal
 import threading
 import time
+import urllib.request
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 from itertools import permutations
@@ -41,9 +42,8 @@ def _quick(monkeypatch, tmp_path):
 
 @pytest.fixture(scope="module")
 def s3_endpoint():
-    pytest.importorskip("s3fs", reason="s3fs is not installed: pip install 'ketchup-cache[s3]'")
     server = pytest.importorskip("moto.server", reason="moto is not installed: pip install 'ketchup-cache[dev]'")
-    running = server.ThreadedMotoServer(port=0)
+    running = server.ThreadedMotoServer(port=0, verbose=False)
     running.start()
     host, port = running.get_host_and_port()
     yield f"http://{host}:{port}"
@@ -59,13 +59,11 @@ def url(request, tmp_path, monkeypatch):
     if request.param == "memory":
         return f"memory://{name}/cache"
     endpoint = request.getfixturevalue("s3_endpoint")
-    settings = {"AWS_ENDPOINT_URL": endpoint, "AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "SECRET"}
-    for key, value in settings.items():
+    keys = {"AWS_ENDPOINT_URL": endpoint, "AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "SECRET"}
+    for key, value in keys.items():
         monkeypatch.setenv(key, value)
-    import s3fs
-
-    s3fs.S3FileSystem.clear_instance_cache()
-    s3fs.S3FileSystem().mkdir(name)
+    make = urllib.request.Request(f"{endpoint}/{name}", method="PUT")
+    urllib.request.urlopen(make).close()
     return f"s3://{name}/cache"
 
 

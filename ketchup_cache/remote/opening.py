@@ -9,7 +9,7 @@ from ketchup_cache.errors import CacheError
 from ketchup_cache.remote.base import Remote
 from ketchup_cache.remote.hub import HubRemote
 from ketchup_cache.remote.local import LocalRemote, folder_of
-from ketchup_cache.remote.object import EXTRAS, ObjectRemote
+from ketchup_cache.remote.object import SCHEMES, ObjectRemote
 from ketchup_cache.remote.web import WebRemote
 
 
@@ -32,7 +32,7 @@ def open_remote(address: str | os.PathLike[str], license_id: str | None = None) 
         return HubRemote(text, license_id=license_id)
     if scheme in ("https", "http"):
         return WebRemote(text)
-    if scheme in EXTRAS and rest.strip("/"):
+    if scheme in SCHEMES and rest.strip("/"):
         return ObjectRemote(text)
     served = ", ".join(f"{name}://" for name in ("s3", "gs", "az", "hf", "https"))
     raise CacheError(f"{scheme.split(':')[-1][:20]}://: no such caches; give a path or one of {served}")
