@@ -11,16 +11,12 @@ import time
 import urllib.request
 import uuid
 from concurrent.futures import ThreadPoolExecutor
-from itertools import permutations
 from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
 import pytest
-from hypothesis import settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
-from store_samples import exit_code, fill, in_child, make_prompts, make_rollouts, prompts_info, rollouts_info
+from store_samples import exit_code, fill, in_child, make_prompts, prompts_info
 
 from ketchup_cache.cli import main
 from ketchup_cache.errors import CacheError, CorruptError, KetchupError, MismatchError, WriteError
@@ -31,7 +27,7 @@ from ketchup_cache.store.cache import open_cache as open_folder
 from ketchup_cache.store.garbage import collect
 from ketchup_cache.store.inspect import describe, verify
 from ketchup_cache.store.reading import segment_ids
-from ketchup_cache.transfer import copy, diff, merge
+from ketchup_cache.transfer import copy, diff
 
 
 @pytest.fixture(autouse=True)
@@ -258,47 +254,6 @@ def test_killed_pulls_go_on(tmp_path):
     copy(cache.path, tmp_path / "b")
     assert contents(tmp_path / "b").keys() >= contents(cache.path).keys()
     assert verify(open_folder(tmp_path / "b")).segments == 30
-
-
-class MergeLaws(RuleBasedStateMachine):
-    """Three caches under commits and merges in any order, against plain sets of ids."""
-
-    def __init__(self):
-        super().__init__()
-        import tempfile
-
-        self.folder = tempfile.TemporaryDirectory()
-        self.caches = [open_folder(Path(self.folder.name) / str(i), create=True) for i in range(3)]
-        self.model: list[set[str]] = [set(), set(), set()]
-        self.seed = 0
-
-    @rule(i=st.integers(0, 2))
-    def commit(self, i):
-        self.seed += 1
-        prompts = self.caches[i].commit_prompts(make_prompts(seed=self.seed), prompts_info())
-        child = self.caches[i].commit_rollouts(make_rollouts(seed=self.seed), rollouts_info(prompts, 3))
-        self.model[i] |= {prompts, child}
-
-    @rule(a=st.integers(0, 2), b=st.integers(0, 2), into=st.integers(0, 2))
-    def merge(self, a, b, into):
-        merge([self.caches[a].path, self.caches[b].path], self.caches[into].path)
-        self.model[into] |= self.model[a] | self.model[b]
-
-    @invariant()
-    def sets_agree(self):
-        assert [set(c.segment_ids()) for c in self.caches] == self.model
-
-    def teardown(self):
-        for order in permutations(range(3)):
-            target = Path(self.folder.name) / "".join(map(str, order))
-            merge([self.caches[i].path for i in (*order, order[0])], target)
-            assert set(segment_ids(target)) == set().union(*self.model)
-            assert verify(open_folder(target)).ok
-        self.folder.cleanup()
-
-
-TestMergeLaws = MergeLaws.TestCase
-TestMergeLaws.settings = settings(max_examples=6, stateful_step_count=8, deadline=None, derandomize=True)
 
 
 def test_diff_says_what_each_side_lacks(cache, tmp_path):
