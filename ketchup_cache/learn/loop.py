@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from ketchup_cache.remote.view import open_cache
 from ketchup_cache.store.cache import Cache
 from ketchup_cache.store.manifest import TokenizerInfo
 from ketchup_cache.training.optim import Optimizer
+from ketchup_cache.training.origin import Origin
 from ketchup_cache.training.run import Run
 
 
@@ -76,6 +78,9 @@ def learn(config: LearnConfig, score_rollouts: ScoreRollouts | None = None) -> L
         source: Source = (
             OnPolicy(cache, config, info, score_rollouts, calculator) if score_rollouts else Offline(cache, config)
         )
+        origin = Origin.of(config.student)
+        if origin and (warning := origin.differs_from(config.teacher or cache.select_teacher(config.scored_by).name)):
+            print(f"ketchup-cache: warning: {config.student}: {warning}", file=sys.stderr)
         model = load_model(config.student, device=config.device, trust_remote_code=config.trust_remote_code)
         head = Head.of(model, info.vocab_size)
         run.write_config({"student": state_fingerprint(model), "steps": source.steps, **source.resolved()})
@@ -120,7 +125,7 @@ def learn(config: LearnConfig, score_rollouts: ScoreRollouts | None = None) -> L
             first=lines[0],
             last=lines[-1],
         )
-        run.finish("student", model, tokenizer, report.to_dict())
+        run.finish("student", model, tokenizer, report.to_dict(), origin)
     return report
 
 

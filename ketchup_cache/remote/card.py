@@ -20,6 +20,7 @@ def card(repo: str, manifests: Sequence[Manifest], license_id: str) -> str:
         ("policy", {i.policy.name for i in infos if isinstance(i, RolloutsInfo)}),
         ("tokenizer", {i.tokenizer.name for i in infos}),
         ("task", {i.data.name for i in infos if isinstance(i, PromptsInfo)}),
+        ("author", {m.author for m in manifests if m.author}),
         ("written by", {m.tool for m in manifests}),
     ]
     table = [f"| {what} | {', '.join(map(_quoted, sorted(values))) or 'none'} |" for what, values in lines]

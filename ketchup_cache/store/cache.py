@@ -12,7 +12,7 @@ from typing import TypeVar
 from numpy.typing import NDArray
 
 import ketchup_cache
-from ketchup_cache.errors import CacheError, CorruptError, MismatchError, NumericsError
+from ketchup_cache.errors import CacheError, ConfigError, CorruptError, MismatchError, NumericsError
 from ketchup_cache.store import arrays, coverage, durable, reading, segments
 from ketchup_cache.store.coverage import ScoredRef
 from ketchup_cache.store.join import join, rows_of
@@ -32,6 +32,7 @@ from ketchup_cache.store.manifest import (
 )
 from ketchup_cache.types import Prompts, Rollouts, Row, ScoredRollouts, Scores
 
+AUTHOR_VARIABLE = "KETCHUP_CACHE_AUTHOR"
 _KEEP_DECODED = 2
 Value = TypeVar("Value", Prompts, Rollouts, Scores)
 
@@ -40,7 +41,7 @@ def open_cache(path: str | os.PathLike[str], *, create: bool = False) -> Cache:
     """Open the cache in a folder; with `create`, make one where there is none.
 
     Raises CacheError where the folder is missing, holds something else or a cache of another format version;
-    WriteError where a new one can't be written.
+    WriteError where a new one can't be written; ConfigError where $KETCHUP_CACHE_AUTHOR is no name.
     """
     root = Path(path)
     marker = root / durable.MARKER
@@ -71,6 +72,8 @@ class Cache:
         """Where the segments are: the folder, or an address elsewhere."""
         self.only: frozenset[str] | None = None
         """Pinned: all other segments are as if they were not there, and no new ones are taken."""
+        self.author = _author()
+        """Recorded in every segment that is committed."""
         self._parsed: dict[str, Manifest] = {}
         self._decoded: dict[str, Prompts | Rollouts] = {}
 
@@ -168,6 +171,7 @@ class Cache:
             format=FORMAT,
             version=FORMAT_VERSION,
             tool=f"ketchup-cache {ketchup_cache.__version__}",
+            **({"author": self.author} if self.author else {}),
             created=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ"),
             rows=rows,
             tokens=tokens,
@@ -290,3 +294,11 @@ class Cache:
 
     def _policies(self) -> list[PolicyInfo]:
         return [m.info.policy for _, m in self.manifests() if isinstance(m.info, RolloutsInfo)]
+
+
+def _author() -> str:
+    """Who commits, as they want to be named: empty where they do not say so. Raises ConfigError."""
+    name = os.environ.get(AUTHOR_VARIABLE, "").strip()
+    if len(name) > 200 or not name.isprintable() or "://" in name:
+        raise ConfigError([f"${AUTHOR_VARIABLE} must be a name of at most 200 printable characters, and no address"])
+    return name

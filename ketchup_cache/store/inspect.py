@@ -59,6 +59,8 @@ class CacheInfo:
     data: tuple[dict[str, Any], ...]
     sampling: tuple[dict[str, Any], ...]
     """Every different setting that rollouts were drawn with."""
+    authors: tuple[str, ...]
+    """Who made segments, where they said so."""
     tools: tuple[str, ...]
     """Programs that wrote segments."""
     created: tuple[str, str] | None
@@ -97,6 +99,7 @@ class CacheInfo:
                 ("teacher", f"{t.name} ({t.fingerprint[:12]}, {t.dtype}): {t.scored:,} scored, {t.unscored:,} not yet")
                 for t in self.teachers
             ),
+            *(("author", author) for author in self.authors),
             *(("written by", tool) for tool in self.tools),
             *([("created", f"{self.created[0]} to {self.created[1]}")] if self.created else []),
         ]
@@ -182,6 +185,7 @@ def describe(cache: Cache) -> CacheInfo:
         tokenizers=_different(m.info.tokenizer.model_dump() for m in manifests.values()),
         data=_different(m.info.data.model_dump() for m in of_kind["prompts"] if m.info.kind == "prompts"),
         sampling=_different(info.sampling.model_dump() for info in rollouts),
+        authors=tuple(sorted({manifest.author for manifest in manifests.values() if manifest.author})),
         tools=tuple(sorted({manifest.tool for manifest in manifests.values()})),
         created=(min(created), max(created)) if created else None,
     )

@@ -20,6 +20,7 @@ class Entry:
     bytes: int
     created: str
     tool: str
+    author: str
     model: str
     """The data of prompts, the policy of rollouts, the teacher of scores."""
     parent: str | None
@@ -57,4 +58,4 @@ def _entry(segment_id: str, manifest: Manifest) -> Entry:
         model, parent = f"{info.teacher.name} ({info.teacher.fingerprint[:12]})", coverage.parent_id(info)
     size = data_bytes(manifest)
     counts = (manifest.rows, manifest.tokens, size)
-    return Entry(segment_id, manifest.kind, *counts, manifest.created, manifest.tool, model, parent)
+    return Entry(segment_id, manifest.kind, *counts, manifest.created, manifest.tool, manifest.author, model, parent)
