@@ -465,6 +465,25 @@ class GcConfig(Config):
     """Only say what would be deleted."""
 
 
+class ExportConfig(Config):
+    """Options of `ketchup-cache export`."""
+
+    cache: CacheAddress
+    """Cache to export: a path or an address."""
+    out: Path
+    """New folder for the files."""
+    to: Literal["parquet", "hf-dataset"]
+    """parquet files, or hf-dataset: a folder for `datasets.load_from_disk`."""
+    scored_by: str | None = None
+    """Which teacher's scores to take where the cache holds several (name, or start of its fingerprint)."""
+    policy: str | None = None
+    """Only rollouts of this policy (name, or start of its fingerprint)."""
+    keep_top: int = Field(default=0, ge=0)
+    """Also the teacher's so many largest logits; only rollouts whose scores keep them. 0: none."""
+    unscored: bool = False
+    """Also rollouts without scores; what would come from the teacher is null."""
+
+
 class DemoConfig(Config):
     """Options of `ketchup-cache demo`."""
 
@@ -488,6 +507,7 @@ COMMANDS: dict[str, type[Config]] = {
     "diff": DiffConfig,
     "ls": LsConfig,
     "gc": GcConfig,
+    "export": ExportConfig,
     "demo": DemoConfig,
     "recipes": RecipesConfig,
 }

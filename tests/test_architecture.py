@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-DRIVERS = {"pretrain", "rollout", "score", "learn.loop", "evaluate", "analyze", "demo", "judge.driver"}
+DRIVERS = {"pretrain", "rollout", "score", "learn.loop", "evaluate", "analyze", "demo", "judge.driver", "export"}
 FOUNDATION = {"types", "errors", "config"}
 
 

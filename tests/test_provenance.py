@@ -68,7 +68,7 @@ def test_a_manifest_with_an_author_that_is_none_is_refused(tmp_path, author):
 
 @pytest.fixture(scope="module")
 def predistilled(tmp_path_factory):
-    """Student, teacher, the student trained on the teacher's outputs, a cache of its rollouts that the teacher scored."""
+    """Student, teacher, the student trained on the teacher's outputs, and scored rollouts of that one."""
     base = tmp_path_factory.mktemp("models")
     student, teacher = save_model(base / "s", "1.0", seed=1), save_model(base / "t", "1.1", seed=2)
     make_cache(base / "sft", teacher, teacher)

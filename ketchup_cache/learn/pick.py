@@ -73,8 +73,8 @@ def _with_top(cache: Cache, config: LearnConfig, selected: list[ScoredRef], none
     missing = sum(ref.rows for ref in selected) - sum(ref.rows for ref in enough)
     if missing:
         raise CacheError(
-            f"{cache.address}: {missing:,} of the rollouts for --method {config.method} are scored without the teacher's "
-            f"{config.top_needed} largest logits (or with fewer); run `ketchup-cache score --teacher "
+            f"{cache.address}: {missing:,} of the rollouts for --method {config.method} are scored without "
+            f"the teacher's {config.top_needed} largest logits (or with fewer); run `ketchup-cache score --teacher "
             f"{selected[0].teacher.name} --cache {cache.address} --keep-top {config.top_needed}`"
         )
     return enough

@@ -44,7 +44,7 @@ class Origin:
         write_file(folder / NAME, (json.dumps(record, indent=2, ensure_ascii=False) + "\n").encode())
 
     def differs_from(self, teacher: str) -> str | None:
-        """What to warn of where none of the policies is this teacher, by name or, for a folder that is here, by weights.
+        """What to warn of where no policy is this teacher, by name or, for a folder that is here, by weights.
 
         The precision that the teacher scores in does not matter.
         """
@@ -54,8 +54,8 @@ class Origin:
             return None
         names = ", ".join(f"{policy.name} ({policy.fingerprint[:12]})" for policy in self.policies)
         return printable(
-            f"was pre-distilled on the outputs of {names}, but {teacher} scored: pre-distil it on outputs of {teacher}, "
-            "unless these are one model under two names"
+            f"was pre-distilled on the outputs of {names}, but {teacher} scored: pre-distil it on outputs of "
+            f"{teacher}, unless these are one model under two names"
         )
 
     def _holds_weights(self, folder: Path) -> bool:
