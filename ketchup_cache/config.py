@@ -1,4 +1,5 @@
-"""Every option of every command, once: flags, YAML keys, JSON Schema and help all come from here.
+"""Every option of every command, once: flags, YAML keys, JSON Schema and help all come from here, config_base
+and config_caches.
 
 The text under a field is its help. The classes share groups of options through inheritance, so that an option
 that several commands have means the same and has the same default in all of them.
@@ -9,7 +10,20 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
+
+from ketchup_cache.config_base import CacheAddress, Config
+from ketchup_cache.config_caches import (
+    DiffConfig,
+    ExportConfig,
+    GcConfig,
+    InfoConfig,
+    LsConfig,
+    MergeConfig,
+    PullConfig,
+    PushConfig,
+    VerifyConfig,
+)
 
 Normalization = Literal["raw", "centred", "logprob"]
 Tail = Literal["one-step", "jump"]
@@ -28,19 +42,7 @@ def _split(value: Any) -> Any:
 IntList = Annotated[tuple[int, ...], BeforeValidator(_split), Field(json_schema_extra={"metavar": "INT,INT,…"})]
 MetricList = Annotated[tuple[Metric, ...], BeforeValidator(_split)]
 AspectList = Annotated[tuple[Aspect, ...], BeforeValidator(_split), Field(min_length=1)]
-
-
-def _folder_or_address(value: Any) -> Any:
-    return Path(value) if isinstance(value, str) and "://" not in value else value
-
-
-CacheAddress = Annotated[Path | str, BeforeValidator(_folder_or_address)]
-"""A folder, or an address: pathlib would make one slash of the two in s3://."""
 Positive = Annotated[int, Field(ge=1)]
-
-
-class Config(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
 # ------------------------------------------------------------------------------------------- groups of options
@@ -378,110 +380,11 @@ class AnalyzeConfig(Config):
     """Folder for analysis.json and analysis.png."""
 
 
-class InfoConfig(Config):
-    """Options of `ketchup-cache info`."""
-
-    cache: CacheAddress
-    """Cache to describe."""
-
-
 class RecipesConfig(Config):
     """Options of `ketchup-cache recipes`."""
 
     name: str | None = None
     """Recipe to print with its commands. Without it, all are listed."""
-
-
-class VerifyConfig(Config):
-    """Options of `ketchup-cache verify`."""
-
-    cache: CacheAddress
-    """Cache to check: every byte against its manifest."""
-    deep: bool = False
-    """Also decode every array and check every rule of the format."""
-
-
-class PushConfig(Config):
-    """Options of `ketchup-cache push`."""
-
-    cache: Path
-    """Cache whose segments are copied."""
-    url: str
-    """Where to: a path, s3://bucket/name, gs://…, or hf://datasets/owner/name. Made if it is not there."""
-    license: str | None = None
-    """License id for the card of a Hub data set; by default it stays as it is."""
-    dry_run: bool = False
-    """Only say what would be copied."""
-
-
-class PullConfig(Config):
-    """Options of `ketchup-cache pull`."""
-
-    url: str
-    """Where from: a path, s3://bucket/name, gs://…, https://…, or hf://datasets/owner/name."""
-    cache: Path
-    """Cache that receives the segments; made if it is not there."""
-    dry_run: bool = False
-    """Only say what would be copied."""
-
-
-class MergeConfig(Config):
-    """Options of `ketchup-cache merge`."""
-
-    a: str
-    """A cache: a path or an address."""
-    b: str
-    """Another cache."""
-    into: str
-    """Cache that receives what it lacks of both; made if it is not there. It may be one of the two."""
-    dry_run: bool = False
-    """Only say what would be copied."""
-
-
-class DiffConfig(Config):
-    """Options of `ketchup-cache diff`."""
-
-    a: str
-    """A cache: a path or an address."""
-    b: str
-    """Another cache."""
-
-
-class LsConfig(Config):
-    """Options of `ketchup-cache ls`."""
-
-    cache: CacheAddress
-    """Cache to list: a path or an address."""
-
-
-class GcConfig(Config):
-    """Options of `ketchup-cache gc`."""
-
-    cache: Path
-    """Cache to tidy: data without a manifest, and leftovers in tmp/."""
-    older_than: float = Field(default=24.0, ge=0, allow_inf_nan=False)
-    """Hours. Younger garbage stays, since a writer may be at work on it."""
-    dry_run: bool = False
-    """Only say what would be deleted."""
-
-
-class ExportConfig(Config):
-    """Options of `ketchup-cache export`."""
-
-    cache: CacheAddress
-    """Cache to export: a path or an address."""
-    out: Path
-    """New folder for the files."""
-    to: Literal["parquet", "hf-dataset"]
-    """parquet files, or hf-dataset: a folder for `datasets.load_from_disk`."""
-    scored_by: str | None = None
-    """Which teacher's scores to take where the cache holds several (name, or start of its fingerprint)."""
-    policy: str | None = None
-    """Only rollouts of this policy (name, or start of its fingerprint)."""
-    keep_top: int = Field(default=0, ge=0)
-    """Also the teacher's so many largest logits; only rollouts whose scores keep them. 0: none."""
-    unscored: bool = False
-    """Also rollouts without scores; what would come from the teacher is null."""
 
 
 class DemoConfig(Config):

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ketchup_cache.progress import Bar, progress
-from ketchup_cache.remote.base import Packed, Remote, read_manifest, read_segment
+from ketchup_cache.remote.base import Packed, Remote, in_parallel, read_manifest, read_segment
 from ketchup_cache.remote.opening import open_existing, open_remote
 from ketchup_cache.store import coverage
 from ketchup_cache.store.inspect import KINDS, data_bytes, printable, size_text
@@ -117,7 +117,8 @@ def in_order(segments: Segments) -> Segments:
 
 
 def _read(remote: Remote, ids: Iterable[str]) -> Segments:
-    return {id_: read_manifest(remote, id_) for id_ in ids}
+    ids = list(ids)
+    return dict(zip(ids, in_parallel(lambda id_: read_manifest(remote, id_), ids), strict=True))
 
 
 def _check_parents(missing: Segments, taker: Remote, there: set[str]) -> None:

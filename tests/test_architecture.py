@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 DRIVERS = {"pretrain", "rollout", "score", "learn.loop", "evaluate", "analyze", "demo", "judge.driver", "export"}
-FOUNDATION = {"types", "errors", "config"}
+FOUNDATION = {"types", "errors", "config", "config_base", "config_caches"}
 
 
 def modules() -> dict[str, Path]:

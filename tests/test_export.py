@@ -154,7 +154,7 @@ def test_memory_is_that_of_a_segment(tmp_path):
     cache = open_cache(tmp_path / "c", create=True)
     prompts = cache.commit_prompts(make_prompts([5] * 100), prompts_info())
     for seed in range(40):
-        rollouts = make_rollouts([1000] * 100, prompts=100, seed=seed)
+        rollouts = make_rollouts([2500] * 100, prompts=100, seed=seed)
         cache.commit_rollouts(rollouts, rollouts_info(prompts, 100, policy=f"p{seed}"))
     code = """
 import resource, sys
@@ -167,7 +167,7 @@ print("grew", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, file=
     words = ["export", str(cache.path), str(tmp_path / "out"), "--to", "parquet", "--unscored"]
     done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, env=os.environ)
     assert done.returncode == 0, done.stderr
-    decoded = 40 * 100_000 * (2 + 4 + 8)  # at least: tokens, log-probabilities and what they become in a table
+    decoded = 40 * 250_000 * (2 + 4 + 8)  # at least: tokens, log-probabilities and what they become in a table
     grew = 1024 * int(done.stderr.rpartition("grew ")[2])
     assert grew < decoded
     assert pq.read_metadata(tmp_path / "out" / "rows-00000.parquet").num_rows == 4000

@@ -8,7 +8,6 @@ import os
 import signal
 import threading
 import time
-import urllib.request
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -34,33 +33,6 @@ from ketchup_cache.transfer import copy, diff
 def _quick(monkeypatch, tmp_path):
     monkeypatch.setattr(base, "FIRST_PAUSE_S", 0.001)
     monkeypatch.setenv(view.HOME_VARIABLE, str(tmp_path / "home"))
-
-
-@pytest.fixture(scope="module")
-def s3_endpoint():
-    server = pytest.importorskip("moto.server", reason="moto is not installed: pip install 'ketchup-cache[dev]'")
-    running = server.ThreadedMotoServer(port=0, verbose=False)
-    running.start()
-    host, port = running.get_host_and_port()
-    yield f"http://{host}:{port}"
-    running.stop()
-
-
-@pytest.fixture(params=["local", "memory", "s3"])
-def url(request, tmp_path, monkeypatch):
-    """An address of a place that holds nothing yet."""
-    name = uuid.uuid4().hex
-    if request.param == "local":
-        return str(tmp_path / "remote")
-    if request.param == "memory":
-        return f"memory://{name}/cache"
-    endpoint = request.getfixturevalue("s3_endpoint")
-    keys = {"AWS_ENDPOINT_URL": endpoint, "AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "SECRET"}
-    for key, value in keys.items():
-        monkeypatch.setenv(key, value)
-    make = urllib.request.Request(f"{endpoint}/{name}", method="PUT")
-    urllib.request.urlopen(make).close()
-    return f"s3://{name}/cache"
 
 
 @pytest.fixture
@@ -291,15 +263,54 @@ def test_the_segment_cache_keeps_the_most_recently_used(cache, tmp_path):
     there = view.RemoteCache(open_remote(url), home)
     there.check_bytes(ids["prompts"], there.manifest(ids["prompts"]))
     for kind in ("prompts", "rollouts"):
-        there.read_arrays(ids[kind], there.manifest(ids[kind]), {"finished"} if kind == "rollouts" else {"ids"})
+        there.load_prompts(ids[kind]) if kind == "prompts" else there.load_rollouts(ids[kind])
     os.utime(home.path / "segments" / ids["rollouts"], (1, 1))
-    there.read_arrays(ids["scores"], there.manifest(ids["scores"]), {"q"})
+    there.load_scores(ids["scores"])
     held = {p.name for p in (home.path / "segments").iterdir()}
     assert ids["scores"] in held
     assert ids["rollouts"] not in held
     victim = next((home.path / "segments" / ids["scores"] / "q" / "c").iterdir())
     victim.write_bytes(b"damaged")
     assert len(list(view.RemoteCache(open_remote(url), home).rows())) == 3
+
+
+def test_some_arrays_of_a_segment_do_not_bring_all_of_it(cache, tmp_path):
+    url = f"memory://{uuid.uuid4().hex}/cache"
+    copy(cache.path, url)
+    there = view.RemoteCache(open_remote(url), view.SegmentCache(tmp_path / "home", 10**9))
+    id_, manifest = there.manifests("rollouts")[0]
+    asked, file = [], there.remote.file
+    there.remote.file = lambda segment, name, length: asked.append(name) or file(segment, name, length)
+    found = there.read_arrays(id_, manifest, {"finished"})["finished"]
+    np.testing.assert_array_equal(found, cache.load_rollouts(id_).finished)
+    assert sorted(asked) == ["finished/c/0", "finished/zarr.json", "zarr.json"]
+    assert not (tmp_path / "home" / "segments").exists()
+
+
+def test_a_segment_cache_that_can_not_be_written_is_no_obstacle(cache, tmp_path, capsys):
+    url = f"memory://{uuid.uuid4().hex}/cache"
+    copy(cache.path, url)
+    (tmp_path / "home").write_bytes(b"a file where the folder should be")
+    there = view.RemoteCache(open_remote(url), view.SegmentCache(tmp_path / "home", 10**9))
+    assert len(list(there.rows())) == 3
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "warning: segments are not kept here" in line
+
+
+def test_leftovers_of_killed_processes_leave_the_segment_cache(cache, tmp_path):
+    home = view.SegmentCache(tmp_path / "home", 10**9)
+    old, young = (home.path / "tmp" / name for name in ("old", "young"))
+    for folder in (old, young):
+        folder.mkdir(parents=True)
+    os.utime(old, (1, 1))
+    local = open_remote(cache.path)
+    home.keep(base.read_segment(local, *_first(local)))
+    assert (old.exists(), young.exists()) == (False, True)
+
+
+def _first(remote):
+    id_ = remote.segment_ids()[0]
+    return id_, *base.read_manifest(remote, id_)
 
 
 @pytest.mark.parametrize(

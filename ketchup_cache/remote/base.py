@@ -72,6 +72,17 @@ def read_segment(
     remote: Remote, segment_id: str, manifest: Manifest, data: bytes, advance: Callable[[int], None] = lambda n: None
 ) -> Packed:
     """All files of a segment, each of the length and hash its manifest promises. Raises CorruptError."""
+    return Packed(segment_id, data, read_files(remote, segment_id, manifest, list(manifest.files), advance))
+
+
+def read_files(
+    remote: Remote,
+    segment_id: str,
+    manifest: Manifest,
+    names: Sequence[str],
+    advance: Callable[[int], None] = lambda n: None,
+) -> dict[str, bytes]:
+    """Some files of a segment, checked as in `read_segment`."""
 
     def read(name: str) -> bytes:
         promised = manifest.files[name]
@@ -84,7 +95,7 @@ def read_segment(
         advance(promised.length)
         return checked
 
-    return Packed(segment_id, data, dict(zip(manifest.files, in_parallel(read, list(manifest.files)), strict=True)))
+    return dict(zip(names, in_parallel(read, names), strict=True))
 
 
 def in_parallel(work: Callable[[str], Value], names: Sequence[str]) -> list[Value]:

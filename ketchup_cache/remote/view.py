@@ -10,6 +10,8 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import sys
+import time
 import uuid
 from collections.abc import Mapping, Set
 from contextlib import suppress
@@ -17,17 +19,19 @@ from pathlib import Path
 
 from numpy.typing import NDArray
 
-from ketchup_cache.errors import CacheError, ConfigError, CorruptError
+from ketchup_cache.errors import CacheError, ConfigError, WriteError
 from ketchup_cache.files import write_file
-from ketchup_cache.remote.base import Packed, Remote, read_segment
+from ketchup_cache.remote.base import Packed, Remote, in_parallel, read_files, read_segment
 from ketchup_cache.remote.opening import is_url, open_remote
 from ketchup_cache.store import durable, reading
 from ketchup_cache.store.cache import Cache
 from ketchup_cache.store.cache import open_cache as open_folder
-from ketchup_cache.store.manifest import Manifest
+from ketchup_cache.store.manifest import Kind, Manifest
 
 HOME_VARIABLE, SIZE_VARIABLE = "KETCHUP_CACHE_HOME", "KETCHUP_CACHE_SIZE"
 DEFAULT_BYTES = 20 * 10**9
+LEFTOVERS_S = 24 * 3600
+"""Age at which unfinished work in the segment cache is taken for that of a dead process."""
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
@@ -96,6 +100,11 @@ class SegmentCache:
         shutil.rmtree(gone, ignore_errors=True)
 
     def _shrink(self, newest: str) -> None:
+        for name in durable.list_folder(self.path / "tmp"):  # of processes that were killed
+            left = self.path / "tmp" / name
+            with suppress(OSError):
+                if left.stat().st_mtime < time.time() - LEFTOVERS_S:
+                    shutil.rmtree(left, ignore_errors=True)
         held = []
         for name in durable.list_folder(self.path / "segments"):
             folder = self.path / "segments" / name
@@ -124,6 +133,7 @@ class RemoteCache(Cache):
         super().__init__(segments.path)
         self.remote, self._segments = remote, segments
         self.address = remote.url
+        self._warned = False
         self._ids = dict.fromkeys(sorted(remote.segment_ids()))
 
     def __repr__(self) -> str:
@@ -133,14 +143,19 @@ class RemoteCache(Cache):
         return list(self._ids)
 
     def read_arrays(self, segment_id: str, manifest: Manifest, names: Set[str]) -> dict[str, NDArray]:
-        """Damage, and eviction by another process, cost a second fetch; only what the address itself holds counts."""
-        for _ in range(2):
-            if self._segments.holds(segment_id):
-                with suppress(CorruptError):
-                    return reading.read_arrays(self._segments.path, segment_id, manifest, names)
-                self._segments.drop(segment_id)
-            self._fetch(segment_id, manifest)
-        return reading.read_arrays(self._segments.path, segment_id, manifest, names)
+        """Damage, and eviction by another process, cost a fetch; only what the address itself holds counts."""
+        if self._segments.holds(segment_id):
+            with suppress(CacheError):
+                return reading.read_arrays(self._segments.path, segment_id, manifest, names)
+            self._segments.drop(segment_id)
+        if names >= manifest.arrays.keys():
+            data = self._segments.manifest(segment_id) or self.remote.manifest(segment_id)
+            packed = read_segment(self.remote, segment_id, manifest, data)
+            self._keep(packed)
+            files = packed.files
+        else:  # a count of finished rollouts is no reason to bring all of them here
+            files = read_files(self.remote, segment_id, manifest, reading.file_names(manifest, names))
+        return reading.decode(files, manifest, names, f"{self.address}/segments/{segment_id}")
 
     def check_bytes(self, segment_id: str, manifest: Manifest) -> None:
         """Of the address itself, whatever the segment cache holds."""
@@ -149,16 +164,28 @@ class RemoteCache(Cache):
     def reopened(self) -> Cache:
         return RemoteCache(self.remote, self._segments)
 
-    def _fetch(self, segment_id: str, manifest: Manifest) -> None:
-        data = self._segments.manifest(segment_id) or self.remote.manifest(segment_id)
-        self._segments.keep(read_segment(self.remote, segment_id, manifest, data))
+    def manifests(self, kind: Kind | None = None) -> list[tuple[str, Manifest]]:
+        """As of a folder; those that are not here yet come several at a time."""
+        missing = [id_ for id_ in self._visible() if id_ not in self._parsed]
+        self._parsed |= zip(missing, in_parallel(self._read_manifest, missing), strict=True)
+        return super().manifests(kind)
+
+    def _keep(self, packed: Packed) -> None:
+        """In the segment cache, which is a help and not a need: without space for it, segments come again."""
+        try:
+            self._segments.keep(packed)
+        except WriteError as error:
+            if not self._warned:
+                print(f"ketchup-cache: warning: segments are not kept here: {error}", file=sys.stderr)
+            self._warned = True
 
     def _read_manifest(self, segment_id: str) -> Manifest:
         data = self._segments.manifest(segment_id)
         if data is None:
             data = self.remote.manifest(segment_id)
             manifest = reading.parse_manifest(data, segment_id, f"{self.address}/manifests/{segment_id}.json")
-            self._segments.keep_manifest(segment_id, data)
+            with suppress(WriteError):
+                self._segments.keep_manifest(segment_id, data)
             return manifest
         return reading.parse_manifest(data, segment_id, self._segments.path)
 
@@ -166,4 +193,4 @@ class RemoteCache(Cache):
         packed = Packed(segment_id, manifest, files)
         self.remote.put([packed])
         self._ids[segment_id] = None
-        self._segments.keep(packed)
+        self._keep(packed)

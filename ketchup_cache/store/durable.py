@@ -35,7 +35,11 @@ def publish(root: Path, segment_id: str, files: Mapping[str, bytes], manifest: b
         if target.exists() and not _holds(target, files):  # left by a crash between the renames, then damaged
             os.rename(target, stage / "damaged")
         if not target.exists():
-            os.rename(data, target)
+            try:
+                os.rename(data, target)
+            except OSError:  # another process was faster with the same segment, copied at the same time
+                if not _holds(target, files):
+                    raise
         _sync_folder(target.parent)
         os.rename(stage / "manifest.json", root / "manifests" / f"{segment_id}.json")
         _sync_folder(root / "manifests")

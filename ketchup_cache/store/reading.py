@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Set
+from collections.abc import Iterable, Mapping, Set
 from pathlib import Path
 
 from numpy.typing import NDArray
@@ -99,15 +99,25 @@ def read_arrays(root: Path, segment_id: str, manifest: Manifest, names: Set[str]
     Raises CorruptError, naming the file, where one is missing or differs.
     """
     folder = root / "segments" / segment_id
-    entries = {name: entry for name, entry in manifest.arrays.items() if name in names}
     files = {}
-    for key in sorted(arrays.file_names(entries)):
+    for key in file_names(manifest, names):
         promised = manifest.files[key]
         files[key] = check_file(durable.read_file(folder / key, promised.length), promised, folder / key)
+    return decode(files, manifest, names, folder)
+
+
+def file_names(manifest: Manifest, names: Set[str]) -> list[str]:
+    """The files of a segment that some of its arrays are in."""
+    return sorted(arrays.file_names({name: entry for name, entry in manifest.arrays.items() if name in names}))
+
+
+def decode(files: Mapping[str, bytes], manifest: Manifest, names: Set[str], path: Path | str) -> dict[str, NDArray]:
+    """Some arrays of a segment, from files that were compared with the manifest. Raises CorruptError."""
+    entries = {name: entry for name, entry in manifest.arrays.items() if name in names}
     try:
-        return arrays.decode(files, entries)
+        return arrays.decode({key: files[key] for key in arrays.file_names(entries)}, entries)
     except CorruptError as error:
-        raise CorruptError(f"{folder}/{error}; {RESTORE}") from None
+        raise CorruptError(f"{path}/{error}; {RESTORE}") from None
 
 
 def check_file(data: bytes, promised: FileEntry, path: Path | str) -> bytes:

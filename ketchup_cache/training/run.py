@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import ketchup_cache
-from ketchup_cache.config import Config
+from ketchup_cache.config_base import Config
 from ketchup_cache.errors import ConfigError, WriteError
 from ketchup_cache.files import publishing, write_file, writing
 from ketchup_cache.lm.load import quiet
