@@ -1,5 +1,6 @@
 """One thread per worker, so that two workers on two cores do not fight; no network; places for caches elsewhere."""
 
+import logging
 import os
 import urllib.request
 import uuid
@@ -15,6 +16,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 def s3_endpoint():
     """Address of an emulated S3 on loopback."""
     server = pytest.importorskip("moto.server", reason="moto is not installed: pip install 'ketchup-cache[dev]'")
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # else a line for each request
     running = server.ThreadedMotoServer(port=0, verbose=False)
     running.start()
     host, port = running.get_host_and_port()
