@@ -38,18 +38,18 @@ def test_a_whole_run_at_an_address(made, url, tmp_path, capsys, monkeypatch):
         sampled = ["--student", student, "--cache", cache, "--max-new-tokens", 6, "--device", "cpu"]
         run(capsys, "rollout", *sampled, "--data", data, "--first", 4, "--samples", 2)
         scored = run(capsys, "score", "--teacher", teacher, "--cache", cache, "--device", "cpu")
-        options = ["--batch-size", 4, "--lr", 1e-3, "--out"]
+        options = ["--batch-size", 4, "--lr", 1e-3, "--unfinished", "bootstrap", "--out"]
         offline = run(capsys, "learn", *sampled, *options, out / "offline")
         refreshed = ["--teacher", teacher, "--samples", 2, "--refresh-every", 2, "--steps", 4]
         onpolicy = run(capsys, "learn", *sampled, *refreshed, *options, out / "onpolicy")
-        found = run(capsys, "analyze", "--cache", cache)
+        found = run(capsys, "analyze", "--cache", cache, "--unfinished", "bootstrap", "--policy", student)
         info = run(capsys, "info", cache)
         return [
             {k: v for k, v in scored.items() if k in ("rollouts", "tokens", "scored", "already")},
             offline["fingerprint"],
             onpolicy["fingerprint"],
-            {k: v for k, v in found.items() if k != "cache"},
-            {k: v for k, v in info.items() if k not in ("path", "created", "bytes", "bytes_per_completion_token")},
+            found["policies"],
+            {k: v for k, v in info.items() if k in ("segments", "rollouts", "finished", "completion_tokens")},
         ]
 
     there, here = all_of_it(url, tmp_path / "there"), all_of_it(tmp_path / "here", tmp_path / "here-out")
@@ -60,7 +60,9 @@ def test_a_whole_run_at_an_address(made, url, tmp_path, capsys, monkeypatch):
     pin = tmp_path / "there" / "offline" / "pins.json"
     assert set(json.loads(pin.read_text())["segments"]) < set(open_remote(url).segment_ids())
     again = ["--student", student, "--cache", url, "--max-new-tokens", 6, "--device", "cpu", "--batch-size", 4]
-    repeated = run(capsys, "learn", *again, "--lr", 1e-3, "--pin", pin, "--out", tmp_path / "again")
+    repeated = run(
+        capsys, "learn", *again, "--lr", 1e-3, "--unfinished", "bootstrap", "--pin", pin, "--out", tmp_path / "again"
+    )
     assert repeated["fingerprint"] == there[1]
     assert len(list(open_cache(url).rows())) == here[4]["rollouts"]
     assert run(capsys, "verify", url, "--deep")["ok"]
