@@ -4,7 +4,7 @@ BIN := .venv/bin
 WORKERS ?= 2
 OUT ?= demo-run
 
-.PHONY: demo test lint format bench schemas clean
+.PHONY: demo test lint format bench soak schemas clean
 
 demo: .venv/.installed
 	$(BIN)/ketchup-cache demo --out $(OUT)
@@ -28,6 +28,17 @@ bench: .venv/.installed
 	$(BIN)/python benchmarks/returns.py
 	$(BIN)/python benchmarks/store.py
 	$(BIN)/python benchmarks/scoring.py
+	$(BIN)/python benchmarks/loading.py --short
+	$(BIN)/python benchmarks/growth.py --short
+	$(BIN)/python benchmarks/sweep.py --short
+	$(BIN)/python benchmarks/live_teacher.py --short
+	$(BIN)/python benchmarks/micro_batches.py --short
+	$(BIN)/python benchmarks/rollouts.py --short
+	$(BIN)/python benchmarks/gpu.py --short
+
+# about a quarter of an hour; `make test` has a short form
+soak: .venv/.installed
+	$(BIN)/python benchmarks/soak.py --out benchmarks/results/soak.json
 
 schemas: .venv/.installed
 	$(BIN)/python -m ketchup_cache.schemas.generate

@@ -1,21 +1,27 @@
-"""How fast the cache commits and loads, and how small it is: `python benchmarks/store.py [FOLDER]`.
+"""How fast the cache commits and loads, and how small it is: `python benchmarks/store.py [FOLDER [RESULTS.json]]`.
 
-FOLDER is on the disk to be measured (default: the system's temporary folder).
-Speeds are of the arrays as they are in memory.
+FOLDER is on the disk to be measured (default: the system's temporary folder). Speeds are of the arrays as they are in
+memory. Other work on the machine slows them down: the load is printed, and so is the processor time that was used.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
+import os
+import platform
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
+from ketchup_cache.compact import compact
+from ketchup_cache.config import CompactConfig
 from ketchup_cache.store.cache import Cache, open_cache
 from ketchup_cache.store.manifest import (
     DataInfo,
@@ -27,9 +33,12 @@ from ketchup_cache.store.manifest import (
     TeacherInfo,
     TokenizerInfo,
 )
-from ketchup_cache.types import Prompts, Ragged, Rollouts, Scores, offsets_of
+from ketchup_cache.types import Prompts, Ragged, Rollouts, ScoredRollouts, Scores, offsets_of
 
-TOKENS, LENGTH, VOCAB, REPEATS = 1_000_000, 100, 32_100, 5
+TOKENS, LENGTH, VOCAB, REPEATS = 1_000_000, 100, 32_100, 9
+RESULTS: dict[str, object] = {}
+CPU: list[float] = []
+"""Processor seconds of each measurement, in their order."""
 
 
 def fingerprint(name: str) -> str:
@@ -54,8 +63,9 @@ def sample(seed: int) -> tuple[Prompts, Rollouts, Scores]:
 
 
 def seconds(work: Callable[[], object]) -> float:
-    began = time.perf_counter()
+    began, busy = time.perf_counter(), time.process_time()
     work()
+    CPU.append(time.process_time() - busy)
     return time.perf_counter() - began
 
 
@@ -94,6 +104,29 @@ def main(where: str | None) -> None:
         yard_write = [seconds(lambda: raw_write(folder, scores)) for _ in range(REPEATS)]
         yard_read = [seconds(lambda: raw_read(folder, scores)) for _ in range(REPEATS)]
         report(cache, r, s, scores, (commits, yard_write), (loads, yard_read))
+        gathering(ScoredRollouts(prompts, rollouts, scores))
+        small = open_cache(folder / "small", create=True)
+        compact(CompactConfig(cache=cache.path, into=small.path))
+        print("\ncompact:")
+        sizes(small, *(small.manifests(kind)[-1][0] for kind in ("rollouts", "scores")))
+
+
+def take(loaded: ScoredRollouts, rows: np.ndarray) -> None:
+    loaded.rollouts.take(rows)
+    loaded.scores.take(loaded.rollouts.completions, rows)
+
+
+def gathering(loaded: ScoredRollouts) -> None:
+    """256 random rows with all their arrays, from memory."""
+    rng = np.random.default_rng(0)
+    times = []
+    for _ in range(200):
+        rows = rng.choice(len(loaded), 256, replace=False)
+        times.append(seconds(partial(take, loaded, rows)))
+    RESULTS["gather 256 rows, ms, median and best"] = [
+        round(t * 1e3, 2) for t in (statistics.median(times), min(times))
+    ]
+    print(f"\ngather 256 rows of {LENGTH} tokens: {statistics.median(times) * 1e3:.2f} ms ({min(times) * 1e3:.2f})")
 
 
 def report(
@@ -105,29 +138,43 @@ def report(
     reads: tuple[list[float], list[float]],
 ) -> None:
     megabytes = sum(array.nbytes for array in vars(scores).values()) / 1e6
+    load = os.getloadavg()[0] / (os.cpu_count() or 1)
     print(f"one scores segment: {TOKENS:,} tokens, {megabytes:.1f} MB, median (and best) of {REPEATS}")
+    print(f"load of the machine while measuring: {load:.1f} tasks for each of {os.cpu_count()} processors")
+    RESULTS["tasks per processor while measuring"] = round(load, 1)
+    for at, label in enumerate(("commit", "load")):
+        busy = megabytes / min(CPU[at * REPEATS : (at + 1) * REPEATS])
+        RESULTS[f"{label}, MB for a second of processor time"] = round(busy)
+        print(f"{label}: {busy:.0f} MB for a second of processor time")
     print("| | seconds | MB/s | share of plain .npy, unsynced |\n| --- | --- | --- | --- |")
     for label, (times, yard) in (("commit, durable", writes), ("load, verified", reads)):
         middle = statistics.median(times)
+        RESULTS[f"{label}, MB/s, median and best"] = [round(megabytes / middle), round(megabytes / min(times))]
         speed = f"{megabytes / middle:.0f} ({megabytes / min(times):.0f})"
         print(f"| {label} | {middle:.3f} ({min(times):.3f}) | {speed} | {statistics.median(yard) / middle:.0%} |")
-    files = {name: e.length for i in (r, s) for name, e in cache.manifest(i).files.items() if "/c/" in name}
     print(
         f"\nfiles: {len(cache.manifest(s).files)} a scores segment, {len(cache.manifest(r).files)} a rollouts segment"
     )
-    print("| | bytes/token | of memory |\n| --- | --- | --- |")
+    sizes(cache, r, s)
+
+
+def sizes(cache: Cache, r: str, s: str) -> None:
+    files = {name: e.length for i in (r, s) for name, e in cache.manifest(i).files.items() if "/c/" in name}
+    print("| | bytes/token |\n| --- | --- |")
     parts = {
-        "q + max_q + token ids": ("q", "max_q", "completion_tokens"),
-        "all scores": ("q", "max_q", "logsumexp", "mean_q", "final_max_q"),
+        "q + max_q + token ids": ("q", "max_q", "gap", "completion_tokens"),
+        "all scores": ("q", "max_q", "gap", "logsumexp", "logsumexp_gap", "mean_q", "mean_gap", "final_max_q"),
         "all scores and rollouts": tuple({name.split("/")[0] for name in files}),
     }
-    width = {"final_max_q": 4 / LENGTH, "prompt_index": 8 / LENGTH, "completion_offsets": 8 / LENGTH}
-    width["finished"] = 1 / LENGTH
     for label, names in parts.items():
         stored = sum(size for name, size in files.items() if name.split("/")[0] in names) / TOKENS
-        memory = sum(width.get(name, 4) for name in names)
-        print(f"| {label} | {stored:.2f} | {stored / memory:.0%} |")
+        storage = cache.manifest(s).info.storage
+        RESULTS[f"{label}, {storage}, bytes/token"] = round(stored, 2)
+        print(f"| {label} | {stored:.2f} |")
 
 
 if __name__ == "__main__":
     main(sys.argv[1] if len(sys.argv) > 1 else None)
+    if len(sys.argv) > 2:
+        machine = f"{os.cpu_count()} cores, {platform.system()}"
+        Path(sys.argv[2]).write_text(json.dumps({"machine": machine, **RESULTS}, indent=1) + "\n")

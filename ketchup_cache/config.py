@@ -12,8 +12,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from ketchup_cache.config_base import CacheAddress, Config
+from ketchup_cache.config_base import CacheAddress, Config, Positive
 from ketchup_cache.config_caches import (
+    CompactConfig,
     DiffConfig,
     ExportConfig,
     GcConfig,
@@ -42,7 +43,6 @@ def _split(value: Any) -> Any:
 IntList = Annotated[tuple[int, ...], BeforeValidator(_split), Field(json_schema_extra={"metavar": "INT,INT,…"})]
 MetricList = Annotated[tuple[Metric, ...], BeforeValidator(_split)]
 AspectList = Annotated[tuple[Aspect, ...], BeforeValidator(_split), Field(min_length=1)]
-Positive = Annotated[int, Field(ge=1)]
 
 
 # ------------------------------------------------------------------------------------------- groups of options
@@ -133,9 +133,6 @@ class ReturnOptions(Config):
     """Subtracted from all logits of a state: nothing (raw), their mean (centred), their logsumexp (logprob)."""
     unfinished: Unfinished = "drop"
     """Rollouts cut at the length limit: drop, bootstrap from the teacher's value there, or zero after the cut."""
-
-
-# ------------------------------------------------------------------------------------------------- commands
 
 
 class PretrainConfig(DeviceOptions, DataOptions):
@@ -411,6 +408,7 @@ COMMANDS: dict[str, type[Config]] = {
     "ls": LsConfig,
     "gc": GcConfig,
     "export": ExportConfig,
+    "compact": CompactConfig,
     "demo": DemoConfig,
     "recipes": RecipesConfig,
 }

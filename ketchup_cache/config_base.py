@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 
 class Config(BaseModel):
@@ -18,3 +18,4 @@ def _folder_or_address(value: Any) -> Any:
 
 CacheAddress = Annotated[Path | str, BeforeValidator(_folder_or_address)]
 """A folder, or an address: pathlib would make one slash of the two in s3://."""
+Positive = Annotated[int, Field(ge=1)]

@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from ketchup_cache.config_base import CacheAddress, Config
+from ketchup_cache.config_base import CacheAddress, Config, Positive
 
 
 class InfoConfig(Config):
@@ -24,6 +24,19 @@ class VerifyConfig(Config):
     """Cache to check: every byte against its manifest."""
     deep: bool = False
     """Also decode every array and check every rule of the format."""
+
+
+class CompactConfig(Config):
+    """Options of `ketchup-cache compact`."""
+
+    cache: Path
+    """Cache to rewrite. It stays as it is."""
+    into: Path
+    """Cache that receives the segments; made if it is not there. Run again, it gets what has been added since."""
+    storage: Literal["compact", "lossless"] = "compact"
+    """compact: float16, a bit more than half the size. lossless: the same numbers, only in fewer segments."""
+    segment_tokens: Positive = 4194304
+    """Most completion tokens in a segment of merged scores."""
 
 
 class PushConfig(Config):

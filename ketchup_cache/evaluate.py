@@ -150,9 +150,7 @@ def _check_teacher(
         )
 
 
-def _decode(
-    prompts: Ragged, vocab_size: int, config: EvaluateConfig, calculator: Calculator | None = None
-) -> Rollouts:
+def _decode(prompts: Ragged, vocab_size: int, config: EvaluateConfig, calculator: Calculator | None = None) -> Rollouts:
     """One greedy completion of each prompt. The model is gone afterwards."""
     model = load_model(config.model, device=config.device, trust_remote_code=config.trust_remote_code)
     greedy = Sampling(greedy=True, max_new_tokens=config.max_new_tokens, calculator=config.calculator)

@@ -112,7 +112,7 @@ class Scorer:
         CacheError for an unknown id; ModelError, NumericsError and WriteError. What was committed before stays.
         """
         began = time.monotonic()
-        ids = {i for i, _ in cache.manifests("rollouts")} if rollout_ids is None else set(rollout_ids)
+        ids = {i for i, _ in cache.rollouts()} if rollout_ids is None else set(rollout_ids)
         rows = sum(cache.manifest(rollouts_id).rows for rollouts_id in ids)
         missing = [part for part in cache.unscored(self.info.fingerprint, keep_top=self.keep_top) if part[0] in ids]
         for rollouts_id, _, _ in missing:

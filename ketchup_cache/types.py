@@ -39,6 +39,8 @@ class Ragged:
 
     @classmethod
     def concatenate(cls, parts: Sequence[Ragged]) -> Ragged:
+        if len(parts) == 1:
+            return parts[0]
         lengths = np.concatenate([part.lengths for part in parts])
         return cls.from_lengths(np.concatenate([part.values for part in parts]), lengths)
 
@@ -62,12 +64,17 @@ class Ragged:
 
     def take(self, rows: Sequence[int] | NDArray[np.integer]) -> Ragged:
         """The given rows, in the given order."""
+        places, offsets = self.places(rows)
+        return Ragged(self.values[places], offsets)
+
+    def places(self, rows: Sequence[int] | NDArray[np.integer]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Where the values of the given rows are in `values`, and the offsets of these rows laid end to end."""
         rows = np.asarray(rows, dtype=np.int64)
-        lengths = self.lengths[rows]
+        starts = self.offsets[rows]
+        lengths = self.offsets[rows + 1] - starts
         offsets = offsets_of(lengths)
-        # index of every wanted value: its row's start, plus its place within the row
-        within = np.arange(offsets[-1]) - np.repeat(offsets[:-1], lengths)
-        return Ragged(self.values[np.repeat(self.offsets[rows], lengths) + within], offsets)
+        # a row's start, less its start in the result, plus the place in the result
+        return np.repeat(starts - offsets[:-1], lengths) + np.arange(offsets[-1]), offsets
 
     def with_values(self, values: NDArray) -> Ragged:
         """Other values of the same row lengths."""
@@ -126,11 +133,12 @@ class Rollouts:
 
     def take(self, rows: NDArray[np.integer]) -> Rollouts:
         """The given rows, in the given order. `prompt_index` stays as it is."""
+        places, offsets = self.completions.places(rows)
         return Rollouts(
             prompt_index=self.prompt_index[rows],
-            completions=self.completions.take(rows),
-            behavior_logprob=self.completions.with_values(self.behavior_logprob).take(rows).values,
-            forced=self.completions.with_values(self.forced).take(rows).values,
+            completions=Ragged(self.completions.values[places], offsets),
+            behavior_logprob=self.behavior_logprob[places],
+            forced=self.forced[places],
             finished=self.finished[rows],
         )
 
@@ -181,6 +189,8 @@ class Scores:
     @classmethod
     def concatenate(cls, parts: Sequence[Scores]) -> Scores:
         """One after another. Of the largest logits as many are kept as every part has."""
+        if len(parts) == 1:
+            return parts[0]
         parts = [p.with_top(min(p.top for p in parts)) for p in parts]
         return cls(*(np.concatenate([getattr(p, f.name) for p in parts]) for f in fields(cls)))
 
@@ -194,7 +204,8 @@ class Scores:
 
     def take(self, completions: Ragged, rows: NDArray[np.integer]) -> Scores:
         """The given rows of these scores of `completions`, in the given order."""
-        per_token = {k: completions.with_values(v).take(rows).values for k, v in self.of_tokens().items()}
+        places, _ = completions.places(rows)
+        per_token = {name: completions.with_values(values).values[places] for name, values in self.of_tokens().items()}
         return Scores(**per_token, final_max_q=self.final_max_q[rows])
 
 

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-DRIVERS = {"pretrain", "rollout", "score", "learn.loop", "evaluate", "analyze", "demo", "judge.driver", "export"}
+DRIVERS = {"pretrain", "rollout", "score", "learn.loop", "evaluate", "analyze", "compact", "demo", "judge.driver"}
+DRIVERS |= {"export"}
 FOUNDATION = {"types", "errors", "config", "config_base", "config_caches"}
 
 

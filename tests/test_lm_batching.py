@@ -34,3 +34,16 @@ def test_similar_lengths_share_a_batch():
 @pytest.mark.parametrize("budget", [1, 10_000])
 def test_no_rows_give_no_batches(budget):
     assert token_budget_batches([], [], budget) == []
+
+
+def test_an_outlier_does_not_pad_a_full_batch():
+    """2,400 tokens of short rows are enough for a batch; one long row would quadruple each of them."""
+    prompts, completions = [100] * 20 + [480], [20] * 21
+    batches = token_budget_batches(prompts, completions, 100_000)
+    assert [len(batch) for batch in batches] == [20, 1]
+    # few short rows are not worth a batch of their own
+    assert len(token_budget_batches(prompts[-4:], completions[-4:], 100_000)) == 1
+    # and what one prompt's rows share is worth more than the padding
+    lengths = [20] * 20 + [400]
+    (batch,) = token_budget_batches([100] * 21, lengths, 100_000, prompt_index=[7] * 21)
+    assert len(batch) == 21

@@ -6,6 +6,7 @@ import errno
 import os
 import random
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -26,6 +27,7 @@ class Interrupted:
 
     def __init__(self, at: int, act) -> None:
         self.at, self.act, self.done = at, act, 0
+        self.counting = threading.Lock()  # files are written in threads
 
     def __getattr__(self, name: str):
         real = getattr(os, name)
@@ -33,8 +35,10 @@ class Interrupted:
             return real
 
         def step(*args, **kwargs):
-            self.done += 1
-            if self.done - 1 == self.at:
+            with self.counting:
+                self.done += 1
+                now = self.done - 1
+            if now == self.at:
                 return self.act(name, real, args, kwargs)
             return real(*args, **kwargs)
 

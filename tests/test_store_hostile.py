@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from store_samples import fill, fingerprint, make_prompts, prompts_info, same
+from store_samples import exit_code, fill, fingerprint, in_child, make_prompts, prompts_info, same
 
 from ketchup_cache.errors import CacheError, CorruptError, KetchupError, MismatchError
 from ketchup_cache.store import arrays
@@ -273,8 +273,32 @@ PROMPTS_8_TOKENS = {
     "offsets past the end": (replaced("offsets", np.array([0, 3, 4, 9])), "offsets of tokens do not rise"),
     "offsets that start late": (replaced("offsets", np.array([1, 3, 4, 8])), "offsets of tokens do not rise"),
     "negative offsets": (replaced("offsets", np.array([0, -3, 4, 8])), "offsets of tokens do not rise"),
+    "a fingerprint that is none": (
+        lambda m, f: m["info"]["tokenizer"].update(fingerprint="../../etc"),
+        "tokenizer.fingerprint",
+    ),
+    "a hash in capitals": (
+        lambda m, f: m["files"]["zarr.json"].update(sha256=m["files"]["zarr.json"]["sha256"].upper()),
+        "sha256",
+    ),
+    "a name with credentials": (
+        lambda m, f: m["info"]["data"].update(name="https://me:SECRET@example.org/data"),
+        "address with credentials",
+    ),
+    "a name with a token": (
+        lambda m, f: m["info"]["tokenizer"].update(name="s3://SECRET@bucket/tokenizer"),
+        "address with credentials",
+    ),
+    "a text for a number": (lambda m, f: m.update(rows="3"), "rows"),
+    "a vocabulary of nothing": (lambda m, f: m["info"]["tokenizer"].update(vocab_size=0), "vocab_size"),
+    "an unknown kind": (lambda m, f: m["info"].update(kind="weights"), "kind"),
+    "a deep manifest": (lambda m, f: m.update(tool=_deep(200)), "recursion limit"),
     "offsets that overflow": (replaced("offsets", np.array([0, 2**63 - 1, -(2**63), 8])), "offsets of tokens"),
 }
+
+
+def _deep(levels: int) -> object:
+    return {"a": _deep(levels - 1)} if levels else 0
 
 
 def understated(frame: bytes, size: int) -> bytes:
@@ -288,8 +312,20 @@ def test_hostile_prompts(cache: Cache, name: str, monkeypatch, tmp_path: Path) -
     change, match = PROMPTS_8_TOKENS[name]
     segment_id = cache.commit_prompts(make_prompts((3, 1, 4)), prompts_info())
     forged = forge(cache, segment_id, change)
-    assert forged in refused(cache.path, match=match)
+    message = refused(cache.path, match=match)
+    assert forged in message
+    assert "SECRET" not in message
     assert not (tmp_path / "unpickled").exists()
+
+    def grows_little() -> None:
+        with pytest.raises(KetchupError):
+            load_all(cache.path)
+        lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+        most, now = (int(lines[key].split()[0]) for key in ("VmHWM", "VmRSS"))
+        assert most - now < 256 * 1024  # kB
+
+    if Path("/proc/self/status").exists():
+        assert exit_code(in_child(grows_little)) == 0
 
 
 def test_the_forger_forges_valid_segments(cache: Cache) -> None:
@@ -353,7 +389,7 @@ def test_bytes_that_are_no_booleans(cache: Cache) -> None:
     (cache.path / "manifests" / f"{scores}.json").unlink()
     odd = np.array([2, 0, 1], np.uint8)
     forge(cache, rollouts_id, lambda m, f: f.update({"finished/c/0": stored(odd, "finished")["finished/c/0"]}))
-    refused(cache.path, match="finished/c: holds bytes that are neither true nor false")
+    refused(cache.path, match="finished/c/0: holds bytes that are neither true nor false")
 
 
 def test_parents_must_be_there_and_fit(cache: Cache) -> None:

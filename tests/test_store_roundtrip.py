@@ -25,10 +25,12 @@ from store_samples import (
     same,
     scores_info,
 )
+from zarr.buffer import default_buffer_prototype
+from zarr.storage import MemoryStore
 
 from ketchup_cache.errors import CacheError, MismatchError, NumericsError
 from ketchup_cache.schemas.generate import SCHEMAS, render
-from ketchup_cache.store import arrays
+from ketchup_cache.store import arrays, segments
 from ketchup_cache.store.cache import Cache, open_cache
 from ketchup_cache.types import Ragged, Rollouts, Scores
 
@@ -133,14 +135,44 @@ def test_the_example_in_the_format_page_runs(cache: Cache) -> None:
     assert np.array_equal(names["gap"], cache.load_scores(s).max_q - cache.load_scores(s).q)
 
 
+@pytest.mark.parametrize(
+    "array",
+    [
+        np.random.default_rng(0).normal(size=2_500_000).astype(np.float32),
+        np.zeros(2**20, np.float32),
+        np.arange(2**20 + 1),
+        np.random.default_rng(1).normal(size=(700_000, 3)).astype(np.float16),
+        np.arange(48, dtype=np.uint8).reshape(3, 16)[:, ::-1],
+        np.array([True, False]),
+        np.empty(0, np.uint16),
+        np.empty((0, 16), np.uint8),
+        np.array(7, np.uint32).reshape(1),
+    ],
+    ids=lambda array: f"{array.dtype}{list(array.shape)}",
+)
+def test_chunks_are_byte_for_byte_those_that_zarr_writes(array: np.ndarray) -> None:
+    """We compress and checksum in threads of our own; Zarr itself is the oracle, and reads them back too."""
+    encoded = arrays.encode({"a": array})
+    buffer = default_buffer_prototype().buffer
+    files = {name: buffer.from_bytes(data) for name, data in encoded.items() if name.endswith("zarr.json")}
+    with zarr.config.set({"array.write_empty_chunks": True}):
+        zarr.open_array(MemoryStore(files), path="a", mode="r+", zarr_format=3)[...] = array
+    assert {name: data.to_bytes() for name, data in files.items()} == encoded
+    whole = MemoryStore({name: buffer.from_bytes(data) for name, data in encoded.items()})
+    read = zarr.open_group(whole, mode="r", zarr_format=3, use_consolidated=False)["a"]
+    assert same(np.asarray(read[...]), np.ascontiguousarray(array))
+    assert same(arrays.decode(encoded, {"a": arrays.entry_of(array)})["a"], np.ascontiguousarray(array))
+
+
 def test_the_format_page_lists_the_arrays(cache: Cache) -> None:
     page = (SCHEMA_FOLDER / "cache-format.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| `(\w+)` \| `(\[.*?\])` \| (\S+)", page, re.MULTILINE)
     documented = {name: dtype for name, _, dtype in rows}
     stored = {name: e.dtype for i in fill(cache) for name, e in cache.manifest(i).arrays.items()}
-    tokens = {"tokens": "token", "completion_tokens": "token"}
-    kept = {"top_q": "float32", "top_ids": "token"}
-    assert documented == stored | tokens | kept
+    scores = cache.manifests("scores")[0][1].info.model_copy(update={"keep_top": 2, "storage": "compact"})
+    stored |= {name: e.dtype for name, e in segments.layout(scores, 1, 1).items() if name not in stored}
+    tokens = {"tokens": "token", "completion_tokens": "token", "top_ids": "token", "top_q": "float32"}
+    assert documented == stored | tokens
 
 
 @pytest.mark.parametrize("name", SCHEMAS)

@@ -18,14 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.paper.settings import LENGTHS, SIZES, TASKS, Options, Row, Student, Task
+from benchmarks.paper.settings import DIVERGENCE, LENGTHS, SIZES, TASKS, Options, Row, Student, Task
 
 DATA = Path("data")
 CURVE = ("step", "return_mean", "return_sd", "k_return_sd", "length_mean", "teacher_kl", "ess")
 """What is kept of each optimizer step."""
 STUDENTS = {student.name: student for student in (*LENGTHS, *SIZES)}
-FIRST_PROMPTS = 2048
-"""Rollouts that a cache is begun with, of all samples of a prompt together."""
+KEEP_TOP = DIVERGENCE["keep_top"]
 
 
 @dataclass(frozen=True)
@@ -137,19 +136,34 @@ def teacher_outputs(task: Task, work: Path) -> Path:
     return cache
 
 
+def scored_outputs(task: Task, work: Path) -> Path:
+    """The same, scored by the teacher, with what the divergences need of its logits."""
+    cache = work / task.name / "scored-outputs"
+    with _once(cache) as missing:
+        if missing:
+            shutil.copytree(teacher_outputs(task, work), cache)
+            tool = Tool(cache.with_suffix(".log"))
+            tool("score", teacher=DATA / task.name / "teacher", cache=cache, keep_top=KEEP_TOP)
+    return cache
+
+
 def begun_cache(task: Task, row: Row, seed: int, work: Path) -> Path:
-    """A scored cache that a run starts from, shared by all rows that sample alike: score once, learn many times."""
+    """A scored cache that a run starts from, shared by all rows that begin alike: score once, learn many times."""
+    if not row.needs_samples:
+        return scored_outputs(task, work)
     options = learn_options(row, seed)
     sampling = {key: options[key] for key in ("samples", "greedy", "seed", "max_new_tokens") if key in options}
-    name = "-".join([row.student, *(f"{key}={value}" for key, value in sorted(sampling.items()))])
-    cache = work / task.name / "begun" / name
+    first = row.fresh_rollouts(options) // options["samples"]
+    marks = [*(f"{key}={value}" for key, value in sorted(sampling.items())), f"first={first}"]
+    cache = work / task.name / "begun" / "-".join([row.student, *marks, *(["outputs"] if row.needs_outputs else [])])
     with _once(cache) as missing:
         if missing:
             folder, tool = DATA / task.name, Tool(cache.with_suffix(".log"))
-            first = FIRST_PROMPTS // options["samples"]
+            if row.needs_outputs:
+                shutil.copytree(scored_outputs(task, work), cache)
             tool("rollout", student=student_folder(task, row.student, work), data=folder / "prompts.jsonl",
                  skip=task.labelled, first=first, cache=cache, **{**task.decoding, **sampling})  # fmt: skip
-            tool("score", teacher=folder / "teacher", cache=cache)
+            tool("score", teacher=folder / "teacher", cache=cache, keep_top=KEEP_TOP if row.needs_outputs else 0)
     return cache
 
 
@@ -195,18 +209,21 @@ def _measure(run: Run, work: Path) -> dict[str, Any]:
         cache = out.with_name(f"{out.name}-cache")
         shutil.copytree(begun_cache(task, run.row, run.seed, work), cache, dirs_exist_ok=True)
         options = {**task.decoding, **learn_options(run.row, run.seed)}
-        learned = tool("learn", student=student_folder(task, run.row.student, work), cache=cache,
-                       teacher=folder / "teacher", out=out, **options)  # fmt: skip
+        if run.row.needs_samples:
+            options = {"teacher": folder / "teacher", **options}
+        start = student_folder(task, run.row.student, work)
+        learned = tool("learn", student=start, cache=cache, out=out, **options)
         lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
         record |= {
-            "options": options,
+            "options": {key: str(value) if isinstance(value, Path) else value for key, value in options.items()},
             "student": run.row.student,
             "learn": learned,
             "curve": [{key: _rounded(line.get(key)) for key in CURVE} for line in lines],
         }
         model = out / "student"
-    # the limit of a truncated training is not the limit of the outputs
-    evaluated = tool("evaluate", model=model, data=folder / "test.jsonl", teacher=folder / "teacher", **task.decoding)
+    # with the task's own limit, whatever limit the rollouts had
+    options = {**task.decoding, **task.evaluation}
+    evaluated = tool("evaluate", model=model, data=folder / "test.jsonl", teacher=folder / "teacher", **options)
     record |= {"evaluation": evaluated, "commands": tool.commands, "seconds": round(time.monotonic() - began, 1)}
     if run.row is not None:
         shutil.rmtree(cache)

@@ -37,6 +37,8 @@ class Task:
     decoding: Options
     pretrain: Options
     """How the shipped student was pre-distilled; the runs of other lengths and sizes change a part of it."""
+    evaluation: Options = field(default_factory=dict)
+    """Of `evaluate`, over the decoding."""
 
     @property
     def headline(self) -> Metric:
@@ -55,6 +57,16 @@ TASKS = {
             pretrain={"epochs": 130, "batch_size": 64, "lr": 3e-3, "warmup": 50, "schedule": "linear",
                       "weight_decay": 0},
         ),
+        Task(
+            "reason",
+            "reason (as GSM8K, with the calculator)",
+            labelled=2000,
+            metrics=(Metric("gsm8k", "accuracy"),),
+            decoding={"max_new_tokens": 48, "rollout_batch": 256, "calculator": True},
+            pretrain={"epochs": 60, "batch_size": 64, "lr": 4e-3, "warmup": 30, "schedule": "linear",
+                      "weight_decay": 0},
+            evaluation={"metrics": "gsm8k"},
+        ),
     )
 }  # fmt: skip
 
@@ -70,15 +82,17 @@ REINFORCE: Options = {
 """`learn` for every method that learns from the student's own samples. Chosen on the dev splits (docs/log.md)."""
 
 DIVERGENCE: Options = {
-    "steps": 300,
+    "steps": 188,
     "batch_size": 64,
-    "samples": 1,
-    "refresh_every": 16,
-    "lr": 1e-3,
-    "warmup": 50,
+    "lr": 5e-4,
+    "warmup": 10,
     "schedule": "linear",
+    "keep_top": 64,
 }
-"""`learn` for the methods that match the teacher's distribution."""
+"""`learn` for the methods that learn from teacher outputs: as many steps as eight epochs of 1,500 outputs take."""
+
+ON_SAMPLES: Options = {"samples": 1, "refresh_every": 16}
+"""The same for those that also learn from the student's own samples."""
 
 
 @dataclass(frozen=True)
@@ -92,15 +106,25 @@ class Row:
     student: str = "predistilled"
     """Folder of the task that it starts from, or the name of a student that `students` makes."""
 
+    needs_samples: bool = True
+    """Whether it learns from the student's own samples, which are refreshed and scored."""
+
     @property
     def shared(self) -> Options:
-        return DIVERGENCE if self.needs_outputs else REINFORCE
+        if not self.needs_outputs:
+            return REINFORCE
+        return {**DIVERGENCE, **ON_SAMPLES} if self.needs_samples else DIVERGENCE
+
+    def fresh_rollouts(self, options: Options) -> int:
+        """Rollouts of the student between two refreshes."""
+        of_student = options["batch_size"] // (2 if self.needs_outputs else 1)
+        return int(options["refresh_every"] * of_student)
 
 
 KS = (2, 4, 8, 16)
 TABLE = (
-    Row("SeqKD", {"method": "seqkd"}, needs_outputs=True),
-    Row("KL", {"method": "kl"}, needs_outputs=True),
+    Row("SeqKD", {"method": "seqkd"}, needs_outputs=True, needs_samples=False),
+    Row("KL", {"method": "kl"}, needs_outputs=True, needs_samples=False),
     Row("JS", {"method": "js"}, needs_outputs=True),
     Row("TVD", {"method": "tvd"}, needs_outputs=True),
     Row("LLMR (K = 1)", {"method": "llmr"}),
@@ -130,7 +154,7 @@ ABLATIONS = (
     Ablation(
         "normalisation (leave-one-out baseline)",
         tuple(
-            Row(f"{n}, leave-one-out", {"k": 4, "normalization": n, "baseline": "leave-one-out"})
+            Row(f"{n}, leave-one-out", {"k": 4, "normalization": n, "baseline": "leave-one-out", "samples": 8})
             for n in ("raw", "centred", "logprob")
         ),
     ),
@@ -145,7 +169,7 @@ ABLATIONS = (
         "refresh period N, with and without importance correction",
         tuple(
             Row(f"N = {n}{'' if on else ', uncorrected'}", {"k": 4, "refresh_every": n, "importance": on})
-            for n in (1, 4, 16, 80)
+            for n in (1, 4, 16, 64)
             for on in (True, False)
             if n > 1 or on
         ),
@@ -153,9 +177,9 @@ ABLATIONS = (
     Ablation(
         "sampled or greedy rollouts",
         (
-            Row("sampled, 8 of each prompt", {"k": 4}),
-            Row("sampled, 1 of each prompt", {"k": 4, "samples": 1}),
-            Row("greedy", {"k": 4, "samples": 1, "greedy": True}),
+            Row("sampled, 1 of each prompt", {"k": 4}),
+            Row("sampled, 8 of each prompt", {"k": 4, "samples": 8}),
+            Row("greedy", {"k": 4, "greedy": True}),
         ),
     ),
     Ablation(

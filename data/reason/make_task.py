@@ -90,12 +90,11 @@ def make_model(seed: int, vocabulary: int, width: int, layers: int) -> Any:
     return T5ForConditionalGeneration(config)
 
 
-def train(model: Any, tokenizer: Any, seed: int, steps: int, stop: int, mistakes: float) -> None:
+def train(model: Any, tokenizer: Any, seed: int, steps: int, mistakes: float) -> None:
     """Teacher forcing on fresh problems that are in no split but train: right solutions, later some with a mistake.
 
     A mistaken solution has one wrong step and goes on from there, so that the teacher learns to continue after an
-    error and is not so sure of itself that every error costs the same. The learning rate falls linearly as if to
-    reach zero after `steps`, but training ends after `stop`.
+    error and is not so sure of itself that every error costs the same.
     """
     import torch
     from torch.nn.functional import cross_entropy
@@ -118,7 +117,7 @@ def train(model: Any, tokenizer: Any, seed: int, steps: int, stop: int, mistakes
                 return drawn.prompt, wrong or target
 
     model.train()
-    for step in range(min(stop, steps)):
+    for step in range(steps):
         if not pool:  # a few batches at a time, of similar length
             pairs = [fresh(step > 0.6 * steps) for _ in range(16 * batch)]
             sources = tokenizer([p for p, _ in pairs]).input_ids
@@ -161,8 +160,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("part", choices=("data", "tokenizer", "teacher", "student"))
     parser.add_argument("--seed", type=int, default=7)
-    parser.add_argument("--steps", type=int, default=2800, help="steps of the teacher's learning-rate schedule")
-    parser.add_argument("--stop", type=int, default=2020, help="training steps of the teacher")
+    parser.add_argument("--steps", type=int, default=2800, help="training steps of the teacher")
     parser.add_argument("--mistakes", type=float, default=0.3, help="share of solutions with a mistake, at the end")
     parser.add_argument("--width", type=int, default=48, help="width of the student")
     parser.add_argument("--layers", type=int, default=2, help="encoder and decoder layers of the student")
@@ -182,7 +180,7 @@ def main() -> None:
         save(make_model(args.seed + 93, len(tokenizer), args.width, args.layers), tokenizer, args.out / "student")
     else:
         model = make_model(args.seed, len(tokenizer), 96, 3)
-        train(model, tokenizer, args.seed, args.steps, args.stop, args.mistakes)
+        train(model, tokenizer, args.seed, args.steps, args.mistakes)
         save(model, tokenizer, args.out / "teacher")
 
 

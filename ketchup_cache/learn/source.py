@@ -79,7 +79,7 @@ class Offline:
     def batch(self, step: int, model: PreTrainedModel) -> Drawn:
         if not self._streams:
             self._streams = {
-                name: Stream(self._cache, refs, self._share, self._config.seed, skip=step)
+                name: Stream(self._cache, refs, self._share, self._config.seed, skip=step, batches=self.steps - step)
                 for name, refs in self._parts.items()
             }
         drawn = [next(stream) for stream in self._streams.values()]
@@ -139,11 +139,15 @@ class OnPolicy:
         if self._stream is None:
             # each phase has a seed of its own; a resumed one skips the batches it has trained on
             seed = self._config.seed * 1_000_003 + phase
-            self._stream = Stream(self._cache, self._refs, self._share, seed, skip=place)
+            left = min(self._config.refresh_every - place, self.steps - step)
+            self._stream = Stream(self._cache, self._refs, self._share, seed, skip=place, batches=left)
         drawn = [next(self._stream)]
         if self._outputs:
             if self._output_stream is None:
-                self._output_stream = Stream(self._cache, self._outputs, self._share, self._config.seed, skip=step)
+                left = self.steps - step
+                self._output_stream = Stream(
+                    self._cache, self._outputs, self._share, self._config.seed, skip=step, batches=left
+                )
             drawn.append(next(self._output_stream))
         from_teacher = np.repeat([False, True][: len(drawn)], self._share)
         return Drawn(concatenate(drawn), refreshed, from_teacher)

@@ -7,13 +7,14 @@ There are no locks: a segment that another process drops while it is read is fet
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import shutil
 import sys
 import time
 import uuid
-from collections.abc import Mapping, Set
+from collections.abc import Callable, Mapping, Set
 from contextlib import suppress
 from pathlib import Path
 
@@ -23,8 +24,8 @@ from ketchup_cache.errors import CacheError, ConfigError, WriteError
 from ketchup_cache.files import write_file
 from ketchup_cache.remote.base import Packed, Remote, in_parallel, read_files, read_segment
 from ketchup_cache.remote.opening import is_url, open_remote
-from ketchup_cache.store import durable, reading
-from ketchup_cache.store.cache import Cache
+from ketchup_cache.store import arrays, durable, reading
+from ketchup_cache.store.cache import Cache, Written
 from ketchup_cache.store.cache import open_cache as open_folder
 from ketchup_cache.store.manifest import Kind, Manifest
 
@@ -189,8 +190,11 @@ class RemoteCache(Cache):
             return manifest
         return reading.parse_manifest(data, segment_id, self._segments.path)
 
-    def _publish(self, segment_id: str, files: Mapping[str, bytes], manifest: bytes) -> None:
-        packed = Packed(segment_id, manifest, files)
-        self.remote.put([packed])
-        self._ids[segment_id] = None
-        self._keep(packed)
+    def _write(self, packed: Mapping[str, NDArray], describe: Callable[[Written], Manifest]) -> str:
+        files = arrays.encode(packed)
+        manifest = describe({name: (len(data), hashlib.sha256(data).hexdigest()) for name, data in files.items()})
+        whole = Packed(manifest.id, manifest.to_bytes(), files)
+        self.remote.put([whole])
+        self._ids[manifest.id] = None
+        self._keep(whole)
+        return manifest.id

@@ -1,25 +1,26 @@
 """The arrays of one segment ↔ the bytes of its files: a plain Zarr v3 group, made and read in memory.
 
-Zarr never touches the disk, and before it sees a byte, every file is known to be exactly what the format prescribes:
-Zarr by itself follows links, fills missing chunks with zeros, runs any codec a file names and trusts declared sizes.
+Any Zarr reads these files (a test has it do so, and compares the bytes with what it writes). We read them ourselves,
+chunk by chunk in threads, because Zarr follows links, fills missing chunks with zeros, runs any codec a file names,
+trusts declared sizes, and copies every byte several times.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
+import google_crc32c
 import numpy as np
-import zarr
+from numcodecs import Zstd
 from numpy.typing import NDArray
 from pydantic_core import from_json
-from zarr.buffer import default_buffer_prototype
-from zarr.storage import MemoryStore
 
 from ketchup_cache.errors import CorruptError
 from ketchup_cache.store.manifest import ArrayEntry, canonical_json
+from ketchup_cache.store.threads import each, one_by_one
 
 CHUNK_ELEMENTS = 2**20
 """Most elements in a chunk. Smaller arrays are one chunk."""
@@ -27,8 +28,10 @@ MAX_BYTES = 2**30
 """Most bytes in the decoded arrays of a segment, and in its files."""
 
 _GROUP = {"zarr_format": 3, "node_type": "group", "attributes": {}}
-_WRITE_EVERY_CHUNK = {"array.write_empty_chunks": True}
+_ZSTD_LEVEL = 1
 _CRC_BYTES = 4
+_CRC_RESIDUE = 0x48674BC7
+"""CRC-32C of anything that ends in its own CRC-32C."""
 
 
 def entry_of(array: NDArray) -> ArrayEntry:
@@ -45,23 +48,31 @@ def file_names(arrays: Mapping[str, ArrayEntry]) -> set[str]:
     return {"zarr.json"}.union(*(_array_files(name, entry) for name, entry in arrays.items()))
 
 
+def encoders(arrays: Mapping[str, NDArray]) -> dict[str, Callable[[], bytes]]:
+    """File name → function that makes the file's bytes, for a Zarr v3 group with these arrays.
+
+    The functions can run in any order and in threads: compression does not hold the interpreter's lock.
+    """
+    made: dict[str, Callable[[], bytes]] = {"zarr.json": partial(canonical_json, _GROUP)}
+    for name, array in arrays.items():
+        entry = entry_of(array)
+        made[f"{name}/zarr.json"] = partial(canonical_json, _metadata(entry))
+        little = np.ascontiguousarray(array, _on_disk(entry))
+        for key, rows in _chunks(name, entry):
+            made[key] = partial(_encode_chunk, little, rows)
+    return made
+
+
 def encode(arrays: Mapping[str, NDArray]) -> dict[str, bytes]:
     """File name → bytes of a Zarr v3 group with these arrays."""
-    entries = {name: entry_of(array) for name, array in arrays.items()}
-    documents = {"zarr.json": _GROUP} | {f"{name}/zarr.json": _metadata(entry) for name, entry in entries.items()}
-    buffer = default_buffer_prototype().buffer
-    store = {key: buffer.from_bytes(canonical_json(document)) for key, document in documents.items()}
-    with zarr.config.set(_WRITE_EVERY_CHUNK):
-        for name, array in arrays.items():
-            zarr.open_array(MemoryStore(store), path=name, mode="r+", zarr_format=3)[...] = array
-    return {key: store[key].to_bytes() for key in sorted(file_names(entries))}
+    return {key: make() for key, make in sorted(encoders(arrays).items())}
 
 
 def decode(files: Mapping[str, bytes], expected: Mapping[str, ArrayEntry]) -> dict[str, NDArray]:
     """The arrays of a group, equal in name, dtype and shape to `expected`.
 
-    `files` must be exactly `file_names(expected)`. Raises CorruptError, naming the file, where anything differs from
-    what `encode` writes.
+    `files` must be exactly `file_names(expected)`; each is asked for once, maybe in a thread. Raises CorruptError,
+    naming the file, where anything differs from what `encode` writes.
     """
     if decoded_bytes(expected) > MAX_BYTES:
         raise CorruptError(
@@ -73,22 +84,45 @@ def decode(files: Mapping[str, bytes], expected: Mapping[str, ArrayEntry]) -> di
     _check_document("zarr.json", files["zarr.json"], _GROUP)
     for name, entry in expected.items():
         _check_document(f"{name}/zarr.json", files[f"{name}/zarr.json"], _metadata(entry))
-        chunk_bytes = math.prod(_chunk_shape(entry.shape)) * np.dtype(entry.dtype).itemsize
-        for key in _chunk_files(name, entry):
-            _check_chunk(key, files[key], chunk_bytes)
-    buffer = default_buffer_prototype().buffer
-    store = MemoryStore({key: buffer.from_bytes(data) for key, data in files.items()}, read_only=True)
-    return {name: _read_array(store, name, entry) for name, entry in expected.items()}
+    decoded = {name: np.empty(entry.shape, _on_disk(entry)) for name, entry in expected.items()}
+    tasks = [(key, name, rows) for name, entry in expected.items() for key, rows in _chunks(name, entry)]
+    # threads are worth it for a megabyte and more
+    (each if decoded_bytes(expected) > CHUNK_ELEMENTS else one_by_one)(
+        lambda task: _decode_chunk(task[0], files[task[0]], decoded[task[1]], task[2]), tasks
+    )
+    return {name: array.astype(expected[name].dtype, copy=False) for name, array in decoded.items()}
 
 
-def _read_array(store: MemoryStore, name: str, entry: ArrayEntry) -> NDArray:
+def _encode_chunk(array: NDArray, rows: int) -> bytes:
+    """The chunk that begins at a row: zstd, then CRC-32C. Chunks at the end are filled up with zeros."""
+    chunk_rows = _chunk_shape(array.shape)[0]
+    chunk = array[rows : rows + chunk_rows]
+    if len(chunk) < chunk_rows:
+        chunk = np.concatenate([chunk, np.zeros((chunk_rows - len(chunk), *array.shape[1:]), array.dtype)])
+    data = bytes(Zstd(level=_ZSTD_LEVEL).encode(chunk))
+    return data + google_crc32c.value(data).to_bytes(_CRC_BYTES, "little")
+
+
+def _decode_chunk(key: str, data: bytes, out: NDArray, rows: int) -> None:
+    chunk_rows, *row_shape = _chunk_shape(out.shape)
+    frame = memoryview(data)[:-_CRC_BYTES]
+    _check_chunk(key, frame, math.prod((chunk_rows, *row_shape)) * out.itemsize)
+    if google_crc32c.value(data) != _CRC_RESIDUE:
+        raise CorruptError(f"{key}: can't be decoded (its checksum differs)")
+    part = out[rows : rows + chunk_rows]
+    whole = part if len(part) == chunk_rows and out.size else np.empty((chunk_rows, *row_shape), out.dtype)
     try:
-        array = np.asarray(zarr.open_array(store, path=name, mode="r", zarr_format=3)[...])
-    except (ValueError, RuntimeError) as error:  # a checksum that differs, a broken zstd block
-        raise CorruptError(f"{name}/c: can't be decoded ({' '.join(str(error).split())})") from None
-    if entry.dtype == "bool" and array.view(np.uint8).max(initial=0) > 1:
-        raise CorruptError(f"{name}/c: holds bytes that are neither true nor false")
-    return array
+        Zstd(level=_ZSTD_LEVEL).decode(frame, whole.view(np.uint8))
+    except (ValueError, RuntimeError) as error:  # a broken zstd block
+        raise CorruptError(f"{key}: can't be decoded ({' '.join(str(error).split())})") from None
+    if out.dtype == bool and whole.view(np.uint8).max(initial=0) > 1:
+        raise CorruptError(f"{key}: holds bytes that are neither true nor false")
+    if whole is not part:
+        part[...] = whole[: len(part)]
+
+
+def _on_disk(entry: ArrayEntry) -> np.dtype:
+    return np.dtype(entry.dtype).newbyteorder("<")
 
 
 def _chunk_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -97,13 +131,17 @@ def _chunk_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
     return (max(1, min(shape[0], CHUNK_ELEMENTS // math.prod(row))), *row)
 
 
-def _chunk_files(name: str, entry: ArrayEntry) -> list[str]:
-    axes = [range(-(-size // chunk)) for size, chunk in zip(entry.shape, _chunk_shape(entry.shape), strict=True)]
-    return ["/".join((name, "c", *map(str, place))) for place in itertools.product(*axes)]
+def _chunks(name: str, entry: ArrayEntry) -> list[tuple[str, int]]:
+    """(file name, first row) of every chunk: none where the array is empty."""
+    if not math.prod(entry.shape):
+        return []
+    rows = _chunk_shape(entry.shape)[0]
+    rest = "/0" * (len(entry.shape) - 1)
+    return [(f"{name}/c/{place}{rest}", place * rows) for place in range(-(-entry.shape[0] // rows))]
 
 
 def _array_files(name: str, entry: ArrayEntry) -> list[str]:
-    return [f"{name}/zarr.json", *_chunk_files(name, entry)]
+    return [f"{name}/zarr.json", *(key for key, _ in _chunks(name, entry))]
 
 
 def _metadata(entry: ArrayEntry) -> dict[str, Any]:
@@ -119,7 +157,7 @@ def _metadata(entry: ArrayEntry) -> dict[str, Any]:
         "fill_value": np.zeros((), entry.dtype).item(),
         "codecs": [
             {"name": "bytes"} if one_byte else {"name": "bytes", "configuration": {"endian": "little"}},
-            {"name": "zstd", "configuration": {"level": 1, "checksum": False}},
+            {"name": "zstd", "configuration": {"level": _ZSTD_LEVEL, "checksum": False}},
             {"name": "crc32c"},
         ],
         "attributes": {},
@@ -136,16 +174,16 @@ def _check_document(key: str, data: bytes, expected: dict[str, Any]) -> None:
     raise CorruptError(f"{key}: not the Zarr metadata this format prescribes: {wanted.decode()}")
 
 
-def _check_chunk(key: str, data: bytes, size: int) -> None:
+def _check_chunk(key: str, frame: memoryview, size: int) -> None:
     try:
-        declared = zstd_content_size(data[:-_CRC_BYTES])
+        declared = zstd_content_size(frame)
     except (ValueError, IndexError):
         raise CorruptError(f"{key}: not one zstd frame that declares its size") from None
     if declared != size:
         raise CorruptError(f"{key}: declares {declared:,} bytes, its chunk holds {size:,}")
 
 
-def zstd_content_size(data: bytes) -> int:
+def zstd_content_size(data: bytes | memoryview) -> int:
     """Decompressed size of the single zstd frame that `data` is, without decompressing it (RFC 8878, 3.1.1).
 
     Raises ValueError or IndexError for anything else: a frame without a size, several frames, a cut frame.

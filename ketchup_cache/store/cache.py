@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Callable, Iterator, Mapping, Set
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TypeVar
@@ -34,6 +33,8 @@ from ketchup_cache.types import Prompts, Rollouts, Row, ScoredRollouts, Scores
 
 AUTHOR_VARIABLE = "KETCHUP_CACHE_AUTHOR"
 _KEEP_DECODED = 2
+Written = dict[str, tuple[int, str]]
+"""Length and SHA-256 of each file of a segment."""
 Value = TypeVar("Value", Prompts, Rollouts, Scores)
 
 
@@ -77,6 +78,12 @@ class Cache:
         self._parsed: dict[str, Manifest] = {}
         self._decoded: dict[str, Prompts | Rollouts] = {}
 
+    def handle(self) -> Cache:
+        """The same cache for another thread: manifests parsed once serve both, decoded segments are its own."""
+        other = Cache(self.path)
+        other._parsed = self._parsed
+        return other
+
     def manifests(self, kind: Kind | None = None) -> list[tuple[str, Manifest]]:
         """(id, manifest) of all segments that are there now, in the order of commits (time, then id).
 
@@ -87,8 +94,11 @@ class Cache:
         return [pair for pair in found if kind in (None, pair[1].kind)]
 
     def rollouts(self) -> list[tuple[str, RolloutsInfo]]:
-        """(id, info) of all rollouts segments, in the order of commits. Raises the errors of `manifests`."""
-        return [(id_, m.info) for id_, m in self.manifests("rollouts") if isinstance(m.info, RolloutsInfo)]
+        """(id, info) of all rollouts segments, in the order of commits; the same rows, lossless and compact, once.
+
+        Raises the errors of `manifests`.
+        """
+        return coverage.rollouts(dict(self.manifests("rollouts")))
 
     def manifest(self, segment_id: str) -> Manifest:
         """Raises CacheError where there is no such segment, CorruptError where its manifest is damaged."""
@@ -131,8 +141,12 @@ class Cache:
     def _read_manifest(self, segment_id: str) -> Manifest:
         return reading.read_manifest(self.path, segment_id)
 
-    def _publish(self, segment_id: str, files: Mapping[str, bytes], manifest: bytes) -> None:
-        durable.publish(self.path, segment_id, files, manifest)
+    def _write(self, packed: Mapping[str, NDArray], describe: Callable[[Written], Manifest]) -> str:
+        """Commit arrays under the manifest that `describe` makes of their files; returns the id."""
+        with durable.staged(self.path) as stage:
+            manifest = describe(stage.write(arrays.encoders(packed)))
+            stage.commit(manifest.id, manifest.to_bytes())
+        return manifest.id
 
     # ------------------------------------------------------------------------------------------------ commit
 
@@ -143,48 +157,48 @@ class Cache:
         """
         return self._commit(prompts, info)
 
-    def commit_rollouts(self, rollouts: Rollouts, info: RolloutsInfo) -> str:
+    def commit_rollouts(self, rollouts: Rollouts, info: RolloutsInfo, created: str = "") -> str:
         """Store rollouts of prompts that are in this cache; returns the id of the new segment once it is durable.
 
         Raises CacheError where they break a rule of the format or their prompts are missing, NumericsError for a NaN
         or infinity, MismatchError where the tokenizer is not that of the prompts, WriteError where the disk fails.
+        created: time of a segment that is rewritten; empty for now.
         """
-        return self._commit(rollouts, info)
+        return self._commit(rollouts, info, created)
 
-    def commit_scores(self, scores: Scores, info: ScoresInfo) -> str:
+    def commit_scores(self, scores: Scores, info: ScoresInfo, created: str = "") -> str:
         """Store scores of rollouts that are in this cache; returns the id of the new segment once it is durable.
 
         Raises the same errors as `commit_rollouts`.
         """
-        return self._commit(scores, info)
+        return self._commit(scores, info, created)
 
-    def _commit(self, segment: segments.Segment, info: Info) -> str:
+    def _commit(self, segment: segments.Segment, info: Info, created: str = "") -> str:
         if self.only is not None:
             raise MismatchError(
                 f"{self.address}: the pinned run has no such {info.kind}: repeat it with its own options and models"
             )
         segments.check(segment, info, self._parent(info))
         packed = segments.pack(segment, info)
-        files = arrays.encode(packed)
         rows, tokens = segments.size(segment)
-        manifest = Manifest(
-            format=FORMAT,
-            version=FORMAT_VERSION,
-            tool=f"ketchup-cache {ketchup_cache.__version__}",
-            **({"author": self.author} if self.author else {}),
-            created=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ"),
-            rows=rows,
-            tokens=tokens,
-            info=info,
-            arrays={name: arrays.entry_of(array) for name, array in packed.items()},
-            files={
-                name: FileEntry(length=len(data), sha256=hashlib.sha256(data).hexdigest())
-                for name, data in files.items()
-            },
-        )
-        reading.check_manifest(manifest)
-        self._publish(manifest.id, files, manifest.to_bytes())
-        return manifest.id
+
+        def describe(written: Written) -> Manifest:
+            manifest = Manifest(
+                format=FORMAT,
+                version=FORMAT_VERSION,
+                tool=f"ketchup-cache {ketchup_cache.__version__}",
+                **({"author": self.author} if self.author else {}),
+                created=created or datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ"),
+                rows=rows,
+                tokens=tokens,
+                info=info,
+                arrays={name: arrays.entry_of(array) for name, array in packed.items()},
+                files={name: FileEntry(length=length, sha256=digest) for name, (length, digest) in written.items()},
+            )
+            reading.check_manifest(manifest)
+            return manifest
+
+        return self._write(packed, describe)
 
     def _parent(self, info: Info, segment_id: str = "") -> Rollouts | None:
         """Check that the parent is there and fits; for scores, load it."""

@@ -55,7 +55,7 @@ def scored(
         assert isinstance(parent, RolloutsInfo)
         if policy not in (None, parent.policy.fingerprint):
             continue
-        covered = done.setdefault((info.rollouts, info.teacher.fingerprint), [])
+        covered = done.setdefault((original_id(info.rollouts, parent), info.teacher.fingerprint), [])
         for start, stop in gaps(info.row_start, info.row_stop, covered):
             covered.append((start, stop))
             samples, by = parent.sampling.samples, parent.policy
@@ -75,17 +75,33 @@ def scored(
     return refs
 
 
+def original_id(rollouts_id: str, info: RolloutsInfo) -> str:
+    """What stands for the rows of a rollouts segment, be they stored lossless or compact."""
+    return info.original or rollouts_id
+
+
+def rollouts(manifests: Mapping[str, Manifest]) -> list[tuple[str, RolloutsInfo]]:
+    """(id, info) of the rollouts segments, in the order of commits; of a lossless and a compact one, the lossless."""
+    found = [(id_, m.info) for id_, m in manifests.items() if isinstance(m.info, RolloutsInfo)]
+    chosen: dict[str, str] = {}
+    for id_, info in found:
+        original = original_id(id_, info)
+        chosen[original] = original if original in manifests else chosen.get(original, id_)
+    return [(id_, info) for id_, info in found if chosen[original_id(id_, info)] == id_]
+
+
 def unscored(manifests: Mapping[str, Manifest], teacher: str, keep_top: int = 0) -> list[tuple[str, int, int]]:
     """(rollouts id, row_start, row_stop) of all rows without scores by the teacher with this fingerprint, or with
     fewer than `keep_top` of the largest logits."""
     covered: dict[str, list[tuple[int, int]]] = {}
     for ref in scored(manifests, teacher, keep_top=keep_top):
-        covered.setdefault(ref.rollouts_id, []).append((ref.row_start, ref.row_stop))
+        parent = manifests[ref.rollouts_id].info
+        assert isinstance(parent, RolloutsInfo)
+        covered.setdefault(original_id(ref.rollouts_id, parent), []).append((ref.row_start, ref.row_stop))
     return [
         (rollouts_id, start, stop)
-        for rollouts_id, manifest in manifests.items()
-        if manifest.kind == "rollouts"
-        for start, stop in gaps(0, manifest.rows, covered.get(rollouts_id, []))
+        for rollouts_id, info in rollouts(manifests)
+        for start, stop in gaps(0, manifests[rollouts_id].rows, covered.get(original_id(rollouts_id, info), []))
     ]
 
 

@@ -8,18 +8,75 @@ Every step on the file system is here, so that the tests can fail and kill at ea
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import shutil
 import stat
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 from ketchup_cache.errors import CacheError, CorruptError, WriteError
+from ketchup_cache.store.threads import each
 
 MARKER = "ketchup-cache.json"
 FOLDERS = ("manifests", "segments", "tmp")
+
+
+class Stage:
+    """A segment on its way into a cache: its files are written first, and only then is its id known."""
+
+    def __init__(self, root: Path, folder: Path) -> None:
+        self._root, self._folder = root, folder
+
+    def write(self, files: Mapping[str, Callable[[], bytes]]) -> dict[str, tuple[int, str]]:
+        """Make, hash, write and sync every file. Returns the length and SHA-256 of each. Raises OSError."""
+        data = self._folder / "data"
+        folders = {data}
+        for name in files:
+            path = data / name
+            folders.update(parent for parent in path.parents if parent.is_relative_to(data))
+            os.makedirs(path.parent, exist_ok=True)
+
+        def write_one(name: str) -> tuple[int, str]:
+            content = files[name]()
+            _write_file(data / name, content)
+            return len(content), hashlib.sha256(content).hexdigest()
+
+        written = dict(zip(files, each(write_one, list(files)), strict=True))
+        for inner in sorted(folders):
+            _sync_folder(inner)
+        return written
+
+    def commit(self, segment_id: str, manifest: bytes) -> None:
+        """Make what was written a segment of the cache. When this returns, it survives a power cut. Raises OSError."""
+        data, target = self._folder / "data", self._root / "segments" / segment_id
+        _write_file(self._folder / "manifest.json", manifest)
+        _sync_folder(self._folder)
+        # all space is taken by now: what is left are renames
+        if target.exists() and not _holds(target, data):  # left by a crash between the renames, then damaged
+            os.rename(target, self._folder / "damaged")
+        if not target.exists():
+            try:
+                os.rename(data, target)
+            except OSError:  # another process was faster with the same segment, copied at the same time
+                if not (target.exists() and _holds(target, data)):
+                    raise
+        _sync_folder(target.parent)
+        os.rename(self._folder / "manifest.json", self._root / "manifests" / f"{segment_id}.json")
+        _sync_folder(self._root / "manifests")
+
+
+@contextmanager
+def staged(root: Path) -> Iterator[Stage]:
+    """A place to write one segment; what is not committed at the end is gone.
+
+    Raises WriteError where the disk is full, read-only or failing. Safe in any number of processes at once.
+    """
+    with _staging(root) as folder:
+        yield Stage(root, folder)
 
 
 def publish(root: Path, segment_id: str, files: Mapping[str, bytes], manifest: bytes) -> None:
@@ -27,22 +84,9 @@ def publish(root: Path, segment_id: str, files: Mapping[str, bytes], manifest: b
 
     Raises WriteError where the disk is full, read-only or failing. Safe in any number of processes at once.
     """
-    with _staging(root) as stage:
-        data, target = stage / "data", root / "segments" / segment_id
-        _write_tree(data, files)
-        _write_file(stage / "manifest.json", manifest)
-        # all space is taken by now: what is left are renames
-        if target.exists() and not _holds(target, files):  # left by a crash between the renames, then damaged
-            os.rename(target, stage / "damaged")
-        if not target.exists():
-            try:
-                os.rename(data, target)
-            except OSError:  # another process was faster with the same segment, copied at the same time
-                if not _holds(target, files):
-                    raise
-        _sync_folder(target.parent)
-        os.rename(stage / "manifest.json", root / "manifests" / f"{segment_id}.json")
-        _sync_folder(root / "manifests")
+    with staged(root) as stage:
+        stage.write({name: partial(bytes, content) for name, content in files.items()})
+        stage.commit(segment_id, manifest)
 
 
 def create(root: Path, marker: bytes) -> None:
@@ -120,17 +164,6 @@ def _make_folders(path: Path) -> None:
         _sync_folder(path.parent)
 
 
-def _write_tree(folder: Path, files: Mapping[str, bytes]) -> None:
-    folders = {folder}
-    for name, data in files.items():
-        path = folder / name
-        folders.update(parent for parent in path.parents if parent.is_relative_to(folder))
-        os.makedirs(path.parent, exist_ok=True)
-        _write_file(path, data)
-    for inner in folders:
-        _sync_folder(inner)
-
-
 def _write_file(path: Path, data: bytes) -> None:
     file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     try:
@@ -151,9 +184,14 @@ def _sync_folder(path: Path) -> None:
         os.close(folder)
 
 
-def _holds(folder: Path, files: Mapping[str, bytes]) -> bool:
-    """Whether a folder has exactly these bytes."""
+def _holds(folder: Path, other: Path) -> bool:
+    """Whether a folder has all files of another one, with the same bytes."""
     try:
-        return all(read_file(folder / name, len(data)) == data for name, data in files.items())
+        for at, _, names in os.walk(other):
+            for path in (Path(at) / name for name in names):
+                content = path.read_bytes()
+                if read_file(folder / path.relative_to(other), len(content)) != content:
+                    return False
     except CacheError:
         return False
+    return True

@@ -53,6 +53,8 @@ class CacheInfo:
     completion_tokens: int
     bytes: int
     """Of all manifests and the files they name."""
+    storage: tuple[str, ...]
+    """lossless, compact, or both."""
     policies: tuple[PolicyUse, ...]
     teachers: tuple[TeacherUse, ...]
     tokenizers: tuple[dict[str, Any], ...]
@@ -85,6 +87,7 @@ class CacheInfo:
                 f"{self.rollouts:,} ({self.completion_tokens:,} tokens){_share(self.finished, self.rollouts)}",
             ),
             ("size", size_text(self.bytes) + (f" ({per_token:.1f} bytes per completion token)" if per_token else "")),
+            *([("storage", " and ".join(self.storage))] if "compact" in self.storage else []),
             *(("data", f"{d['name']} ({d['fingerprint'][:12]}), template {d['template']!r}") for d in self.data),
             *(
                 ("tokenizer", f"{t['name']} ({t['fingerprint'][:12]}), {t['vocab_size']:,} tokens")
@@ -151,12 +154,12 @@ def describe(cache: Cache) -> CacheInfo:
     """
     manifests = dict(cache.manifests())
     of_kind = {kind: [m for m in manifests.values() if m.kind == kind] for kind in KINDS}
-    rollouts = [m.info for m in of_kind["rollouts"] if isinstance(m.info, RolloutsInfo)]
+    once = coverage.rollouts(manifests)
+    rollouts = [info for _, info in once]
     created = [manifest.created for manifest in manifests.values()]
     drawn = Counter[str]()
-    for manifest in of_kind["rollouts"]:
-        if isinstance(manifest.info, RolloutsInfo):
-            drawn[manifest.info.policy.fingerprint] += manifest.rows
+    for rollouts_id, info in once:
+        drawn[info.policy.fingerprint] += manifests[rollouts_id].rows
     total = sum(drawn.values())
     scored = Counter[str]()
     for ref in coverage.scored(manifests):
@@ -167,12 +170,9 @@ def describe(cache: Cache) -> CacheInfo:
         prompts=sum(m.rows for m in of_kind["prompts"]),
         prompt_tokens=sum(m.tokens for m in of_kind["prompts"]),
         rollouts=total,
-        finished=sum(
-            int(cache.read_arrays(segment_id, m, {"finished"})["finished"].sum())
-            for segment_id, m in manifests.items()
-            if m.kind == "rollouts"
-        ),
-        completion_tokens=sum(m.tokens for m in of_kind["rollouts"]),
+        finished=sum(int(cache.read_arrays(id_, manifests[id_], {"finished"})["finished"].sum()) for id_, _ in once),
+        completion_tokens=sum(manifests[id_].tokens for id_, _ in once),
+        storage=tuple(sorted({m.info.storage for m in manifests.values() if m.info.kind != "prompts"})),
         bytes=sum(len(m.to_bytes()) + data_bytes(m) for m in manifests.values()),
         policies=tuple(
             PolicyUse(p.name, p.fingerprint, p.step, drawn[p.fingerprint])

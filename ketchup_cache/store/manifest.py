@@ -8,19 +8,32 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
 FORMAT = "ketchup-cache"
 FORMAT_VERSION = 1
 
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 Kind = Literal["prompts", "rollouts", "scores"]
+Storage = Literal["lossless", "compact"]
+
+
+def _without_credentials(name: str) -> str:
+    if re.search(r"//[^/\s]*@", name):
+        raise ValueError("is an address with credentials; leave them out")
+    return name
+
+
+Name = Annotated[str, AfterValidator(_without_credentials)]
+"""Where something came from: a path, a Hub id, an address. Anybody may read it."""
 
 
 class Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    # an error must not repeat its input, which may hold a credential
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, hide_input_in_errors=True)
 
 
 class FileEntry(Record):
@@ -35,7 +48,7 @@ class ArrayEntry(Record):
 
 
 class TokenizerInfo(Record):
-    name: str
+    name: Name
     """Where it was loaded from: a path or a Hub id. Never an address with credentials."""
     fingerprint: Sha256
     """Of what it encodes (lm/fingerprint.py), so that equal tokenizers from different places agree."""
@@ -44,7 +57,7 @@ class TokenizerInfo(Record):
 
 
 class DataInfo(Record):
-    name: str
+    name: Name
     fingerprint: Sha256
     """Of the rendered prompt texts, in order."""
     template: str
@@ -52,7 +65,7 @@ class DataInfo(Record):
 
 
 class PolicyInfo(Record):
-    name: str
+    name: Name
     fingerprint: Sha256
     """Of the weights and the architecture."""
     step: int | None = Field(default=None, ge=0)
@@ -76,7 +89,7 @@ class Sampling(Record):
 
 
 class TeacherInfo(Record):
-    name: str
+    name: Name
     fingerprint: Sha256
     """Of the weights, the architecture and the precision they ran in: the same fingerprint, the same numbers."""
     dtype: str
@@ -101,6 +114,10 @@ class RolloutsInfo(Record):
     policy: PolicyInfo
     tokenizer: TokenizerInfo
     sampling: Sampling
+    storage: Storage = "lossless"
+    """compact: log-probabilities in float16."""
+    original: Sha256 | None = None
+    """Of a compact segment: id of the lossless one with the same rows. Readers that find both use each row once."""
 
 
 class ScoresInfo(Record):
@@ -114,6 +131,8 @@ class ScoresInfo(Record):
     tokenizer: TokenizerInfo
     keep_top: int = Field(default=0, ge=0)
     """How many of the largest logits of each state are kept. 0: none, and no arrays for them."""
+    storage: Storage = "lossless"
+    """compact: float16 `q`, and the other scores as float16 distances from the maximum."""
 
     @model_validator(mode="after")
     def _no_more_than_all(self) -> ScoresInfo:

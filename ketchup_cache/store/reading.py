@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Iterable, Iterator, Mapping, Set
 from pathlib import Path
 
 from numpy.typing import NDArray
@@ -58,7 +58,7 @@ def parse_manifest(data: bytes, segment_id: str, path: Path | str) -> Manifest:
     if hashlib.sha256(data).hexdigest() != segment_id:
         raise CorruptError(f"{path}: its bytes are not those of its id; {RESTORE}")
     try:
-        manifest = Manifest.model_validate_json(data)
+        manifest = Manifest.model_validate_json(data, strict=True)
     except ValidationError as error:
         problems = error.errors(include_url=False)
         for problem in problems:
@@ -99,11 +99,13 @@ def read_arrays(root: Path, segment_id: str, manifest: Manifest, names: Set[str]
     Raises CorruptError, naming the file, where one is missing or differs.
     """
     folder = root / "segments" / segment_id
-    files = {}
-    for key in file_names(manifest, names):
-        promised = manifest.files[key]
-        files[key] = check_file(durable.read_file(folder / key, promised.length), promised, folder / key)
-    return decode(files, manifest, names, folder)
+    entries = {name: entry for name, entry in manifest.arrays.items() if name in names}
+    try:
+        return arrays.decode(_Verified(folder, manifest, arrays.file_names(entries)), entries)
+    except _Refused as error:
+        raise CorruptError(str(error)) from None
+    except CorruptError as error:
+        raise CorruptError(f"{folder}/{error}; {RESTORE}") from None
 
 
 def file_names(manifest: Manifest, names: Set[str]) -> list[str]:
@@ -111,7 +113,7 @@ def file_names(manifest: Manifest, names: Set[str]) -> list[str]:
     return sorted(arrays.file_names({name: entry for name, entry in manifest.arrays.items() if name in names}))
 
 
-def decode(files: Mapping[str, bytes], manifest: Manifest, names: Set[str], path: Path | str) -> dict[str, NDArray]:
+def decode(files: Mapping[str, bytes], manifest: Manifest, names: Set[str], path: str) -> dict[str, NDArray]:
     """Some arrays of a segment, from files that were compared with the manifest. Raises CorruptError."""
     entries = {name: entry for name, entry in manifest.arrays.items() if name in names}
     try:
@@ -125,6 +127,39 @@ def check_file(data: bytes, promised: FileEntry, path: Path | str) -> bytes:
     if len(data) != promised.length or hashlib.sha256(data).hexdigest() != promised.sha256:
         raise CorruptError(f"{path}: its bytes are not those its manifest promises; {RESTORE}")
     return data
+
+
+def copy_of(root: Path, segment_id: str, manifest: Manifest) -> tuple[dict[str, bytes], bytes]:
+    """The files and the manifest of a segment, byte by byte, for `durable.publish`. Every byte is checked.
+
+    Raises CorruptError, naming the file, where one is missing or differs.
+    """
+    verified = _Verified(root / "segments" / segment_id, manifest, manifest.files.keys())
+    return dict(verified), durable.read_file(root / "manifests" / f"{segment_id}.json", MAX_MANIFEST_BYTES)
+
+
+class _Refused(CorruptError):
+    """A file whose message says already where it is."""
+
+
+class _Verified(Mapping[str, bytes]):
+    """Files of a segment, each read when it is asked for and checked against the manifest."""
+
+    def __init__(self, folder: Path, manifest: Manifest, names: Set[str]) -> None:
+        self._folder, self._files, self._names = folder, manifest.files, names
+
+    def __getitem__(self, key: str) -> bytes:
+        path, promised = self._folder / key, self._files[key]
+        try:
+            return check_file(durable.read_file(path, promised.length), promised, path)
+        except CorruptError as error:
+            raise _Refused(str(error)) from None
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 def _check_version(path: Path | str, version: object) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ketchup_cache.errors import CacheError, NumericsError
+from ketchup_cache.store import halves
 from ketchup_cache.store.manifest import ArrayEntry, Info, PromptsInfo, RolloutsInfo, ScoresInfo, TokenizerInfo
 from ketchup_cache.types import TOKEN_DTYPE, Prompts, Ragged, Rollouts, Scores
 
@@ -38,20 +39,23 @@ def layout(info: Info, rows: int, tokens: int) -> dict[str, ArrayEntry]:
                 "prompt_index": ("int64", per_row),
                 "completion_tokens": (token, per_token),
                 "completion_offsets": ("int64", (rows + 1,)),
-                "behavior_logprob": ("float32", per_token),
+                "behavior_logprob": (_float(info), per_token),
                 "finished": ("bool", per_row),
                 "forced": ("bool", per_token),
             }
         case "scores":
-            shapes = dict.fromkeys(("q", "max_q", "logsumexp", "mean_q"), ("float32", per_token))
+            compact = info.storage == "compact"
+            names = ("q", "gap", "logsumexp_gap", "mean_gap") if compact else ("q", "max_q", "logsumexp", "mean_q")
+            shapes = dict.fromkeys(names, (_float(info), per_token))
             shapes["final_max_q"] = ("float32", per_row)
             if info.keep_top:
-                shapes |= {"top_q": ("float32", (tokens, info.keep_top)), "top_ids": (token, (tokens, info.keep_top))}
+                top_q = "top_gap" if compact else "top_q"
+                shapes |= {top_q: (_float(info), (tokens, info.keep_top)), "top_ids": (token, (tokens, info.keep_top))}
     return {name: ArrayEntry(dtype=dtype, shape=shape) for name, (dtype, shape) in shapes.items()}
 
 
 def pack(segment: Segment, info: Info) -> dict[str, NDArray]:
-    """The arrays to store, of a segment that passed `check`."""
+    """The arrays to store, of a segment that passed `check`. Raises NumericsError where float16 can't hold a value."""
     token = np.uint16 if info.tokenizer.vocab_size <= 2**16 else np.uint32
     if isinstance(segment, Prompts):
         return {
@@ -64,16 +68,17 @@ def pack(segment: Segment, info: Info) -> dict[str, NDArray]:
             "prompt_index": segment.prompt_index,
             "completion_tokens": segment.completions.values.astype(token),
             "completion_offsets": segment.completions.offsets,
-            "behavior_logprob": segment.behavior_logprob,
+            "behavior_logprob": _log_probabilities(segment, info),
             "finished": segment.finished,
         }
         return arrays | ({"forced": segment.forced} if segment.forced.any() else {})
-    arrays = dict(vars(segment))
-    return arrays | {"top_ids": segment.top_ids.astype(token)} if segment.top else _without_top(arrays)
-
-
-def _without_top(arrays: dict[str, NDArray]) -> dict[str, NDArray]:
-    return {name: array for name, array in arrays.items() if name not in ("top_q", "top_ids")}
+    if not isinstance(info, ScoresInfo) or info.storage == "lossless":
+        arrays = dict(vars(segment))
+    else:
+        arrays = halves.shrink(segment)
+    arrays["top_ids"] = segment.top_ids.astype(token)
+    kept = layout(info, *size(segment))
+    return {name: array for name, array in arrays.items() if name in kept}
 
 
 def unpack(info: Info, arrays: Mapping[str, NDArray]) -> Segment:
@@ -86,10 +91,13 @@ def unpack(info: Info, arrays: Mapping[str, NDArray]) -> Segment:
             forced = arrays["forced"] if "forced" in arrays else np.zeros(len(completions.values), np.bool_)
             plain = (_frozen(arrays[name]) for name in ("prompt_index", "behavior_logprob", "finished"))
             prompt_index, behavior_logprob, finished = plain
+            behavior_logprob = _frozen(behavior_logprob.astype(np.float32, copy=False))
             return Rollouts(prompt_index, completions, behavior_logprob, _frozen(forced), finished)
         case "scores":
             if "top_ids" in arrays:
                 arrays = {**arrays, "top_ids": arrays["top_ids"].astype(TOKEN_DTYPE)}
+            if info.storage == "compact":
+                arrays = vars(halves.restore(arrays))
             return Scores(**{name: _frozen(array) for name, array in arrays.items()})
 
 
@@ -138,22 +146,33 @@ def _check_rollouts(rollouts: Rollouts, info: RolloutsInfo) -> None:
 
 def _check_scores(scores: Scores, info: ScoresInfo) -> None:
     rows = info.row_stop - info.row_start
-    for name, entry in layout(info, rows, len(scores.q)).items():
-        _check_array(name, getattr(scores, name), TOKEN_DTYPE if name == "top_ids" else np.float32, entry.shape)
+    for name, array in scores.per_token().items():
+        _check_array(name, array, np.float32, scores.q.shape[:1])
+    for name, dtype in (("top_q", np.float32), ("top_ids", TOKEN_DTYPE)):
+        _check_array(name, getattr(scores, name), dtype, (len(scores.q), scores.top))
     if scores.top != info.keep_top:
         raise CacheError(f"top_q has {scores.top} logits of each state, must be {info.keep_top}")
-    slack = TOLERANCE * np.maximum(1, np.abs(scores.max_q))
-    _refuse("q", scores.q > scores.max_q + slack, "is larger than max_q")
-    _refuse("mean_q", scores.mean_q > scores.max_q + slack, "is larger than max_q")
-    _refuse("logsumexp", scores.logsumexp < scores.max_q - slack, "is smaller than max_q")
-    highest = scores.max_q + math.log(info.tokenizer.vocab_size) + slack
-    _refuse("logsumexp", scores.logsumexp > highest, "is larger than max_q + log(vocab_size)")
+    _check_array("final_max_q", scores.final_max_q, np.float32, (rows,))
+    max_q = scores.max_q
+    rounding = halves.ROUNDING if info.storage == "compact" else 0
+    highest = max_q + np.float32(math.log(info.tokenizer.vocab_size) * (1 + rounding))
+    for name, low, high, reason in (
+        ("q", scores.q, max_q, "is larger than max_q"),
+        ("mean_q", scores.mean_q, max_q, "is larger than max_q"),
+        ("logsumexp", max_q, scores.logsumexp, "is smaller than max_q"),
+        ("logsumexp", scores.logsumexp, highest, "is larger than max_q + log(vocab_size)"),
+    ):
+        if (low > high).any():  # rare; what rounding may bend is worked out only then
+            _refuse(name, low > high + TOLERANCE * np.maximum(1, np.abs(max_q)), reason)
     if info.keep_top:
-        _check_top(scores, info, slack)
+        _check_top(scores, info)
 
 
-def _check_top(scores: Scores, info: ScoresInfo, slack: NDArray) -> None:
+def _check_top(scores: Scores, info: ScoresInfo) -> None:
     top_q, top_ids = scores.top_q, scores.top_ids
+    slack = TOLERANCE * np.maximum(1, np.abs(scores.max_q))
+    if info.storage == "compact":  # logsumexp, and the logits that weigh, lie within log(vocab_size) of the maximum
+        slack += 2 * halves.ROUNDING * math.log(info.tokenizer.vocab_size)
     beyond = (top_ids < 0) | (top_ids >= min(info.tokenizer.vocab_size, MAX_VOCABULARY))
     _refuse("top_ids", beyond, f"holds an id that {info.tokenizer.name} does not have")
     _refuse("top_ids", np.diff(np.sort(top_ids, axis=1), axis=1) == 0, "holds a token twice")
@@ -171,11 +190,14 @@ def _check_pair(scores: Scores, info: ScoresInfo, rollouts: Rollouts) -> None:
     if tokens != len(scores.q):
         raise CacheError(f"scores of {len(scores.q)} tokens for rollouts that have {tokens}")
     valued = rollouts.finished[rows] & (scores.final_max_q != 0)
-    chosen = scores.top_ids == rollouts.completions.slice(info.row_start, info.row_stop).values[:, None]
-    slack = TOLERANCE * np.maximum(1, np.abs(scores.max_q))[:, None]
-    differs = chosen & (np.abs(scores.top_q - scores.q[:, None]) > slack)
-    _refuse("top_q", differs, "is not q where top_ids is the token")
     _refuse("final_max_q", valued, "is not 0, though the rollout is finished")
+    if info.keep_top:
+        chosen = scores.top_ids == rollouts.completions.slice(info.row_start, info.row_stop).values[:, None]
+        slack = TOLERANCE * np.maximum(1, np.abs(scores.max_q))
+        if info.storage == "compact":  # both were rounded
+            slack += 2 * halves.ROUNDING * np.abs(scores.max_q - scores.q)
+        differs = chosen & (np.abs(scores.top_q - scores.q[:, None]) > slack[:, None])
+        _refuse("top_q", differs, "is not q where top_ids is the token")
 
 
 def _check_tokens(name: str, ragged: Ragged, tokenizer: TokenizerInfo) -> None:
@@ -201,6 +223,16 @@ def _refuse(name: str, wrong: NDArray[np.bool_], reason: str) -> None:
     """wrong: [n], or [n, m] for an array of rows."""
     if wrong.any():
         raise CacheError(f"{name}[{int(np.argwhere(wrong)[0, 0])}] {reason}")
+
+
+def _float(info: RolloutsInfo | ScoresInfo) -> str:
+    return "float16" if info.storage == "compact" else "float32"
+
+
+def _log_probabilities(rollouts: Rollouts, info: Info) -> NDArray:
+    if not isinstance(info, RolloutsInfo) or info.storage == "lossless":
+        return rollouts.behavior_logprob
+    return halves.half("behavior_logprob", np.minimum(rollouts.behavior_logprob, np.float32(0)))
 
 
 def _ragged(tokens: NDArray, offsets: NDArray) -> Ragged:

@@ -1,0 +1,260 @@
+"""What the benchmarks share: the length mix, random-weight models, made-up caches, peak memory, tables and JSON.
+
+Every script here answers one question, prints a Markdown table and writes `benchmarks/results/NAME.json`. A figure is a
+ratio against its reference in the same run. With `--short` (`make bench`) it does the same on less.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ketchup_cache.store.cache import Cache, open_cache
+from ketchup_cache.store.manifest import (
+    DataInfo,
+    PolicyInfo,
+    PromptsInfo,
+    RolloutsInfo,
+    Sampling,
+    ScoresInfo,
+    TeacherInfo,
+    TokenizerInfo,
+)
+from ketchup_cache.types import Prompts, Ragged, Rollouts, ScoredRollouts, Scores
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = Path(__file__).parent / "results"
+VOCAB = 32_100
+"""T5's tokenizer; its head has 28 rows more."""
+T5_SMALL = {"d_model": 512, "d_kv": 64, "d_ff": 2048, "num_layers": 6, "num_heads": 8}
+T5_BASE = {"d_model": 768, "d_kv": 64, "d_ff": 3072, "num_layers": 12, "num_heads": 12}
+
+
+def options(description: str | None, **more: tuple[Any, str]) -> argparse.Namespace:
+    """`--short`, `--out`, and the given ones: name=(default, help)."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--short", action="store_true", help="the same on less, in under a minute or two")
+    parser.add_argument("--out", type=Path, help="JSON file (default: benchmarks/results/NAME.json; --short: none)")
+    for name, (default, text) in more.items():
+        flag = "--" + name.replace("_", "-")
+        if default is False:
+            parser.add_argument(flag, action="store_true", help=text)
+        else:
+            parser.add_argument(flag, type=type(default), default=default, help=f"{text} (default: {default})")
+    return parser.parse_args()
+
+
+# --------------------------------------------------------------------------------------------------------- data
+
+
+def prompt_lengths(rng: np.random.Generator, n: int) -> np.ndarray:
+    """Log-normal around 180 tokens, up to 1024."""
+    return np.clip(rng.lognormal(np.log(180), 0.5, n), 8, 1024).astype(np.int64)
+
+
+def completion_lengths(rng: np.random.Generator, n: int) -> np.ndarray:
+    """25 ± 8 tokens, up to 64."""
+    return np.clip(rng.normal(25, 8, n), 2, 64).round().astype(np.int64)
+
+
+def sample(seed: int, rollouts: int, *, samples: int = 4, first: int = 0, vocab: int = VOCAB) -> ScoredRollouts:
+    """Scored rollouts of made-up tokens in the realistic mix of lengths, `samples` of each prompt."""
+    rng = np.random.default_rng([seed, first])
+    prompts = -(-rollouts // samples)
+    lengths, completions = prompt_lengths(rng, prompts), completion_lengths(rng, rollouts)
+    tokens = int(completions.sum())
+
+    def ids(n: int) -> np.ndarray:
+        return np.minimum(rng.zipf(1.3, n), vocab - 1).astype(np.int32)
+
+    names = np.arange(first, first + prompts, dtype=np.int64)
+    digests = np.zeros((prompts, 16), np.uint8)
+    digests[:, :8] = names[:, None].view(np.uint8)
+    max_q = rng.normal(-2, 6, tokens).astype(np.float32)
+    gap = np.where(rng.random(tokens) < 0.6, 0, rng.exponential(3, tokens)).astype(np.float32)
+    behavior = -rng.exponential(1, tokens).astype(np.float32)
+    return ScoredRollouts(
+        Prompts(digests, Ragged.from_lengths(ids(int(lengths.sum())), lengths)),
+        Rollouts(
+            np.repeat(np.arange(prompts), samples)[:rollouts],
+            Ragged.from_lengths(ids(tokens), completions),
+            behavior,
+            np.zeros(tokens, np.bool_),
+            np.ones(rollouts, np.bool_),
+        ),
+        Scores(
+            max_q - gap,
+            max_q,
+            max_q + np.minimum(rng.exponential(1, tokens), 10).astype(np.float32),
+            max_q - 20 + rng.normal(0, 3, tokens).astype(np.float32),
+            np.zeros(rollouts, np.float32),
+        ),
+    )
+
+
+def fingerprint(name: str) -> str:
+    return hashlib.sha256(name.encode()).hexdigest()
+
+
+def made_up_cache(path: Path, tokens: int, *, segment_tokens: int = 262_144, samples: int = 4) -> Cache:
+    """A cache of at least `tokens` scored completion tokens: prompts, rollouts and scores segments of one size.
+
+    The size is that of `score`'s segments by default. Contents repeat after 8 segments, which no reader can know.
+    """
+    cache = open_cache(path, create=True)
+    tokenizer = TokenizerInfo(name="t5", fingerprint=fingerprint("t5"), vocab_size=VOCAB)
+    data = DataInfo(name="made up", fingerprint=fingerprint("made up"), template="{prompt}")
+    policy = PolicyInfo(name="student", fingerprint=fingerprint("student"))
+    teacher = TeacherInfo(name="teacher", fingerprint=fingerprint("teacher"), dtype="float32")
+    rows = max(samples, segment_tokens // 25 // samples * samples)
+    kinds: list[ScoredRollouts] = []
+    done, start, number = 0, 0, 0
+    while done < tokens:
+        if len(kinds) < 8:
+            kinds.append(sample(0, rows, samples=samples, first=number * rows))
+        part = kinds[number % 8]
+        prompts = cache.commit_prompts(part.prompts, PromptsInfo(tokenizer=tokenizer, data=data, start=start))
+        info = RolloutsInfo(
+            prompts=prompts,
+            prompt_start=0,
+            prompt_stop=len(part.prompts),
+            policy=policy,
+            tokenizer=tokenizer,
+            sampling=Sampling(samples=samples),
+        )
+        rollouts = cache.commit_rollouts(part.rollouts, info)
+        cache.commit_scores(
+            part.scores,
+            ScoresInfo(rollouts=rollouts, row_start=0, row_stop=rows, teacher=teacher, tokenizer=tokenizer),
+        )
+        done, start, number = done + len(part.scores.q), start + len(part.prompts), number + 1
+    return cache
+
+
+# ------------------------------------------------------------------------------------------------------- models
+
+
+def t5(shape: Mapping[str, int], *, seed: int = 0, vocab_size: int = VOCAB + 28, **more: Any) -> Any:
+    """A T5 of random weights."""
+    import torch
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    torch.manual_seed(seed)
+    config = T5Config(vocab_size=vocab_size, decoder_start_token_id=0, pad_token_id=0, eos_token_id=1, **shape, **more)
+    return T5ForConditionalGeneration(config).eval()
+
+
+def word_tokenizer(vocab: int = VOCAB) -> Any:
+    """Words w3, w4, … as tokens; </s> is appended."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    words = {name: i for i, name in enumerate(["<pad>", "</s>", "<unk>", *(f"w{i}" for i in range(3, vocab))])}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+
+
+# -------------------------------------------------------------------------------------------------- measuring
+
+
+def timed(call: Callable[[], Any]) -> tuple[float, float, Any]:
+    """Wall seconds, CPU seconds of this process, and the result."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    result = call()
+    return time.perf_counter() - wall, time.process_time() - cpu, result
+
+
+def in_turn(calls: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
+    """Median wall seconds of each, taken in turn, so that what else the machine does meets all of them."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(repeats):
+        for name, call in calls.items():
+            times[name].append(timed(call)[0])
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def rss() -> int:
+    """Resident memory of this process now, bytes."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def forget_peak() -> int:
+    """Start the high-water mark of resident memory anew; returns the resident memory now."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return rss()
+
+
+def peak() -> int:
+    """Most resident memory since `forget_peak`, or since the start, bytes."""
+    found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found
+    return int(found[1]) * 1024
+
+
+def run(*words: object) -> dict[str, float]:
+    """A command in a process of its own: its wall seconds, CPU seconds and peak resident memory in bytes."""
+    command = [str(word) for word in words]
+    began = time.perf_counter()
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, cwd=ROOT) as process:
+        assert process.stderr
+        said = process.stderr.read()
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise SystemExit(f"{' '.join(command)} failed:\n{said.decode()[-2000:]}")
+    cpu = usage.ru_utime + usage.ru_stime
+    return {"seconds": time.perf_counter() - began, "cpu_seconds": cpu, "peak_bytes": usage.ru_maxrss * 1024}
+
+
+def tool(*words: object) -> dict[str, float]:
+    """`ketchup-cache …` in a process of its own."""
+    return run(sys.executable, "-m", "ketchup_cache", *words)
+
+
+# ---------------------------------------------------------------------------------------------------- reporting
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+
+
+def machine() -> str:
+    return f"{len(os.sched_getaffinity(0))} cores, {platform.machine()}, {platform.system()}"
+
+
+def publish(name: str, where: argparse.Namespace, **results: Any) -> None:
+    """Write the results with machine, versions and date. The load says how busy the machine was with other things."""
+    path = where.out or (None if where.short else RESULTS / f"{name}.json")
+    if path is None:
+        return
+    versions = {p: importlib.metadata.version(p) for p in ("ketchup-cache", "torch", "transformers", "numpy", "zarr")}
+    record = {
+        "benchmark": f"benchmarks/{name}.py",
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "machine": machine(),
+        "load": round(os.getloadavg()[1], 1),
+        "threads": int(os.environ.get("OMP_NUM_THREADS", 0)) or None,
+        "versions": {"python": platform.python_version(), **versions},
+        **results,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=1, default=float) + "\n")
+    print(f"\n→ {path}")

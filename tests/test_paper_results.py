@@ -1,0 +1,113 @@
+"""The arithmetic behind benchmarks/results: against SciPy, published examples and tables worked out by hand."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
+from benchmarks.paper import tables
+from benchmarks.paper.runs import Run, learn_options, words_of
+from benchmarks.paper.settings import ABLATIONS, TABLE, TASKS, Row, ablation_runs, table_runs
+from benchmarks.paper.statistics import Comparison, Mean, holm
+from ketchup_cache.config import LearnConfig
+
+VALUES = st.lists(st.floats(-1e3, 1e3), min_size=2, max_size=9)
+
+
+@given(VALUES)
+def test_standard_error_is_scipys(values):
+    mean = Mean.of(values)
+    assert mean.mean == pytest.approx(np.mean(values), rel=1e-9, abs=1e-9)
+    assert mean.se == pytest.approx(stats.sem(values), rel=1e-6, abs=1e-9)
+
+
+def test_one_value_has_no_error():
+    assert Mean.of([2.5]) == Mean(2.5, None, 1)
+    assert str(Mean.of([2.5])) == "2.50"
+
+
+def test_paired_test_of_a_textbook():
+    # Student (1908), Cushny and Peebles's sleep data: t = 4.06, two-sided p = 0.00283 with 9 degrees of freedom
+    first = [0.7, -1.6, -0.2, -1.2, -0.1, 3.4, 3.7, 0.8, 0.0, 2.0]
+    second = [1.9, 0.8, 1.1, 0.1, -0.1, 4.4, 5.5, 1.6, 4.6, 3.4]
+    result = Comparison.of(dict(enumerate(second)), dict(enumerate(first)))
+    assert result.difference.mean == pytest.approx(1.58)
+    assert result.difference.mean / result.difference.se == pytest.approx(4.0621, abs=1e-4)
+    assert result.p == pytest.approx(0.00283, abs=1e-5)
+
+
+def test_only_common_seeds_are_pairs():
+    result = Comparison.of({0: 1.0, 1: 2.0, 2: 9.0, 7: 100.0}, {0: 0.5, 1: 1.0, 2: 1.0, 3: -50.0})
+    assert result.difference.n == 3
+    assert result.difference.mean == pytest.approx((0.5 + 1 + 8) / 3)
+
+
+def test_no_spread_and_too_few():
+    assert Comparison.of({0: 1.0, 1: 2.0}, {0: 1.0, 1: 2.0}).p == 1.0
+    assert Comparison.of({0: 1.0}, {0: 2.0}).p is None
+
+
+def test_holm_by_hand():
+    # sorted: 0.01 × 4, 0.02 × 3, 0.03 × 2, 0.04 × 1, never falling
+    assert holm([0.04, 0.01, 0.03, 0.02]) == pytest.approx([0.06, 0.04, 0.06, 0.06])
+    assert holm([0.5, 0.9]) == pytest.approx([1.0, 1.0])
+    assert holm([]) == []
+
+
+@given(st.lists(st.floats(0, 1), max_size=8))
+def test_holm_lies_between_nothing_and_bonferroni(ps):
+    for p, adjusted in zip(ps, holm(ps), strict=True):
+        assert p <= adjusted <= min(1.0, len(ps) * p) + 1e-12
+
+
+def record(task, row, seed, value, metric, length=10.0):
+    metrics = {m.key: metric for m in TASKS[task].metrics}
+    return {
+        "task": task,
+        "row": row,
+        "seed": seed,
+        "evaluation": {"returns": {"mean": value}, "metrics": metrics, "length_mean": length},
+    }
+
+
+def test_table_by_hand():
+    task = next(iter(TASKS))
+    llmr, ours = "LLMR (K = 1)", "KETCHUP, K = 4"
+    records = [record(task, llmr, s, -10 - s, 50.0 + s) for s in range(3)]
+    records += [record(task, ours, s, -8 - 2 * s, 51.0 + s) for s in range(3)]
+    lines = tables.paper_table(records).splitlines()
+    cells = {line.split("|")[1].strip(): [c.strip() for c in line.split("|")[2:-1]] for line in lines if "|" in line}
+    # the row of differences comes last: 2, 1, 0 in return, always 1 in the metric
+    assert cells[ours][0] == f"+1.00 ± {1 / math.sqrt(3):.2f}"
+    assert cells[ours][1].startswith(f"{stats.ttest_rel([-8, -10, -12], [-10, -11, -12]).pvalue:.3f}")
+    assert cells[ours][2] == "+1.00 ± 0.00"
+    assert cells[llmr][0] == f"-11.00 ± {1 / math.sqrt(3):.2f}"
+    assert cells[llmr][-1] == "3"
+
+
+def test_every_row_is_a_run_that_learn_takes():
+    for task, row, seed in [*table_runs(), *ablation_runs()]:
+        options = {**TASKS[task].decoding, **learn_options(row, seed)}
+        LearnConfig(student="s", cache="c", teacher="t" if row.needs_samples else None, **options)
+
+
+def test_runs_differ_in_their_keys():
+    runs = [Run(*run) for run in [*table_runs(), *ablation_runs()]]
+    assert len({run.key for run in runs}) == len(runs)
+    assert Run("translate", Row("a", {"k": 4})).key != Run("translate", Row("a", {"k": 2})).key
+
+
+def test_rows_are_named_once():
+    names = [row.name for row in TABLE]
+    assert len(set(names)) == len(names)
+    for ablation in ABLATIONS:
+        assert len({row.name for row in ablation.rows}) == len(ablation.rows)
+
+
+def test_words_of_a_command():
+    assert list(words_of({"lr": 1e-3, "batch_size": 8, "greedy": True, "importance": False})) == [
+        "--lr", "0.001", "--batch-size", "8", "--greedy", "--no-importance",
+    ]  # fmt: skip

@@ -1,0 +1,104 @@
+"""`Stream`: the thread that reads ahead changes nothing but the waiting."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ketchup_cache.errors import CorruptError
+from ketchup_cache.learn import stream as module
+from ketchup_cache.learn.stream import Stream, gather, plan_batches
+
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
+from common import made_up_cache
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return made_up_cache(tmp_path_factory.mktemp("stream") / "cache", 12_000, segment_tokens=1_000)
+
+
+def test_order_is_that_of_the_plan_gathered_one_by_one(cache):
+    refs = cache.scored()
+    assert len(refs) >= 10
+    plan, stream = plan_batches(refs, 64, 5), Stream(cache, refs, 64, 5)
+    for _ in range(2 * sum(ref.rows for ref in refs) // 64):
+        want = gather([(cache.load_scored(refs[i]), rows) for i, rows in next(plan)])
+        got = next(stream)
+        np.testing.assert_array_equal(got.scores.q, want.scores.q)
+        np.testing.assert_array_equal(got.rollouts.completions.offsets, want.rollouts.completions.offsets)
+        np.testing.assert_array_equal(got.prompts.tokens.values, want.prompts.tokens.values)
+    stream._thread.shutdown()  # its last batch must not be made in the middle of the next test
+
+
+def test_the_next_batch_is_made_while_this_one_is_used(cache, monkeypatch):
+    """In another thread, after `next` has returned, without being asked."""
+    made = threading.Semaphore(0)
+    threads = []
+
+    def watched(parts):
+        threads.append(threading.current_thread())
+        made.release()
+        return gather(parts)
+
+    monkeypatch.setattr(module, "gather", watched)
+    stream = Stream(cache, cache.scored(), 64, 0)
+    next(stream)
+    assert made.acquire(timeout=10)
+    assert made.acquire(timeout=10), "the second batch waits to be asked for"
+    assert not made.acquire(timeout=0.2), "more than one batch ahead"
+    assert threading.main_thread() not in threads
+
+
+def test_nothing_is_read_beyond_the_last_batch(cache, monkeypatch):
+    made = []
+    monkeypatch.setattr(module, "gather", lambda parts: made.append(1) or gather(parts))
+    stream = Stream(cache, cache.scored(), 64, 0, skip=3, batches=2)
+    next(stream), next(stream)
+    stream._thread.shutdown(wait=True)
+    assert len(made) == 2
+    with pytest.raises(StopIteration):
+        next(stream)
+
+
+def test_at_most_two_segments_are_held_whatever_the_size_of_the_cache(tmp_path):
+    """Bytes of the heap while everything streams by, against what one segment takes."""
+    cache = made_up_cache(tmp_path / "cache", 60_000, segment_tokens=3_000)
+    refs = cache.scored()
+    assert len(refs) >= 20
+    tracemalloc.start()
+    try:
+        before = tracemalloc.get_traced_memory()[0]
+        part = cache.load_scored(refs[0])
+        segment = tracemalloc.get_traced_memory()[0] - before
+        del part
+        stream = Stream(cache, refs, 64, 0)
+        next(stream)
+        tracemalloc.reset_peak()
+        start = tracemalloc.get_traced_memory()[0]
+        for _ in range(sum(ref.rows for ref in refs) // 64):
+            next(stream)
+            assert len(stream._held) <= 2
+        end = tracemalloc.get_traced_memory()[0]
+    finally:
+        tracemalloc.stop()
+    # at the start one segment is held, later two; all twenty would be nineteen more
+    assert end - start < 2.5 * segment
+
+
+def test_damage_is_reported_at_the_batch_that_meets_it(tmp_path):
+    cache = made_up_cache(tmp_path / "cache", 5_000, segment_tokens=2_500)
+    refs = cache.scored()
+    chunk = next((cache.path / "segments" / refs[1].scores_id / "q").rglob("0"))
+    chunk.write_bytes(b"x" * chunk.stat().st_size)
+    first = next(i for i, batch in enumerate(plan_batches(refs, 16, 0)) if any(index == 1 for index, _ in batch))
+    stream = Stream(cache, refs, 16, 0)
+    for _ in range(first):
+        next(stream)
+    with pytest.raises(CorruptError, match="its bytes are not those"):
+        next(stream)
