@@ -13,6 +13,7 @@ from ketchup_cache.config import LearnConfig
 from ketchup_cache.errors import MismatchError
 from ketchup_cache.learn.loop import learn
 from ketchup_cache.store.cache import open_cache
+from ketchup_cache.types import Prompts
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +66,10 @@ def test_an_on_policy_run_pins_its_refreshes_and_its_teacher_outputs(tmp_path, f
     assert main([*rollout, teacher, "--greedy"]) == 0
     score = ["score", "--teacher", teacher, "--cache", cache, "--keep-top", "4", "--device", "cpu"]
     assert main(score) == 0
+    with_more = open_cache(cache)  # prompts that the run counts but does not come to: their number sets the order
+    (prompts_id, manifest), *_ = with_more.manifests("prompts")
+    prompts = with_more.load_prompts(prompts_id)
+    with_more.commit_prompts(Prompts(prompts.ids[:3], prompts.tokens.slice(0, 3)), manifest.info)
     words = ["learn", "--student", student, "--teacher", teacher, "--cache", cache, "--method", "js", "--keep-top", "4",
              "--teacher-outputs", teacher, "--steps", "4", "--refresh-every", "2", "--batch-size", "4", "--lr", "1e-3",
              "--max-new-tokens", "6", "--device", "cpu", "--out"]  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import http.server
 import os
+import shutil
 import signal
 import threading
 import time
@@ -360,3 +361,48 @@ def test_pins_show_the_pinned_segments_alone(cache, tmp_path):
     fill(other)
     with pytest.raises(MismatchError, match="lacks 3 of the 3"):
         pins.restrict(other, tmp_path / "run" / "pins.json")
+
+
+def test_a_damaged_copy_in_the_segment_cache_is_fetched_again(cache, tmp_path):
+    url = f"memory://{uuid.uuid4().hex}/cache"
+    copy(cache.path, url)
+    home = view.SegmentCache(tmp_path / "home", 10**9)
+    scores = cache.manifests("scores")[0][0]
+    view.RemoteCache(open_remote(url), home).load_scores(scores)
+    victim = home.path / "segments" / scores / "q" / "c" / "0"
+    victim.write_bytes(b"damaged")
+    np.testing.assert_array_equal(
+        view.RemoteCache(open_remote(url), home).load_scores(scores).q, cache.load_scores(scores).q
+    )
+    assert victim.read_bytes() == (cache.path / "segments" / scores / "q" / "c" / "0").read_bytes()
+
+
+def test_a_file_that_came_short_is_asked_for_once_more(cache):
+    remote = open_remote(cache.path)
+    whole, asked = remote.file, []
+
+    def short_at_first(segment, name, length):
+        asked.append(name)
+        return whole(segment, name, length)[: length // 2 if asked.count(name) == 1 else length]
+
+    remote.file = short_at_first
+    packed = base.read_segment(remote, *_first(remote))
+    assert dict(packed.files) == {name: whole(packed.segment_id, name, 10**6) for name in packed.files}
+    assert len(asked) == 2 * len(packed.files)
+
+
+def test_two_copies_of_one_segment_at_the_same_moment(cache, tmp_path, monkeypatch):
+    """Another process puts the same segment there just before our rename."""
+    rename, late = os.rename, []
+
+    def beaten(source, target):
+        target = Path(target)
+        if target.parent == tmp_path / "b" / "segments":
+            shutil.copytree(cache.path / "segments" / target.name, target)
+            late.append(target.name)
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", beaten)
+    copy(cache.path, tmp_path / "b")
+    assert len(late) == 3
+    assert contents(tmp_path / "b") == contents(cache.path)
