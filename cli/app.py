@@ -15,7 +15,8 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from ketchup_cache import __version__
-from ketchup_cache.config import COMMANDS, Config
+from ketchup_cache.config import COMMANDS
+from ketchup_cache.config_base import Config
 from ketchup_cache.errors import KetchupError
 from ketchup_cache.resolve import choices, flag, resolve
 from ketchup_cache.shipped import recipe

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from ketchup_cache.config import InfoConfig
+from ketchup_cache.config_caches import InfoConfig
 
 from .app import Result, command
 
@@ -8,7 +8,7 @@ from .app import Result, command
 @command(examples=["ketchup-cache info cache", "ketchup-cache info cache --json"], positional=["cache"])
 def info(config: InfoConfig) -> Result:
     """Describe what a cache holds and who made it."""
-    from ketchup_cache.store.cache import open_cache
+    from ketchup_cache.remote.view import open_cache
     from ketchup_cache.store.inspect import describe
 
     return describe(open_cache(config.cache))

@@ -1,14 +1,14 @@
 from __future__ import annotations
 
-from ketchup_cache.config import VerifyConfig
+from ketchup_cache.config_caches import VerifyConfig
 
 from .app import Result, command
 
 
-@command(examples=["ketchup-cache verify cache"], positional=["cache"])
+@command(examples=["ketchup-cache verify cache", "ketchup-cache verify s3://lab/xsum --deep"], positional=["cache"])
 def verify(config: VerifyConfig) -> Result:
-    """Check every byte of a cache; exit code 2 if one is wrong."""
-    from ketchup_cache.store.cache import open_cache
+    """Check every byte of a cache, on disk or at an address; exit code 2 if one is wrong."""
+    from ketchup_cache.remote.view import open_cache
     from ketchup_cache.store.inspect import verify
 
-    return verify(open_cache(config.cache))
+    return verify(open_cache(config.cache), deep=config.deep)

@@ -1,4 +1,5 @@
-"""Every option of every command, once: flags, YAML keys, JSON Schema and help all come from here.
+"""Every option of every command, once: flags, YAML keys, JSON Schema and help all come from here, config_base
+and config_caches.
 
 The text under a field is its help. The classes share groups of options through inheritance, so that an option
 that several commands have means the same and has the same default in all of them.
@@ -9,7 +10,21 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
+
+from ketchup_cache.config_base import CacheAddress, Config, Positive
+from ketchup_cache.config_caches import (
+    CompactConfig,
+    DiffConfig,
+    ExportConfig,
+    GcConfig,
+    InfoConfig,
+    LsConfig,
+    MergeConfig,
+    PullConfig,
+    PushConfig,
+    VerifyConfig,
+)
 
 Normalization = Literal["raw", "centred", "logprob"]
 Tail = Literal["one-step", "jump"]
@@ -28,11 +43,9 @@ def _split(value: Any) -> Any:
 IntList = Annotated[tuple[int, ...], BeforeValidator(_split), Field(json_schema_extra={"metavar": "INT,INT,…"})]
 MetricList = Annotated[tuple[Metric, ...], BeforeValidator(_split)]
 AspectList = Annotated[tuple[Aspect, ...], BeforeValidator(_split), Field(min_length=1)]
-Positive = Annotated[int, Field(ge=1)]
 
 
-class Config(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+# ------------------------------------------------------------------------------------------- groups of options
 
 
 class DeviceOptions(Config):
@@ -127,7 +140,7 @@ class PretrainConfig(DeviceOptions, DataOptions):
 
     data: str = ""
     """References to learn (teacher fine-tuning): a file or dataset with prompt and target. Not with --cache."""
-    cache: Path | None = None
+    cache: CacheAddress | None = None
     """Completions to learn (pre-distillation, SeqKD): the finished rollouts in this cache."""
     policy: str | None = None
     """With --cache: only rollouts of this policy (name, or start of its fingerprint)."""
@@ -172,7 +185,7 @@ class RolloutConfig(DeviceOptions, DataOptions, SamplingOptions):
 
     student: str
     """Policy that samples: a folder or a Hub id. A teacher is a policy too."""
-    cache: Path
+    cache: CacheAddress
     """Cache that receives the rollouts; made if it is not there."""
     first: int = Field(default=0, ge=0)
     """Sample for the first so many prompts only; all are stored, for learn to go on with. 0: sample for all."""
@@ -183,7 +196,7 @@ class ScoreConfig(DeviceOptions, ScoringOptions):
 
     teacher: str
     """Frozen model whose logits are the Q-values: a folder or a Hub id."""
-    cache: Path
+    cache: CacheAddress
     """Cache whose rollouts are scored."""
     commit_tokens: Positive = 262144
     """Completion tokens per committed segment: the most that a killed run has to do again."""
@@ -199,7 +212,7 @@ class LearnConfig(DeviceOptions, ReturnOptions, SamplingOptions, ScoringOptions)
     them on the student's samples)."""
     student: str
     """Policy to train: a folder or a Hub id, best pre-distilled."""
-    cache: Path
+    cache: CacheAddress
     """Cache with scored rollouts; refreshed rollouts go there too."""
     out: Path = Path("run")
     """Folder for the run: metrics.jsonl, config.json, checkpoint, and the trained student in student/."""
@@ -209,6 +222,8 @@ class LearnConfig(DeviceOptions, ReturnOptions, SamplingOptions, ScoringOptions)
     """Which teacher's scores to use where the cache holds several (name, or start of its fingerprint)."""
     policy: str | None = None
     """Train only on rollouts of this policy (name, or start of its fingerprint)."""
+    pin: Path | None = None
+    """Use exactly the segments of another run: the pins.json in its folder. Anything else is refused."""
     teacher_outputs: str | None = None
     """seqkd, kl, js, tvd: policy whose rollouts are teacher outputs (name, or start of its fingerprint), if not the
     teacher itself."""
@@ -345,7 +360,7 @@ class JudgeConfig(Config):
 class AnalyzeConfig(Config):
     """Options of `ketchup-cache analyze`."""
 
-    cache: Path
+    cache: CacheAddress
     """Cache with scored rollouts, several per prompt."""
     ks: IntList = (1, 2, 4, 8, 16)
     """Values of K."""
@@ -363,38 +378,11 @@ class AnalyzeConfig(Config):
     """Folder for analysis.json and analysis.png."""
 
 
-class InfoConfig(Config):
-    """Options of `ketchup-cache info`."""
-
-    cache: Path
-    """Cache to describe."""
-
-
 class RecipesConfig(Config):
     """Options of `ketchup-cache recipes`."""
 
     name: str | None = None
     """Recipe to print with its commands. Without it, all are listed."""
-
-
-class VerifyConfig(Config):
-    """Options of `ketchup-cache verify`."""
-
-    cache: Path
-    """Cache to check: every byte against its manifest, and every array against the format."""
-
-
-class CompactConfig(Config):
-    """Options of `ketchup-cache compact`."""
-
-    cache: Path
-    """Cache to rewrite. It stays as it is."""
-    into: Path
-    """Cache that receives the segments; made if it is not there. Run again, it gets what has been added since."""
-    storage: Literal["compact", "lossless"] = "compact"
-    """compact: float16, a bit more than half the size. lossless: the same numbers, only in fewer segments."""
-    segment_tokens: Positive = 4194304
-    """Most completion tokens in a segment of merged scores."""
 
 
 class DemoConfig(Config):
@@ -414,6 +402,13 @@ COMMANDS: dict[str, type[Config]] = {
     "analyze": AnalyzeConfig,
     "info": InfoConfig,
     "verify": VerifyConfig,
+    "push": PushConfig,
+    "pull": PullConfig,
+    "merge": MergeConfig,
+    "diff": DiffConfig,
+    "ls": LsConfig,
+    "gc": GcConfig,
+    "export": ExportConfig,
     "compact": CompactConfig,
     "demo": DemoConfig,
     "recipes": RecipesConfig,

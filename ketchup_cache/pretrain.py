@@ -23,9 +23,10 @@ from ketchup_cache.lm.sample import eos_ids
 from ketchup_cache.losses import cross_entropy_loss
 from ketchup_cache.progress import progress
 from ketchup_cache.prompts import as_chat, kept_examples, read_examples, tokenize_prompts
-from ketchup_cache.store.cache import open_cache
-from ketchup_cache.store.manifest import TokenizerInfo
+from ketchup_cache.remote.view import open_cache
+from ketchup_cache.store.manifest import PolicyInfo, TokenizerInfo
 from ketchup_cache.training.optim import Optimizer
+from ketchup_cache.training.origin import Origin
 from ketchup_cache.training.run import Run
 from ketchup_cache.types import TOKEN_DTYPE, Ragged
 
@@ -120,7 +121,7 @@ def pretrain(config: PretrainConfig) -> PretrainReport:
             loss_last=float(np.mean(losses[-per_epoch:])),
             fingerprint=state_fingerprint(model),
         )
-        run.finish(RESULT, model, tokenizer, report.to_dict())
+        run.finish(RESULT, model, tokenizer, report.to_dict(), Origin(data.policies) if data.policies else None)
     return report
 
 
@@ -131,6 +132,8 @@ class _Pairs:
     prompts: Ragged
     prompt_index: NDArray[np.int64]
     completions: Ragged
+    policies: tuple[PolicyInfo, ...] = ()
+    """Who wrote the completions, where they come from a cache."""
 
 
 def _from_references(config: PretrainConfig, tokenizer: PreTrainedTokenizerBase) -> _Pairs:
@@ -188,7 +191,8 @@ def _from_cache(config: PretrainConfig, info: TokenizerInfo) -> _Pairs:
         raise CacheError(
             f"{config.cache}: holds no finished rollouts to learn from; make some with `ketchup-cache rollout`"
         )
-    return _Pairs(Ragged.concatenate(prompts), np.concatenate(indices), Ragged.concatenate(completions))
+    by = (wanted,) if wanted else tuple(policies)
+    return _Pairs(Ragged.concatenate(prompts), np.concatenate(indices), Ragged.concatenate(completions), by)
 
 
 def _batches(rows: int, batch_size: int, epochs: int, seed: int) -> Iterator[NDArray[np.int64]]:

@@ -19,8 +19,8 @@ from ketchup_cache.prompts import (
     tokenize_prompts,
     without_duplicates,
 )
+from ketchup_cache.remote.view import open_cache
 from ketchup_cache.sampling import ensure_prompts, held_rollouts, rollout_chunks, rollout_range, sampling_of
-from ketchup_cache.store.cache import open_cache
 from ketchup_cache.store.manifest import PolicyInfo
 
 

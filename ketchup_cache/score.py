@@ -19,7 +19,8 @@ from ketchup_cache.errors import MismatchError, NumericsError
 from ketchup_cache.lm.fingerprint import first_difference, tokenizer_info
 from ketchup_cache.lm.load import load_tokenizer
 from ketchup_cache.progress import Bar, progress
-from ketchup_cache.store.cache import Cache, open_cache
+from ketchup_cache.remote.view import open_cache
+from ketchup_cache.store.cache import Cache
 from ketchup_cache.store.coverage import ScoredRef
 from ketchup_cache.store.manifest import RolloutsInfo, ScoresInfo
 from ketchup_cache.teacher import Teacher

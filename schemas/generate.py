@@ -24,7 +24,10 @@ class _EveryFieldRequired(GenerateJsonSchema):
 
 
 def manifest_schema() -> dict[str, Any]:
-    return {"$schema": DIALECT} | Manifest.model_json_schema(schema_generator=_EveryFieldRequired)
+    schema = {"$schema": DIALECT} | Manifest.model_json_schema(schema_generator=_EveryFieldRequired)
+    schema["required"].remove("author")
+    del schema["properties"]["author"]["default"]  # it stands for a key that is not there
+    return schema
 
 
 class _NothingRequired(GenerateJsonSchema):

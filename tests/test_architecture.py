@@ -12,7 +12,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 DRIVERS = {"pretrain", "rollout", "score", "learn.loop", "evaluate", "analyze", "compact", "demo", "judge.driver"}
-FOUNDATION = {"types", "errors", "config"}
+DRIVERS |= {"export"}
+FOUNDATION = {"types", "errors", "config", "config_base", "config_caches"}
 
 
 def modules() -> dict[str, Path]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 from ketchup_cache.config import LearnConfig
 from ketchup_cache.errors import MismatchError
+from ketchup_cache.learn import pins
 from ketchup_cache.learn.distill import divergence_step
 from ketchup_cache.learn.metrics import StepMetrics
 from ketchup_cache.learn.source import Offline, OnPolicy, ScoreRollouts, Source
@@ -18,9 +20,11 @@ from ketchup_cache.lm.fingerprint import state_fingerprint, tokenizer_info
 from ketchup_cache.lm.head import Head
 from ketchup_cache.lm.load import load_model, load_tokenizer
 from ketchup_cache.progress import progress
-from ketchup_cache.store.cache import Cache, open_cache
+from ketchup_cache.remote.view import open_cache
+from ketchup_cache.store.cache import Cache
 from ketchup_cache.store.manifest import TokenizerInfo
 from ketchup_cache.training.optim import Optimizer
+from ketchup_cache.training.origin import Origin
 from ketchup_cache.training.run import Run
 
 
@@ -66,6 +70,7 @@ def learn(config: LearnConfig, score_rollouts: ScoreRollouts | None = None) -> L
     tokenizer = load_tokenizer(config.student, trust_remote_code=config.trust_remote_code)
     info = tokenizer_info(tokenizer, config.student)
     check_tokenizer(cache, info)
+    pins.restrict(cache, config.pin)
     with Run(config.out, "learn", config).locked() as run:
         if run.report:
             return LearnReport(**{**run.report, "already_done": True})
@@ -73,6 +78,9 @@ def learn(config: LearnConfig, score_rollouts: ScoreRollouts | None = None) -> L
         source: Source = (
             OnPolicy(cache, config, info, score_rollouts, calculator) if score_rollouts else Offline(cache, config)
         )
+        origin = Origin.of(config.student)
+        if origin and (warning := origin.differs_from(config.teacher or cache.select_teacher(config.scored_by).name)):
+            print(f"ketchup-cache: warning: {config.student}: {warning}", file=sys.stderr)
         model = load_model(config.student, device=config.device, trust_remote_code=config.trust_remote_code)
         head = Head.of(model, info.vocab_size)
         run.write_config({"student": state_fingerprint(model), "steps": source.steps, **source.resolved()})
@@ -87,10 +95,12 @@ def learn(config: LearnConfig, score_rollouts: ScoreRollouts | None = None) -> L
         )
         state = run.restore(model, optimizer)
         source.restore(state)
+        used = pins.Pins(config.out, cache, resumed=state["step"] > 0)
         began, resumed = time.monotonic(), state["step"]
         with progress("learning", source.steps - resumed, "steps") as bar:
             for step in range(resumed, source.steps):
                 drawn = source.batch(step, model)
+                used.add(source.segments())
                 step_began = time.monotonic()
                 if config.method in ("ketchup", "llmr"):
                     metrics = train_step(model, head, optimizer, drawn.rollouts, config, step)
@@ -115,7 +125,7 @@ def learn(config: LearnConfig, score_rollouts: ScoreRollouts | None = None) -> L
             first=lines[0],
             last=lines[-1],
         )
-        run.finish("student", model, tokenizer, report.to_dict())
+        run.finish("student", model, tokenizer, report.to_dict(), origin)
     return report
 
 
@@ -124,7 +134,7 @@ def check_tokenizer(cache: Cache, student: TokenizerInfo) -> None:
     for _, manifest in cache.manifests("prompts"):
         if manifest.info.tokenizer.fingerprint != student.fingerprint:
             raise MismatchError(
-                f"{cache.path}: its prompts were encoded by the tokenizer of {manifest.info.tokenizer.name}, "
+                f"{cache.address}: its prompts were encoded by the tokenizer of {manifest.info.tokenizer.name}, "
                 f"which encodes differently from that of {student.name}; use a student with the cache's tokenizer"
             )
 

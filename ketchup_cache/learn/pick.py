@@ -61,7 +61,7 @@ def is_teacher(policy: PolicyInfo, teacher: TeacherInfo) -> bool:
 def _with_top(cache: Cache, config: LearnConfig, selected: list[ScoredRef], none: str) -> list[ScoredRef]:
     """The selected rows, from segments that keep as many logits as the method needs. All rows must have them."""
     if not selected:
-        raise CacheError(f"{cache.path}: {none}")
+        raise CacheError(f"{cache.address}: {none}")
     if not config.top_needed:
         return selected
     wanted = {_original(cache, ref) for ref in selected}
@@ -70,9 +70,9 @@ def _with_top(cache: Cache, config: LearnConfig, selected: list[ScoredRef], none
     missing = sum(ref.rows for ref in selected) - sum(ref.rows for ref in enough)
     if missing:
         raise CacheError(
-            f"{cache.path}: {missing:,} of the rollouts for --method {config.method} are scored without the teacher's "
-            f"{config.top_needed} largest logits (or with fewer); run `ketchup-cache score --teacher "
-            f"{selected[0].teacher.name} --cache {cache.path} --keep-top {config.top_needed}`"
+            f"{cache.address}: {missing:,} of the rollouts for --method {config.method} are scored without "
+            f"the teacher's {config.top_needed} largest logits (or with fewer); run `ketchup-cache score --teacher "
+            f"{selected[0].teacher.name} --cache {cache.address} --keep-top {config.top_needed}`"
         )
     return enough
 

@@ -54,6 +54,9 @@ class Source(Protocol):
     def resolved(self) -> dict[str, Any]:
         """For the run's record: what the run reads."""
 
+    def segments(self) -> list[str]:
+        """Ids of the segments that the current batches come from, parents included."""
+
 
 class Offline:
     """What the method needs of the cache, in epochs: rollouts of the student, teacher outputs, or half of each.
@@ -96,6 +99,9 @@ class Offline:
     def resolved(self) -> dict[str, Any]:
         return self.state()
 
+    def segments(self) -> list[str]:
+        return _segments_of([ref for refs in self._parts.values() for ref in refs])
+
 
 class OnPolicy:
     """Rolls out the current student on the next prompts every N steps and has the teacher score them.
@@ -117,7 +123,7 @@ class OnPolicy:
         self._prompt_segments = _distinct_prompts(cache)
         total = sum(rows for _, rows in self._prompt_segments)
         if total == 0:
-            raise CacheError(f"{cache.path}: holds no prompts; put them there with `ketchup-cache rollout`")
+            raise CacheError(f"{cache.address}: holds no prompts; put them there with `ketchup-cache rollout`")
         self._outputs = teacher_outputs(cache, config) if config.method in ON_OUTPUTS else None
         self._share = config.batch_size // (2 if self._outputs else 1)
         self._output_stream: Stream | None = None
@@ -231,6 +237,13 @@ class OnPolicy:
 
     def resolved(self) -> dict[str, Any]:
         return {"prompts": [id_ for id_, _ in self._prompt_segments]}
+
+    def segments(self) -> list[str]:
+        return list(dict.fromkeys([*self.resolved()["prompts"], *_segments_of([*self._refs, *(self._outputs or ())])]))
+
+
+def _segments_of(refs: Sequence[ScoredRef]) -> list[str]:
+    return list(dict.fromkeys(id_ for ref in refs for id_ in (ref.prompts_id, ref.rollouts_id, ref.scores_id)))
 
 
 def _distinct_prompts(cache: Cache) -> list[tuple[str, int]]:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Set
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TypeVar
 
+from numpy.typing import NDArray
+
 import ketchup_cache
-from ketchup_cache.errors import CacheError, CorruptError, NumericsError
+from ketchup_cache.errors import CacheError, ConfigError, CorruptError, MismatchError, NumericsError
 from ketchup_cache.store import arrays, coverage, durable, reading, segments
 from ketchup_cache.store.coverage import ScoredRef
 from ketchup_cache.store.join import join, rows_of
@@ -29,7 +31,10 @@ from ketchup_cache.store.manifest import (
 )
 from ketchup_cache.types import Prompts, Rollouts, Row, ScoredRollouts, Scores
 
+AUTHOR_VARIABLE = "KETCHUP_CACHE_AUTHOR"
 _KEEP_DECODED = 2
+Written = dict[str, tuple[int, str]]
+"""Length and SHA-256 of each file of a segment."""
 Value = TypeVar("Value", Prompts, Rollouts, Scores)
 
 
@@ -37,7 +42,7 @@ def open_cache(path: str | os.PathLike[str], *, create: bool = False) -> Cache:
     """Open the cache in a folder; with `create`, make one where there is none.
 
     Raises CacheError where the folder is missing, holds something else or a cache of another format version;
-    WriteError where a new one can't be written.
+    WriteError where a new one can't be written; ConfigError where $KETCHUP_CACHE_AUTHOR is no name.
     """
     root = Path(path)
     marker = root / durable.MARKER
@@ -64,6 +69,12 @@ class Cache:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.address = str(path)
+        """Where the segments are: the folder, or an address elsewhere."""
+        self.only: frozenset[str] | None = None
+        """Pinned: all other segments are as if they were not there, and no new ones are taken."""
+        self.author = _author()
+        """Recorded in every segment that is committed."""
         self._parsed: dict[str, Manifest] = {}
         self._decoded: dict[str, Prompts | Rollouts] = {}
 
@@ -78,7 +89,7 @@ class Cache:
 
         Raises CorruptError where a manifest is not what its name promises, CacheError where its format is newer.
         """
-        found = [(segment_id, self._parse(segment_id)) for segment_id in reading.segment_ids(self.path)]
+        found = [(segment_id, self._parse(segment_id)) for segment_id in self._visible()]
         found.sort(key=lambda pair: (pair[1].created, pair[0]))
         return [pair for pair in found if kind in (None, pair[1].kind)]
 
@@ -92,17 +103,50 @@ class Cache:
     def manifest(self, segment_id: str) -> Manifest:
         """Raises CacheError where there is no such segment, CorruptError where its manifest is damaged."""
         if (manifest := self._find(segment_id)) is None:
-            raise CacheError(f"{self.path}: has no segment {segment_id}")
+            raise CacheError(f"{self.address}: has no segment {segment_id}")
         return manifest
 
     def _find(self, segment_id: str) -> Manifest | None:
-        known = segment_id in self._parsed or segment_id in reading.segment_ids(self.path)
+        known = segment_id in self._parsed or segment_id in self._visible()
         return self._parse(segment_id) if known else None
+
+    def _visible(self) -> list[str]:
+        return [id_ for id_ in self.segment_ids() if self.only is None or id_ in self.only]
 
     def _parse(self, segment_id: str) -> Manifest:
         if segment_id not in self._parsed:
-            self._parsed[segment_id] = reading.read_manifest(self.path, segment_id)
+            self._parsed[segment_id] = self._read_manifest(segment_id)
         return self._parsed[segment_id]
+
+    # ------------------------------------------------------------------- where the bytes are: a folder of this machine
+
+    def segment_ids(self) -> list[str]:
+        """Ids of all segments that are there now, in no special order."""
+        return reading.segment_ids(self.path)
+
+    def read_arrays(self, segment_id: str, manifest: Manifest, names: Set[str]) -> dict[str, NDArray]:
+        """Some arrays of a segment as they are stored, each byte checked. Raises CorruptError."""
+        return reading.read_arrays(self.path, segment_id, manifest, names)
+
+    def check_bytes(self, segment_id: str, manifest: Manifest) -> None:
+        """Compare length and hash of every file of a segment with the manifest. Raises CorruptError for the first."""
+        folder = self.path / "segments" / segment_id
+        for name, promised in manifest.files.items():
+            reading.check_file(durable.read_file(folder / name, promised.length), promised, folder / name)
+
+    def reopened(self) -> Cache:
+        """The same cache with nothing remembered."""
+        return Cache(self.path)
+
+    def _read_manifest(self, segment_id: str) -> Manifest:
+        return reading.read_manifest(self.path, segment_id)
+
+    def _write(self, packed: Mapping[str, NDArray], describe: Callable[[Written], Manifest]) -> str:
+        """Commit arrays under the manifest that `describe` makes of their files; returns the id."""
+        with durable.staged(self.path) as stage:
+            manifest = describe(stage.write(arrays.encoders(packed)))
+            stage.commit(manifest.id, manifest.to_bytes())
+        return manifest.id
 
     # ------------------------------------------------------------------------------------------------ commit
 
@@ -130,15 +174,20 @@ class Cache:
         return self._commit(scores, info, created)
 
     def _commit(self, segment: segments.Segment, info: Info, created: str = "") -> str:
+        if self.only is not None:
+            raise MismatchError(
+                f"{self.address}: the pinned run has no such {info.kind}: repeat it with its own options and models"
+            )
         segments.check(segment, info, self._parent(info))
         packed = segments.pack(segment, info)
         rows, tokens = segments.size(segment)
-        with durable.staged(self.path) as stage:
-            written = stage.write(arrays.encoders(packed))
+
+        def describe(written: Written) -> Manifest:
             manifest = Manifest(
                 format=FORMAT,
                 version=FORMAT_VERSION,
                 tool=f"ketchup-cache {ketchup_cache.__version__}",
+                **({"author": self.author} if self.author else {}),
                 created=created or datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ"),
                 rows=rows,
                 tokens=tokens,
@@ -147,8 +196,9 @@ class Cache:
                 files={name: FileEntry(length=length, sha256=digest) for name, (length, digest) in written.items()},
             )
             reading.check_manifest(manifest)
-            stage.commit(manifest.id, manifest.to_bytes())
-        return manifest.id
+            return manifest
+
+        return self._write(packed, describe)
 
     def _parent(self, info: Info, segment_id: str = "") -> Rollouts | None:
         """Check that the parent is there and fits; for scores, load it."""
@@ -180,7 +230,7 @@ class Cache:
         if segment is None:
             segment = self._decode(segment_id)
         if not isinstance(segment, wanted):
-            raise CacheError(f"{self.path}: segment {segment_id} does not hold {wanted.__name__.lower()}")
+            raise CacheError(f"{self.address}: segment {segment_id} does not hold {wanted.__name__.lower()}")
         if not isinstance(segment, Scores):  # many scores segments share the same prompts and rollouts
             self._decoded[segment_id] = segment
             same_kind = [other for other in self._decoded if isinstance(self._decoded[other], wanted)]
@@ -191,12 +241,12 @@ class Cache:
     def _decode(self, segment_id: str) -> segments.Segment:
         manifest = self.manifest(segment_id)
         parent = self._parent(manifest.info, segment_id)
-        stored = reading.read_arrays(self.path, segment_id, manifest, manifest.arrays.keys())
+        stored = self.read_arrays(segment_id, manifest, manifest.arrays.keys())
         segment = segments.unpack(manifest.info, stored)
         try:
             segments.check(segment, manifest.info, parent)
         except (CacheError, NumericsError) as error:
-            raise CorruptError(f"{self.path / 'segments' / segment_id}: {error}; {reading.RESTORE}") from None
+            raise CorruptError(f"{self.address}/segments/{segment_id}: {error}; {reading.RESTORE}") from None
         return segment
 
     # ---------------------------------------------------------------------------------- models and scored rows
@@ -212,13 +262,15 @@ class Cache:
     def select_teacher(self, selector: str | None) -> TeacherInfo:
         """By name or start of fingerprint; None: the only one. Raises CacheError where that is not exactly one."""
         if not (found := self._teachers()):
-            raise CacheError(f"{self.path}: no scores yet; run `ketchup-cache score --cache {self.path}` first")
+            raise CacheError(f"{self.address}: no scores yet; run `ketchup-cache score --cache {self.address}` first")
         return coverage.select("teacher", "--scored-by", selector, found)
 
     def select_policy(self, selector: str, option: str = "--policy") -> PolicyInfo:
         """By name or start of fingerprint. Raises CacheError where that is not exactly one."""
         if not (found := self._policies()):
-            raise CacheError(f"{self.path}: no rollouts yet; run `ketchup-cache rollout --cache {self.path}` first")
+            raise CacheError(
+                f"{self.address}: no rollouts yet; run `ketchup-cache rollout --cache {self.address}` first"
+            )
         return coverage.select("policy", option, selector, found)
 
     def scored(self, teacher: str | None = None, policy: str | None = None, *, keep_top: int = 0) -> list[ScoredRef]:
@@ -256,3 +308,11 @@ class Cache:
 
     def _policies(self) -> list[PolicyInfo]:
         return [m.info.policy for _, m in self.manifests() if isinstance(m.info, RolloutsInfo)]
+
+
+def _author() -> str:
+    """Who commits, as they want to be named: empty where they do not say so. Raises ConfigError."""
+    name = os.environ.get(AUTHOR_VARIABLE, "").strip()
+    if len(name) > 200 or not name.isprintable() or "://" in name:
+        raise ConfigError([f"${AUTHOR_VARIABLE} must be a name of at most 200 printable characters, and no address"])
+    return name

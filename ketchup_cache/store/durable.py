@@ -59,7 +59,11 @@ class Stage:
         if target.exists() and not _holds(target, data):  # left by a crash between the renames, then damaged
             os.rename(target, self._folder / "damaged")
         if not target.exists():
-            os.rename(data, target)
+            try:
+                os.rename(data, target)
+            except OSError:  # another process was faster with the same segment, copied at the same time
+                if not (target.exists() and _holds(target, data)):
+                    raise
         _sync_folder(target.parent)
         os.rename(self._folder / "manifest.json", self._root / "manifests" / f"{segment_id}.json")
         _sync_folder(self._root / "manifests")

@@ -15,7 +15,7 @@ from ketchup_cache.store.cache import Cache
 from ketchup_cache.store.manifest import Manifest, RolloutsInfo, ScoresInfo
 from ketchup_cache.store.sizes import ArraySizes, array_sizes
 
-_KINDS = ("prompts", "rollouts", "scores")
+KINDS = ("prompts", "rollouts", "scores")
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,8 @@ class CacheInfo:
     data: tuple[dict[str, Any], ...]
     sampling: tuple[dict[str, Any], ...]
     """Every different setting that rollouts were drawn with."""
+    authors: tuple[str, ...]
+    """Who made segments, where they said so."""
     tools: tuple[str, ...]
     """Programs that wrote segments."""
     created: tuple[str, str] | None
@@ -90,7 +92,7 @@ class CacheInfo:
                 "rollouts",
                 f"{self.rollouts:,} ({self.completion_tokens:,} tokens){_share(self.finished, self.rollouts)}",
             ),
-            ("size", _size(self.bytes) + (f" ({per_token:.1f} bytes per completion token)" if per_token else "")),
+            ("size", size_text(self.bytes) + (f" ({per_token:.1f} bytes per completion token)" if per_token else "")),
             *([("storage", " and ".join(self.storage))] if "compact" in self.storage else []),
             *(("", str(sizes)) for sizes in self.arrays if sizes.tokens),
             *(("data", f"{d['name']} ({d['fingerprint'][:12]}), template {d['template']!r}") for d in self.data),
@@ -107,11 +109,12 @@ class CacheInfo:
                 ("teacher", f"{t.name} ({t.fingerprint[:12]}, {t.dtype}): {t.scored:,} scored, {t.unscored:,} not yet")
                 for t in self.teachers
             ),
+            *(("author", author) for author in self.authors),
             *(("written by", tool) for tool in self.tools),
             *([("created", f"{self.created[0]} to {self.created[1]}")] if self.created else []),
         ]
         # names come from manifests, which others may have written: no control characters to the terminal
-        return "\n".join(f"{label:<11} {_printable(text)}" for label, text in lines)
+        return "\n".join(f"{label:<11} {printable(text)}" for label, text in lines)
 
 
 @dataclass(frozen=True)
@@ -139,7 +142,7 @@ class VerifyReport:
 
     def __str__(self) -> str:
         verdict = "all right" if self.ok else f"{len(self.problems):,} problem{'s' * (len(self.problems) != 1)}"
-        lines = [f"{self.path}: {verdict}; {self.segments:,} segments, {_size(self.bytes)} checked", *self.problems]
+        lines = [f"{self.path}: {verdict}; {self.segments:,} segments, {size_text(self.bytes)} checked", *self.problems]
         leftovers = (
             (self.unfinished, "unfinished in tmp/"),
             (self.orphans, "without a manifest in segments/"),
@@ -148,7 +151,7 @@ class VerifyReport:
         if any(count for count, _ in leftovers):
             found = ", ".join(f"{count:,} {what}" for count, what in leftovers if count)
             lines.append(f"harmless leftovers, which may be deleted while nothing writes: {found}")
-        return "\n".join(_printable(line) for line in lines)
+        return "\n".join(printable(line) for line in lines)
 
 
 def describe(cache: Cache) -> CacheInfo:
@@ -157,7 +160,7 @@ def describe(cache: Cache) -> CacheInfo:
     Raises CorruptError where these are damaged, CacheError where a parent is missing.
     """
     manifests = dict(cache.manifests())
-    of_kind = {kind: [m for m in manifests.values() if m.kind == kind] for kind in _KINDS}
+    of_kind = {kind: [m for m in manifests.values() if m.kind == kind] for kind in KINDS}
     once = coverage.rollouts(manifests)
     rollouts = [info for _, info in once]
     created = [manifest.created for manifest in manifests.values()]
@@ -169,17 +172,15 @@ def describe(cache: Cache) -> CacheInfo:
     for ref in coverage.scored(manifests):
         scored[ref.teacher.fingerprint] += ref.rows
     return CacheInfo(
-        path=str(cache.path),
+        path=cache.address,
         segments={kind: len(found) for kind, found in of_kind.items()},
         prompts=sum(m.rows for m in of_kind["prompts"]),
         prompt_tokens=sum(m.tokens for m in of_kind["prompts"]),
         rollouts=total,
-        finished=sum(
-            int(reading.read_arrays(cache.path, id_, manifests[id_], {"finished"})["finished"].sum()) for id_, _ in once
-        ),
+        finished=sum(int(cache.read_arrays(id_, manifests[id_], {"finished"})["finished"].sum()) for id_, _ in once),
         completion_tokens=sum(manifests[id_].tokens for id_, _ in once),
         storage=tuple(sorted({m.info.storage for m in manifests.values() if m.info.kind != "prompts"})),
-        bytes=sum(len(m.to_bytes()) + _data_bytes(m) for m in manifests.values()),
+        bytes=sum(len(m.to_bytes()) + data_bytes(m) for m in manifests.values()),
         arrays=array_sizes(manifests.values()),
         policies=tuple(
             PolicyUse(p.name, p.fingerprint, p.step, drawn[p.fingerprint])
@@ -192,40 +193,52 @@ def describe(cache: Cache) -> CacheInfo:
         tokenizers=_different(m.info.tokenizer.model_dump() for m in manifests.values()),
         data=_different(m.info.data.model_dump() for m in of_kind["prompts"] if m.info.kind == "prompts"),
         sampling=_different(info.sampling.model_dump() for info in rollouts),
+        authors=tuple(sorted({manifest.author for manifest in manifests.values() if manifest.author})),
         tools=tuple(sorted({manifest.tool for manifest in manifests.values()})),
         created=(min(created), max(created)) if created else None,
     )
 
 
-def verify(cache: Cache) -> VerifyReport:
-    """Read, hash and decode every byte again and check every rule of the format. Collects all problems."""
-    fresh = Cache(cache.path)
+def verify(cache: Cache, *, deep: bool = True) -> VerifyReport:
+    """Read and hash every byte again; `deep`: decode it and check every rule of the format. Collects all problems."""
+    fresh = cache.reopened()
     manifests: dict[str, Manifest] = {}
     problems: dict[str, None] = {}  # an ordered set: a damaged parent is found by each of its children too
-    for segment_id in sorted(reading.segment_ids(cache.path)):
+    for segment_id in sorted(fresh.segment_ids()):
         try:
             manifests[segment_id] = fresh.manifest(segment_id)
         except KetchupError as error:
             problems[str(error)] = None
     right = 0
     for segment_id in sorted(manifests, key=lambda segment_id: _family(segment_id, manifests[segment_id])):
-        found = _problems(fresh, segment_id, manifests[segment_id])
+        found = _problems(fresh, segment_id, manifests, deep)
         problems |= dict.fromkeys(found)
-        right += 0 if found else _data_bytes(manifests[segment_id])
-    folders = {segment_id: cache.path / "segments" / segment_id for segment_id in manifests}
-    known = set(reading.segment_ids(cache.path))
+        right += 0 if found else data_bytes(manifests[segment_id])
+    on_disk = cache.address == str(cache.path)  # an address elsewhere shows no leftovers
+    folders = {i: cache.path / "segments" / i for i in manifests if on_disk}
+    known = set(fresh.segment_ids())
     return VerifyReport(
-        path=str(cache.path),
+        path=cache.address,
         segments=len(manifests),
         bytes=right,
         problems=tuple(problems),
-        unfinished=len(_names(cache.path / "tmp")),
-        orphans=sum(name not in known for name in _names(cache.path / "segments")),
+        unfinished=len(_names(cache.path / "tmp")) if on_disk else 0,
+        orphans=sum(name not in known for name in _names(cache.path / "segments")) if on_disk else 0,
         strays=sum(len(_files(folder) - manifests[i].files.keys()) for i, folder in folders.items()),
     )
 
 
-def _problems(cache: Cache, segment_id: str, manifest: Manifest) -> list[str]:
+def _problems(cache: Cache, segment_id: str, manifests: dict[str, Manifest], deep: bool) -> list[str]:
+    manifest = manifests[segment_id]
+    try:
+        if isinstance(manifest.info, RolloutsInfo | ScoresInfo):
+            coverage.check_parent(manifest.info, manifests.get(coverage.parent_id(manifest.info)), segment_id)
+        if not deep or cache.address != str(cache.path):
+            cache.check_bytes(segment_id, manifest)
+        if not deep:
+            return []
+    except KetchupError as error:
+        return [str(error)]
     load = {"prompts": cache.load_prompts, "rollouts": cache.load_rollouts, "scores": cache.load_scores}[manifest.kind]
     try:
         load(segment_id)
@@ -246,10 +259,10 @@ def _family(segment_id: str, manifest: Manifest) -> tuple[int, str, str]:
     """Sort key that puts the children of one parent side by side, so that it is decoded once."""
     info = manifest.info
     parent = coverage.parent_id(info) if isinstance(info, RolloutsInfo | ScoresInfo) else ""
-    return _KINDS.index(manifest.kind), parent, segment_id
+    return KINDS.index(manifest.kind), parent, segment_id
 
 
-def _data_bytes(manifest: Manifest) -> int:
+def data_bytes(manifest: Manifest) -> int:
     return sum(file.length for file in manifest.files.values())
 
 
@@ -273,7 +286,7 @@ def _step(step: int | None) -> str:
     return "" if step is None else f", step {step:,}"
 
 
-def _size(count: float) -> str:
+def size_text(count: float) -> str:
     for unit in ("bytes", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
@@ -281,5 +294,5 @@ def _size(count: float) -> str:
     return f"{count:.1f} TB"
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
     return "".join(c if c.isprintable() else "�" for c in text)

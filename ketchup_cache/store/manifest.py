@@ -149,6 +149,8 @@ class Manifest(Record):
     version: Literal[1] = 1
     tool: str
     """Name and version of the program that wrote the segment."""
+    author: Annotated[str, StringConstraints(min_length=1, max_length=200)] = ""
+    """Who made the segment, where they chose to say so. Left out of the bytes otherwise."""
     created: str
     """UTC, ISO 8601, to the microsecond: `2026-01-31T12:00:00.000000Z`."""
     rows: int = Field(ge=0)
@@ -164,7 +166,10 @@ class Manifest(Record):
 
     def to_bytes(self) -> bytes:
         """Canonical JSON: sorted keys, no spaces, UTF-8. The id is the hash of exactly these bytes."""
-        return canonical_json(self.model_dump(mode="json"))
+        record = self.model_dump(mode="json")
+        if not self.author:
+            del record["author"]
+        return canonical_json(record)
 
     @property
     def id(self) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Iterable, Iterator, Mapping, Set
 from pathlib import Path
 
 from numpy.typing import NDArray
@@ -13,7 +13,7 @@ from pydantic_core import ErrorDetails, from_json
 
 from ketchup_cache.errors import CacheError, CorruptError
 from ketchup_cache.store import arrays, durable, segments
-from ketchup_cache.store.manifest import FORMAT, FORMAT_VERSION, Manifest, ScoresInfo
+from ketchup_cache.store.manifest import FORMAT, FORMAT_VERSION, FileEntry, Manifest, ScoresInfo
 
 MAX_MARKER_BYTES = 2**16
 MAX_MANIFEST_BYTES = 2**22
@@ -23,8 +23,13 @@ _MANIFEST_NAME = re.compile(r"([0-9a-f]{64})\.json")
 
 def check_marker(path: Path) -> None:
     """Raise CacheError where a marker is not that of this format and version."""
+    parse_marker(durable.read_file(path, MAX_MARKER_BYTES), path)
+
+
+def parse_marker(data: bytes, path: Path | str) -> None:
+    """As `check_marker`, for bytes that came from `path`."""
     try:
-        marker = from_json(durable.read_file(path, MAX_MARKER_BYTES))
+        marker = from_json(data)
     except ValueError as error:
         raise CorruptError(f"{path}: not valid JSON ({error}); {RESTORE}") from None
     if not isinstance(marker, dict) or marker.get("format") != FORMAT:
@@ -34,14 +39,22 @@ def check_marker(path: Path) -> None:
 
 def segment_ids(root: Path) -> list[str]:
     """Ids of all segments, in no special order. Names in manifests/ that are no ids are ignored."""
-    folder = root / "manifests"
-    return [match[1] for name in durable.list_folder(folder) if (match := _MANIFEST_NAME.fullmatch(name))]
+    return ids_among(durable.list_folder(root / "manifests"))
+
+
+def ids_among(names: Iterable[str]) -> list[str]:
+    """The ids that file names in manifests/ stand for; other names are ignored."""
+    return [match[1] for name in names if (match := _MANIFEST_NAME.fullmatch(name))]
 
 
 def read_manifest(root: Path, segment_id: str) -> Manifest:
     """Raises CorruptError where the bytes are not those of the id or break the format, CacheError where it is newer."""
     path = root / "manifests" / f"{segment_id}.json"
-    data = durable.read_file(path, MAX_MANIFEST_BYTES)
+    return parse_manifest(durable.read_file(path, MAX_MANIFEST_BYTES), segment_id, path)
+
+
+def parse_manifest(data: bytes, segment_id: str, path: Path | str) -> Manifest:
+    """As `read_manifest`, for bytes that came from `path`."""
     if hashlib.sha256(data).hexdigest() != segment_id:
         raise CorruptError(f"{path}: its bytes are not those of its id; {RESTORE}")
     try:
@@ -95,6 +108,27 @@ def read_arrays(root: Path, segment_id: str, manifest: Manifest, names: Set[str]
         raise CorruptError(f"{folder}/{error}; {RESTORE}") from None
 
 
+def file_names(manifest: Manifest, names: Set[str]) -> list[str]:
+    """The files of a segment that some of its arrays are in."""
+    return sorted(arrays.file_names({name: entry for name, entry in manifest.arrays.items() if name in names}))
+
+
+def decode(files: Mapping[str, bytes], manifest: Manifest, names: Set[str], path: str) -> dict[str, NDArray]:
+    """Some arrays of a segment, from files that were compared with the manifest. Raises CorruptError."""
+    entries = {name: entry for name, entry in manifest.arrays.items() if name in names}
+    try:
+        return arrays.decode({key: files[key] for key in arrays.file_names(entries)}, entries)
+    except CorruptError as error:
+        raise CorruptError(f"{path}/{error}; {RESTORE}") from None
+
+
+def check_file(data: bytes, promised: FileEntry, path: Path | str) -> bytes:
+    """The same bytes, once they are known to be those that the manifest promises. Raises CorruptError."""
+    if len(data) != promised.length or hashlib.sha256(data).hexdigest() != promised.sha256:
+        raise CorruptError(f"{path}: its bytes are not those its manifest promises; {RESTORE}")
+    return data
+
+
 def copy_of(root: Path, segment_id: str, manifest: Manifest) -> tuple[dict[str, bytes], bytes]:
     """The files and the manifest of a segment, byte by byte, for `durable.publish`. Every byte is checked.
 
@@ -117,12 +151,9 @@ class _Verified(Mapping[str, bytes]):
     def __getitem__(self, key: str) -> bytes:
         path, promised = self._folder / key, self._files[key]
         try:
-            data = durable.read_file(path, promised.length)
+            return check_file(durable.read_file(path, promised.length), promised, path)
         except CorruptError as error:
             raise _Refused(str(error)) from None
-        if len(data) != promised.length or hashlib.sha256(data).hexdigest() != promised.sha256:
-            raise _Refused(f"{path}: its bytes are not those its manifest promises; {RESTORE}")
-        return data
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
@@ -131,7 +162,7 @@ class _Verified(Mapping[str, bytes]):
         return len(self._names)
 
 
-def _check_version(path: Path, version: object) -> None:
+def _check_version(path: Path | str, version: object) -> None:
     if version != FORMAT_VERSION or isinstance(version, bool):
         raise CacheError(
             f"{path}: is of format version {version!r:.20}, this program reads version {FORMAT_VERSION}; "

@@ -24,12 +24,13 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import ketchup_cache
-from ketchup_cache.config import Config
+from ketchup_cache.config_base import Config
 from ketchup_cache.errors import ConfigError, WriteError
 from ketchup_cache.files import publishing, write_file, writing
 from ketchup_cache.lm.load import quiet
 from ketchup_cache.resolve import flag
 from ketchup_cache.training.optim import Optimizer
+from ketchup_cache.training.origin import Origin
 
 MAY_CHANGE = {"checkpoint_every", "trust_remote_code"}
 """Options that a resumed run may change, since no number depends on them."""
@@ -92,13 +93,20 @@ class Run:
         return _read_json(path) if path.exists() else None
 
     def finish(
-        self, name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, report: dict[str, Any]
+        self,
+        name: str,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        report: dict[str, Any],
+        origin: Origin | None = None,
     ) -> Path:
         """Publish the trained model as OUT/name, then the report, then drop the checkpoints."""
         folder = self.out / name
         with publishing(folder) as partial, quiet():
             model.save_pretrained(partial)
             tokenizer.save_pretrained(partial)
+            if origin:
+                origin.write(partial)
         write_file(self.out / "report.json", _json(report))
         shutil.rmtree(self.out / "checkpoints", ignore_errors=True)
         return folder

@@ -1,0 +1,16 @@
+from __future__ import annotations
+
+from ketchup_cache.config_caches import PullConfig
+
+from .app import Result, command
+
+
+@command(
+    examples=["ketchup-cache pull s3://lab/xsum cache", "ketchup-cache pull /lab/xsum cache --dry-run"],
+    positional=["url", "cache"],
+)
+def pull(config: PullConfig) -> Result:
+    """Copy the segments that a cache lacks from another place. Every byte is checked on arrival."""
+    from ketchup_cache.transfer import copy
+
+    return copy(config.url, config.cache, dry_run=config.dry_run)

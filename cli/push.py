@@ -1,0 +1,19 @@
+from __future__ import annotations
+
+from ketchup_cache.config_caches import PushConfig
+
+from .app import Result, command
+
+
+@command(
+    examples=[
+        "ketchup-cache push cache s3://lab/xsum",
+        "ketchup-cache push cache hf://datasets/lab/xsum --license cc-by-4.0",
+    ],
+    positional=["cache", "url"],
+)
+def push(config: PushConfig) -> Result:
+    """Copy the segments that another place lacks to it. Interrupted and run again, it goes on."""
+    from ketchup_cache.transfer import copy
+
+    return copy(config.cache, config.url, dry_run=config.dry_run, license_id=config.license)

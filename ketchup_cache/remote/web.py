@@ -1,0 +1,76 @@
+"""A cache behind a web server, read-only. Its folder manifests/ must be listed, as web servers do for a folder
+without an index page (`python -m http.server`, nginx `autoindex on`, Apache `Options Indexes`)."""
+
+from __future__ import annotations
+
+import re
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+
+from ketchup_cache.errors import CacheError, CorruptError, WriteError
+from ketchup_cache.remote.base import Packed, persistently
+from ketchup_cache.store import durable, reading
+
+TIMEOUT_S = 30.0
+MAX_LISTING_BYTES = 2**26
+_LINK = re.compile(rb"""href\s*=\s*["']?(?:[^"'\s>]*/)?([0-9a-f]{64}\.json)["'\s>]""", re.IGNORECASE)
+
+
+class WebRemote:
+    batch_bytes = 0
+
+    def __init__(self, url: str) -> None:
+        self.url = url.rstrip("/")
+
+    def exists(self) -> bool:
+        try:
+            data = self._get(durable.MARKER, reading.MAX_MARKER_BYTES)
+        except FileNotFoundError:
+            return False
+        reading.parse_marker(data, f"{self.url}/{durable.MARKER}")
+        return True
+
+    def create(self) -> None:
+        raise WriteError(f"{self.url}: web addresses are read-only; push to a path, s3:// or hf:// address")
+
+    def segment_ids(self) -> list[str]:
+        try:
+            page = self._get("manifests/", MAX_LISTING_BYTES)
+        except FileNotFoundError:
+            raise CacheError(f"{self.url}/manifests/: is not listed; turn on folder listings in the server") from None
+        return list(dict.fromkeys(reading.ids_among(name.decode() for name in _LINK.findall(page))))
+
+    def manifest(self, segment_id: str) -> bytes:
+        return self._must_get(f"manifests/{segment_id}.json", reading.MAX_MANIFEST_BYTES)
+
+    def file(self, segment_id: str, name: str, length: int) -> bytes:
+        return self._must_get(f"segments/{segment_id}/{name}", length)
+
+    def put(self, batch: Sequence[Packed]) -> None:
+        self.create()
+
+    def _must_get(self, key: str, limit: int) -> bytes:
+        try:
+            return self._get(key, limit)
+        except FileNotFoundError:
+            raise CorruptError(f"{self.url}/{key}: is missing") from None
+
+    def _get(self, key: str, limit: int) -> bytes:
+        def request() -> bytes:
+            try:
+                with urllib.request.urlopen(f"{self.url}/{key}", timeout=TIMEOUT_S) as answer:
+                    data = bytes(answer.read(limit + 1))
+                    declared = answer.headers.get("Content-Length")
+                    if declared is not None and len(data) < min(int(declared), limit + 1):
+                        raise ConnectionError("the connection was cut")
+                    return data
+            except urllib.error.HTTPError as error:
+                error.close()
+                if error.code in (404, 410):
+                    raise FileNotFoundError(key) from None
+                if error.code in (401, 403):
+                    raise PermissionError(f"HTTP {error.code}") from None
+                raise ConnectionError(f"HTTP {error.code}") from None
+
+        return persistently(f"{self.url}/{key}", request)
