@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Set
+from copy import copy
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TypeVar
@@ -80,8 +81,8 @@ class Cache:
 
     def handle(self) -> Cache:
         """The same cache for another thread: manifests parsed once serve both, decoded segments are its own."""
-        other = Cache(self.path)
-        other._parsed = self._parsed
+        other = copy(self)  # an address and pins stay what they are
+        other._decoded = {}
         return other
 
     def manifests(self, kind: Kind | None = None) -> list[tuple[str, Manifest]]:
