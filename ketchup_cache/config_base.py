@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 
 class Config(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
-def _folder_or_address(value: Any) -> Any:
+def _folder_or_address(value: Path | str) -> Path | str:
     return Path(value) if isinstance(value, str) and "://" not in value else value
 
 
-CacheAddress = Annotated[Path | str, BeforeValidator(_folder_or_address)]
+CacheAddress = Annotated[str | Path, AfterValidator(_folder_or_address)]
 """A folder, or an address: pathlib would make one slash of the two in s3://."""
 Positive = Annotated[int, Field(ge=1)]

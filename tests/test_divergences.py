@@ -92,7 +92,7 @@ def test_no_nan_whatever_the_tail(p, s, top, name):
     if name in ("js", "js_teacher_half", "js_student_half"):
         assert float(value) <= np.log(2) + 1e-4
     if name == "tvd":
-        assert float(value) <= 1 + 1e-5
+        assert float(value) <= 1 + 2e-3  # float32 numbers near 1e4 are 1e-3 apart, and these are logarithms
 
 
 def test_a_tail_without_mass_adds_nothing():

@@ -28,6 +28,8 @@ def top_scores(rollouts, start, stop, top, seed):
     tokens = rollouts.completions.slice(start, stop).values
     logits = rng.normal(0, 3, (len(tokens), VOCAB)).astype(np.float32)
     order = np.argsort(-logits, axis=1)[:, :top].astype(np.int32)
+    others = np.argsort(-logits, axis=1)[:, top:]
+    rest = np.log(np.exp(np.take_along_axis(logits, others, 1).astype(np.float64)).sum(1))
     final = np.where(rollouts.finished[start:stop], 0, rng.normal(0, 3, stop - start)).astype(np.float32)
     return Scores(
         q=logits[np.arange(len(tokens)), tokens],
@@ -37,6 +39,7 @@ def top_scores(rollouts, start, stop, top, seed):
         final_max_q=final,
         top_q=np.take_along_axis(logits, order.astype(np.int64), 1),
         top_ids=order,
+        rest_logsumexp=rest.astype(np.float32),
     )
 
 

@@ -37,9 +37,13 @@ TABLE_1 = {
 }
 TABLE_8_K = {"xsum": 2, "europarl": 2, "gsm8k": 16}
 GIVEN = {
-    "student": "s", "cache": "c", "out": "o", "model": "m", "data": "d", "teacher": "t",
-    "system": "a", "baseline": "b", "judge_model": "j", "into": "i",
-}  # fmt: skip
+    "student": "s",
+    "cache": "c",
+    "out": "o",
+    "model": "m",
+    "data": "d",
+    "teacher": "t",
+}
 ALL = [(task, variant) for task in TASKS for variant in MODELS]
 
 
@@ -96,7 +100,9 @@ def test_test_examples_are_none_of_the_training_examples():
 @pytest.mark.parametrize("name", recipe_names())
 def test_every_recipe_fits_every_command(command, name):
     fields = COMMANDS[command].model_fields
-    flags = {key: value for key, value in GIVEN.items() if key in fields and fields[key].is_required()}
+    flags = {key: GIVEN.get(key, "x") for key, field in fields.items() if field.is_required()}
+    if command == "export":
+        flags["to"] = "parquet"
     if command == "pretrain":
         flags["cache"] = "c"
     assert isinstance(from_recipe(command, name, **flags), COMMANDS[command])
@@ -186,3 +192,13 @@ def test_list_and_one_recipe(capsys):
     assert main(["learn", "--recipe", "nonsense-name"]) == 2
     assert "`ketchup-cache recipes` lists them" in capsys.readouterr().err
     assert RecipesConfig().name is None
+
+
+@pytest.mark.parametrize("variant", MODELS)
+def test_gsm8k_is_decoded_with_the_calculator_everywhere(variant):
+    for command in ("rollout", "learn", "evaluate"):
+        flags = {
+            key: GIVEN.get(key, "x") for key, field in COMMANDS[command].model_fields.items() if field.is_required()
+        }
+        assert from_recipe(command, "gsm8k" + variant, **flags).calculator
+        assert not from_recipe(command, "xsum" + variant, **flags).calculator
