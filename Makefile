@@ -4,7 +4,7 @@ BIN := .venv/bin
 WORKERS ?= 2
 OUT ?= demo-run
 
-.PHONY: demo test lint format bench soak schemas clean
+.PHONY: demo test lint format bench soak paper-table schemas clean
 
 demo: .venv/.installed
 	$(BIN)/ketchup-cache demo --out $(OUT)
@@ -40,6 +40,10 @@ bench: .venv/.installed
 # about a quarter of an hour; `make test` has a short form
 soak: .venv/.installed
 	$(BIN)/python benchmarks/soak.py --out benchmarks/results/soak.json
+
+# hours; stopped at any moment, it goes on
+paper-table: .venv/.installed
+	$(BIN)/python -m benchmarks.paper run
 
 schemas: .venv/.installed
 	$(BIN)/python -m ketchup_cache.schemas.generate
