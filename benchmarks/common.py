@@ -208,19 +208,27 @@ def peak() -> int:
     return int(found[1]) * 1024
 
 
+LAUNCH = """
+import json, resource, subprocess, sys
+code = subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL).returncode
+used = resource.getrusage(resource.RUSAGE_CHILDREN)
+print(json.dumps([code, used.ru_utime + used.ru_stime, used.ru_maxrss * 1024]))
+"""
+
+
 def run(*words: object) -> dict[str, float]:
-    """A command in a process of its own: its wall seconds, CPU seconds and peak resident memory in bytes."""
-    command = [str(word) for word in words]
+    """A command in a process of its own: its wall seconds, CPU seconds and peak resident memory in bytes.
+
+    A small process starts it: Linux charges a new process with the peak of the one that it was forked from.
+    """
+    command = [sys.executable, "-c", LAUNCH, *(str(word) for word in words)]
     began = time.perf_counter()
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, cwd=ROOT) as process:
-        assert process.stderr
-        said = process.stderr.read()
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise SystemExit(f"{' '.join(command)} failed:\n{said.decode()[-2000:]}")
-    cpu = usage.ru_utime + usage.ru_stime
-    return {"seconds": time.perf_counter() - began, "cpu_seconds": cpu, "peak_bytes": usage.ru_maxrss * 1024}
+    done = subprocess.run(command, capture_output=True, cwd=ROOT, check=True)
+    seconds = time.perf_counter() - began
+    code, cpu, peak_bytes = json.loads(done.stdout)
+    if code:
+        raise SystemExit(f"{' '.join(command[3:])} failed:\n{done.stderr.decode()[-2000:]}")
+    return {"seconds": seconds, "cpu_seconds": cpu, "peak_bytes": peak_bytes}
 
 
 def tool(*words: object) -> dict[str, float]:
