@@ -111,7 +111,7 @@ def demo(config: DemoConfig, run: RunCommand) -> DemoReport:
     _title("3. Learning: K = 1 (LLMR) and K = 4 (KETCHUP) from the same cache, with fresh rollouts every 4 steps")
     for k in KS:
         shell("learn", "--student", student, "--cache", cache, "--k", k, "--teacher", teacher, "--refresh-every", 4,
-              "--steps", 160, "--batch-size", 512, "--samples", 8, "--baseline", "leave-one-out", "--lr", 5e-4,
+              "--steps", 120, "--batch-size", 512, "--samples", 8, "--baseline", "leave-one-out", "--lr", 5e-4,
               "--warmup", 20, "--schedule", "linear", *decoding, "--out", out / f"k{k}")  # fmt: skip
 
     _title("4. Evaluation on sentences nobody has seen")

@@ -10,7 +10,7 @@ from tiny import make_t5
 
 from ketchup_cache.lm import forward
 from ketchup_cache.lm.forward import Batch, completion_states
-from ketchup_cache.lm.packing import pack
+from ketchup_cache.lm.packing import pack, pays
 
 ROWS = st.lists(st.tuples(st.integers(0, 3), st.integers(1, 9)), min_size=1, max_size=14)
 
@@ -80,3 +80,12 @@ def test_keys_and_values_of_a_prompt_are_computed_once():
     prompts, rollouts = random_rollouts(5, 24, prompts=4)
     completion_states(model, Batch(prompts, rollouts.prompt_index, rollouts.completions))
     assert rows == [len(np.unique(rollouts.prompt_index))]
+
+
+def test_packing_pays_for_long_prompts_of_wide_models():
+    eight = np.full(8, 12)
+    assert pays(np.array([180]), eight, 512)
+    assert not pays(np.array([9]), eight, 64)  # 9 · 64 < 12 · (96 − 12)
+    assert pays(np.array([16]), eight, 64)  # 16 · 64 > 12 · (96 − 12)
+    assert pays(np.array([16]), eight[:1], 64)
+    assert not pays(np.array([], int), eight[:0], 64)

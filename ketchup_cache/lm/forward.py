@@ -19,7 +19,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from ketchup_cache.errors import DataError, ModelError
 from ketchup_cache.lm.load import input_device
-from ketchup_cache.lm.packing import PACKABLE, PACKED_WIDTH, pack
+from ketchup_cache.lm.packing import PACKABLE, PACKED_WIDTH, pack, pays
 from ketchup_cache.types import Ragged, offsets_of
 
 
@@ -90,7 +90,8 @@ def _encoder_decoder_pass(model: PreTrainedModel, batch: Batch, read: NDArray[np
     encoded = model.get_encoder()(
         input_ids=_to(batch.prompts.padded(), device), attention_mask=_to(prompt_mask, device)
     ).last_hidden_state
-    packing = pack(batch.prompt_index, read, PACKED_WIDTH if model.config.model_type in PACKABLE else 0)
+    packs = model.config.model_type in PACKABLE and pays(batch.prompts.lengths, read, model.config.hidden_size)
+    packing = pack(batch.prompt_index, read, PACKED_WIDTH if packs else 0)
     start = decoder_start(model)
     inputs = packing.ids([np.append(start, row)[:n] for row, n in zip(batch.completions, read, strict=True)])
     if len(packing.prompt) < len(read):

@@ -52,6 +52,19 @@ class Packing:
         return torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill_(~seen, torch.finfo(dtype).min)[:, None]
 
 
+def pays(prompt_lengths: NDArray[np.int64], lengths: NDArray[np.int64], hidden: int) -> bool:
+    """Whether packing saves more than it costs, by its multiplications for one completion of c tokens of a prompt of p.
+
+    Saved: keys and values of the prompt, 2·p·hidden². Lost: self-attention to the other completions of the row,
+    which is computed and masked out, 2·c·(width − c)·hidden.
+    """
+    if not len(prompt_lengths) or not len(lengths):
+        return False
+    completion = float(lengths.mean())
+    width = min(float(PACKED_WIDTH), completion * len(lengths) / len(prompt_lengths))
+    return float(prompt_lengths.mean()) * hidden > completion * max(width - completion, 0.0)
+
+
 def pack(prompt_index: NDArray[np.int64], lengths: NDArray[np.int64], widest: int = PACKED_WIDTH) -> Packing:
     """Completions of one prompt side by side, in their order, in rows of at most `widest` tokens (or one completion).
 
