@@ -19,6 +19,8 @@ from typing import Any
 
 from problems import PIECES, problem, solution, words
 
+from ketchup_cache.data.translate.make_task import make_model, save
+
 HERE = Path(__file__).resolve().parent
 SIZES = {"train": 4000, "prompts": 8000, "dev": 500, "test": 500}
 
@@ -64,30 +66,6 @@ def make_tokenizer() -> Any:
         clean_up_tokenization_spaces=False,
         model_max_length=64,
     )
-
-
-def make_model(seed: int, vocabulary: int, width: int, layers: int) -> Any:
-    """A T5 with random weights of a fixed seed."""
-    import torch
-    from transformers import T5Config, T5ForConditionalGeneration
-
-    torch.manual_seed(seed)
-    config = T5Config(
-        vocab_size=vocabulary,
-        d_model=width,
-        d_kv=width // 4,
-        num_heads=4,
-        d_ff=width * 2,
-        num_layers=layers,
-        num_decoder_layers=layers,
-        relative_attention_num_buckets=16,
-        relative_attention_max_distance=32,
-        dropout_rate=0.0,
-        pad_token_id=0,
-        eos_token_id=1,
-        decoder_start_token_id=0,
-    )
-    return T5ForConditionalGeneration(config)
 
 
 def train(model: Any, tokenizer: Any, seed: int, steps: int, mistakes: float) -> None:
@@ -144,17 +122,6 @@ def train(model: Any, tokenizer: Any, seed: int, steps: int, mistakes: float) ->
     model.eval()
 
 
-def save(model: Any, tokenizer: Any, folder: Path) -> None:
-    """Write a model with its tokenizer; outputs are greedy by default."""
-    from transformers import GenerationConfig
-
-    model.generation_config = GenerationConfig(
-        decoder_start_token_id=0, eos_token_id=1, pad_token_id=0, max_new_tokens=48, do_sample=False
-    )
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-
-
 def main() -> None:
     """Run one part."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
@@ -177,11 +144,16 @@ def main() -> None:
     if args.part == "tokenizer":
         tokenizer.save_pretrained(args.out / "tokenizer")
     elif args.part == "student":
-        save(make_model(args.seed + 93, len(tokenizer), args.width, args.layers), tokenizer, args.out / "student")
+        save(
+            make_model(args.seed + 93, len(tokenizer), args.width, args.layers),
+            tokenizer,
+            args.out / "student",
+            longest=48,
+        )
     else:
         model = make_model(args.seed, len(tokenizer), 96, 3)
         train(model, tokenizer, args.seed, args.steps, args.mistakes)
-        save(model, tokenizer, args.out / "teacher")
+        save(model, tokenizer, args.out / "teacher", longest=48)
 
 
 if __name__ == "__main__":

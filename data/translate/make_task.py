@@ -298,12 +298,12 @@ def exact_match(model: Any, tokenizer: Any, rows: list[dict[str, str]]) -> float
     return 100.0 * hits / len(rows)
 
 
-def save(model: Any, tokenizer: Any, folder: Path) -> None:
-    """Write a model with its tokenizer; outputs are greedy by default."""
+def save(model: Any, tokenizer: Any, folder: Path, longest: int = 40) -> None:
+    """Write a model with its tokenizer; outputs are greedy by default, and of at most `longest` tokens."""
     from transformers import GenerationConfig
 
     model.generation_config = GenerationConfig(
-        decoder_start_token_id=0, eos_token_id=1, pad_token_id=0, max_new_tokens=40, do_sample=False
+        decoder_start_token_id=0, eos_token_id=1, pad_token_id=0, max_new_tokens=longest, do_sample=False
     )
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

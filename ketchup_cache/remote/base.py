@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 from ketchup_cache.errors import CacheError, CorruptError, KetchupError, WriteError
-from ketchup_cache.store import reading
+from ketchup_cache.store import durable, reading
 from ketchup_cache.store.manifest import FORMAT, FORMAT_VERSION, Manifest, canonical_json
 
 MARKER_BYTES = canonical_json({"format": FORMAT, "version": FORMAT_VERSION})
@@ -59,6 +59,36 @@ class Remote(Protocol):
 
         Raises WriteError where that fails; readers then see nothing of those that were not committed.
         """
+
+
+class KeyedRemote:
+    """The reading half of a `Remote` whose files are found by their key: `manifests/ID.json`, `segments/ID/NAME`."""
+
+    url: str
+
+    def _get(self, key: str, limit: int) -> bytes:
+        """At most `limit` + 1 bytes of a file. Raises FileNotFoundError where it is missing."""
+        raise NotImplementedError
+
+    def exists(self) -> bool:
+        try:
+            data = self._get(durable.MARKER, reading.MAX_MARKER_BYTES)
+        except FileNotFoundError:
+            return False
+        reading.parse_marker(data, f"{self.url}/{durable.MARKER}")
+        return True
+
+    def manifest(self, segment_id: str) -> bytes:
+        return self._must_get(f"manifests/{segment_id}.json", reading.MAX_MANIFEST_BYTES)
+
+    def file(self, segment_id: str, name: str, length: int) -> bytes:
+        return self._must_get(f"segments/{segment_id}/{name}", length)
+
+    def _must_get(self, key: str, limit: int) -> bytes:
+        try:
+            return self._get(key, limit)
+        except FileNotFoundError:
+            raise CorruptError(f"{self.url}/{key}: is missing") from None
 
 
 def read_manifest(remote: Remote, segment_id: str) -> tuple[Manifest, bytes]:

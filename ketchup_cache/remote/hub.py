@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ketchup_cache.errors import CacheError, CorruptError, WriteError
-from ketchup_cache.remote.base import MARKER_BYTES, Packed, persistently, read_manifest
+from ketchup_cache.errors import CacheError, WriteError
+from ketchup_cache.remote.base import MARKER_BYTES, KeyedRemote, Packed, persistently, read_manifest
 from ketchup_cache.remote.card import MARK, card
 from ketchup_cache.store import durable, reading
 from ketchup_cache.store.manifest import Manifest
@@ -25,7 +25,7 @@ COMMIT_BYTES = 2**28
 _ADDRESS = re.compile(r"hf://datasets/([\w.-]+/[\w.-]+)(?:@([\w./-]+))?/?")
 
 
-class HubRemote:
+class HubRemote(KeyedRemote):
     batch_bytes = COMMIT_BYTES
 
     def __init__(self, url: str, api: HfApi | None = None, license_id: str | None = None) -> None:
@@ -40,14 +40,6 @@ class HubRemote:
 
             api = HfApi()
         self._api = api
-
-    def exists(self) -> bool:
-        try:
-            data = self._get(durable.MARKER, reading.MAX_MARKER_BYTES)
-        except FileNotFoundError:
-            return False
-        reading.parse_marker(data, f"{self.url}/{durable.MARKER}")
-        return True
 
     def create(self) -> None:
         if self.exists():
@@ -75,12 +67,6 @@ class HubRemote:
             return reading.ids_among(persistently(self.url, names))
         except FileNotFoundError:
             return []
-
-    def manifest(self, segment_id: str) -> bytes:
-        return self._must_get(f"manifests/{segment_id}.json", reading.MAX_MANIFEST_BYTES)
-
-    def file(self, segment_id: str, name: str, length: int) -> bytes:
-        return self._must_get(f"segments/{segment_id}/{name}", length)
 
     def put(self, batch: Sequence[Packed]) -> None:
         if self._revision:
@@ -119,12 +105,6 @@ class HubRemote:
             persistently(self.url, send, writing=True)
         except FileNotFoundError:
             raise WriteError(f"{self.url}: no such repository, or no right to write to it") from None
-
-    def _must_get(self, key: str, limit: int) -> bytes:
-        try:
-            return self._get(key, limit)
-        except FileNotFoundError:
-            raise CorruptError(f"{self.url}/{key}: is missing") from None
 
     def _get(self, key: str, limit: int) -> bytes:
         """Through a folder of its own, not the Hub client's cache, which would keep every segment a second time."""

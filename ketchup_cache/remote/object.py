@@ -12,8 +12,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ketchup_cache.errors import CacheError, CorruptError, WriteError
-from ketchup_cache.remote.base import MARKER_BYTES, Packed, in_parallel, persistently
+from ketchup_cache.errors import CacheError, WriteError
+from ketchup_cache.remote.base import MARKER_BYTES, KeyedRemote, Packed, in_parallel, persistently
 from ketchup_cache.store import durable, reading
 
 if TYPE_CHECKING:
@@ -28,21 +28,13 @@ RETRIES = {"max_retries": 2, "retry_timeout": timedelta(seconds=60)}
 Value = TypeVar("Value")
 
 
-class ObjectRemote:
+class ObjectRemote(KeyedRemote):
     batch_bytes = 0
 
     def __init__(self, url: str) -> None:
         """Raises CacheError where the client is not installed, or credentials are wanted that it can't read."""
         self.url = url.rstrip("/")
         self._store = _open_store(self.url)
-
-    def exists(self) -> bool:
-        try:
-            data = self._get(durable.MARKER, reading.MAX_MARKER_BYTES)
-        except FileNotFoundError:
-            return False
-        reading.parse_marker(data, f"{self.url}/{durable.MARKER}")
-        return True
 
     def create(self) -> None:
         if not self.exists():
@@ -58,12 +50,6 @@ class ObjectRemote:
         except FileNotFoundError:
             return []
 
-    def manifest(self, segment_id: str) -> bytes:
-        return self._must_get(f"manifests/{segment_id}.json", reading.MAX_MANIFEST_BYTES)
-
-    def file(self, segment_id: str, name: str, length: int) -> bytes:
-        return self._must_get(f"segments/{segment_id}/{name}", length)
-
     def put(self, batch: Sequence[Packed]) -> None:
         for packed in batch:
             files = {f"segments/{packed.segment_id}/{name}": data for name, data in packed.files.items()}
@@ -76,12 +62,6 @@ class ObjectRemote:
             manifest = f"manifests/{packed.segment_id}.json"
             if not self._create(manifest, packed.manifest):
                 self._confirm(manifest, packed.manifest)
-
-    def _must_get(self, key: str, limit: int) -> bytes:
-        try:
-            return self._get(key, limit)
-        except FileNotFoundError:
-            raise CorruptError(f"{self.url}/{key}: is missing") from None
 
     def _get(self, key: str, limit: int) -> bytes:
         """More than `limit` bytes are enough to notice a longer object: the rest of it is never loaded."""

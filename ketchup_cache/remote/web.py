@@ -8,28 +8,20 @@ import urllib.error
 import urllib.request
 from collections.abc import Sequence
 
-from ketchup_cache.errors import CacheError, CorruptError, WriteError
-from ketchup_cache.remote.base import Packed, persistently
-from ketchup_cache.store import durable, reading
+from ketchup_cache.errors import CacheError, WriteError
+from ketchup_cache.remote.base import KeyedRemote, Packed, persistently
+from ketchup_cache.store import reading
 
 TIMEOUT_S = 30.0
 MAX_LISTING_BYTES = 2**26
 _LINK = re.compile(rb"""href\s*=\s*["']?(?:[^"'\s>]*/)?([0-9a-f]{64}\.json)["'\s>]""", re.IGNORECASE)
 
 
-class WebRemote:
+class WebRemote(KeyedRemote):
     batch_bytes = 0
 
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/")
-
-    def exists(self) -> bool:
-        try:
-            data = self._get(durable.MARKER, reading.MAX_MARKER_BYTES)
-        except FileNotFoundError:
-            return False
-        reading.parse_marker(data, f"{self.url}/{durable.MARKER}")
-        return True
 
     def create(self) -> None:
         raise WriteError(f"{self.url}: web addresses are read-only; push to a path, s3:// or hf:// address")
@@ -41,20 +33,8 @@ class WebRemote:
             raise CacheError(f"{self.url}/manifests/: is not listed; turn on folder listings in the server") from None
         return list(dict.fromkeys(reading.ids_among(name.decode() for name in _LINK.findall(page))))
 
-    def manifest(self, segment_id: str) -> bytes:
-        return self._must_get(f"manifests/{segment_id}.json", reading.MAX_MANIFEST_BYTES)
-
-    def file(self, segment_id: str, name: str, length: int) -> bytes:
-        return self._must_get(f"segments/{segment_id}/{name}", length)
-
     def put(self, batch: Sequence[Packed]) -> None:
         self.create()
-
-    def _must_get(self, key: str, limit: int) -> bytes:
-        try:
-            return self._get(key, limit)
-        except FileNotFoundError:
-            raise CorruptError(f"{self.url}/{key}: is missing") from None
 
     def _get(self, key: str, limit: int) -> bytes:
         def request() -> bytes:
