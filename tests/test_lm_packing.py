@@ -11,6 +11,7 @@ from tiny import make_t5
 from ketchup_cache.lm import forward
 from ketchup_cache.lm.forward import Batch, completion_states
 from ketchup_cache.lm.packing import pack, pays
+from ketchup_cache.types import Ragged
 
 ROWS = st.lists(st.tuples(st.integers(0, 3), st.integers(1, 9)), min_size=1, max_size=14)
 
@@ -89,3 +90,14 @@ def test_packing_pays_for_long_prompts_of_wide_models():
     assert pays(np.array([16]), eight, 64)  # 16 · 64 > 12 · (96 − 12)
     assert pays(np.array([16]), eight[:1], 64)
     assert not pays(np.array([], int), eight[:0], 64)
+
+
+@pytest.mark.parametrize("widest", [0, 192])
+def test_a_prompt_without_completions_takes_nobodys_place(widest, monkeypatch):
+    """As many rows as prompts, but not one of each."""
+    model, prompts = make_t5(), Ragged.from_rows([[5, 6, 1], [7, 8, 9, 1]], np.int32)
+    completions = Ragged.from_rows([[3, 4], [11, 12, 13]], np.int32)
+    monkeypatch.setattr(forward, "PACKED_WIDTH", widest)
+    together = completion_states(model, Batch(prompts, np.array([1, 1]), completions))
+    alone = completion_states(model, Batch(prompts.take([1]), np.array([0, 0]), completions))
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
