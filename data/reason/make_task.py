@@ -13,12 +13,12 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import time
 from pathlib import Path
 from typing import Any
 
 from problems import PIECES, problem, solution, words
 
+from ketchup_cache.data.training import train_on_fresh
 from ketchup_cache.data.translate.make_task import make_model, save
 
 HERE = Path(__file__).resolve().parent
@@ -68,60 +68,6 @@ def make_tokenizer() -> Any:
     )
 
 
-def train(model: Any, tokenizer: Any, seed: int, steps: int, mistakes: float) -> None:
-    """Teacher forcing on fresh problems that are in no split but train: right solutions, later some with a mistake.
-
-    A mistaken solution has one wrong step and goes on from there, so that the teacher learns to continue after an
-    error and is not so sure of itself that every error costs the same.
-    """
-    import torch
-    from torch.nn.functional import cross_entropy
-
-    batch, peak, warm, rng = 64, 2e-3, 200, random.Random(f"teacher-{seed}")
-    optimizer = torch.optim.AdamW(model.parameters(), lr=peak, weight_decay=0.0)
-    held_out = {row["prompt"] for split in ("dev", "test", "prompts") for row in read(split)}
-    pool: list[tuple[list[int], list[int]]] = []
-    started = time.time()
-
-    def pad(rows: list[list[int]]) -> Any:
-        width = max(len(row) for row in rows)
-        return torch.tensor([row + [0] * (width - len(row)) for row in rows])
-
-    def fresh(noisy: bool) -> tuple[str, str]:
-        while True:
-            drawn, target = problem(rng)
-            if drawn.prompt not in held_out:
-                wrong = solution(drawn.mistaken(rng)) if noisy and rng.random() < mistakes else None
-                return drawn.prompt, wrong or target
-
-    model.train()
-    for step in range(steps):
-        if not pool:  # a few batches at a time, of similar length
-            pairs = [fresh(step > 0.6 * steps) for _ in range(16 * batch)]
-            sources = tokenizer([p for p, _ in pairs]).input_ids
-            targets = tokenizer([t for _, t in pairs]).input_ids
-            ordered = sorted(zip(sources, targets, strict=True), key=lambda pair: len(pair[1]))
-            chunks = [ordered[k : k + batch] for k in range(0, len(ordered), batch)]
-            rng.shuffle(chunks)
-            pool = [pair for chunk in chunks for pair in chunk]
-        rows, pool = pool[:batch], pool[batch:]
-        source, target = pad([row[0] for row in rows]), pad([row[1] for row in rows])
-        mask = (source != 0).long()  # a word never has id 0
-        shifted = torch.cat([torch.zeros_like(target[:, :1]), target[:, :-1]], 1)
-        rate = (step + 1) / warm if step < warm else 1 - (step - warm) / max(1, steps - warm)
-        for group in optimizer.param_groups:
-            group["lr"] = peak * rate
-        output = model(input_ids=source, attention_mask=mask, decoder_input_ids=shifted, use_cache=False)
-        loss = cross_entropy(output.logits[target != 0], target[target != 0])
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        if (step + 1) % 100 == 0:
-            print(f"step {step + 1} loss {loss.item():.4f} ({time.time() - started:.0f} s)", flush=True)
-    model.eval()
-
-
 def main() -> None:
     """Run one part."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
@@ -152,7 +98,16 @@ def main() -> None:
         )
     else:
         model = make_model(args.seed, len(tokenizer), 96, 3)
-        train(model, tokenizer, args.seed, args.steps, args.mistakes)
+        held_out = {row["prompt"] for split in ("dev", "test", "prompts") for row in read(split)}
+
+        def draw(rng: random.Random, mistakes: bool) -> tuple[str, str]:
+            """A mistaken solution has one wrong step and goes on from there."""
+            drawn, target = problem(rng)
+            if drawn.prompt not in held_out and mistakes and rng.random() < args.mistakes:
+                target = solution(drawn.mistaken(rng)) or target
+            return drawn.prompt, target
+
+        train_on_fresh(model, tokenizer, draw, held_out, args.seed, args.steps)
         save(model, tokenizer, args.out / "teacher", longest=48)
 
 

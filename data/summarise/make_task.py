@@ -4,7 +4,7 @@ Everything here is invented and deterministic in ``--seed``: the same seed write
 
     python data/summarise/make_task.py data        # train.jsonl, prompts.jsonl, dev.jsonl, test.jsonl
     python data/summarise/make_task.py tokenizer   # tokenizer/ (word level)
-    python data/summarise/make_task.py teacher     # teacher/ (T5, trained by cross-entropy on train.jsonl)
+    python data/summarise/make_task.py teacher     # teacher/ (T5, trained by cross-entropy on fresh reports)
     python data/summarise/make_task.py student     # student/ (T5, random initialisation)
 
 A report has two to four sentences: two or three events, and often a helper. Its summary takes
@@ -22,7 +22,8 @@ import random
 from pathlib import Path
 from typing import Any
 
-from ketchup_cache.data.translate.make_task import exact_match, make_model, save, train
+from ketchup_cache.data.training import train_on_fresh
+from ketchup_cache.data.translate.make_task import exact_match, make_model, save
 
 HERE = Path(__file__).resolve().parent
 SIZES = {"train": 10000, "prompts": 6000, "dev": 400, "test": 400}
@@ -166,7 +167,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("part", choices=("data", "tokenizer", "teacher", "student"))
     parser.add_argument("--seed", type=int, default=11)
-    parser.add_argument("--steps", type=int, default=1200, help="training steps of the teacher")
+    parser.add_argument("--steps", type=int, default=4000, help="training steps of the teacher")
     parser.add_argument("--threads", type=int, default=1, help="the last bits of the teacher depend on it")
     args = parser.parse_args()
     if args.part == "data":
@@ -181,11 +182,19 @@ def main() -> None:
     elif args.part == "student":
         save(make_model(args.seed + 93, len(tokenizer), 64, 2), tokenizer, HERE / "student")
     else:
-        pairs = [(tokenizer(row["prompt"]).input_ids, tokenizer(row["target"]).input_ids) for row in read("train")]
-        ids = tokenizer.get_vocab()
-        noise = {ids[word]: [ids[other] for other in group] for word, group in confusable().items()}
-        model = make_model(args.seed, len(tokenizer), 112, 2)
-        train(model, pairs, args.steps, noise)
+        held_out = {row["prompt"] for split in ("dev", "test", "prompts") for row in read(split)}
+        confused = confusable()
+
+        def draw(rng: random.Random, mistakes: bool) -> tuple[str, str]:
+            """Half of the mistaken summaries have words replaced inside their category."""
+            prompt, target = report(rng)
+            if mistakes and rng.random() < 0.5:
+                words = target.split()
+                target = " ".join(rng.choice(confused[w]) if w in confused and rng.random() < 0.2 else w for w in words)
+            return prompt, target
+
+        model = make_model(args.seed, len(tokenizer), 96, 3)
+        train_on_fresh(model, tokenizer, draw, held_out, args.seed, args.steps)
         save(model, tokenizer, HERE / "teacher")
         print(f"dev exact match {exact_match(model, tokenizer, read('dev')):.1f} %")
 
