@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from benchmarks.paper import tables
-from benchmarks.paper.runs import Run, learn_options, words_of
+from benchmarks.paper.runs import Run, words_of
 from benchmarks.paper.settings import ABLATIONS, TABLE, TASKS, Row, ablation_runs, table_runs
 from benchmarks.paper.statistics import Comparison, Mean, holm
 from ketchup_cache.config import LearnConfig
@@ -90,7 +90,7 @@ def test_table_by_hand():
 
 def test_every_row_is_a_run_that_learn_takes():
     for task, row, seed in [*table_runs(), *ablation_runs()]:
-        options = {**TASKS[task].decoding, **learn_options(row, seed)}
+        options = {**TASKS[task].decoding, **row.learning(TASKS[task], seed)}
         LearnConfig(student="s", cache="c", teacher="t" if row.needs_samples else None, **options)
 
 

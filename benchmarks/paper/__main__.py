@@ -26,7 +26,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: a process for eac
 from benchmarks.paper.runs import Run, analyses, execute
 from benchmarks.paper.settings import (
     ABLATION_SEEDS,
+    ABLATIONS,
     FIGURE_3_KS,
+    FIGURE_3_TASK,
     LENGTHS,
     SIZES,
     TASKS,
@@ -46,7 +48,7 @@ def runs_of(part: str) -> Iterator[Run]:
             yield from (Run(task, None, model=model) for model in ("teacher", "student", "predistilled"))
         yield from (Run(*run) for run in table_runs())
     elif part == "ablation":
-        yield Run("translate", None, model="short")
+        yield Run(ABLATIONS[0].task, None, model="short")
         yield from (Run(*run) for run in ablation_runs())
     else:
         from benchmarks.paper.pictures import size_row
@@ -54,7 +56,7 @@ def runs_of(part: str) -> Iterator[Run]:
         for seed in ABLATION_SEEDS:
             for size in SIZES:
                 for k in FIGURE_3_KS:
-                    yield Run("translate", Row(size_row(size.name, k), {"k": k}, student=size.name), seed)
+                    yield Run(FIGURE_3_TASK, Row(size_row(size.name, k), {"k": k}, student=size.name), seed)
 
 
 def run(parts: list[str], tasks: list[str], work: Path, workers: int) -> None:

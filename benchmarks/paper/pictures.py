@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from benchmarks.paper.settings import FIGURE_3_KS, TABLE, TASKS
+from benchmarks.paper.settings import FIGURE_3_KS, FIGURE_3_TASK, TABLE, TASKS
 from benchmarks.paper.statistics import Mean
 from benchmarks.paper.tables import RETURN, Record, by_seed
 from ketchup_cache.plots import COLOURS, DASHES, MARKERS, running_mean, variance_bias_figure
@@ -50,7 +50,7 @@ def figure_2(analysis: dict[str, Any], path: Path) -> None:
     variance_bias_figure(analysis["analysis"]).savefig(path, format="png")
 
 
-def figure_3(records: Sequence[Record], path: Path, task: str = "translate") -> None:
+def figure_3(records: Sequence[Record], path: Path, task: str = FIGURE_3_TASK) -> None:
     """Learning curves by K (lines) and student size (panels): mean and standard error over seeds."""
     sizes = [
         name for name in ("small", "predistilled", "large") if any(_curves(records, task, name, k) for k in FIGURE_3_KS)

@@ -43,14 +43,10 @@ class Run:
     @property
     def key(self) -> str:
         """Of everything that decides its result, but for the program and the weights."""
-        parts = [self.task, self.name, self.seed, learn_options(self.row, self.seed) if self.row else {}]
+        parts = [self.task, self.name, self.seed, self.row.learning(TASKS[self.task], self.seed) if self.row else {}]
         if self.row:
             parts.append(self.row.student)
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def learn_options(row: Row, seed: int) -> Options:
-    return {**row.shared, **row.options, "seed": seed}
 
 
 class Tool:
@@ -105,7 +101,7 @@ def _make_student(task: Task, student: Student, out: Path, work: Path) -> None:
     tool = Tool(out.with_suffix(".log"))
     outputs = teacher_outputs(task, work)
     tool("pretrain", model=start, cache=outputs, policy=DATA / task.name / "teacher", out=out,
-         **{**task.pretrain, **student.pretrain})  # fmt: skip
+         **{**task.pretrain, "epochs": round(task.pretrain["epochs"] * student.share)})  # fmt: skip
 
 
 def _resized(student: Path, size: Options, out: Path) -> Path:
@@ -151,7 +147,7 @@ def begun_cache(task: Task, row: Row, seed: int, work: Path) -> Path:
     """A scored cache that a run starts from, shared by all rows that begin alike: score once, learn many times."""
     if not row.needs_samples:
         return scored_outputs(task, work)
-    options = learn_options(row, seed)
+    options = row.learning(task, seed)
     sampling = {key: options[key] for key in ("samples", "greedy", "seed", "max_new_tokens") if key in options}
     first = row.fresh_rollouts(options) // options["samples"]
     marks = [*(f"{key}={value}" for key, value in sorted(sampling.items())), f"first={first}"]
@@ -208,7 +204,7 @@ def _measure(run: Run, work: Path) -> dict[str, Any]:
         out = work / run.task / "runs" / run.key
         cache = out.with_name(f"{out.name}-cache")
         shutil.copytree(begun_cache(task, run.row, run.seed, work), cache, dirs_exist_ok=True)
-        options = {**task.decoding, **learn_options(run.row, run.seed)}
+        options = {**task.decoding, **run.row.learning(task, run.seed)}
         if run.row.needs_samples:
             options = {"teacher": folder / "teacher", **options}
         start = student_folder(task, run.row.student, work)

@@ -39,6 +39,8 @@ class Task:
     """How the shipped student was pre-distilled; the runs of other lengths and sizes change a part of it."""
     evaluation: Options = field(default_factory=dict)
     """Of `evaluate`, over the decoding."""
+    reinforce: Options = field(default_factory=dict)
+    """Of `learn` by reinforcement, over REINFORCE; chosen on the dev split (docs/log.md)."""
 
     @property
     def headline(self) -> Metric:
@@ -56,6 +58,7 @@ TASKS = {
             decoding={"max_new_tokens": 36, "rollout_batch": 256},
             pretrain={"epochs": 130, "batch_size": 64, "lr": 3e-3, "warmup": 50, "schedule": "linear",
                       "weight_decay": 0},
+            reinforce={"steps": 64, "batch_size": 512},
         ),
         Task(
             "reason",
@@ -66,13 +69,23 @@ TASKS = {
             pretrain={"epochs": 60, "batch_size": 64, "lr": 4e-3, "warmup": 30, "schedule": "linear",
                       "weight_decay": 0},
             evaluation={"metrics": "gsm8k"},
+            reinforce={"lr": 2e-4},
+        ),
+        Task(
+            "summarise",
+            "summarise (as XSum)",
+            labelled=2000,
+            metrics=(Metric("rougeL", "ROUGE-L"), Metric("rouge1", "ROUGE-1"), Metric("rouge2", "ROUGE-2")),
+            decoding={"max_new_tokens": 24, "rollout_batch": 256},
+            pretrain={"epochs": 60, "batch_size": 64, "lr": 4e-3, "warmup": 30, "schedule": "linear",
+                      "weight_decay": 0},
         ),
     )
 }  # fmt: skip
 
 REINFORCE: Options = {
-    "steps": 64,
-    "batch_size": 512,
+    "steps": 48,
+    "batch_size": 256,
     "samples": 1,
     "refresh_every": 4,
     "lr": 5e-4,
@@ -109,11 +122,12 @@ class Row:
     needs_samples: bool = True
     """Whether it learns from the student's own samples, which are refreshed and scored."""
 
-    @property
-    def shared(self) -> Options:
-        if not self.needs_outputs:
-            return REINFORCE
-        return {**DIVERGENCE, **ON_SAMPLES} if self.needs_samples else DIVERGENCE
+    def learning(self, task: Task, seed: int) -> Options:
+        """All options of `learn` on a task."""
+        shared = {**REINFORCE, **task.reinforce}
+        if self.needs_outputs:
+            shared = {**DIVERGENCE, **ON_SAMPLES} if self.needs_samples else DIVERGENCE
+        return {**shared, **self.options, "seed": seed}
 
     def fresh_rollouts(self, options: Options) -> int:
         """Rollouts of the student between two refreshes."""
@@ -142,8 +156,7 @@ class Ablation:
 
     title: str
     rows: tuple[Row, ...]
-    task: str = "translate"
-    base: Options = field(default_factory=dict)
+    task: str = "summarise"  # its runs are the shortest
 
 
 ABLATIONS = (
@@ -160,16 +173,16 @@ ABLATIONS = (
     ),
     Ablation("tail", tuple(Row(f"tail {t}", {"k": 4, "tail": t}) for t in ("one-step", "jump"))),
     Ablation(
-        "unfinished rollouts (cut at 12 tokens)",
+        "unfinished rollouts (cut at 6 tokens)",
         tuple(
-            Row(f"{u}", {"k": 4, "unfinished": u, "max_new_tokens": 12}) for u in ("drop", "bootstrap", "zero")
+            Row(f"{u}", {"k": 4, "unfinished": u, "max_new_tokens": 6}) for u in ("drop", "bootstrap", "zero")
         ),
     ),
     Ablation(
         "refresh period N, with and without importance correction",
         tuple(
             Row(f"N = {n}{'' if on else ', uncorrected'}", {"k": 4, "refresh_every": n, "importance": on})
-            for n in (1, 4, 16, 64)
+            for n in (1, 4, 16, 48)
             for on in (True, False)
             if n > 1 or on
         ),
@@ -198,18 +211,20 @@ class Student:
     """A student other than the shipped one: more or less pre-distilled, or of another size."""
 
     name: str
-    pretrain: Options = field(default_factory=dict)
+    share: float = 1.0
+    """Of the shipped student's epochs of pre-distillation."""
     size: Options = field(default_factory=dict)
     """Fields of the shipped student's T5 configuration that are changed."""
 
 
-LENGTHS = (Student("early", {"epochs": 16}), Student("short", {"epochs": 45}))
+LENGTHS = (Student("early", share=1 / 8), Student("short", share=1 / 3))
 """Figure 2 and the ablation of pre-distillation: students at other distances from the teacher."""
 SIZES = (
     Student("small", size={"d_model": 32, "d_kv": 8, "d_ff": 64}),
     Student("large", size={"d_model": 128, "d_kv": 32, "d_ff": 256}),
 )
 """Figure 3."""
+FIGURE_3_TASK = "summarise"
 FIGURE_3_KS = (1, 4, 8)
 
 
