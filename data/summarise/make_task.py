@@ -26,7 +26,7 @@ from ketchup_cache.data.training import train_on_fresh
 from ketchup_cache.data.translate.make_task import exact_match, make_model, save
 
 HERE = Path(__file__).resolve().parent
-SIZES = {"train": 10000, "prompts": 6000, "dev": 400, "test": 400}
+SIZES = {"train": 4000, "prompts": 6000, "dev": 400, "test": 400}
 
 NAMES = {"she": "anna clara emma greta ida lena".split(), "he": "bruno david felix hugo karl otto".split()}
 OBJECT = {"she": "her", "he": "him"}
