@@ -71,6 +71,7 @@ def run(parts: list[str], tasks: list[str], work: Path, workers: int) -> None:
         for n, future in enumerate(as_completed(waiting), start=1):
             record = future.result()
             records.append(record)
+            save([record], [])  # so that whatever ends this, what was measured is in the results
             print(
                 f"[{n}/{len(waiting)}, {(time.monotonic() - began) / 60:.0f} min] {record['task']}, {record['row']}, "
                 f"seed {record['seed']}: return {record['evaluation']['returns']['mean']:.2f}, "
