@@ -4,7 +4,8 @@
     python -m benchmarks.paper run --only table --task translate
     python -m benchmarks.paper draw           # tables and pictures again, from the JSON
 
-From the repository's folder. Stopped at any moment, `run` goes on where it was.
+From the repository's folder. Stopped at any moment, `run` goes on where it was; what benchmarks/results holds is not
+run again, unless with `--again`.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from benchmarks.paper.settings import (
 )
 
 RESULTS = Path("benchmarks/results")
+PAPER = RESULTS / "paper.json"
 PARTS = ("table", "ablation", "figures")
 ANALYSED = {"prompts": 256, "samples": 32}
 
@@ -59,8 +61,10 @@ def runs_of(part: str) -> Iterator[Run]:
                     yield Run(FIGURE_3_TASK, Row(size_row(size.name, k), {"k": k}, student=size.name), seed)
 
 
-def run(parts: list[str], tasks: list[str], work: Path, workers: int) -> None:
-    wanted = [r for part in parts for r in runs_of(part) if r.task in tasks]
+def run(parts: list[str], tasks: list[str], work: Path, workers: int, again: bool) -> None:
+    held = set() if again else {record["key"] for record in load()["records"]}
+    listed = {r.key: r for part in parts for r in runs_of(part) if r.task in tasks}  # parts share runs
+    wanted = [r for key, r in listed.items() if key not in held]
     began, records = time.monotonic(), []
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context) as pool:
@@ -83,12 +87,16 @@ def run(parts: list[str], tasks: list[str], work: Path, workers: int) -> None:
     save(records, figures)
 
 
+def load() -> dict[str, Any]:
+    """What the results hold by now."""
+    return json.loads(PAPER.read_text()) if PAPER.exists() else {"records": [], "figure_2": []}
+
+
 def save(records: list[dict[str, Any]], figures: list[dict[str, Any]]) -> None:
     """Into the results, in place of what is there of the same runs."""
     from ketchup_cache import __version__
 
-    path = RESULTS / "paper.json"
-    held = json.loads(path.read_text()) if path.exists() else {"records": [], "figure_2": []}
+    held = load()
     by_key = {r["key"]: r for r in [*held["records"], *records]}
     by_task = {f["task"]: f for f in [*held["figure_2"], *figures]}
     import torch
@@ -108,17 +116,16 @@ def save(records: list[dict[str, Any]], figures: list[dict[str, Any]]) -> None:
     RESULTS.mkdir(exist_ok=True)
     lines = [json.dumps(record, ensure_ascii=False) for record in content["records"]]
     head = json.dumps({k: v for k, v in content.items() if k != "records"}, ensure_ascii=False, indent=1)
-    path.write_text(head[:-2] + ',\n "records": [\n' + ",\n".join(lines) + "\n]}\n", encoding="utf-8")
+    PAPER.write_text(head[:-2] + ',\n "records": [\n' + ",\n".join(lines) + "\n]}\n", encoding="utf-8")
 
 
 def draw() -> None:
     from benchmarks.paper.pictures import figure_1, figure_2, figure_3
     from benchmarks.paper.tables import ablation_tables, paper_table
 
-    path = RESULTS / "paper.json"
-    if not path.exists():
-        sys.exit(f"{path}: not there yet; make it with `python -m benchmarks.paper run`")
-    results = json.loads(path.read_text())
+    if not PAPER.exists():
+        sys.exit(f"{PAPER}: not there yet; make it with `python -m benchmarks.paper run`")
+    results = load()
     records = results["records"]
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
     head = f"Test split, greedy decoding, mean ± standard error over seeds. {results['machine']}; {versions}.\n"
@@ -142,9 +149,16 @@ def main() -> None:
     parser.add_argument("--task", choices=tuple(TASKS), action="append")
     parser.add_argument("--work", type=Path, default=Path("benchmarks/work"), help="where unfinished work lies")
     parser.add_argument("--workers", type=int, default=2, help="runs at once, a thread each")
+    parser.add_argument("--again", action="store_true", help="also what the results hold already")
     arguments = parser.parse_args()
     if arguments.action == "run":
-        run(arguments.only or list(PARTS), arguments.task or list(TASKS), arguments.work, arguments.workers)
+        run(
+            arguments.only or list(PARTS),
+            arguments.task or list(TASKS),
+            arguments.work,
+            arguments.workers,
+            arguments.again,
+        )
     draw()
 
 
