@@ -25,13 +25,15 @@ import pytest
 from caches import make_cache
 from test_compact import small_segments
 from tiny import save_model
-from trust import ERRORS, Kills, fail_every_step, flips, kill_command, kill_writers, write_at_once
+from trust import ERRORS, Kills, fail_every_step, flips, kill_command, kill_gc, kill_writers, write_at_once
+from trust_s3 import KEYS, SameKeys, emulated_s3, families, kill_copies, make_bucket, same_keys
 
 import ketchup_cache.learn.loop
 import ketchup_cache.score  # noqa: F401  (loaded here once, not in every child)
 from ketchup_cache.store.cache import open_cache
 
-GOOD = {"lost": 0, "partial": 0, "torn": 0, "silent": 0, "false_acknowledgements": 0, "unclear": 0}
+NONE = "lost partial torn silent false_acknowledgements unclear two_creators early"
+GOOD = dict.fromkeys(NONE.split(), 0)
 """What every count of these names must be."""
 
 
@@ -72,6 +74,29 @@ def kill_learn(folder: Path, times: int) -> Kills:
     return kill_command(words, root, reset, times)
 
 
+def kill_copy(folder: Path, times: int, command: str) -> Kills:
+    """push, pull or merge from folder to folder, as on a shared file system."""
+    source, into = folder / f"{command} from", folder / f"{command} to"
+    if not source.exists():
+        families(source)
+    words = [command, str(source), str(into)]
+    if command == "merge":
+        small_segments(folder / "other")
+        words = [command, str(source), str(folder / "other"), "--into", str(into)]
+
+    def reset() -> None:
+        shutil.rmtree(into, ignore_errors=True)
+        open_cache(into, create=True)
+
+    return kill_command(words, into, reset, times)
+
+
+def writers_on_s3(folder: Path, segments: int) -> SameKeys:
+    with emulated_s3() as endpoint:
+        os.environ |= {"AWS_ENDPOINT_URL": endpoint, **KEYS}
+        return same_keys(folder, f"s3://{make_bucket(endpoint)}/cache", 8, segments)
+
+
 def models(folder: Path) -> tuple[Path, Path]:
     if not (folder / "teacher").exists():
         save_model(folder / "student", "1.0", seed=1)
@@ -95,12 +120,19 @@ def main() -> int:
         return max(1, round(number * arguments.share))
 
     troubles: dict[str, Callable[[Path], Any]] = {
-        "kill a writer": lambda folder: kill_writers(folder, cases(840)),
-        "kill compact": lambda folder: kill_compact(folder, cases(100)),
+        "kill a writer": lambda folder: kill_writers(folder, cases(600)),
+        "kill compact": lambda folder: kill_compact(folder, cases(80)),
+        "kill push": lambda folder: kill_copy(folder, cases(60), "push"),
+        "kill pull": lambda folder: kill_copy(folder, cases(60), "pull"),
+        "kill merge": lambda folder: kill_copy(folder, cases(60), "merge"),
+        "kill gc": lambda folder: kill_gc(folder / "gc", cases(40)),
+        "kill a push to S3": lambda folder: kill_copies(folder, cases(20), pull=False),
+        "kill a pull from S3": lambda folder: kill_copies(folder, cases(20), pull=True),
         "kill score": lambda folder: kill_score(folder, cases(40)),
         "kill learn": lambda folder: kill_learn(folder, cases(20)),
         "fail a write": lambda folder: fail_every_step(folder, pytest.MonkeyPatch, ERRORS, round(1 / arguments.share)),
         "flip a bit or byte": lambda folder: flips(folder, cases(10_000)),
+        "8 writers of the same keys on S3": lambda folder: writers_on_s3(folder, cases(100)),
         "16 writers and a reader": lambda folder: write_at_once(folder, 16, cases(100)),
     }
     results, bad = {}, 0

@@ -115,18 +115,13 @@ def main(where: str | None) -> None:
         sizes(small, *(small.manifests(kind)[-1][0] for kind in ("rollouts", "scores")))
 
 
-def take(loaded: ScoredRollouts, rows: np.ndarray) -> None:
-    loaded.rollouts.take(rows)
-    loaded.scores.take(loaded.rollouts.completions, rows)
-
-
 def gathering(loaded: ScoredRollouts) -> None:
     """256 random rows with all their arrays, from memory."""
     rng = np.random.default_rng(0)
     times = []
     for _ in range(200):
         rows = rng.choice(len(loaded), 256, replace=False)
-        times.append(seconds(partial(take, loaded, rows)))
+        times.append(seconds(partial(loaded.take, rows)))
     RESULTS["gather 256 rows, ms, median and best"] = [
         round(t * 1e3, 2) for t in (statistics.median(times), min(times))
     ]

@@ -257,10 +257,10 @@ class _Group:
 
 def _first_returns(scored: ScoredRollouts, rows: NDArray[np.int64], config: AnalyzeConfig) -> NDArray[np.float64]:
     """[rows, 1 + ks]: G_1, then Ĝ_1 for each K."""
-    rollouts = scored.rollouts.take(rows)
+    taken = scored.take(rows)
     returns = rollout_returns(
-        rollouts,
-        scored.scores.take(scored.rollouts.completions, rows),
+        taken.rollouts,
+        taken.scores,
         (1, *config.ks),
         tail=config.tail,
         normalization=config.normalization,

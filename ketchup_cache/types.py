@@ -65,7 +65,7 @@ class Ragged:
     def take(self, rows: Sequence[int] | NDArray[np.integer]) -> Ragged:
         """The given rows, in the given order."""
         places, offsets = self.places(rows)
-        return Ragged(self.values[places], offsets)
+        return Ragged(_gather(self.values, places), offsets)
 
     def places(self, rows: Sequence[int] | NDArray[np.integer]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Where the values of the given rows are in `values`, and the offsets of these rows laid end to end."""
@@ -89,6 +89,11 @@ class Ragged:
         out = np.full((len(self), width), fill, dtype=self.values.dtype)
         out[np.arange(width) < lengths[:, None]] = self.values
         return out
+
+
+def _gather(values: NDArray, places: NDArray[np.int64]) -> NDArray:
+    """values[places]. `Ragged.places` never leaves the array, and without a check of that NumPy is quicker."""
+    return values.take(places, axis=0, mode="clip")
 
 
 def offsets_of(lengths: ArrayLike) -> NDArray[np.int64]:
@@ -131,14 +136,29 @@ class Rollouts:
     def __len__(self) -> int:
         return len(self.completions)
 
+    @classmethod
+    def concatenate(cls, parts: Sequence[Rollouts]) -> Rollouts:
+        """One after another. `prompt_index` stays as it is."""
+        if len(parts) == 1:
+            return parts[0]
+        return cls(
+            prompt_index=np.concatenate([part.prompt_index for part in parts]),
+            completions=Ragged.concatenate([part.completions for part in parts]),
+            behavior_logprob=np.concatenate([part.behavior_logprob for part in parts]),
+            forced=np.concatenate([part.forced for part in parts]),
+            finished=np.concatenate([part.finished for part in parts]),
+        )
+
     def take(self, rows: NDArray[np.integer]) -> Rollouts:
         """The given rows, in the given order. `prompt_index` stays as it is."""
-        places, offsets = self.completions.places(rows)
+        return self._take(rows, *self.completions.places(rows))
+
+    def _take(self, rows: NDArray[np.integer], places: NDArray[np.int64], offsets: NDArray[np.int64]) -> Rollouts:
         return Rollouts(
             prompt_index=self.prompt_index[rows],
-            completions=Ragged(self.completions.values[places], offsets),
-            behavior_logprob=self.behavior_logprob[places],
-            forced=self.forced[places],
+            completions=Ragged(_gather(self.completions.values, places), offsets),
+            behavior_logprob=_gather(self.behavior_logprob, places),
+            forced=_gather(self.forced, places),
             finished=self.finished[rows],
         )
 
@@ -219,9 +239,15 @@ class Scores:
 
     def take(self, completions: Ragged, rows: NDArray[np.integer]) -> Scores:
         """The given rows of these scores of `completions`, in the given order."""
-        places, _ = completions.places(rows)
-        per_token = {name: completions.with_values(values).values[places] for name, values in self.of_tokens().items()}
-        return Scores(**per_token, final_max_q=self.final_max_q[rows])
+        if len(self.q) != len(completions.values):
+            raise ValueError(f"scores of {len(self.q)} tokens for completions that hold {len(completions.values)}")
+        return self._take(rows, completions.places(rows)[0])
+
+    def _take(self, rows: NDArray[np.integer], places: NDArray[np.int64]) -> Scores:
+        arrays = self.of_tokens() if self.top else self.per_token()  # without a top, the rest is logsumexp itself
+        return Scores(
+            **{name: _gather(values, places) for name, values in arrays.items()}, final_max_q=self.final_max_q[rows]
+        )
 
 
 @dataclass(frozen=True)
@@ -234,6 +260,11 @@ class ScoredRollouts:
 
     def __len__(self) -> int:
         return len(self.rollouts)
+
+    def take(self, rows: NDArray[np.integer]) -> ScoredRollouts:
+        """The given rows, in the given order, with all prompts."""
+        places, offsets = self.rollouts.completions.places(rows)  # once for all arrays
+        return ScoredRollouts(self.prompts, self.rollouts._take(rows, places, offsets), self.scores._take(rows, places))
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,6 @@
 """One thread per worker, so that two workers on two cores do not fight; no network; places for caches elsewhere."""
 
-import logging
 import os
-import urllib.request
 import uuid
 
 import pytest
@@ -20,24 +18,21 @@ settings.load_profile("deterministic")
 @pytest.fixture(scope="session")
 def s3_endpoint():
     """Address of an emulated S3 on loopback."""
-    server = pytest.importorskip("moto.server", reason="moto is not installed: pip install 'ketchup-cache[dev]'")
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # else a line for each request
-    running = server.ThreadedMotoServer(port=0, verbose=False)
-    running.start()
-    host, port = running.get_host_and_port()
-    yield f"http://{host}:{port}"
-    running.stop()
+    pytest.importorskip("moto.server", reason="moto is not installed: pip install 'ketchup-cache[dev]'")
+    from trust_s3 import emulated_s3
+
+    with emulated_s3() as endpoint:
+        yield endpoint
 
 
 @pytest.fixture
 def bucket(s3_endpoint, monkeypatch):
     """Name of a new, empty bucket; the environment leads to it."""
-    name = uuid.uuid4().hex
-    keys = {"AWS_ENDPOINT_URL": s3_endpoint, "AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "SECRET"}
-    for key, value in keys.items():
+    from trust_s3 import KEYS, make_bucket
+
+    for key, value in {"AWS_ENDPOINT_URL": s3_endpoint, **KEYS}.items():
         monkeypatch.setenv(key, value)
-    urllib.request.urlopen(urllib.request.Request(f"{s3_endpoint}/{name}", method="PUT")).close()
-    return name
+    return make_bucket(s3_endpoint)
 
 
 @pytest.fixture(params=["local", "memory", "s3"])

@@ -10,13 +10,13 @@ import signal
 import threading
 import time
 import uuid
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
 import pytest
 from store_samples import exit_code, fill, in_child, make_prompts, prompts_info
+from trust_s3 import same_keys
 
 from ketchup_cache.cli import main
 from ketchup_cache.errors import CacheError, CorruptError, KetchupError, MismatchError, WriteError
@@ -161,44 +161,12 @@ def test_a_child_without_its_parent_does_not_travel(cache, tmp_path):
     assert not segment_ids(tmp_path / "b")
 
 
-class Watched(ObjectRemote):
-    """Counts who created what, and checks that no manifest is there before its data."""
-
-    created: list[str]
-    lock = threading.Lock()
-
-    def _create(self, key, data):
-        if key.startswith("manifests/"):
-            segment = key[10:74]
-            for name in base.reading.parse_manifest(data, segment, key).files:
-                assert self._get(f"segments/{segment}/{name}", 10**6)
-        made = super()._create(key, data)
-        if made:
-            with self.lock:
-                self.created.append(key)
-        return made
-
-
 @pytest.mark.parametrize("url", ["s3"], indirect=True)
 def test_eight_writers_of_the_same_keys(tmp_path, url):
     """Every object has one creator, and all eight pushes succeed."""
-    cache = open_folder(tmp_path / "many", create=True)
-    for seed in range(8):
-        cache.commit_prompts(make_prompts(seed=seed), prompts_info())
-    Watched.created = []
-
-    def push(_):
-        remote = Watched(url)
-        remote.create()
-        for id_ in cache.segment_ids():
-            manifest = cache.manifest(id_)
-            local = open_remote(cache.path)
-            remote.put([base.read_segment(local, id_, manifest, local.manifest(id_))])
-
-    with ThreadPoolExecutor(8) as pool:
-        list(pool.map(push, range(8)))
-    wanted = {*contents(cache.path), "ketchup-cache.json"}
-    assert sorted(Watched.created) == sorted(wanted)
+    count = same_keys(tmp_path, url, 8, 8)
+    assert (count.two_creators, count.lost, count.early) == (0, 0, 0)
+    assert count.objects == 1 + 8 * (7 + 1)  # the marker; of each segment seven files and the manifest
 
 
 def test_damaged_data_in_the_store_is_not_published(cache, tmp_path):

@@ -9,10 +9,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from store_samples import make_prompts, make_rollouts, make_scores
 
 from ketchup_cache.errors import CorruptError
 from ketchup_cache.learn import stream as module
 from ketchup_cache.learn.stream import Stream, gather, plan_batches
+from ketchup_cache.types import ScoredRollouts
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 from common import made_up_cache
@@ -34,6 +38,39 @@ def test_order_is_that_of_the_plan_gathered_one_by_one(cache):
         np.testing.assert_array_equal(got.rollouts.completions.offsets, want.rollouts.completions.offsets)
         np.testing.assert_array_equal(got.prompts.tokens.values, want.prompts.tokens.values)
     stream._thread.shutdown()  # its last batch must not be made in the middle of the next test
+
+
+@given(st.data())
+def test_gathered_rows_are_those_of_their_segments_one_by_one(data):
+    """Every array, rows in any order and more than once, empty completions, prompts shared between segments."""
+    parts = []
+    for seed in range(data.draw(st.integers(1, 3))):
+        lengths = data.draw(st.lists(st.integers(0, 5), min_size=1, max_size=6))
+        prompts, rollouts = make_prompts(seed=seed % 2), make_rollouts(lengths, seed=seed, forced=True)
+        part = ScoredRollouts(prompts, rollouts, make_scores(rollouts, 0, len(lengths), seed=seed))
+        rows = data.draw(st.lists(st.integers(0, len(lengths) - 1), min_size=1, max_size=8))
+        parts.append((part, np.array(rows)))
+    got, at = gather(parts), 0
+    for part, rows in parts:
+        for row in rows:
+            start, stop = part.rollouts.completions.offsets[row : row + 2]
+            here = slice(*got.rollouts.completions.offsets[at : at + 2])
+            for name in ("behavior_logprob", "forced"):
+                np.testing.assert_array_equal(
+                    getattr(got.rollouts, name)[here], getattr(part.rollouts, name)[start:stop]
+                )
+            for name in ("q", "max_q", "logsumexp", "mean_q", "top_q", "top_ids", "rest_logsumexp"):
+                np.testing.assert_array_equal(getattr(got.scores, name)[here], getattr(part.scores, name)[start:stop])
+            np.testing.assert_array_equal(got.rollouts.completions[at], part.rollouts.completions.values[start:stop])
+            assert got.rollouts.finished[at] == part.rollouts.finished[row]
+            assert got.scores.final_max_q[at] == part.scores.final_max_q[row]
+            prompt, own = got.rollouts.prompt_index[at], part.rollouts.prompt_index[row]
+            np.testing.assert_array_equal(got.prompts.tokens[prompt], part.prompts.tokens[own])
+            np.testing.assert_array_equal(got.prompts.ids[prompt], part.prompts.ids[own])
+            at += 1
+    assert len(got) == at
+    assert len(np.unique(got.prompts.ids, axis=0)) == len(got.prompts)
+    assert set(got.rollouts.prompt_index) == set(range(len(got.prompts)))
 
 
 def test_the_next_batch_is_made_while_this_one_is_used(cache, monkeypatch):

@@ -11,9 +11,11 @@ import pytest
 from store_samples import exit_code, in_child, make_prompts, prompts_info
 from test_compact import small_segments
 from test_store_hostile import PROMPTS_8_TOKENS
-from trust import ERRORS, fail_every_step, flips, kill_command, kill_writers, write_at_once
+from trust import ERRORS, fail_every_step, flips, kill_command, kill_gc, kill_writers, write_at_once
+from trust_s3 import KEYS, kill_copies
 
 from ketchup_cache.errors import WriteError
+from ketchup_cache.remote import view
 from ketchup_cache.store.cache import open_cache
 
 
@@ -35,6 +37,20 @@ def test_killed_compact(tmp_path: Path) -> None:
     count = kill_command(words, into, reset, 10)
     assert (count.kills, count.lost, count.partial) == (10, 0, 0)
     assert count.acknowledged
+
+
+def test_killed_gc(tmp_path: Path) -> None:
+    count = kill_gc(tmp_path / "c", 5)
+    assert (count.kills, count.lost, count.partial) == (5, 0, 0)
+
+
+@pytest.mark.parametrize("pull", [False, True])
+def test_killed_copies_to_and_from_s3(tmp_path: Path, monkeypatch, pull: bool) -> None:
+    pytest.importorskip("moto.server", reason="moto is not installed: pip install 'ketchup-cache[dev]'")
+    for name in (view.HOME_VARIABLE, "AWS_ENDPOINT_URL", *KEYS):
+        monkeypatch.setenv(name, "")  # so that it is put back afterwards
+    count = kill_copies(tmp_path, 2, pull=pull)
+    assert (count.kills, count.lost, count.partial) == (2, 0, 0)
 
 
 def test_failing_writes(tmp_path: Path, monkeypatch) -> None:

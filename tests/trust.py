@@ -183,6 +183,37 @@ def kill_command(words: list[str], root: Path, reset: Callable[[], object], time
     return count
 
 
+def kill_gc(root: Path, times: int, leftovers: int = 40, seed: int = 0) -> Kills:
+    """Kill gc while it tidies what looks like the remains of commits that were killed. Whole segments must stay."""
+    cache, count, rng = open_cache(root, create=True), Kills(), random.Random(seed)
+    kept = list(fill(cache))
+    count.acknowledged = len(kept)
+    whole_s = 0.0
+    while count.kills < times:
+        for name in range(leftovers):
+            for place in ("segments", "tmp"):
+                copied = root / place / f"{name:064x}"
+                shutil.copytree(root / "segments" / kept[0], copied, dirs_exist_ok=True)
+        began = time.monotonic()
+        _, killed = _killed(
+            lambda: _run(["gc", str(root), "--older-than", "0"]), rng.uniform(0, 0.9 * whole_s) if whole_s else 600
+        )
+        whole_s = whole_s or time.monotonic() - began
+        count.kills += killed
+        visible = {segment_id for segment_id, _ in open_cache(root).manifests()}
+        count.lost += len(set(kept) - visible)
+        for segment_id in kept:
+            try:
+                load(open_cache(root), segment_id)
+            except KetchupError:
+                count.partial += 1
+    _killed(lambda: _run(["gc", str(root), "--older-than", "0"]), 600)  # and at last it finishes
+    report = verify(open_cache(root))
+    assert report.ok
+    assert report.orphans == 0
+    return count
+
+
 def _run(words: list[str]) -> None:
     if main(words):
         raise AssertionError(f"{words[0]} failed")

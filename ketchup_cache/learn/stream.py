@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -102,23 +103,19 @@ class Stream:
 
 def gather(parts: Sequence[tuple[ScoredRollouts, NDArray[np.int64]]]) -> ScoredRollouts:
     """The given rows of the given segments as one. Prompts with equal ids become one, and only those used are kept."""
-    ids = np.concatenate([part.prompts.ids[part.rollouts.prompt_index[rows]] for part, rows in parts])
+    taken = [part.take(rows) for part, rows in parts]
+    ids = np.concatenate([part.prompts.ids[part.rollouts.prompt_index] for part in taken])
     # as strings of 16 bytes: ten times faster than np.unique by rows, in the same order
     _, first, prompt_index = np.unique(ids.view("S16").reshape(-1), return_index=True, return_inverse=True)
-    tokens = [part.prompts.tokens.take(part.rollouts.prompt_index[rows]) for part, rows in parts]
-    prompts = Prompts(ids[first], Ragged.concatenate(tokens).take(first))
-    rollouts = [part.rollouts.take(rows) for part, rows in parts]
-    scores = [part.scores.take(part.rollouts.completions, rows) for part, rows in parts]
+    if len(taken) == 1:  # as nearly always: the prompts that are used, each copied once
+        tokens = taken[0].prompts.tokens.take(taken[0].rollouts.prompt_index[first])
+    else:
+        tokens = Ragged.concatenate([p.prompts.tokens.take(p.rollouts.prompt_index) for p in taken]).take(first)
+    rollouts = Rollouts.concatenate([part.rollouts for part in taken])
     return ScoredRollouts(
-        prompts,
-        Rollouts(
-            prompt_index=prompt_index.reshape(-1).astype(np.int64),
-            completions=Ragged.concatenate([r.completions for r in rollouts]),
-            behavior_logprob=np.concatenate([r.behavior_logprob for r in rollouts]),
-            forced=np.concatenate([r.forced for r in rollouts]),
-            finished=np.concatenate([r.finished for r in rollouts]),
-        ),
-        Scores.concatenate(scores),
+        Prompts(ids[first], tokens),
+        replace(rollouts, prompt_index=prompt_index.reshape(-1).astype(np.int64)),
+        Scores.concatenate([part.scores for part in taken]),
     )
 
 
