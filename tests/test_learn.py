@@ -19,7 +19,7 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from ketchup_cache.config import LearnConfig
 from ketchup_cache.errors import CacheError, ConfigError, MismatchError, NumericsError
-from ketchup_cache.learn.loop import learn
+from ketchup_cache.learn.loop import learn, tail_warning
 from ketchup_cache.learn.step import learning_signal, train_step
 from ketchup_cache.learn.stream import Stream, plan_batches
 from ketchup_cache.lm.head import Head
@@ -299,6 +299,26 @@ def test_killed_and_resumed_gives_the_same_bits(cache, tmp_path, folders):
     again = learn(options)
     assert again.already_done
     assert "nothing to do" in str(again)
+
+
+@pytest.mark.parametrize(
+    ("k", "tail", "lengths", "warned"),
+    [
+        (16, "one-step", [24, 24], "67%"),  # the last 16 of 24 tokens
+        (16, "one-step", [9, 5], "100%"),
+        (4, "one-step", [24, 3], None),  # 7 of 27
+        (16, "jump", [24], None),
+        (1, "one-step", [24], None),
+    ],
+)
+def test_a_k_that_most_completions_are_too_short_for(tmp_path, folders, k, tail, lengths, warned):
+    found = tail_warning(config(tmp_path, folders, k=k, tail=tail), np.array(lengths))
+    assert (found or "None").startswith(str(warned))
+
+
+def test_the_warning_is_printed_once(cache, tmp_path, folders, capsys):
+    learn(config(tmp_path, folders, k=50))
+    assert capsys.readouterr().err.count("--tail jump") == 1
 
 
 def test_result_is_loadable_and_moved(cache, tmp_path, folders):

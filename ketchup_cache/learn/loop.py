@@ -8,6 +8,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from ketchup_cache.config import LearnConfig
 from ketchup_cache.errors import MismatchError
 from ketchup_cache.learn import pins
@@ -26,6 +29,10 @@ from ketchup_cache.store.manifest import TokenizerInfo
 from ketchup_cache.training.optim import Optimizer
 from ketchup_cache.training.origin import Origin
 from ketchup_cache.training.run import Run
+
+
+MOSTLY_TAIL = 0.6
+"""Share of tokens in the tails from which `learn` warns."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +107,8 @@ def learn(config: LearnConfig, score_rollouts: ScoreRollouts | None = None) -> L
         with progress("learning", source.steps - resumed, "steps") as bar:
             for step in range(resumed, source.steps):
                 drawn = source.batch(step, model)
+                if step == resumed and (warning := tail_warning(config, drawn.rollouts.rollouts.completions.lengths)):
+                    print(f"ketchup-cache: warning: {warning}", file=sys.stderr)
                 used.add(source.segments())
                 step_began = time.monotonic()
                 if config.method in ("ketchup", "llmr"):
@@ -127,6 +136,20 @@ def learn(config: LearnConfig, score_rollouts: ScoreRollouts | None = None) -> L
         )
         run.finish("student", model, tokenizer, report.to_dict(), origin)
     return report
+
+
+def tail_warning(config: LearnConfig, lengths: NDArray[np.int64]) -> str | None:
+    """Where most tokens have the return of LLMR whatever K says: Algorithm 1 takes the last K of a completion one by
+    one. On the shipped task `reason` that is how a large K loses (docs/log.md)."""
+    if config.method != "ketchup" or config.k == 1 or config.tail != "one-step":
+        return None
+    share = np.minimum(lengths, config.k).sum() / max(1, lengths.sum())
+    if share < MOSTLY_TAIL:
+        return None
+    return (
+        f"{share:.0%} of the tokens are among the last {config.k} of their completion, where K = {config.k} steps one "
+        f"by one as K = 1 does; choose a smaller --k, or --tail jump"
+    )
 
 
 def check_tokenizer(cache: Cache, student: TokenizerInfo) -> None:
