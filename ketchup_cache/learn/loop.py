@@ -30,7 +30,6 @@ from ketchup_cache.training.optim import Optimizer
 from ketchup_cache.training.origin import Origin
 from ketchup_cache.training.run import Run
 
-
 MOSTLY_TAIL = 0.6
 """Share of tokens in the tails from which `learn` warns."""
 
