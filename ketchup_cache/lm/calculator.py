@@ -97,7 +97,7 @@ class ForcedResults(LogitsProcessor):
     def keep(self, places: list[int]) -> None:
         """From the next call on there are these rows of the last one only, in this order."""
         self._rows = [self._rows[place] for place in places]
-        self._queues = {row: queue for row, queue in self._queues.items() if row in self._rows}
+        self._queues = {row: self._queues[row] for row in self._rows if row in self._queues}
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         if self._steps:  # the first call sees only what was there before: a prompt, or the decoder's start
