@@ -266,3 +266,48 @@ def test_a_process_that_may_have_no_more_memory_goes_on():
     assert difference < 1e-4
     assert 300 <= found < 60 * 304
     assert done.stderr.splitlines()[0].startswith("score: out of memory at a batch of 18,240 tokens")
+
+
+# ------------------------------------------------------------------------------------------------------- in `score`
+
+
+def test_score_keeps_the_budget_from_segment_to_segment_and_reports_it(tmp_path, monkeypatch, capsys):
+    from test_score import add_rollouts, assert_scored, open_cache, options, save_model, score
+
+    folder = save_model(tmp_path / "teacher", "1.1")
+    cache, sizes, own = open_cache(tmp_path / "cache", create=True), [], Teacher._score_batch
+
+    def limited(self, batch, *rest):
+        sizes.append(len(batch.completions) * int(batch.prompts.lengths.max() + batch.completions.lengths.max()))
+        if sizes[-1] > 40:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return own(self, batch, *rest)
+
+    monkeypatch.setattr(Teacher, "_score_batch", limited)
+    ids = [add_rollouts(cache, *random_rollouts(seed, 12, prompts=5), policy=seed) for seed in range(3)]
+    report = score(options(cache, folder, commit_tokens=40).model_copy(update={"batch_tokens": 1000}))
+    assert report.segments > 4
+    assert_scored(cache, folder, ids)
+    lines = capsys.readouterr().err.splitlines()
+    limits = [int(line.split()[-1]) for line in lines if "out of memory" in line]
+    assert limits == sorted(limits, reverse=True)
+    assert report.batch_tokens == report.to_dict()["batch_tokens"] == limits[-1] <= 40
+    assert str(report).endswith(f" s, in batches of up to {limits[-1]} tokens")
+    assert sum(size > 40 for size in sizes) == len(limits) <= 3  # not again in every segment
+    again = score(options(cache, folder))
+    assert again.batch_tokens is None
+
+
+def test_auto_in_score(tmp_path, monkeypatch, capsys):
+    from test_score import add_rollouts, assert_scored, open_cache, options, save_model, score
+
+    monkeypatch.setattr(memory, "PROBE", 40)
+    folder = save_model(tmp_path / "teacher", "1.1")
+    cache = open_cache(tmp_path / "cache", create=True)
+    ids = [add_rollouts(cache, *random_rollouts(1, 30, prompts=9))]
+    config = options(cache, folder).model_copy(update={"batch_tokens": "auto"})
+    report = score(config)
+    assert_scored(cache, folder, ids)
+    assert 40 <= report.batch_tokens <= memory.MOST_ELSEWHERE
+    said = f"score: batches of up to {report.batch_tokens:,} tokens fit into memory (--batch-tokens auto)"
+    assert capsys.readouterr().err.splitlines().count(said) == 1
