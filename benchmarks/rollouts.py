@@ -1,6 +1,6 @@
 """Where the time of sampling goes, and what it could be: `generate` row by row, ours on `generate`, ours, CTranslate2.
 
-    python benchmarks/rollouts.py [--prompts 16] [--tasks]
+    python benchmarks/rollouts.py [--prompts 16] [--ways "on generate,ours"] [--tasks]
 
 Random weights of T5-small's shape, realistic prompts, 4 samples of each. One in 25 ids ends a completion, so that
 lengths are geometric with a mean near 25, cut at 64: random weights alone would never stop.
@@ -15,7 +15,7 @@ lengths are geometric with a mean near 25, cut at 64: random weights alone would
   probabilities are recomputed by our model in one pass, which is part of its time.
 
 With `--tasks` instead: the shipped students of `translate` and `reason` (with the calculator), 4 samples of each of
-64 prompts, ours on `generate` and ours in turn, five times; the tokens are compared.
+256 prompts, ours on `generate` and ours in turn, five times; the tokens are compared.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def tasks(chosen: Any) -> None:
     """The shipped students, both ways in turn."""
     results, rows = {}, []
     for task, longest in (("translate", 32), ("reason", 48)):
-        found = in_turn_on(task, longest, repeats=2 if chosen.short else 5)
+        found = in_turn_on(task, longest, *((64, 2) if chosen.short else (256, 5)))
         results[task] = found
         seconds, same = found["cpu_seconds"], f"{found['same']} of {found['rollouts']}"
         ratio = seconds["on generate"] / seconds["ours"]
@@ -103,11 +103,11 @@ def tasks(chosen: Any) -> None:
     publish("rollouts_tasks", chosen, results=results)
 
 
-def in_turn_on(task: str, longest: int, repeats: int) -> dict[str, Any]:
+def in_turn_on(task: str, longest: int, prompts_of_each: int, repeats: int) -> dict[str, Any]:
     folder = str(ROOT / "data" / task / "predistilled")
     model, tokenizer = load_model(folder, device="cpu"), load_tokenizer(folder)
     with (ROOT / "data" / task / "prompts.jsonl").open(encoding="utf-8") as lines:
-        texts = [json.loads(line)["prompt"] for line in itertools.islice(lines, 64)]
+        texts = [json.loads(line)["prompt"] for line in itertools.islice(lines, prompts_of_each)]
     prompts = Ragged.from_rows(tokenizer(texts)["input_ids"], np.int32)
     sampling = Sampling(samples=4, max_new_tokens=longest, calculator=task == "reason")
     calculator = Calculator(tokenizer, task) if sampling.calculator else None
@@ -176,8 +176,13 @@ class Engine:
 
 
 def main() -> None:
-    chosen = options(__doc__, prompts=(16, "prompts"), samples=(4, "completions of each when sampling"),
-                     tasks=(False, "the shipped students instead"))  # fmt: skip
+    chosen = options(
+        __doc__,
+        prompts=(16, "prompts"),
+        samples=(4, "completions of each when sampling"),
+        ways=("", "only these, comma-separated; ratios are to the first"),
+        tasks=(False, "the shipped students instead"),
+    )
     if chosen.tasks:
         tasks(chosen)
         return
@@ -193,14 +198,16 @@ def main() -> None:
         "ours": ours,
         "ours, sorted": lambda m, _, s, g: ours(m, by_length, s, g),
     }
-    missing = None
+    missing, wanted = None, [name.strip() for name in chosen.ways.split(",") if name.strip()]
     with tempfile.TemporaryDirectory() as temporary:
         try:
-            for threads in (1, 2):
+            for threads in (1, 2) if not wanted or "CTranslate2" in chosen.ways else ():
                 ways[f"CTranslate2, {threads} threads"] = Engine(model, Path(temporary), threads)
         except Exception as error:  # it is optional, and its converter follows transformers at a distance
             missing = f"{type(error).__name__}: {error}".splitlines()[0]
             print(f"CTranslate2: not measured ({missing})", flush=True)
+        ways = {name: ways[name] for name in wanted or ways}
+        first = next(iter(ways))
         results, rows = [], []
         for greedy in (True, False):
             samples = 1 if greedy else chosen.samples
@@ -211,23 +218,23 @@ def main() -> None:
                 found[name] = {"seconds": wall, "cpu_seconds": cpu, "tokens": tokens}
                 print(f"{name}: {tokens} tokens in {wall:.1f} s", file=sys.stderr, flush=True)
             for name, entry in found.items():
-                rate, base = entry["tokens"] / entry["seconds"], found["plain"]["tokens"] / found["plain"]["seconds"]
+                rate, base = entry["tokens"] / entry["seconds"], found[first]["tokens"] / found[first]["seconds"]
                 cpu_rate = entry["tokens"] / entry["cpu_seconds"]
-                base_cpu = found["plain"]["tokens"] / found["plain"]["cpu_seconds"]
-                entry |= {"of_plain": rate / base, "of_plain_cpu": cpu_rate / base_cpu}
+                base_cpu = found[first]["tokens"] / found[first]["cpu_seconds"]
+                entry |= {"of_first": rate / base, "of_first_cpu": cpu_rate / base_cpu}
                 rows.append(
                     (
                         "greedy" if greedy else f"{samples} samples",
                         name,
                         f"{entry['tokens']:,}",
                         f"{rate:.0f}",
-                        f"{entry['of_plain']:.2f}",
+                        f"{entry['of_first']:.2f}",
                         f"{cpu_rate:.0f}",
-                        f"{entry['of_plain_cpu']:.2f}",
+                        f"{entry['of_first_cpu']:.2f}",
                     )
                 )
             results.append({"greedy": greedy, "samples": samples, "ways": found})
-    print(table(("", "way", "tokens", "tokens/s", "of plain", "tokens/CPU-s", "of plain, CPU"), rows))
+    print(table(("", "way", "tokens", "tokens/s", f"of {first}", "tokens/CPU-s", f"of {first}, CPU"), rows))
     publish("rollouts", chosen, prompts=n, results=results, ctranslate2=missing or "measured")
 
 
