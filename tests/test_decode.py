@@ -26,7 +26,7 @@ BART = {
     "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "max_position_embeddings": 64,
     "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 3, "decoder_start_token_id": 1, "init_std": 0.4,
 }  # fmt: skip
-ENCODERS = ("t5-1.0", "t5-1.1", "bart", "marian")
+ENCODERS = ("t5-1.0", "t5-1.1", "bart", "marian", "nllb-moe")
 
 
 @pytest.fixture(autouse=True)
@@ -45,6 +45,8 @@ def make(family: str, ends: list[int] = ENDS):
         model = transformers.BartForConditionalGeneration(transformers.BartConfig(**BART)).eval()
     elif family == "marian":
         model = transformers.MarianMTModel(transformers.MarianConfig(**BART)).eval()
+    elif family == "nllb-moe":  # its encoder has an output class of its own
+        model = transformers.NllbMoeForConditionalGeneration(transformers.NllbMoeConfig(**BART, num_experts=2)).eval()
     else:
         model = make_decoder(family)
     model.generation_config.eos_token_id = ends

@@ -7,7 +7,7 @@ what a row draws depends on its place in the batch, and not on who has left.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,11 +17,10 @@ from transformers import (
     DynamicCache,
     EncoderDecoderCache,
     GenerationMixin,
-    LogitsProcessorList,
+    LogitsProcessor,
     PreTrainedModel,
 )
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
-from transformers.modeling_outputs import BaseModelOutput
 
 from ketchup_cache.lm.batching import token_budget_batches
 from ketchup_cache.lm.forward import decoder_start
@@ -58,14 +57,14 @@ def decode(
     longest: int,
     greedy: bool,
     eos: list[int],
-    processors: LogitsProcessorList,
+    processors: Sequence[LogitsProcessor],
     on_leave: Callable[[list[int]], None] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Tokens [B, T] int64 and their log-probabilities [B, T] float32 (greedy: 0), T ≤ `longest`; after the first EOS
     of a row anything. B = prompts × samples; the samples of a prompt stand together.
 
-    processors: called with the tokens so far, behind one of no meaning, and the scores [rows, V] float32. on_leave:
-    called with the places of those that stay, among the rows of the last call, whenever others leave.
+    processors: called one after the other with the tokens so far, behind one of no meaning, and the scores [rows, V]
+    float32. on_leave: called whenever rows leave, with the places of the others among the rows of the last call.
     """
     rows = _Rows(model, prompts)
     rows.take(torch.arange(len(prompts)).repeat_interleave(samples))
@@ -76,7 +75,9 @@ def decode(
     tokens = torch.zeros(size, longest + 1, dtype=torch.long, device=device)
     logprob = torch.zeros(size, longest, device=device)
     for step in range(longest):
-        scores = processors(tokens[place, : step + 1], rows.logits)
+        scores = rows.logits
+        for processor in processors:
+            scores = processor(tokens[place, : step + 1], scores)
         if greedy:
             chosen = scores.argmax(1)
         else:
@@ -110,7 +111,7 @@ class _Rows:
         mask = np.arange(prompts.lengths.max()) < prompts.lengths[:, None]
         if model.config.is_encoder_decoder:
             self._mask = torch.from_numpy(mask.astype(np.int64)).to(self._device)
-            self._encoded: Tensor | None = _encode(model, prompts, self._device)
+            self._encoded: Any = _encode(model, prompts, self._device)
             self._cache: DynamicCache | EncoderDecoderCache = EncoderDecoderCache(
                 _empty_cache(model), _empty_cache(model)
             )
@@ -133,7 +134,8 @@ class _Rows:
         if self._encoded is None:
             self._position = self._position[rows]
         else:
-            self._encoded = self._encoded[rows.to(self._encoded.device)]
+            states = self._encoded.last_hidden_state
+            self._encoded = type(self._encoded)(last_hidden_state=states[rows.to(states.device)])
 
     def advance(self, tokens: Tensor) -> None:
         """Read one more token of each row."""
@@ -145,7 +147,7 @@ class _Rows:
     def _read(self, tokens: Tensor) -> None:
         inputs: dict[str, Any] = {"attention_mask": self._mask, "past_key_values": self._cache, "use_cache": True}
         if self._encoded is not None:
-            inputs["encoder_outputs"] = BaseModelOutput(last_hidden_state=self._encoded)
+            inputs["encoder_outputs"] = self._encoded
             inputs["decoder_input_ids"] = tokens
         else:
             inputs["input_ids"] = tokens
@@ -160,19 +162,21 @@ def _empty_cache(model: PreTrainedModel) -> DynamicCache:
     return DynamicCache(config=model.config.get_text_config(decoder=True))
 
 
-def _encode(model: PreTrainedModel, prompts: Ragged, device: torch.device) -> Tensor:
-    """[P, longest, D] of every prompt. Long ones are encoded apart from short ones; behind a prompt anything."""
-    lengths, encoded = prompts.lengths, None
-    batches = token_budget_batches(lengths, np.zeros_like(lengths), int(lengths.max()) * len(prompts))
-    for places in batches:
+def _encode(model: PreTrainedModel, prompts: Ragged, device: torch.device) -> Any:
+    """The encoder's output of every prompt, with its states [P, longest, D] alone: behind a prompt's end anything.
+    Long prompts are encoded apart from short ones."""
+    lengths, encoded, kind = prompts.lengths, torch.empty(0), None
+    for places in token_budget_batches(lengths, np.zeros_like(lengths), int(lengths.max()) * len(prompts)):
         part = prompts.take(places)
         mask = np.arange(part.lengths.max()) < part.lengths[:, None]
-        states = model.get_encoder()(
+        output = model.get_encoder()(
             input_ids=torch.from_numpy(part.padded().astype(np.int64)).to(device),
             attention_mask=torch.from_numpy(mask.astype(np.int64)).to(device),
-        ).last_hidden_state
-        if encoded is None:
-            encoded = states.new_zeros(len(prompts), int(lengths.max()), states.shape[2])
+            return_dict=True,
+        )
+        states = output.last_hidden_state
+        if kind is None:  # some have fields of their own that the decoder's side asks for
+            kind, encoded = type(output), states.new_zeros(len(prompts), int(lengths.max()), states.shape[2])
         encoded[torch.from_numpy(places).to(states.device), : states.shape[1]] = states
-    assert encoded is not None
-    return encoded
+    assert kind is not None
+    return kind(last_hidden_state=encoded)

@@ -155,7 +155,7 @@ def _decode(
         longest=sampling.max_new_tokens,
         greedy=sampling.greedy,
         eos=eos,
-        processors=LogitsProcessorList(_processors(vocab_size, 1, sampling, forcing)),
+        processors=_processors(vocab_size, 1, sampling, forcing),
         on_leave=forcing.keep if forcing else None,
     )
     return tokens.cpu().numpy(), logprob.cpu().numpy()
