@@ -223,3 +223,10 @@ def test_a_layer_that_keeps_something_else_is_left_to_generate(monkeypatch):
     assert "linear_attention" in config.layer_types
     monkeypatch.setattr(model, "config", config)
     assert not can_decode(model)
+
+
+def test_a_forward_pass_that_takes_no_encoder_output_is_left_to_generate(monkeypatch):
+    model = make("t5-1.0")
+    own = model.forward
+    monkeypatch.setattr(model, "forward", lambda input_ids, past_key_values=None, **more: own(input_ids, **more))
+    assert not can_decode(model)
