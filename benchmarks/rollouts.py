@@ -100,7 +100,7 @@ def tasks(chosen: Any) -> None:
         rows.append((task, f"{found['mean_length']:.1f}", found["longest"], *times, same))
     head = ("task", "mean length", "longest", "CPU-s on generate", "CPU-s ours", "ratio", "same completions")
     print(table(head, rows))
-    publish("rollouts_tasks", chosen, results=results)
+    publish("rollouts_tasks", chosen, benchmark="benchmarks/rollouts.py --tasks", results=results)
 
 
 def in_turn_on(task: str, longest: int, prompts_of_each: int, repeats: int) -> dict[str, Any]:
