@@ -1,37 +1,46 @@
-"""Where the time of sampling goes, and what it could be: `generate` row by row, ours, early removal, CTranslate2.
+"""Where the time of sampling goes, and what it could be: `generate` row by row, ours on `generate`, ours, CTranslate2.
 
-    python benchmarks/rollouts.py [--prompts 16]
+    python benchmarks/rollouts.py [--prompts 16] [--ways "on generate,ours"] [--tasks]
 
 Random weights of T5-small's shape, realistic prompts, 4 samples of each. One in 25 ids ends a completion, so that
 lengths are geometric with a mean near 25, cut at 64: random weights alone would never stop.
 
 - plain: transformers' `generate`, every sample a row of its own with an encoder pass of its own, 8 at once, as
   they come.
-- ours: `sample_completions` (each prompt encoded once for its samples), 64 at once.
+- on generate: `sample_completions` as it is for models that `lm/decode.py` does not know: each prompt encoded once for
+  its samples, 64 at once, every row computed until the last has ended.
+- ours: `sample_completions`: rows that have ended leave.
 - ours, sorted: the same, prompts sorted by length.
-- removal: a decoding loop of 20 lines on the same model that drops finished rows from the batch each step.
 - CTranslate2: float32 `Translator`, an engine of its own. It reports one score per completion, so the tokens' log-
   probabilities are recomputed by our model in one pass, which is part of its time.
+
+With `--tasks` instead: the shipped students of `translate` and `reason` (with the calculator), 4 samples of each of
+256 prompts, ours on `generate` and ours in turn, five times; the tokens are compared.
 """
 
 from __future__ import annotations
 
+import itertools
+import json
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from common import T5_SMALL, VOCAB, options, publish, sample, t5, table, timed
-from transformers import DynamicCache, EncoderDecoderCache
-from transformers.modeling_outputs import BaseModelOutput
+from common import ROOT, T5_SMALL, VOCAB, options, publish, sample, t5, table, timed
 
+import ketchup_cache.lm.sample as sample_module
+from ketchup_cache.lm.calculator import Calculator
 from ketchup_cache.lm.forward import Batch, completion_states
 from ketchup_cache.lm.head import Head
+from ketchup_cache.lm.load import load_model, load_tokenizer
 from ketchup_cache.lm.sample import sample_completions
 from ketchup_cache.store.manifest import Sampling
-from ketchup_cache.types import Ragged
+from ketchup_cache.types import Ragged, Rollouts
 
 LIMIT = 64
 
@@ -65,38 +74,65 @@ def ours(model: Any, prompts: Ragged, samples: int, greedy: bool) -> int:
     return len(made.completions.values)
 
 
-@torch.no_grad()
-def removal(model: Any, prompts: Ragged, samples: int, greedy: bool) -> int:
-    """Finished rows leave the batch, and with them their keys and values."""
-    eos = torch.tensor(model.generation_config.eos_token_id)
-    tokens, at_once = 0, max(1, 64 // samples)
-    for start in range(0, len(prompts), at_once):
-        part = prompts.slice(start, min(start + at_once, len(prompts)))
-        mask = torch.from_numpy((np.arange(part.lengths.max()) < part.lengths[:, None]).astype(np.int64))
-        ids = torch.from_numpy(part.padded().astype(np.int64))
-        encoded = model.get_encoder()(input_ids=ids, attention_mask=mask).last_hidden_state
-        encoded, mask = encoded.repeat_interleave(samples, 0), mask.repeat_interleave(samples, 0)
-        last = torch.zeros(len(encoded), 1, dtype=torch.long)
-        cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
-        for _ in range(LIMIT):
-            logits = model(
-                encoder_outputs=BaseModelOutput(last_hidden_state=encoded),
-                attention_mask=mask,
-                decoder_input_ids=last,
-                past_key_values=cache,
-                use_cache=True,
-            ).logits[:, -1, :VOCAB]
-            last = logits.argmax(1, keepdim=True) if greedy else torch.multinomial(logits.softmax(1), 1)
-            logits.logsumexp(1)  # what the log-probability costs
-            tokens += len(last)
-            going = ~torch.isin(last[:, 0], eos)
-            if not going.all():
-                keep = going.nonzero()[:, 0]
-                if not len(keep):
-                    break
-                last, encoded, mask = last[keep], encoded[keep], mask[keep]
-                cache.batch_select_indices(keep)
-    return tokens
+@contextmanager
+def by_generate() -> Iterator[None]:
+    own, sample_module.can_decode = sample_module.can_decode, lambda _: False
+    try:
+        yield
+    finally:
+        sample_module.can_decode = own
+
+
+def on_generate(model: Any, prompts: Ragged, samples: int, greedy: bool) -> int:
+    with by_generate():
+        return ours(model, prompts, samples, greedy)
+
+
+def tasks(chosen: Any) -> None:
+    """The shipped students, both ways in turn."""
+    results, rows = {}, []
+    for task, longest in (("translate", 32), ("reason", 48)):
+        found = in_turn_on(task, longest, *((64, 2) if chosen.short else (256, 5)))
+        results[task] = found
+        seconds, same = found["cpu_seconds"], f"{found['same']} of {found['rollouts']}"
+        ratio = seconds["on generate"] / seconds["ours"]
+        times = (f"{seconds['on generate']:.2f}", f"{seconds['ours']:.2f}", f"{ratio:.2f}")
+        rows.append((task, f"{found['mean_length']:.1f}", found["longest"], *times, same))
+    head = ("task", "mean length", "longest", "CPU-s on generate", "CPU-s ours", "ratio", "same completions")
+    print(table(head, rows))
+    publish("rollouts_tasks", chosen, benchmark="benchmarks/rollouts.py --tasks", results=results)
+
+
+def in_turn_on(task: str, longest: int, prompts_of_each: int, repeats: int) -> dict[str, Any]:
+    folder = str(ROOT / "data" / task / "predistilled")
+    model, tokenizer = load_model(folder, device="cpu"), load_tokenizer(folder)
+    with (ROOT / "data" / task / "prompts.jsonl").open(encoding="utf-8") as lines:
+        texts = [json.loads(line)["prompt"] for line in itertools.islice(lines, prompts_of_each)]
+    prompts = Ragged.from_rows(tokenizer(texts)["input_ids"], np.int32)
+    sampling = Sampling(samples=4, max_new_tokens=longest, calculator=task == "reason")
+    calculator = Calculator(tokenizer, task) if sampling.calculator else None
+
+    def once() -> Rollouts:
+        return sample_completions(
+            model, len(tokenizer), prompts, sampling, first_prompt=0, batch=64, calculator=calculator
+        )
+
+    cpu: dict[str, list[float]] = {"on generate": [], "ours": []}
+    made: dict[str, Rollouts] = {}
+    for _ in range(repeats):
+        for name, way in (("on generate", by_generate), ("ours", nullcontext)):
+            with way():
+                _, seconds, made[name] = timed(once)
+            cpu[name].append(seconds)
+    old, new = (list(rollouts.completions) for rollouts in made.values())
+    lengths = made["ours"].completions.lengths
+    return {
+        "cpu_seconds": {name: min(values) for name, values in cpu.items()},
+        "mean_length": float(lengths.mean()),
+        "longest": int(lengths.max()),
+        "same": sum(np.array_equal(a, b) for a, b in zip(old, new, strict=True)),
+        "rollouts": len(new),
+    }
 
 
 class Engine:
@@ -106,7 +142,7 @@ class Engine:
         import ctranslate2
         from common import word_tokenizer
 
-        self.model, self.head, tokenizer = model, Head.of(model, VOCAB), word_tokenizer(VOCAB + 28)
+        self.model, self.head, tokenizer = model, Head.of(model, VOCAB + 28), word_tokenizer(VOCAB + 28)
         if not (folder / "ct2").exists():
             model.save_pretrained(folder / "hf")
             tokenizer.save_pretrained(folder / "hf")
@@ -140,23 +176,38 @@ class Engine:
 
 
 def main() -> None:
-    chosen = options(__doc__, prompts=(16, "prompts"), samples=(4, "completions of each when sampling"))
+    chosen = options(
+        __doc__,
+        prompts=(16, "prompts"),
+        samples=(4, "completions of each when sampling"),
+        ways=("", "only these, comma-separated; ratios are to the first"),
+        tasks=(False, "the shipped students instead"),
+    )
+    if chosen.tasks:
+        tasks(chosen)
+        return
     model = t5(T5_SMALL)
     ends = np.random.default_rng(0).choice(np.arange(3, VOCAB), VOCAB // 25, replace=False)
     model.generation_config.eos_token_id = model.config.eos_token_id = [1, *map(int, ends)]
     n = 4 if chosen.short else chosen.prompts
     prompts = sample(0, n, samples=1).prompts.tokens
     by_length = prompts.take(np.argsort(prompts.lengths, kind="stable"))
-    ways: dict[str, Any] = {"plain": plain, "ours": ours, "ours, sorted": lambda m, _, s, g: ours(m, by_length, s, g)}
-    ways["removal"] = removal
-    missing = None
+    ways: dict[str, Any] = {
+        "plain": plain,
+        "on generate": on_generate,
+        "ours": ours,
+        "ours, sorted": lambda m, _, s, g: ours(m, by_length, s, g),
+    }
+    missing, wanted = None, [name.strip() for name in chosen.ways.split(",") if name.strip()]
     with tempfile.TemporaryDirectory() as temporary:
         try:
-            for threads in (1, 2):
+            for threads in (1, 2) if not wanted or "CTranslate2" in chosen.ways else ():
                 ways[f"CTranslate2, {threads} threads"] = Engine(model, Path(temporary), threads)
         except Exception as error:  # it is optional, and its converter follows transformers at a distance
             missing = f"{type(error).__name__}: {error}".splitlines()[0]
             print(f"CTranslate2: not measured ({missing})", flush=True)
+        ways = {name: ways[name] for name in wanted or ways}
+        first = next(iter(ways))
         results, rows = [], []
         for greedy in (True, False):
             samples = 1 if greedy else chosen.samples
@@ -167,23 +218,23 @@ def main() -> None:
                 found[name] = {"seconds": wall, "cpu_seconds": cpu, "tokens": tokens}
                 print(f"{name}: {tokens} tokens in {wall:.1f} s", file=sys.stderr, flush=True)
             for name, entry in found.items():
-                rate, base = entry["tokens"] / entry["seconds"], found["plain"]["tokens"] / found["plain"]["seconds"]
+                rate, base = entry["tokens"] / entry["seconds"], found[first]["tokens"] / found[first]["seconds"]
                 cpu_rate = entry["tokens"] / entry["cpu_seconds"]
-                base_cpu = found["plain"]["tokens"] / found["plain"]["cpu_seconds"]
-                entry |= {"of_plain": rate / base, "of_plain_cpu": cpu_rate / base_cpu}
+                base_cpu = found[first]["tokens"] / found[first]["cpu_seconds"]
+                entry |= {"of_first": rate / base, "of_first_cpu": cpu_rate / base_cpu}
                 rows.append(
                     (
                         "greedy" if greedy else f"{samples} samples",
                         name,
                         f"{entry['tokens']:,}",
                         f"{rate:.0f}",
-                        f"{entry['of_plain']:.2f}",
+                        f"{entry['of_first']:.2f}",
                         f"{cpu_rate:.0f}",
-                        f"{entry['of_plain_cpu']:.2f}",
+                        f"{entry['of_first_cpu']:.2f}",
                     )
                 )
             results.append({"greedy": greedy, "samples": samples, "ways": found})
-    print(table(("", "way", "tokens", "tokens/s", "of plain", "tokens/CPU-s", "of plain, CPU"), rows))
+    print(table(("", "way", "tokens", "tokens/s", f"of {first}", "tokens/CPU-s", f"of {first}, CPU"), rows))
     publish("rollouts", chosen, prompts=n, results=results, ctranslate2=missing or "measured")
 
 

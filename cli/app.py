@@ -16,7 +16,7 @@ from pydantic_core import PydanticUndefined
 
 from ketchup_cache import __version__
 from ketchup_cache.config import COMMANDS
-from ketchup_cache.config_base import Config
+from ketchup_cache.config_base import Config, Positive
 from ketchup_cache.errors import KetchupError
 from ketchup_cache.resolve import choices, flag, resolve
 from ketchup_cache.shipped import recipe
@@ -126,7 +126,8 @@ def _json_parameter() -> inspect.Parameter:
 
 def _metavar(info: FieldInfo) -> str:
     if words := choices(info.annotation):
-        return "|".join(words)
+        number = Positive in typing.get_args(info.annotation)
+        return "|".join(["INT"] * number + [*words])
     inner = [t for t in typing.get_args(info.annotation) if t is not type(None)] or [info.annotation]
     names = {int: "INT", float: "FLOAT", str: "TEXT", Path: "PATH"}
     return names.get(inner[0], "TEXT") if typing.get_origin(info.annotation) is not tuple else "INT,INT,…"

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from ketchup_cache.config_base import CacheAddress, Config, Positive
+from ketchup_cache.config_base import CacheAddress, Config, Positive, TokensOrAuto
 from ketchup_cache.config_caches import (
     CompactConfig,
     DiffConfig,
@@ -118,8 +118,8 @@ class SamplingOptions(Config):
 class ScoringOptions(Config):
     dtype: Dtype = "float32"
     """Precision of the teacher's body. The head and its reductions always run in float32."""
-    batch_tokens: Positive = 16384
-    """Largest padded batch of the teacher, in tokens (prompt and completion)."""
+    batch_tokens: TokensOrAuto = 16384
+    """Largest padded batch of the teacher, in tokens (prompt and completion). auto: what fits into memory."""
     device_map: str | None = None
     """Spread a large teacher over devices: auto, balanced, sequential (through accelerate)."""
 

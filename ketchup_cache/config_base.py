@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 
 class Config(BaseModel):
@@ -19,3 +19,18 @@ def _folder_or_address(value: Path | str) -> Path | str:
 CacheAddress = Annotated[str | Path, AfterValidator(_folder_or_address)]
 """A folder, or an address: pathlib would make one slash of the two in s3://."""
 Positive = Annotated[int, Field(ge=1)]
+
+
+def _tokens_or_auto(value: Any) -> Any:
+    if value == "auto":
+        return value
+    try:
+        number = int(value) if isinstance(value, str | int) and not isinstance(value, bool) else 0
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise ValueError("must be a whole number of 1 or more, or auto")
+    return number
+
+
+TokensOrAuto = Annotated[Positive | Literal["auto"], BeforeValidator(_tokens_or_auto)]

@@ -169,6 +169,7 @@ def _explain(detail: ErrorDetails, config_class: type[Config]) -> str:
         "int_from_float": lambda: "must be a whole number",
         "float_parsing": lambda: "must be a number",
         "bool_parsing": lambda: "must be true or false",
+        "value_error": lambda: str(context["error"]),
     }.get(kind, lambda: detail["msg"].lower())()
     return f"{flag(name)} {wants}, not {given!r}"
 

@@ -18,6 +18,7 @@ from ketchup_cache.config import EvaluateConfig, LearnConfig, ScoreConfig
 from ketchup_cache.errors import MismatchError, NumericsError
 from ketchup_cache.lm.fingerprint import first_difference, tokenizer_info
 from ketchup_cache.lm.load import load_tokenizer
+from ketchup_cache.lm.memory import TokenBudget
 from ketchup_cache.progress import Bar, progress
 from ketchup_cache.remote.view import open_cache
 from ketchup_cache.store.cache import Cache
@@ -50,6 +51,8 @@ class ScoreReport:
     """Rows whose scores were there for the same prompt and completion, from earlier or in this run."""
     segments: int = 0
     """Segments written."""
+    batch_tokens: int | None = None
+    """Largest padded batch, in tokens, that was used in the end; None where the teacher had nothing to compute."""
     seconds: float = 0.0
     """From start to end, loading included."""
 
@@ -68,10 +71,11 @@ class ScoreReport:
     def __str__(self) -> str:
         if not self.computed + self.copied:
             return f"nothing to do: all {self.already:,} rollouts are scored by teacher {self.teacher}"
+        batches = f", in batches of up to {self.batch_tokens:,} tokens" if self.batch_tokens else ""
         return (
             f"scored {self.computed:,} rollouts ({self.tokens:,} tokens, {self.tokens_per_second:,.0f}/s) by teacher "
             f"{self.teacher}, copied {self.copied:,} (hit rate {self.hit_rate:.0%}), {self.already:,} were there; "
-            f"{self.segments} segments in {self.seconds:.1f} s"
+            f"{self.segments} segments in {self.seconds:.1f} s{batches}"
         )
 
 
@@ -96,6 +100,7 @@ class Scorer:
         """Raises ModelError where the teacher's files are missing or damaged."""
         self._config, self._name, self._commit_tokens = config, teacher, commit_tokens
         self._known: _KnownScores | None = None
+        self._budget = TokenBudget(config.batch_tokens)
         wanted = config.keep_top if isinstance(config, ScoreConfig) else getattr(config, "top_needed", 0)
         self.info, self.tokenizer = Teacher.identify(
             teacher, dtype=config.dtype, trust_remote_code=config.trust_remote_code
@@ -140,6 +145,7 @@ class Scorer:
                             tokens=report.tokens + tokens,
                             copied=report.copied + len(rows) - computed,
                             segments=report.segments + 1,
+                            batch_tokens=self._budget.tokens if report.computed + computed else None,
                         )
         finally:
             del teacher
@@ -171,7 +177,7 @@ class Scorer:
                     prompts,
                     rollouts,
                     rows=places,
-                    batch_tokens=self._config.batch_tokens,
+                    batch_tokens=self._budget,
                     keep_top=self.keep_top,
                     on_batch=bar.advance,
                 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from ketchup_cache.lm.fingerprint import tokenizer_info, weights_fingerprint
 from ketchup_cache.lm.forward import Batch, completion_states
 from ketchup_cache.lm.head import Head
 from ketchup_cache.lm.load import load_model, load_tokenizer, resolve_folder
+from ketchup_cache.lm.memory import TokenBudget, out_of_memory, release
 from ketchup_cache.store.manifest import TeacherInfo, TokenizerInfo, in_precision
 from ketchup_cache.types import TOKEN_DTYPE, Ragged, Rollouts, Scores
 
@@ -28,6 +30,7 @@ class Teacher:
         self.tokenizer = tokenizer
         self._model = model.eval()
         self._head = Head.of(model, tokenizer.vocab_size)
+        self._devices = {parameter.device for parameter in model.parameters()}
 
     @classmethod
     def load(
@@ -59,7 +62,7 @@ class Teacher:
         prompts: Ragged,
         rollouts: Rollouts,
         *,
-        batch_tokens: int,
+        batch_tokens: int | Literal["auto"] | TokenBudget,
         keep_top: int = 0,
         rows: NDArray[np.int64] | None = None,
         on_batch: Callable[[int], None] | None = None,
@@ -67,9 +70,10 @@ class Teacher:
         """Scores of every completion token, in the order of the rows.
 
         prompts: the token ids that `rollouts.prompt_index` points into. rows: the rows of `rollouts` to score; None
-        for all. batch_tokens: largest padded batch, in tokens; results do not depend on it, and running out of GPU
-        memory halves it. keep_top: how many of the largest logits of each state to keep (`Scores.top_q`), at most
-        all. on_batch: called with the number of completion tokens after each batch.
+        for all. batch_tokens: largest padded batch, in tokens; results do not depend on it, and running out of memory
+        halves it. A `TokenBudget` keeps what was found for the next call. keep_top: how many of the largest logits of
+        each state to keep (`Scores.top_q`), at most all. on_batch: called with the number of completion tokens after
+        each batch.
 
         Raises MismatchError for token ids that the teacher does not have, NumericsError for NaN or infinite logits,
         and ModelError where not even a single row fits into memory.
@@ -84,11 +88,13 @@ class Teacher:
         tokens = completions.with_values(np.arange(len(completions.values)))
         scores = Scores.empty(len(tokens.values), len(names), min(keep_top, self.tokenizer.vocab_size))
 
+        budget = batch_tokens if isinstance(batch_tokens, TokenBudget) else TokenBudget(batch_tokens)
+
         def split(places: NDArray[np.int64]) -> list[NDArray[np.int64]]:
             """To pop from the end: the longest prompts come first, so memory runs out early or not at all."""
             same_prompt = prompt_index[places]
             parts = token_budget_batches(
-                prompt_lengths[places], lengths[places], batch_tokens, prompt_index=same_prompt
+                prompt_lengths[places], lengths[places], budget.tokens, prompt_index=same_prompt
             )
             return [places[part] for part in parts]
 
@@ -96,21 +102,27 @@ class Teacher:
         while waiting:
             places = waiting.pop()
             batch = Batch.of_rows(prompts, prompt_index, completions, places)
+            padded = len(places) * int(prompt_lengths[places].max() + lengths[places].max())
+            watch = budget.watch(self._devices)
             try:
                 part = self._score_batch(batch, rollouts.finished[names[places]], names[places], scores.top)
-            except torch.OutOfMemoryError:
+            except Exception as error:
+                if not out_of_memory(error):
+                    raise
                 part = None
             if part is None:  # outside the except block, whose traceback would keep the batch's memory
                 if len(places) == 1:
                     raise ModelError(
                         f"rollout row {names[places[0]]} ({prompt_lengths[places[0]]:,} prompt and "
-                        f"{lengths[places[0]]:,} completion tokens) does not fit into GPU memory on its own: "
-                        "use --dtype bfloat16 or --device-map auto"
+                        f"{lengths[places[0]]:,} completion tokens) does not fit into memory on its own: "
+                        "use --dtype bfloat16 or --device-map auto, or make rollouts with a lower --max-prompt-tokens"
                     )
-                torch.cuda.empty_cache()
-                batch_tokens = max(batch_tokens // 2, 1)
+                release()
+                budget.halve(padded)
                 waiting = split(np.sort(np.concatenate([*waiting, places])))
                 continue
+            if watch and budget.fitted(watch, padded) and waiting:
+                waiting = split(np.sort(np.concatenate(waiting)))
             where = tokens.take(places).values
             for name, values in part.of_tokens().items():
                 getattr(scores, name)[where] = values

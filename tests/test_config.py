@@ -146,6 +146,16 @@ def test_missing_and_binary_files(tmp_path):
     assert "can't be read" in problems("learn", tmp_path / "binary", **LEARN)[0]
 
 
+def test_batch_tokens_is_a_number_or_auto():
+    options = {"teacher": "t", "cache": "c"}
+    for given, taken in (("auto", "auto"), ("64", 64), (64, 64)):
+        assert resolve("score", None, {**options, "batch_tokens": given}).batch_tokens == taken
+    for given in ("0", 0, "-1", "2.5", 2.5, "Auto", "", True):
+        (found,) = problems("score", **options, batch_tokens=given)
+        assert found == f"--batch-tokens must be a whole number of 1 or more, or auto, not {given!r}"
+    assert "--batch-tokens INT|auto" in run("score", "--help").stdout
+
+
 def test_every_option_has_a_help_text():
     for command, config in COMMANDS.items():
         for name, field in config.model_fields.items():

@@ -83,7 +83,8 @@ class Calculator:
 class ForcedResults(LogitsProcessor):
     """Takes every choice but one away where a row has a result to write: that token's log-probability is then 0.
 
-    For one call of `generate`. State per row: the text since its last `<<`, and the tokens that it has yet to write.
+    For one batch. State per row: the text since its last `<<`, and the tokens that it has yet to write. Rows go by
+    their place in the first call; later ones may have fewer of them (`keep`).
     """
 
     def __init__(self, calculator: Calculator) -> None:
@@ -91,21 +92,27 @@ class ForcedResults(LogitsProcessor):
         self._open: list[str] = []
         self._queues: dict[int, list[int]] = {}
         self._steps: list[NDArray[np.bool_]] = []
+        self._rows: list[int] = []
+
+    def keep(self, places: list[int]) -> None:
+        """From the next call on there are these rows of the last one only, in this order."""
+        self._rows = [self._rows[place] for place in places]
+        self._queues = {row: self._queues[row] for row in self._rows if row in self._queues}
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         if self._steps:  # the first call sees only what was there before: a prompt, or the decoder's start
             self._read(input_ids[:, -1].tolist())
         else:
-            self._open = [""] * len(input_ids)
-        forced = np.zeros(len(input_ids), np.bool_)
+            self._open, self._rows = [""] * len(input_ids), list(range(len(input_ids)))
+        forced = np.zeros(len(self._open), np.bool_)
         if self._queues:
-            rows = list(self._queues)
-            tokens = [queue.pop(0) for queue in self._queues.values()]
-            self._queues = {row: queue for row, queue in self._queues.items() if queue}
-            forced[rows] = True
-            where = torch.tensor(rows, device=scores.device)
+            places = [place for place, row in enumerate(self._rows) if row in self._queues]
+            queues = [self._queues[self._rows[place]] for place in places]
+            forced[list(self._queues)] = True
+            where = torch.tensor(places, device=scores.device)
             scores[where] = -torch.inf
-            scores[where, torch.tensor(tokens, device=scores.device)] = 0
+            scores[where, torch.tensor([queue.pop(0) for queue in queues], device=scores.device)] = 0
+            self._queues = {row: queue for row, queue in self._queues.items() if queue}
         self._steps.append(forced)
         return scores
 
@@ -116,7 +123,7 @@ class ForcedResults(LogitsProcessor):
     def _read(self, tokens: list[int]) -> None:
         """The row's newest tokens; forced ones belong to no expression."""
         pieces, forced = self._calculator.piece, self._steps[-1]
-        for row, token in enumerate(tokens):
+        for row, token in zip(self._rows, tokens, strict=True):
             text = pieces(token)
             was = self._open[row]
             if forced[row] or not (was or "<" in text):

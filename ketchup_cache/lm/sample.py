@@ -1,9 +1,9 @@
 """Completions sampled from a policy, each token with its log-probability under the distribution it was drawn from.
 
-transformers' `generate` does the decoding: keys and values are kept, and an encoder sees every
-prompt once. The distribution is
-ours alone: a checkpoint's own generation defaults (temperature, repetition penalty, beams, minimum length) would
-silently make another policy of it, so they are set aside, and only the end-of-sequence and decoder start ids are taken.
+Rows are decoded by `lm/decode.py`, which drops those that have ended; a model that needs more than it knows goes
+through transformers' `generate`, to the same tokens. The distribution is ours alone: a checkpoint's own generation
+defaults (temperature, repetition penalty, beams, minimum length) would silently make another policy of it, so they are
+set aside, and only the end-of-sequence and decoder start ids are taken.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from transformers import (
 
 from ketchup_cache.errors import ConfigError, DataError, ModelError, NumericsError
 from ketchup_cache.lm.calculator import Calculator, ForcedResults
+from ketchup_cache.lm.decode import can_decode, decode
 from ketchup_cache.lm.forward import check_positions, decoder_start
 from ketchup_cache.lm.load import input_device
 from ketchup_cache.store.manifest import Sampling
@@ -71,6 +72,7 @@ def sample_completions(
     if not model.config.is_encoder_decoder:
         check_positions(model, int(prompts.lengths.max(initial=0)) + sampling.max_new_tokens)
     eos = eos_ids(model)
+    way = _decode if can_decode(model) else _generate
     completions: list[NDArray] = []
     logprobs: list[NDArray] = []
     forced: list[NDArray] = []
@@ -79,7 +81,8 @@ def sample_completions(
         for start, stop, first_sample, samples in _batches(len(prompts), sampling.samples, batch):
             with _seeded([sampling.seed, first_prompt + start, first_sample]):
                 forcing = ForcedResults(calculator) if calculator and sampling.calculator else None
-                tokens, logprob = _generate(model, vocab_size, prompts.slice(start, stop), samples, sampling, forcing)
+                part = prompts.slice(start, stop)
+                tokens, logprob = way(model, vocab_size, part, samples, sampling, eos, forcing)
             # only EOS ends a completion: the padding behind it may be an id that the policy also chooses
             is_eos = np.isin(tokens, eos)
             ended = np.asarray(is_eos.any(axis=1))
@@ -135,19 +138,64 @@ def _inputs(model: PreTrainedModel, prompts: Ragged) -> tuple[NDArray[np.int64],
     return tokens, mask.astype(np.int64)
 
 
+def _decode(
+    model: PreTrainedModel,
+    vocab_size: int,
+    prompts: Ragged,
+    samples: int,
+    sampling: Sampling,
+    eos: list[int],
+    forcing: ForcedResults | None = None,
+) -> tuple[NDArray, NDArray]:
+    """Tokens [B, T] int64 and their log-probabilities [B, T] float32; after the first EOS of a row anything."""
+    tokens, logprob = decode(
+        model,
+        prompts,
+        samples,
+        longest=sampling.max_new_tokens,
+        greedy=sampling.greedy,
+        eos=eos,
+        processors=_processors(vocab_size, 1, sampling, forcing),
+        on_leave=forcing.keep if forcing else None,
+    )
+    return tokens.cpu().numpy(), logprob.cpu().numpy()
+
+
 def _generate(
     model: PreTrainedModel,
     vocab_size: int,
     prompts: Ragged,
     samples: int,
     sampling: Sampling,
+    eos: list[int],
     forcing: ForcedResults | None = None,
 ) -> tuple[NDArray, NDArray]:
-    """Tokens [B, T] int64 and their log-probabilities [B, T] float32; after the first EOS of a row anything."""
+    """The same for any model, by transformers' `generate`: every row is computed until the last has ended."""
     device = input_device(model)
     input_ids, mask = _inputs(model, prompts)
     given = 1 if model.config.is_encoder_decoder else input_ids.shape[1]  # the decoder start, or the prompt
     recorder = _Recorder()
+    settings = GenerationConfig(
+        do_sample=not sampling.greedy,
+        top_k=None if sampling.greedy else 0,  # transformers' default is 50
+        num_return_sequences=samples,
+        max_new_tokens=sampling.max_new_tokens,
+    )
+    sequences = model.generate(
+        input_ids=torch.from_numpy(input_ids).to(device),
+        attention_mask=torch.from_numpy(mask).to(device),
+        generation_config=settings,
+        logits_processor=LogitsProcessorList([*_processors(vocab_size, given, sampling, forcing), recorder]),
+    )
+    tokens = sequences[:, given:]
+    logprob = torch.zeros(tokens.shape) if sampling.greedy else recorder.logprob(tokens)
+    return tokens.cpu().numpy(), logprob.cpu().numpy()
+
+
+def _processors(
+    vocab_size: int, given: int, sampling: Sampling, forcing: ForcedResults | None
+) -> list[LogitsProcessor]:
+    """What makes the distribution that a token is drawn from out of the model's logits."""
     processors: list[LogitsProcessor] = [_RealVocabulary(vocab_size, given)]
     if forcing is not None:
         processors.append(forcing)
@@ -159,22 +207,7 @@ def _generate(
             processors.append(TopKLogitsWarper(sampling.top_k))
         if sampling.top_p < 1:
             processors.append(TopPLogitsWarper(sampling.top_p))
-        processors.append(recorder)
-    settings = GenerationConfig(
-        do_sample=not sampling.greedy,
-        top_k=None if sampling.greedy else 0,  # transformers' default is 50
-        num_return_sequences=samples,
-        max_new_tokens=sampling.max_new_tokens,
-    )
-    sequences = model.generate(
-        input_ids=torch.from_numpy(input_ids).to(device),
-        attention_mask=torch.from_numpy(mask).to(device),
-        generation_config=settings,
-        logits_processor=LogitsProcessorList(processors),
-    )
-    tokens = sequences[:, given:]
-    logprob = torch.zeros(tokens.shape) if sampling.greedy else recorder.logprob(tokens)
-    return tokens.cpu().numpy(), logprob.cpu().numpy()
+    return processors
 
 
 class _RealVocabulary(LogitsProcessor):

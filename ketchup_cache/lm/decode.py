@@ -1,0 +1,182 @@
+"""Decoding in a loop of our own, which rows leave when they have ended: `generate` computes on them to the last's end.
+
+A prompt is computed once for all its samples, with an encoder or without. The random numbers are those of `generate`:
+what a row draws depends on its place in the batch, and not on who has left.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import (
+    DynamicCache,
+    EncoderDecoderCache,
+    GenerationMixin,
+    LogitsProcessor,
+    PreTrainedModel,
+)
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from ketchup_cache.lm.batching import token_budget_batches
+from ketchup_cache.lm.forward import decoder_start
+from ketchup_cache.lm.load import input_device
+from ketchup_cache.types import Ragged
+
+LEAVE = 0.25
+"""Share of the rows that has ended when they leave: the others' keys and values have to be copied then."""
+
+OWN_WAYS = ("generate", "prepare_inputs_for_generation", "_update_model_kwargs_for_generation")
+"""Methods by which an architecture tells `generate` that decoding it takes more than tokens, mask and positions."""
+
+
+def can_decode(model: PreTrainedModel) -> bool:
+    """Whether `decode` knows all that this model needs from step to step. Where not, `generate` does."""
+    if model.is_remote_code() or any(
+        name in vars(model) or getattr(type(model), name, None) is not getattr(GenerationMixin, name)
+        for name in OWN_WAYS
+    ):
+        return False
+    takes = inspect.signature(model.forward).parameters
+    if "past_key_values" not in takes or (model.config.is_encoder_decoder and "encoder_outputs" not in takes):
+        return False
+    # a state that is not keys and values of each token (Mamba's) could be selected too, but is not tested here
+    return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in _empty_cache(model).layers)
+
+
+@torch.no_grad()
+def decode(
+    model: PreTrainedModel,
+    prompts: Ragged,
+    samples: int,
+    *,
+    longest: int,
+    greedy: bool,
+    eos: list[int],
+    processors: Sequence[LogitsProcessor],
+    on_leave: Callable[[list[int]], None] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Tokens [B, T] int64 and their log-probabilities [B, T] float32 (greedy: 0), T ≤ `longest`; after the first EOS
+    of a row anything. B = prompts × samples; the samples of a prompt stand together.
+
+    processors: called one after the other with the tokens so far, behind one of no meaning, and the scores [rows, V]
+    float32. on_leave: called whenever rows leave, with the places of the others among the rows of the last call.
+    """
+    rows = _Rows(model, prompts)
+    rows.take(torch.arange(len(prompts)).repeat_interleave(samples))
+    device, size = rows.logits.device, len(prompts) * samples
+    place = torch.arange(size, device=device)
+    going = torch.ones(size, dtype=torch.bool, device=device)
+    ends = torch.tensor(eos, device=device)
+    tokens = torch.zeros(size, longest + 1, dtype=torch.long, device=device)
+    logprob = torch.zeros(size, longest, device=device)
+    for step in range(longest):
+        scores = rows.logits
+        for processor in processors:
+            scores = processor(tokens[place, : step + 1], scores)
+        if greedy:
+            chosen = scores.argmax(1)
+        else:
+            # torch.multinomial's own way; every row of the batch has its noise, though it may have left
+            noise = torch.empty(size, scores.shape[1], device=device).exponential_()
+            chosen = (scores.softmax(1) / (noise if len(place) == size else noise[place])).argmax(1)
+            logprob[place, step] = scores.log_softmax(1).gather(1, chosen[:, None])[:, 0]
+        tokens[place, step + 1] = chosen
+        going &= ~torch.isin(chosen, ends)
+        left = int(going.sum())
+        if not left or step + 1 == longest:
+            break
+        if left <= (1 - LEAVE) * len(place):
+            stay = going.nonzero()[:, 0]
+            rows.take(stay)
+            place, chosen, going = place[stay], chosen[stay], going[stay]
+            if on_leave is not None:
+                on_leave(stay.tolist())
+        rows.advance(chosen)
+    return tokens[:, 1 : step + 2], logprob[:, : step + 1]
+
+
+class _Rows:
+    """What a model holds of rows that are being decoded. logits: [rows, V] float32, of each row's next token."""
+
+    logits: Tensor
+
+    def __init__(self, model: PreTrainedModel, prompts: Ragged) -> None:
+        """One row for each prompt, read up to its end."""
+        self._model, self._device = model, input_device(model)
+        mask = np.arange(prompts.lengths.max()) < prompts.lengths[:, None]
+        if model.config.is_encoder_decoder:
+            self._mask = torch.from_numpy(mask.astype(np.int64)).to(self._device)
+            self._encoded: Any = _encode(model, prompts, self._device)
+            self._cache: DynamicCache | EncoderDecoderCache = EncoderDecoderCache(
+                _empty_cache(model), _empty_cache(model)
+            )
+            self.advance(torch.full((len(prompts),), decoder_start(model), device=self._device))
+            return
+        # a model goes on at the right end, so the padding is on the left
+        tokens = np.zeros(mask.shape, np.int64)
+        tokens[mask[:, ::-1]] = prompts.values
+        self._mask = torch.from_numpy(mask[:, ::-1].astype(np.int64)).to(self._device)
+        self._encoded, self._cache = None, _empty_cache(model)
+        self._takes = inspect.signature(model.forward).parameters
+        self._position = (self._mask.cumsum(1) - 1).clamp(min=0)
+        self._read(torch.from_numpy(tokens).to(self._device))
+
+    def take(self, rows: Tensor) -> None:
+        """Of the rows these alone, in this order; one may come several times."""
+        rows = rows.to(self._device)
+        self._cache.reorder_cache(rows)
+        self._mask, self.logits = self._mask[rows], self.logits[rows]
+        if self._encoded is None:
+            self._position = self._position[rows]
+        else:
+            states = self._encoded.last_hidden_state
+            self._encoded = type(self._encoded)(last_hidden_state=states[rows.to(states.device)])
+
+    def advance(self, tokens: Tensor) -> None:
+        """Read one more token of each row."""
+        if self._encoded is None:
+            self._mask = torch.cat([self._mask, self._mask.new_ones(len(tokens), 1)], 1)
+            self._position = self._position[:, -1:] + 1
+        self._read(tokens[:, None])
+
+    def _read(self, tokens: Tensor) -> None:
+        inputs: dict[str, Any] = {"attention_mask": self._mask, "past_key_values": self._cache, "use_cache": True}
+        if self._encoded is not None:
+            inputs["encoder_outputs"] = self._encoded
+            inputs["decoder_input_ids"] = tokens
+        else:
+            inputs["input_ids"] = tokens
+            # Bloom counts from the mask by itself; and logits of a whole prompt would be [P, L, V]
+            known = {"position_ids": self._position, "logits_to_keep": 1}
+            inputs |= {name: value for name, value in known.items() if name in self._takes}
+        logits = self._model(**inputs, return_dict=True).logits[:, -1]
+        self.logits = logits.to(self._device, torch.float32, copy=True)
+
+
+def _empty_cache(model: PreTrainedModel) -> DynamicCache:
+    return DynamicCache(config=model.config.get_text_config(decoder=True))
+
+
+def _encode(model: PreTrainedModel, prompts: Ragged, device: torch.device) -> Any:
+    """The encoder's output of every prompt, with its states [P, longest, D] alone: behind a prompt's end anything.
+    Long prompts are encoded apart from short ones."""
+    lengths, encoded, kind = prompts.lengths, torch.empty(0), None
+    for places in token_budget_batches(lengths, np.zeros_like(lengths), int(lengths.max()) * len(prompts)):
+        part = prompts.take(places)
+        mask = np.arange(part.lengths.max()) < part.lengths[:, None]
+        output = model.get_encoder()(
+            input_ids=torch.from_numpy(part.padded().astype(np.int64)).to(device),
+            attention_mask=torch.from_numpy(mask.astype(np.int64)).to(device),
+            return_dict=True,
+        )
+        states = output.last_hidden_state
+        if kind is None:  # some have fields of their own that the decoder's side asks for
+            kind, encoded = type(output), states.new_zeros(len(prompts), int(lengths.max()), states.shape[2])
+        encoded[torch.from_numpy(places).to(states.device), : states.shape[1]] = states
+    assert kind is not None
+    return kind(last_hidden_state=encoded)
