@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-DRIVERS = {"pretrain", "rollout", "score", "learn.loop", "evaluate", "analyze", "compact", "demo", "judge.driver"}
+DRIVERS = {"pretrain", "rollout", "score", "learn.loop", "evaluate", "analyze", "compact", "demo", "judge.driver", "watch"}
 DRIVERS |= {"export"}
-FOUNDATION = {"types", "errors", "config", "config_base", "config_caches"}
+FOUNDATION = {"types", "errors", "config", "config_base", "config_caches", "config_watch"}
 
 
 def modules() -> dict[str, Path]:
