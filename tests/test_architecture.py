@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-DRIVERS = {"pretrain", "rollout", "score", "learn.loop", "evaluate", "analyze", "compact", "demo", "judge.driver", "watch"}
-DRIVERS |= {"export"}
+DRIVERS = {"pretrain", "rollout", "score", "learn.loop", "evaluate", "analyze", "compact", "demo", "judge.driver"}
+DRIVERS |= {"export", "watch"}
 FOUNDATION = {"types", "errors", "config", "config_base", "config_caches", "config_watch"}
 
 

@@ -57,7 +57,7 @@ class ScorerNote(Record):
     teacher: TeacherInfo
     tokenizer: Sha256
     """Fingerprint of the teacher's tokenizer."""
-    keep_top: int = Field(ge=0)
+    keep_top: int = Field(ge=0, lt=2**48)
     """Largest logits that its scores keep."""
     beat_s: BeatSeconds
     """Seconds between two writes of this note."""
@@ -71,8 +71,8 @@ class WaitingNote(Record):
 
 class ClaimNote(Record):
     scorer: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{32}$")]
-    start: int = Field(ge=0)
-    stop: int = Field(ge=0)
+    start: int = Field(ge=0, lt=2**48)
+    stop: int = Field(ge=0, lt=2**48)
     """Rows start..stop of the rollouts segment."""
 
 
