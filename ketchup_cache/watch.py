@@ -118,6 +118,8 @@ class Watcher:
         """Rollouts segments that this teacher can't score → why."""
         self._foreign: set[str] = set()
         """Names of tokenizers that were complained of."""
+        self.ready = False
+        """Whether the teacher is loaded and others can see that."""
         self._report = WatchReport(self._board.url, f"{scorer.info.name} ({scorer.info.fingerprint[:12]})")
 
     def run(self) -> WatchReport:
@@ -132,7 +134,7 @@ class Watcher:
             beat_s=presence.BEAT_S,
         )
         with Presence(self._board, "scorers", note.model_dump_json().encode()) as me:
-            self._me = me
+            self._me, self.ready = me, True
             _say(f"teacher {self._report.teacher} is ready; watching {self._board.url}")
             try:
                 while not self._stop.is_set():

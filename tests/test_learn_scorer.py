@@ -15,7 +15,7 @@ from tiny import save_model
 from watchers import TASK, options, watching
 
 from ketchup_cache.cli import main
-from ketchup_cache.errors import ConfigError
+from ketchup_cache.errors import ConfigError, NumericsError
 from ketchup_cache.learn import waiting
 from ketchup_cache.remote import base, presence, view
 from ketchup_cache.remote.board import ScorerNote, open_board
@@ -29,6 +29,10 @@ LEARNING = ["--steps", "4", "--refresh-every", "2", "--batch-size", "8", "--lr",
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch, tmp_path):
+    _hurry(monkeypatch, tmp_path)
+
+
+def _hurry(monkeypatch, tmp_path):
     monkeypatch.setattr(base, "FIRST_PAUSE_S", 0.001)
     monkeypatch.setattr(presence, "BEAT_S", 0.5)
     monkeypatch.setattr(waiting, "FIRST_POLL_S", 0.02)
@@ -189,27 +193,30 @@ def test_scores_that_keep_too_few_logits_do_not_count(cache, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("why", ["nan", "tokenizer"])
-def test_rollouts_that_can_not_be_scored_end_the_wait(cache, tmp_path, capsys, why):
-    import torch
-    from safetensors.torch import load_file, save_file
+def test_rollouts_that_can_not_be_scored_end_the_wait(cache, tmp_path, capsys, why, monkeypatch):
+    from ketchup_cache.score import Scorer
+    from ketchup_cache.teacher import Teacher
+
+    def broken(self, prompts, rollouts, **options):
+        raise NumericsError(f"rollout row 3: teacher {self.info.name} gives NaN or infinite logits")
 
     bad = tmp_path / "bad"
-    if why == "nan":
+    if why == "nan":  # of these rollouts only: a model that always gives NaN is refused when it is loaded
         shutil.copytree(TASK / "teacher", bad)
-        tensors = load_file(bad / "model.safetensors")
-        name = next(name for name in sorted(tensors) if "decoder" in name)
-        tensors[name] = torch.full_like(tensors[name], float("nan"))
-        save_file(tensors, bad / "model.safetensors", metadata={"format": "pt"})
+        monkeypatch.setattr(Teacher, "score", broken)
     else:
         save_model(bad, "1.1", seed=2)
+    config = options(cache, teacher=str(bad))
     capsys.readouterr()
-    with watching(cache, teacher=str(bad)) as running:
+    with watching(cache, Scorer(config, str(bad))) as running:
         assert learn(cache, tmp_path / "run", "--scorer", "watch") == 2
         assert not running.done()
     line = capsys.readouterr().err.splitlines()[-1]
     assert "the scorer passes these rollouts over: " in line
     assert {"nan": "NaN or infinite logits", "tokenizer": "encodes differently"}[why] in line
     assert running.result().refused == 1
+    monkeypatch.undo()
+    _hurry(monkeypatch, tmp_path)
     # the right one is taken by the next try, although the run had met the wrong one
     with watching(cache):
         assert learn(cache, tmp_path / "run", "--scorer", "watch") == 0

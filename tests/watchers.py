@@ -73,8 +73,10 @@ def watching(url: str | Path, scorer=None, **more) -> Iterator[Future[WatchRepor
         scorer = Scorer(config, config.teacher, commit_tokens=config.commit_tokens)
     stop = threading.Event()
     with ThreadPoolExecutor(1) as pool:
-        running = pool.submit(lambda: Watcher(config, scorer, stop).run())
+        watcher = Watcher(config, scorer, stop)
+        running = pool.submit(watcher.run)
         try:
+            until(lambda: running.done() or watcher.ready)  # two threads can't load models at once
             yield running
         finally:
             stop.set()

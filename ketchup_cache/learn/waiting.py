@@ -77,7 +77,7 @@ class WaitForScores:
         with Presence(self._board, "waiting", asked.model_dump_json().encode()) as me:
             rows = sum(cache.manifest(id_).rows for id_ in rollout_ids)
             with progress("waiting for scores", rows, "rollouts") as bar:
-                self._wait(store, rollout_ids, me, bar)
+                self._wait(store, rollout_ids, rows, me, bar)
         assert self._teacher is not None
         write_file(self._record_path, (self._teacher.model_dump_json(indent=2) + "\n").encode())
         if store is not cache:
@@ -86,9 +86,8 @@ class WaitForScores:
 
     # ----------------------------------------------------------------------------------------------------- waiting
 
-    def _wait(self, store: Cache, ids: Sequence[str], me: Presence, bar: Bar) -> None:
+    def _wait(self, store: Cache, ids: Sequence[str], total: int, me: Presence, bar: Bar) -> None:
         patience, seen, said, pause = Patience(), time.monotonic(), 0.0, FIRST_POLL_S
-        total = sum(store.manifest(id_).rows for id_ in ids)
         while True:
             try:
                 store.refresh()
