@@ -118,7 +118,7 @@ class Scorer:
         rows = sum(cache.manifest(rollouts_id).rows for rollouts_id in ids)
         missing = [part for part in cache.unscored(self.info.fingerprint, keep_top=self.keep_top) if part[0] in ids]
         for rollouts_id, _, _ in missing:
-            self.check_tokenizer(cache, rollouts_id)
+            self._check_tokenizer(cache, rollouts_id)
         already = rows - sum(stop - start for _, start, stop in missing)
         report = ScoreReport(f"{self.info.name} ({self.info.fingerprint[:12]})", already)
         if missing:
@@ -142,7 +142,7 @@ class Scorer:
 
         Raises the errors of `ensure`, and `CorruptError` where the rollouts are damaged.
         """
-        self.check_tokenizer(cache, rollouts_id)
+        self._check_tokenizer(cache, rollouts_id)
         scores, computed, tokens = self._score_rows(
             cache, rollouts_id, rows, self._known_in(cache), functools.cache(self._load), bar
         )
@@ -232,7 +232,7 @@ class Scorer:
             trust_remote_code=self._config.trust_remote_code,
         )
 
-    def check_tokenizer(self, cache: Cache, rollouts_id: str) -> None:
+    def _check_tokenizer(self, cache: Cache, rollouts_id: str) -> None:
         theirs = cache.manifest(rollouts_id).info.tokenizer
         if theirs.fingerprint == self.tokenizer.fingerprint:
             return

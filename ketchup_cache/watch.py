@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Iterator, Set
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -40,7 +40,7 @@ from ketchup_cache.remote.board import (
     open_board,
     parse,
 )
-from ketchup_cache.remote.presence import Living, Patience, Presence, forget
+from ketchup_cache.remote.presence import Living, Patience, Presence, forget, tidy
 from ketchup_cache.remote.view import open_cache
 from ketchup_cache.store.inspect import printable
 
@@ -117,7 +117,7 @@ class Watcher:
         self._refused: dict[str, str] = {}
         """Rollouts segments that this teacher can't score → why."""
         self._foreign: set[str] = set()
-        """Names of tokenizers that were complained of."""
+        """Fingerprints of tokenizers that were complained of."""
         self.ready = False
         """Whether the teacher is loaded and others can see that."""
         self._report = WatchReport(self._board.url, f"{scorer.info.name} ({scorer.info.fingerprint[:12]})")
@@ -135,6 +135,7 @@ class Watcher:
         )
         with Presence(self._board, "scorers", note.model_dump_json().encode()) as me:
             self._me, self.ready = me, True
+            self._tidy()
             _say(f"teacher {self._report.teacher} is ready; watching {self._board.url}")
             try:
                 while not self._stop.is_set():
@@ -162,6 +163,10 @@ class Watcher:
                     forget(self._board, self._refusal_name(rollouts_id))
         return replace(self._report, busy_s=round(self._report.busy_s, 2), seconds=round(time.monotonic() - began, 2))
 
+    def _tidy(self) -> None:
+        with suppress(KetchupError):
+            tidy(self._board, self._me.now())
+
     # ------------------------------------------------------------------------------------------------- what to do
 
     def _look(self) -> tuple[bool, bool]:
@@ -181,8 +186,6 @@ class Watcher:
         missing = [part for part in missing if part[0] not in refused]
         # those that somebody waits for come first, older ones before newer ones
         for rollouts_id, start, stop in sorted(missing, key=lambda part: part[0] not in wanted):
-            if self._is_foreign(rollouts_id, rollouts_id in wanted):
-                continue
             try:
                 parts = list(self._scorer.ranges(self._cache, rollouts_id, start, stop))
             except CorruptError as error:
@@ -191,26 +194,21 @@ class Watcher:
             for rows in parts:
                 if self._work_on(rollouts_id, rows, claimed, alive):
                     return True, True
-        return False, any(not self._is_foreign(part[0], False) for part in missing)
+        return False, bool(missing)
 
     def _missing(self) -> list[tuple[str, int, int]]:
         self._cache.refresh()
         found = self._cache.unscored(self._scorer.info.fingerprint, keep_top=self._scorer.keep_top)
-        return [part for part in found if part[0] not in self._refused]
+        return [part for part in found if part[0] not in self._refused and not self._is_foreign(part[0])]
 
-    def _is_foreign(self, rollouts_id: str, wanted: bool) -> bool:
-        """Rollouts with another tokenizer are those of another teacher: passed over, but whoever waits is told."""
+    def _is_foreign(self, rollouts_id: str) -> bool:
+        """Rollouts with another tokenizer are those of another teacher. Who waits for them sees that in our note."""
         theirs = self._cache.manifest(rollouts_id).info.tokenizer
         if theirs.fingerprint == self._scorer.tokenizer.fingerprint:
             return False
         if theirs.fingerprint not in self._foreign:
             self._foreign.add(theirs.fingerprint)
             _say(f"rollouts with the tokenizer of {theirs.name} are passed over: this teacher's encodes differently")
-        if wanted:
-            try:
-                self._scorer.check_tokenizer(self._cache, rollouts_id)
-            except (MismatchError, ModelError) as error:
-                self._refuse(rollouts_id, str(error), quiet=True)
         return True
 
     # ------------------------------------------------------------------------------------------------------ claims
@@ -283,12 +281,11 @@ class Watcher:
 
     # ---------------------------------------------------------------------------------------------------- refusals
 
-    def _refuse(self, rollouts_id: str, why: str, *, quiet: bool = False) -> None:
+    def _refuse(self, rollouts_id: str, why: str) -> None:
         """Not tried again by this process; while it lives, whoever waits for these scores fails with this message."""
         self._refused[rollouts_id] = why
         self._report = replace(self._report, refused=self._report.refused + 1)
-        if not quiet:
-            _say(f"passed over: {why}")
+        _say(f"passed over: {why}")
         note = RefusalNote(scorer=self._me.id, message=why[:2000])
         try:
             self._board.write(self._refusal_name(rollouts_id), note.model_dump_json().encode())

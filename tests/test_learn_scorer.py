@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from tiny import save_model
 from watchers import TASK, options, watching
 
 from ketchup_cache.cli import main
-from ketchup_cache.errors import ConfigError, NumericsError
+from ketchup_cache.errors import CacheError, ConfigError, NumericsError
 from ketchup_cache.learn import waiting
 from ketchup_cache.remote import base, presence, view
 from ketchup_cache.remote.board import ScorerNote, open_board
@@ -136,6 +137,40 @@ def test_nobody_is_scoring(cache, tmp_path, capsys, monkeypatch):
     assert not [p for p in (lab / "watch").rglob("*") if p.is_file()]
 
 
+def test_a_place_that_is_no_cache_is_refused_at_once(cache, tmp_path, capsys):
+    (tmp_path / "home" / "ana").mkdir(parents=True)
+    capsys.readouterr()
+    began = time.monotonic()
+    assert learn(cache, tmp_path / "run", "--scorer", tmp_path / "home") == 2
+    assert "is not a ketchup cache" in capsys.readouterr().err.splitlines()[-1]
+    assert time.monotonic() - began < 5
+
+
+def test_an_outage_while_waiting_is_outlived(cache, resident, tmp_path, monkeypatch, capsys):
+    """Of the store, at any of the things that a learner does there."""
+    monkeypatch.setattr(presence.Patience, "failed", lambda self, error: 0.01)
+    failed: list[str] = []
+
+    def at_times(name):
+        real = getattr(waiting.WaitForScores, name)
+
+        def sometimes(self, *arguments):
+            if self._reached and failed.count(name) < 2:
+                failed.append(name)
+                raise CacheError("cut off")
+            return real(self, *arguments)
+
+        monkeypatch.setattr(waiting.WaitForScores, name, sometimes)
+
+    for name in ("_push", "_look", "_pull"):
+        at_times(name)
+    with watching(tmp_path / "lab"):
+        assert learn(cache, tmp_path / "run", "--scorer", tmp_path / "lab", "--scorer-timeout", 10) == 0
+    assert sorted(failed) == ["_look"] * 2 + ["_pull"] * 2 + ["_push"] * 2
+    assert capsys.readouterr().err.count("cut off; trying again") == 6
+    assert weights(tmp_path / "run") == weights(resident / "run")
+
+
 def note(by: str, **more) -> bytes:
     values = {"teacher": made_up(by), "tokenizer": made_up(by).fingerprint, "keep_top": 0, "beat_s": 0.5, **more}
     return ScorerNote(**values).model_dump_json().encode()
@@ -212,9 +247,9 @@ def test_rollouts_that_can_not_be_scored_end_the_wait(cache, tmp_path, capsys, w
         assert learn(cache, tmp_path / "run", "--scorer", "watch") == 2
         assert not running.done()
     line = capsys.readouterr().err.splitlines()[-1]
-    assert "the scorer passes these rollouts over: " in line
     assert {"nan": "NaN or infinite logits", "tokenizer": "encodes differently"}[why] in line
-    assert running.result().refused == 1
+    assert ("the scorer passes these rollouts over: " in line) == (why == "nan")
+    assert running.result().refused == (why == "nan")
     monkeypatch.undo()
     _hurry(monkeypatch, tmp_path)
     # the right one is taken by the next try, although the run had met the wrong one

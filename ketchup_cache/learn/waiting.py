@@ -58,6 +58,7 @@ class WaitForScores:
         self._scorers = Living(self._board, "scorers", ScorerNote)
         self._store: Cache | None = None
         self._teacher: TeacherInfo | None = None
+        self._reached = False
 
     def __call__(self, cache: Cache, rollout_ids: Sequence[str]) -> str:
         """Wait until every row is scored; returns the teacher's fingerprint.
@@ -68,73 +69,103 @@ class WaitForScores:
         if cache.only is not None:  # a pinned run takes no new scores
             return cache.select_teacher(self._config.scored_by).fingerprint
         self._teacher = self._teacher or self._recorded()
-        if self._teacher and not self._missing(cache, rollout_ids):
+        if self._teacher and not self._missing(cache, rollout_ids, self._teacher):
             return self._teacher.fingerprint
+        patience = Patience()
+        while True:  # what a try has brought there and back stays
+            try:
+                return self._try(cache, rollout_ids)
+            except (_Final, CorruptError):
+                raise
+            except (CacheError, WriteError) as error:
+                if not self._reached:  # an address that is wrong, and no outage
+                    raise
+                pause = patience.failed(error)
+                _say(f"{error}; trying again in {pause:.0f} s")
+                time.sleep(pause)
+
+    def _try(self, cache: Cache, ids: Sequence[str]) -> str:
         store = self._opened(cache)
         if store is not cache:
-            self._push(cache, rollout_ids)
-        asked = WaitingNote(rollouts=tuple(rollout_ids)[:MAX_WAITING], beat_s=presence.BEAT_S)
+            self._push(cache, ids)
+        asked = WaitingNote(rollouts=tuple(ids)[:MAX_WAITING], beat_s=presence.BEAT_S)
         with Presence(self._board, "waiting", asked.model_dump_json().encode()) as me:
-            rows = sum(cache.manifest(id_).rows for id_ in rollout_ids)
+            rows = sum(cache.manifest(id_).rows for id_ in ids)
             with progress("waiting for scores", rows, "rollouts") as bar:
-                self._wait(store, rollout_ids, rows, me, bar)
-        assert self._teacher is not None
-        write_file(self._record_path, (self._teacher.model_dump_json(indent=2) + "\n").encode())
+                teacher = self._wait(store, ids, rows, me, bar)
+        write_file(self._record_path, (teacher.model_dump_json(indent=2) + "\n").encode())
         if store is not cache:
-            self._pull(store, cache, rollout_ids)
-        return self._teacher.fingerprint
+            self._pull(store, cache, ids, teacher)
+        return teacher.fingerprint
 
     # ----------------------------------------------------------------------------------------------------- waiting
 
-    def _wait(self, store: Cache, ids: Sequence[str], total: int, me: Presence, bar: Bar) -> None:
-        patience, seen, said, pause = Patience(), time.monotonic(), 0.0, FIRST_POLL_S
+    def _wait(self, store: Cache, ids: Sequence[str], total: int, me: Presence, bar: Bar) -> TeacherInfo:
+        """Returns once every row has scores there: whose they are."""
+        patience, pause, seen, said = Patience(), FIRST_POLL_S, time.monotonic(), 0.0
+        timeout = self._config.scorer_timeout
         while True:
             try:
-                store.refresh()
-                alive = self._scorers.look(me.now())
-                if self._teacher is None:
-                    self._teacher = self._choose(store, ids, alive)
-                left = sum(stop - start for _, start, stop in self._missing(store, ids)) if self._teacher else total
-                fitting = self._fitting(store, ids, alive)
-                refusal = self._refusal(ids, fitting) if left else None
+                alive, fitting, left = self._look(store, ids, total, me)
                 patience.worked()
+                self._reached = True
+            except (_Final, CorruptError):
+                raise
             except (CacheError, WriteError) as error:
-                if isinstance(error, _Final):
-                    raise
-                pause = patience.failed(error)
+                pause, seen = patience.failed(_Final(str(error))), time.monotonic()
                 _say(f"{error}; trying again in {pause:.0f} s")
                 time.sleep(pause)
                 continue
             bar.note(f"{len(fitting)} scorer{'s' if len(fitting) != 1 else ''}")
             bar.advance(total - left - bar.done)
-            if not left:
-                return
-            if refusal:
-                raise CacheError(refusal)
+            if not left and self._teacher:
+                return self._teacher
             now = time.monotonic()
             if fitting:
                 seen, said = now, 0.0
-            timeout = self._config.scorer_timeout
-            if timeout and now - seen >= timeout:
-                raise CacheError(self._nobody(store, ids, alive, left, now - seen) + "; then run this again to go on")
-            if now - seen >= NOBODY_S and (not said or now - said >= REPEAT_S):
+            alone = now - seen
+            if timeout and alone >= timeout:
+                raise _Final(self._nobody(alive, left, alone) + "; then run this again to go on")
+            if alone >= NOBODY_S and (not said or now - said >= REPEAT_S):
                 said = now
-                _say(self._nobody(store, ids, alive, left, now - seen))
-            time.sleep(min(pause, timeout or pause))
+                _say(self._nobody(alive, left, alone))
+            time.sleep(pause)
             pause = min(pause * 1.5, LAST_POLL_S)
+
+    def _look(
+        self, store: Cache, ids: Sequence[str], total: int, me: Presence
+    ) -> tuple[dict[str, ScorerNote], dict[str, ScorerNote], int]:
+        """Who is scoring there, who of them can help, and how many rows lack scores. Raises _Final for a refusal."""
+        store.refresh()
+        alive = self._scorers.look(me.now())
+        if self._teacher is None:
+            self._teacher = self._choose(store, ids, alive)
+        if self._teacher is None:
+            return alive, {}, total
+        left = sum(stop - start for _, start, stop in self._missing(store, ids, self._teacher))
+        fitting = self._fitting(store, ids, alive)
+        if left and (refusal := self._refusal(ids, fitting, self._teacher)):
+            raise _Final(refusal)
+        return alive, fitting, left
 
     def _choose(self, store: Cache, ids: Sequence[str], alive: dict[str, ScorerNote]) -> TeacherInfo | None:
         """The one teacher that is scoring; where none is, the one that has scored all of these rollouts already."""
         teachers = {note.teacher.fingerprint: note for note in alive.values() if self._is_wanted(note.teacher)}
-        if len(teachers) > 1:  # that of rollouts with another tokenizer is no candidate
-            ours = store.manifest(ids[0]).info.tokenizer.fingerprint
-            teachers = {id_: note for id_, note in teachers.items() if note.tokenizer == ours} or teachers
+        ours = store.manifest(ids[0]).info.tokenizer
+        if len(teachers) > 1:  # those of other runs, with another tokenizer, are no candidates
+            teachers = {id_: note for id_, note in teachers.items() if note.tokenizer == ours.fingerprint} or teachers
         if len(teachers) > 1:
             raise _Final(
                 f"{self._board.url}: more than one teacher is scoring: {_listed(teachers.values())}; choose one with "
                 "--scored-by and the start of its fingerprint"
             )
         found = [note.teacher for note in teachers.values()]
+        for note in teachers.values():
+            if note.tokenizer != ours.fingerprint:
+                raise _Final(
+                    f"{self._board.url}: teacher {note.teacher.name}, which is scoring there, encodes differently from "
+                    f"the tokenizer of these rollouts ({ours.name}); start one that shares it"
+                )
         if not found:
             known = [teacher for teacher in store.teachers() if self._is_wanted(teacher)]
             found = [teacher for teacher in known if not self._missing(store, ids, teacher)]
@@ -161,11 +192,9 @@ class WaitForScores:
             if self._teacher and note.teacher.fingerprint == self._teacher.fingerprint and note.keep_top >= needed
         }
 
-    def _refusal(self, ids: Sequence[str], fitting: dict[str, ScorerNote]) -> str | None:
+    def _refusal(self, ids: Sequence[str], fitting: dict[str, ScorerNote], teacher: TeacherInfo) -> str | None:
         """Why a living scorer can't score one of these rollouts segments."""
-        if self._teacher is None:
-            return None
-        digits, listed = self._teacher.fingerprint[:TEACHER_DIGITS], self._board.list("refused")
+        digits, listed = teacher.fingerprint[:TEACHER_DIGITS], self._board.list("refused")
         for id_ in ids:
             if (name := f"{digits}-{id_}.json") in listed:
                 note = parse(self._board.read(f"refused/{name}"), RefusalNote)
@@ -173,7 +202,7 @@ class WaitForScores:
                     return printable(f"{self._board.url}: the scorer passes these rollouts over: {note.message}")
         return None
 
-    def _nobody(self, store: Cache, ids: Sequence[str], alive: dict[str, ScorerNote], left: int, seconds: float) -> str:
+    def _nobody(self, alive: dict[str, ScorerNote], left: int, seconds: float) -> str:
         name = self._teacher.name if self._teacher else self._config.scored_by or "…"
         top = f" --keep-top {self._config.top_needed}" if self._config.top_needed else ""
         others = f" (only {_listed(alive.values())})" if alive else ""
@@ -184,11 +213,7 @@ class WaitForScores:
 
     # ---------------------------------------------------------------------------------------------------- segments
 
-    def _missing(
-        self, cache: Cache, ids: Sequence[str], teacher: TeacherInfo | None = None
-    ) -> list[tuple[str, int, int]]:
-        teacher = teacher or self._teacher
-        assert teacher is not None
+    def _missing(self, cache: Cache, ids: Sequence[str], teacher: TeacherInfo) -> list[tuple[str, int, int]]:
         found, wanted = cache.unscored(teacher.fingerprint, keep_top=self._config.top_needed), set(ids)
         return [part for part in found if part[0] in wanted]
 
@@ -205,13 +230,12 @@ class WaitForScores:
         prompts = [info.prompts for info in infos if isinstance(info, RolloutsInfo)]
         _copy(cache.address, self._address, [*dict.fromkeys(prompts), *ids])
 
-    def _pull(self, store: Cache, cache: Cache, ids: Sequence[str]) -> None:
-        assert self._teacher is not None
-        refs = store.scored(self._teacher.fingerprint, keep_top=self._config.top_needed)
+    def _pull(self, store: Cache, cache: Cache, ids: Sequence[str], teacher: TeacherInfo) -> None:
+        refs = store.scored(teacher.fingerprint, keep_top=self._config.top_needed)
         wanted = set(ids)
         _copy(self._address, cache.address, list(dict.fromkeys(r.scores_id for r in refs if r.rollouts_id in wanted)))
         cache.refresh()
-        if self._missing(cache, ids):
+        if self._missing(cache, ids, teacher):
             raise CorruptError(f"{cache.address}: lacks scores that {self._board.url} has; run `verify` on both")
 
     @property

@@ -9,8 +9,9 @@ from __future__ import annotations
 import threading
 import time
 import uuid
+from contextlib import suppress
 from types import TracebackType
-from typing import Generic
+from typing import Generic, get_args
 
 from ketchup_cache.errors import CacheError, KetchupError, WriteError
 from ketchup_cache.remote.board import Board, Folder, Note, parse
@@ -19,6 +20,9 @@ BEAT_S = 5.0
 """Between two writes of a note that says that its owner lives."""
 DEAD_BEATS = 6
 """So many beats without a write: its owner is taken for dead."""
+JOIN_S = 10.0
+"""How long the end waits for a beat that is on its way."""
+OLD_S = 24 * 3600.0
 PATIENCE_S = 600.0
 """How long a store may be out of reach before waiting for it is given up."""
 
@@ -43,7 +47,7 @@ class Presence:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._over.set()
-        self._thread.join()
+        self._thread.join(JOIN_S)
         forget(self._board, self._name)
 
     def now(self) -> float | None:
@@ -52,10 +56,8 @@ class Presence:
 
     def _beat(self) -> None:
         while not self._over.wait(BEAT_S):
-            try:
+            with suppress(KetchupError):  # the next beat tries again; whoever waits for the store notices by itself
                 self._board.write(self._name, self._data)
-            except KetchupError:
-                continue  # the next beat tries again, and whoever waits for the store notices by itself
 
 
 class Living(Generic[Note]):
@@ -102,9 +104,15 @@ class Patience:
         return float(min(2**self._tries, 30))
 
 
+def tidy(board: Board, now: float | None) -> None:
+    """Delete notes that nobody has written for a day: `gc` does this for folders only. now: as in `Living.look`."""
+    for folder in get_args(Folder) if now is not None else ():
+        for name, modified in board.list(folder).items():
+            if now is not None and now - modified > OLD_S:
+                board.delete(f"{folder}/{name}")
+
+
 def forget(board: Board, name: str) -> None:
     """Delete a note, if that is possible: what stays is old soon."""
-    try:
+    with suppress(KetchupError):
         board.delete(name)
-    except KetchupError:
-        return
