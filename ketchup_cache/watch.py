@@ -113,7 +113,6 @@ class Watcher:
         self._digits = scorer.info.fingerprint[:TEACHER_DIGITS]
         self._scorers = Living(self._board, "scorers", ScorerNote)
         self._waiting = Living(self._board, "waiting", WaitingNote)
-        self._claims: dict[str, ClaimNote | None] = {}
         self._refused: dict[str, str] = {}
         """Rollouts segments that this teacher can't score → why."""
         self._foreign: set[str] = set()
@@ -214,14 +213,16 @@ class Watcher:
     # ------------------------------------------------------------------------------------------------------ claims
 
     def _read_claims(self) -> Iterator[tuple[tuple[str, int, int], ClaimNote | None]]:
-        """(rollouts id, first row, number) → claim, of this teacher; None for one that is no valid note."""
-        names = [name for name in self._board.list("claims") if name.startswith(f"{self._digits}-")]
-        self._claims = {name: claim for name, claim in self._claims.items() if name in names}
-        for name in names:
-            if found := _CLAIM.fullmatch(name[TEACHER_DIGITS + 1 :]):
-                if name not in self._claims:
-                    self._claims[name] = parse(self._board.read(f"claims/{name}"), ClaimNote)
-                yield (found[1], int(found[2]), int(found[3])), self._claims[name]
+        """(rollouts id, first row, number) → claim, of this teacher; None for one that is no valid note.
+
+        Always read anew: one that was given up may have been made again by another scorer, under the same name.
+        """
+        for name in self._board.list("claims"):
+            found = _CLAIM.fullmatch(name[TEACHER_DIGITS + 1 :])
+            if found and name.startswith(f"{self._digits}-"):
+                data = self._board.read(f"claims/{name}")
+                if data is not None:  # else given up meanwhile
+                    yield (found[1], int(found[2]), int(found[3])), parse(data, ClaimNote)
 
     def _work_on(
         self,
@@ -232,7 +233,7 @@ class Watcher:
     ) -> bool:
         """Claim a range and score it; False where somebody else has it, or has done it."""
         numbers = [n for (id_, start, n) in claimed if (id_, start) == (rollouts_id, rows.start)]
-        newest = {}
+        newest: dict[int, tuple[int, ClaimNote | None]] = {}
         for (id_, start, n), claim in claimed.items():
             if id_ == rollouts_id and n >= newest.get(start, (-1, None))[0]:
                 newest[start] = n, claim

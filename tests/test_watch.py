@@ -295,6 +295,20 @@ def test_a_claim_on_overlapping_rows_is_respected(cache):
     assert set(scored_rows(cache).values()) == {1}
 
 
+def test_a_claim_that_was_given_up_and_made_again_is_another_one(cache):
+    (id_,) = add_rollouts(cache, 1)
+    board, scorer = open_board(cache.path), MadeUp()
+    name = f"claims/{made_up().fingerprint[:12]}-{id_}-0.0.json"
+    with Presence(board, "scorers", scorer_note()) as first, Presence(board, "scorers", scorer_note()) as second:
+        board.write(name, ClaimNote(scorer=first.id, start=0, stop=4).model_dump_json().encode())
+        with watching(cache.path, scorer):
+            time.sleep(0.3)
+            board.write(name, ClaimNote(scorer=second.id, start=0, stop=4).model_dump_json().encode())
+            first.__exit__(None, None, None)
+            time.sleep(0.5)
+            assert scorer.asked == []
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_drops_the_range_at_hand_and_ends_with_a_report(cache, number, tmp_path):
     add_rollouts(cache, 2)

@@ -11,10 +11,10 @@ import time
 import uuid
 from contextlib import suppress
 from types import TracebackType
-from typing import Generic, get_args
+from typing import Generic, TypeVar, get_args
 
 from ketchup_cache.errors import CacheError, KetchupError, WriteError
-from ketchup_cache.remote.board import Board, Folder, Note, parse
+from ketchup_cache.remote.board import Board, Folder, ScorerNote, WaitingNote, parse
 
 BEAT_S = 5.0
 """Between two writes of a note that says that its owner lives."""
@@ -25,6 +25,8 @@ JOIN_S = 10.0
 OLD_S = 24 * 3600.0
 PATIENCE_S = 600.0
 """How long a store may be out of reach before waiting for it is given up."""
+
+Beating = TypeVar("Beating", ScorerNote, WaitingNote)
 
 
 class Presence:
@@ -60,14 +62,15 @@ class Presence:
                 self._board.write(self._name, self._data)
 
 
-class Living(Generic[Note]):
+class Living(Generic[Beating]):
     """The notes of a folder whose owners live. What was read once is remembered: of a note, only its time changes."""
 
-    def __init__(self, board: Board, folder: Folder, kind: type[Note]) -> None:
-        self._board, self._folder, self._kind = board, folder, kind
-        self._known: dict[str, Note] = {}
+    def __init__(self, board: Board, folder: Folder, kind: type[Beating]) -> None:
+        self._board, self._folder = board, folder
+        self._kind: type[Beating] = kind
+        self._known: dict[str, Beating] = {}
 
-    def look(self, now: float | None) -> dict[str, Note]:
+    def look(self, now: float | None) -> dict[str, Beating]:
         """id → note. now: the store's clock (`Presence.now`); None counts everybody as alive."""
         listed = self._board.list(self._folder)
         self._known = {name: note for name, note in self._known.items() if name in listed}
@@ -78,7 +81,7 @@ class Living(Generic[Note]):
             if (note := self._known.get(name)) is None:
                 continue
             # one that was written in the future was left by a store whose clock was set back: the living write again
-            if now is None or abs(now - modified) <= DEAD_BEATS * note.beat_s:  # type: ignore[union-attr]
+            if now is None or abs(now - modified) <= DEAD_BEATS * note.beat_s:
                 found[name.removesuffix(".json")] = note
         return found
 
