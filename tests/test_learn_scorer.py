@@ -19,7 +19,7 @@ from ketchup_cache.cli import main
 from ketchup_cache.errors import CacheError, ConfigError, NumericsError
 from ketchup_cache.learn import waiting
 from ketchup_cache.remote import base, presence, view
-from ketchup_cache.remote.board import ScorerNote, open_board
+from ketchup_cache.remote.board import RefusalNote, ScorerNote, open_board
 from ketchup_cache.remote.presence import Presence
 from ketchup_cache.resolve import resolve
 from ketchup_cache.watch import watch
@@ -82,6 +82,11 @@ def test_in_a_shared_folder_with_another_process(cache, resident, tmp_path):
     from ketchup_cache.score import Scorer
 
     config = options(cache, teacher=str(TASK / "teacher"))
+    refused = RefusalNote(scorer="0" * 32, message="of a scorer that is dead").model_dump_json().encode()
+    info = Scorer(config, config.teacher).info
+    board = open_board(cache)
+    for id_, _ in open_folder(cache).rollouts():
+        board.write(f"refused/{info.fingerprint[:12]}-{id_}.json", refused)
     pid = in_child(lambda: watch(config, Scorer(config, config.teacher)))
     try:
         assert learn(cache, tmp_path / "run", "--scorer", "watch") == 0
@@ -91,7 +96,7 @@ def test_in_a_shared_folder_with_another_process(cache, resident, tmp_path):
     assert weights(tmp_path / "run") == weights(resident / "run")
     assert counts(cache) == counts(resident / "cache") == {"prompts": 1, "rollouts": 2, "scores": 2}
     assert json.loads((tmp_path / "run" / "teacher.json").read_text())["name"] == str(TASK / "teacher")
-    assert not [p for p in (cache / "watch").rglob("*") if p.is_file()]
+    assert {p.parent.name for p in (cache / "watch").rglob("*") if p.is_file()} == {"refused"}
 
 
 @pytest.mark.parametrize("url", ["local", "s3"], indirect=True)
