@@ -22,6 +22,7 @@ from ketchup_cache.remote import base, presence, view
 from ketchup_cache.remote.board import RefusalNote, ScorerNote, open_board
 from ketchup_cache.remote.presence import Presence
 from ketchup_cache.resolve import resolve
+from ketchup_cache.store.cache import open_cache as open_folder
 from ketchup_cache.watch import watch
 
 SAMPLING = ["--student", str(TASK / "predistilled"), "--samples", "2", "--max-new-tokens", "16", "--device", "cpu"]
