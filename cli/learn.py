@@ -18,16 +18,24 @@ if TYPE_CHECKING:
         "# on-policy: new rollouts every 8 steps, scored by the teacher",
         "ketchup-cache learn --student student/model --cache cache --k 4 --refresh-every 8 \\",
         "    --teacher google/flan-t5-xl --dtype bfloat16 --out run",
+        "",
+        "# the same, scored elsewhere by `ketchup-cache score --watch s3://lab/xsum --teacher google/flan-t5-xl`",
+        "ketchup-cache learn --student student/model --cache cache --k 4 --refresh-every 8 \\",
+        "    --scorer s3://lab/xsum --out run",
     ]
 )
 def learn(config: LearnConfig) -> Result:
     """Train a student by K-step REINFORCE on cached scores.
 
-    With a teacher, new rollouts of the student are sampled and scored every N optimizer steps. Killed and run again
-    with the same options, it goes on from the last checkpoint to the same weights.
+    With a teacher, here or elsewhere, new rollouts of the student are sampled and scored every N optimizer steps.
+    Killed and run again with the same options, it goes on from the last checkpoint to the same weights.
     """
     from ketchup_cache.learn.loop import learn
 
+    if config.scorer is not None:
+        from ketchup_cache.learn.waiting import WaitForScores
+
+        return learn(config, WaitForScores(config))
     return learn(config, _scorer(config) if config.teacher else None)
 
 

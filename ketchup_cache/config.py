@@ -1,5 +1,5 @@
-"""Every option of every command, once: flags, YAML keys, JSON Schema and help all come from here, config_base
-and config_caches.
+"""Every option of every command, once: flags, YAML keys, JSON Schema and help all come from here, config_base,
+config_caches and config_watch.
 
 The text under a field is its help. The classes share groups of options through inheritance, so that an option
 that several commands have means the same and has the same default in all of them.
@@ -25,6 +25,7 @@ from ketchup_cache.config_caches import (
     PushConfig,
     VerifyConfig,
 )
+from ketchup_cache.config_watch import ScorerOptions, WatchOptions
 
 Normalization = Literal["raw", "centred", "logprob"]
 Tail = Literal["one-step", "jump"]
@@ -191,20 +192,18 @@ class RolloutConfig(DeviceOptions, DataOptions, SamplingOptions):
     """Sample for the first so many prompts only; all are stored, for learn to go on with. 0: sample for all."""
 
 
-class ScoreConfig(DeviceOptions, ScoringOptions):
+class ScoreConfig(WatchOptions, DeviceOptions, ScoringOptions):
     """Options of `ketchup-cache score`."""
 
     teacher: str
     """Frozen model whose logits are the Q-values: a folder or a Hub id."""
-    cache: CacheAddress
-    """Cache whose rollouts are scored."""
     commit_tokens: Positive = 262144
     """Completion tokens per committed segment: the most that a killed run has to do again."""
     keep_top: int = Field(default=0, ge=0)
     """Also store the teacher's so many largest logits per token, for `learn --method kl, js, tvd`. 0: none."""
 
 
-class LearnConfig(DeviceOptions, ReturnOptions, SamplingOptions, ScoringOptions):
+class LearnConfig(ScorerOptions, DeviceOptions, ReturnOptions, SamplingOptions, ScoringOptions):
     """Options of `ketchup-cache learn`."""
 
     method: Method = "ketchup"
@@ -216,8 +215,6 @@ class LearnConfig(DeviceOptions, ReturnOptions, SamplingOptions, ScoringOptions)
     """Cache with scored rollouts; refreshed rollouts go there too."""
     out: Path = Path("run")
     """Folder for the run: metrics.jsonl, config.json, checkpoint, and the trained student in student/."""
-    teacher: str | None = None
-    """Scores refreshed rollouts: a folder or a Hub id. Without it, learning is offline, from the cache alone."""
     scored_by: str | None = None
     """Which teacher's scores to use where the cache holds several (name, or start of its fingerprint)."""
     policy: str | None = None
@@ -230,7 +227,7 @@ class LearnConfig(DeviceOptions, ReturnOptions, SamplingOptions, ScoringOptions)
     keep_top: Positive = 64
     """kl, js, tvd: compute with so many of the teacher's largest logits, which scores must hold; the rest is lumped."""
     refresh_every: Positive = 16
-    """With a teacher: optimizer steps between new rollouts of the current student."""
+    """With a teacher or scorer: optimizer steps between new rollouts of the current student."""
     steps: int = Field(default=0, ge=0)
     """Optimizer steps. 0: as many as --epochs gives."""
     epochs: Positive = 1
@@ -272,8 +269,10 @@ class LearnConfig(DeviceOptions, ReturnOptions, SamplingOptions, ScoringOptions)
     @model_validator(mode="after")
     def _method_fits(self) -> LearnConfig:
         if self.method in ("seqkd", "kl"):
-            if self.teacher is not None:
-                raise ValueError(f"method {self.method} learns from teacher outputs in the cache: leave --teacher out")
+            if self.refresher:
+                raise ValueError(
+                    f"method {self.method} learns from teacher outputs in the cache: leave {self.refresher} out"
+                )
             if self.policy is not None:
                 raise ValueError(
                     f"method {self.method} has no rollouts of a student: use --teacher-outputs, not --policy"
@@ -294,7 +293,7 @@ class LearnConfig(DeviceOptions, ReturnOptions, SamplingOptions, ScoringOptions)
 
     @model_validator(mode="after")
     def _samples_fit(self) -> LearnConfig:
-        if self.baseline == "leave-one-out" and self.teacher is not None and self.samples < 2:
+        if self.baseline == "leave-one-out" and self.refresher and self.samples < 2:
             raise ValueError("baseline leave-one-out compares samples of one prompt: set --samples to 2 or more")
         if self.batch_size % self.samples:
             raise ValueError(f"batch_size {self.batch_size} must be a multiple of samples {self.samples}")

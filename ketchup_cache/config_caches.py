@@ -96,7 +96,7 @@ class GcConfig(Config):
     """Options of `ketchup-cache gc`."""
 
     cache: CacheAddress
-    """Cache to tidy: data without a manifest, and leftovers in tmp/."""
+    """Cache to tidy: data without a manifest, and leftovers in tmp/ and watch/."""
     older_than: float = Field(default=24.0, ge=0, allow_inf_nan=False)
     """Hours. Younger garbage stays, since a writer may be at work on it."""
     dry_run: bool = False

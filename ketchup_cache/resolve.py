@@ -22,13 +22,15 @@ RECIPE_KEYS = {"extends", "about"}
 
 NOT_OF_METHOD = {
     "llmr": ("k",),
-    "seqkd": ("teacher", "policy", "baseline"),
-    "kl": ("teacher", "policy", "baseline"),
+    "seqkd": ("teacher", "scorer", "policy", "baseline"),
+    "kl": ("teacher", "scorer", "policy", "baseline"),
     "js": ("baseline",),
     "tvd": ("baseline",),
 }
 """Options that a method of `learn` has no use for: refused as flags, but passed over in a file, which may serve several
 methods and commands."""
+EITHER = {"score": ("watch", "cache"), "learn": ("scorer", "teacher")}
+"""Two ways of a command: a flag for one passes over the other in a file; so does the first one in a file."""
 
 
 def resolve(command: str, file: Path | None, flags: dict[str, Any], recipe_name: str | None = None) -> Config:
@@ -51,6 +53,9 @@ def resolve(command: str, file: Path | None, flags: dict[str, Any], recipe_name:
     for name in NOT_OF_METHOD.get(str(values.get("method")), ()):
         if flags.get(name) is None:
             values.pop(name, None)
+    for one, other in (EITHER[command], EITHER[command][::-1]) if command in EITHER else ():
+        if values.get(one) is not None and flags.get(other) is None:
+            values.pop(other, None)
     config = None
     try:
         config = config_class.model_validate(values)

@@ -84,6 +84,7 @@ def score(config: ScoreConfig) -> ScoreReport:
 
     Raises CacheError, ModelError, MismatchError (tokenizers), NumericsError, WriteError.
     """
+    assert config.cache is not None
     cache = open_cache(config.cache)
     return Scorer(config, config.teacher, commit_tokens=config.commit_tokens).ensure(cache)
 
@@ -101,6 +102,7 @@ class Scorer:
         self._config, self._name, self._commit_tokens = config, teacher, commit_tokens
         self._known: _KnownScores | None = None
         self._budget = TokenBudget(config.batch_tokens)
+        self._resident: Teacher | None = None
         wanted = config.keep_top if isinstance(config, ScoreConfig) else getattr(config, "top_needed", 0)
         self.info, self.tokenizer = Teacher.identify(
             teacher, dtype=config.dtype, trust_remote_code=config.trust_remote_code
@@ -128,16 +130,44 @@ class Scorer:
             report = self._score_missing(cache, missing, report)
         return replace(report, seconds=time.monotonic() - began)
 
-    def _score_missing(self, cache: Cache, missing: list[tuple[str, int, int]], report: ScoreReport) -> ScoreReport:
+    def stay(self) -> None:
+        """Load the teacher now, and keep it in memory. Raises ModelError."""
+        self._resident = self._load()
+
+    def ranges(self, cache: Cache, rollouts_id: str, start: int, stop: int) -> Iterator[range]:
+        """Rows start..stop of a rollouts segment in the ranges that are committed one by one."""
+        manifest = cache.manifest(rollouts_id)
+        if manifest.tokens <= self._commit_tokens:  # most are: no need to read them
+            return iter([range(start, stop)])
+        return commit_ranges(cache.load_rollouts(rollouts_id).completions, start, stop, self._commit_tokens)
+
+    def score_range(self, cache: Cache, rollouts_id: str, rows: range, bar: Bar) -> tuple[int, int]:
+        """Score and commit these rows, whether they have scores or not; returns how many rows and tokens the teacher
+        computed. `bar.advance` may raise, to drop the work.
+
+        Raises the errors of `ensure`, and `CorruptError` where the rollouts are damaged.
+        """
+        self._check_tokenizer(cache, rollouts_id)
+        scores, computed, tokens = self._score_rows(
+            cache, rollouts_id, rows, self._known_in(cache), functools.cache(self._load), bar
+        )
+        cache.commit_scores(scores, self._scores_info(rollouts_id, rows))
+        return computed, tokens
+
+    def _known_in(self, cache: Cache) -> _KnownScores:
         if self._known is None or self._known.cache is not cache:
             self._known = _KnownScores(cache, self.info.fingerprint, self.keep_top)
+        return self._known
+
+    def _score_missing(self, cache: Cache, missing: list[tuple[str, int, int]], report: ScoreReport) -> ScoreReport:
+        known = self._known_in(cache)
         teacher = functools.cache(self._load)  # loaded at its first call, if there is one
         try:
             with progress("score", sum(_estimated_tokens(cache, *part) for part in missing)) as bar:
                 for rollouts_id, start, stop in missing:
                     completions = cache.load_rollouts(rollouts_id).completions
                     for rows in commit_ranges(completions, start, stop, self._commit_tokens):
-                        scores, computed, tokens = self._score_rows(cache, rollouts_id, rows, self._known, teacher, bar)
+                        scores, computed, tokens = self._score_rows(cache, rollouts_id, rows, known, teacher, bar)
                         cache.commit_scores(scores, self._scores_info(rollouts_id, rows))
                         report = replace(
                             report,
@@ -200,7 +230,7 @@ class Scorer:
         )
 
     def _load(self) -> Teacher:
-        return Teacher.load(
+        return self._resident or Teacher.load(
             self._name,
             dtype=self._config.dtype,
             device=self._config.device,

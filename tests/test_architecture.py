@@ -12,8 +12,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 DRIVERS = {"pretrain", "rollout", "score", "learn.loop", "evaluate", "analyze", "compact", "demo", "judge.driver"}
-DRIVERS |= {"export"}
-FOUNDATION = {"types", "errors", "config", "config_base", "config_caches"}
+DRIVERS |= {"export", "watch"}
+FOUNDATION = {"types", "errors", "config", "config_base", "config_caches", "config_watch"}
 
 
 def modules() -> dict[str, Path]:

@@ -85,8 +85,11 @@ def learn(config: LearnConfig, score_rollouts: ScoreRollouts | None = None) -> L
             OnPolicy(cache, config, info, score_rollouts, calculator) if score_rollouts else Offline(cache, config)
         )
         origin = Origin.of(config.student)
-        if origin and (warning := origin.differs_from(config.teacher or cache.select_teacher(config.scored_by).name)):
-            print(f"ketchup-cache: warning: {config.student}: {warning}", file=sys.stderr)
+        # with --scorer the teacher is not known yet: learn/waiting.py warns
+        if origin and not config.scorer:
+            teacher = config.teacher or cache.select_teacher(config.scored_by).name
+            if warning := origin.differs_from(teacher):
+                print(f"ketchup-cache: warning: {config.student}: {warning}", file=sys.stderr)
         model = load_model(config.student, device=config.device, trust_remote_code=config.trust_remote_code)
         head = Head.of(model, info.vocab_size)
         run.write_config({"student": state_fingerprint(model), "steps": source.steps, **source.resolved()})

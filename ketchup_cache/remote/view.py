@@ -162,6 +162,9 @@ class RemoteCache(Cache):
         """Of the address itself, whatever the segment cache holds."""
         read_segment(self.remote, segment_id, manifest, b"")
 
+    def refresh(self) -> None:
+        self._ids |= dict.fromkeys(sorted(self.remote.segment_ids()))
+
     def reopened(self) -> Cache:
         return RemoteCache(self.remote, self._segments)
 

@@ -135,6 +135,9 @@ class Cache:
         for name, promised in manifest.files.items():
             reading.check_file(durable.read_file(folder / name, promised.length), promised, folder / name)
 
+    def refresh(self) -> None:
+        """See the segments that others have committed since. A folder shows them anyway."""
+
     def reopened(self) -> Cache:
         """The same cache with nothing remembered."""
         return Cache(self.path)

@@ -39,7 +39,7 @@ class GcReport:
 
 
 def collect(cache: Cache, *, hours: float = 24.0, dry_run: bool = False) -> GcReport:
-    """Delete entries of tmp/, and folders of segments/ without a manifest, untouched for so many hours.
+    """Delete entries of tmp/ and watch/, and folders of segments/ without a manifest, untouched for so many hours.
 
     A commit renames its data to segments/ and right after that its manifest: the age must be longer than that takes,
     and than clocks of machines differ. Raises WriteError where deleting fails.
@@ -62,6 +62,10 @@ def collect(cache: Cache, *, hours: float = 24.0, dry_run: bool = False) -> GcRe
 def _garbage(root: Path) -> Iterator[Path]:
     for name in sorted(durable.list_folder(root / "tmp")):
         yield root / "tmp" / name
+    notes = root / "watch"  # the living write theirs every few seconds
+    for folder in sorted(notes.iterdir()) if notes.is_dir() and not notes.is_symlink() else ():
+        if folder.is_dir() and not folder.is_symlink():
+            yield from sorted(folder.iterdir())
     # folders first, manifests after: a segment that is committed in between is no garbage
     folders = sorted(durable.list_folder(root / "segments"))
     known = set(reading.segment_ids(root))

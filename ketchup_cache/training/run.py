@@ -3,6 +3,7 @@
 OUT/config.json            what was asked for and what it resolved to (fingerprints, versions)
 OUT/metrics.jsonl          one line per optimizer step
 OUT/checkpoints/step-N/    the newest complete one is where a killed run goes on
+OUT/teacher.json           with --scorer: whose scores the run learns from
 OUT/report.json            written last: the run is finished
 OUT/<result>/              the trained model with its tokenizer, as `from_pretrained` reads it
 """
@@ -32,7 +33,7 @@ from ketchup_cache.resolve import flag
 from ketchup_cache.training.optim import Optimizer
 from ketchup_cache.training.origin import Origin
 
-MAY_CHANGE = {"checkpoint_every", "trust_remote_code"}
+MAY_CHANGE = {"checkpoint_every", "trust_remote_code", "scorer_timeout"}
 """Options that a resumed run may change, since no number depends on them."""
 
 

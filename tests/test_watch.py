@@ -1,0 +1,461 @@
+"""A teacher that scores for others: the board of notes, watchers that share work and die, learners that wait."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+import uuid
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from store_samples import exit_code, in_child, tokenizer
+from store_samples import teacher as made_up
+from watchers import TASK, MadeUp, add_rollouts, options, until, watching
+
+from ketchup_cache.cli import main
+from ketchup_cache.errors import CacheError, NumericsError, WriteError
+from ketchup_cache.learn import waiting
+from ketchup_cache.remote import base, presence, view
+from ketchup_cache.remote.board import MAX_NOTE_BYTES, ClaimNote, ScorerNote, open_board, parse
+from ketchup_cache.remote.local import LocalBoard
+from ketchup_cache.remote.presence import Living, Patience, Presence
+from ketchup_cache.store.cache import open_cache as open_folder
+from ketchup_cache.store.garbage import collect
+from ketchup_cache.store.inspect import verify
+from ketchup_cache.transfer import copy
+from ketchup_cache.watch import Watcher, watch
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch, tmp_path):
+    monkeypatch.setattr(base, "FIRST_PAUSE_S", 0.001)
+    monkeypatch.setattr(presence, "BEAT_S", 0.1)
+    monkeypatch.setattr(waiting, "LAST_POLL_S", 0.1)
+    monkeypatch.setenv(view.HOME_VARIABLE, str(tmp_path / "home"))
+
+
+@pytest.fixture
+def cache(tmp_path):
+    return open_folder(tmp_path / "lab", create=True)
+
+
+def scored_rows(cache) -> dict[tuple[str, int], int]:
+    """(rollouts, row) → how often it was scored."""
+    times: dict[tuple[str, int], int] = {}
+    for _, manifest in cache.manifests("scores"):
+        for row in range(manifest.info.row_start, manifest.info.row_stop):
+            key = manifest.info.rollouts, row
+            times[key] = times.get(key, 0) + 1
+    return times
+
+
+def notes(root: Path) -> list[str]:
+    return sorted(str(p.relative_to(root / "watch")) for p in (root / "watch").rglob("*") if not p.is_dir())
+
+
+# ------------------------------------------------------------------------------------------------------- the board
+
+
+def test_notes_of_every_kind_of_store(url):
+    board = open_board(url)
+    assert board.list("claims") == {}
+    assert board.read("claims/a.json") is None
+    board.delete("claims/a.json")
+    with ThreadPoolExecutor(8) as pool:
+        made = list(pool.map(lambda i: board.create("claims/a.json", b"%d" % i), range(8)))
+    assert made.count(True) == 1
+    assert board.read("claims/a.json") == b"%d" % made.index(True)
+    board.write("claims/a.json", b"other")
+    board.write("claims/b.json", b"x" * (MAX_NOTE_BYTES + 9))
+    assert board.read("claims/a.json") == b"other"
+    assert not board.create("claims/a.json", b"third")
+    assert len(board.read("claims/b.json")) == MAX_NOTE_BYTES + 1
+    listed = board.list("claims")
+    assert listed.keys() == {"a.json", "b.json"}
+    assert all(abs(modified - time.time()) < 5 for modified in listed.values())
+    assert board.list("scorers") == {}
+    time.sleep(1.1)  # the resolution of an object store
+    board.write("claims/a.json", b"other")
+    again = board.list("claims")
+    assert again["a.json"] > listed["a.json"]
+    assert again["b.json"] == listed["b.json"]
+    board.delete("claims/a.json")
+    assert board.list("claims").keys() == {"b.json"}
+
+
+def test_a_request_that_was_repeated_still_counts(url, monkeypatch):
+    """The answer to the first one was lost: what is there is our own."""
+    board = open_board(url)
+    if isinstance(board, LocalBoard):
+        link = os.link
+
+        def twice(source, target):
+            link(source, target)
+            link(source, target)
+
+        monkeypatch.setattr(os, "link", twice)
+    else:
+        board.write("claims/a.json", b"mine")
+    assert board.create("claims/a.json", b"mine")
+    monkeypatch.undo()
+    assert not board.create("claims/a.json", b"yours")
+
+
+def test_places_where_nothing_can_change_are_refused(capsys):
+    for address in ("https://h/c", "hf://datasets/a/b"):
+        for command in (
+            ["score", "--teacher", str(TASK / "teacher"), "--watch", address],
+            ["learn", "--student", str(TASK / "predistilled"), "--cache", "c", "--scorer", address],
+        ):
+            assert main(command) == 2
+            (line,) = capsys.readouterr().err.splitlines()
+            assert "a path, s3://, gs:// or az://" in line
+    assert not Path("c").exists()
+
+
+def test_a_folder_that_can_not_be_written_is_one_line(cache):
+    (cache.path / "watch").write_bytes(b"a file where the folder should be")
+    board = open_board(cache.path)
+    with pytest.raises(WriteError, match="scoring for others needs a folder"):
+        board.write("scorers/a.json", b"{}")
+    with pytest.raises(WriteError):
+        board.create("claims/a.json", b"{}")
+
+
+# ------------------------------------------------------------------------------------------------- who is alive
+
+
+class Shifted(LocalBoard):
+    """A store whose clock is years off."""
+
+    def list(self, folder):
+        return {name: modified + 3e8 for name, modified in super().list(folder).items()}
+
+
+def scorer_note(**more) -> bytes:
+    values = {"teacher": made_up(), "tokenizer": tokenizer().fingerprint, "keep_top": 0, "beat_s": 0.1, **more}
+    return ScorerNote(**values).model_dump_json().encode()
+
+
+@pytest.mark.parametrize("kind", [LocalBoard, Shifted])
+def test_life_is_told_from_the_stores_own_times(cache, kind, monkeypatch):
+    """The clock of this machine may say anything."""
+    monkeypatch.setattr(time, "time", lambda: 7.0)
+    board = kind(cache.path, MAX_NOTE_BYTES)
+    living = Living(board, "scorers", ScorerNote)
+    with Presence(board, "scorers", scorer_note()) as me, Presence(board, "scorers", scorer_note()) as other:
+        path = cache.path / "watch" / "scorers"
+        dead, early, late = (path / f"{name}.json" for name in ("dead", "early", "late"))
+        for file in (dead, early, late):
+            file.write_bytes(scorer_note())
+        at = path.joinpath(f"{me.id}.json").stat().st_mtime
+        os.utime(dead, (at - 60, at - 60))
+        os.utime(early, (at + 60, at + 60))
+        os.utime(late, (at, at))
+        assert living.look(me.now()).keys() == {me.id, other.id, "late"}
+        time.sleep(0.9)
+        assert living.look(me.now()).keys() == {me.id, other.id}
+        (path / f"{me.id}.json").unlink()
+        assert living.look(None).keys() >= {other.id, "dead", "late"}
+        until(lambda: me.now())  # it is written again
+    assert not (cache.path / "watch" / "scorers" / f"{other.id}.json").exists()
+
+
+def test_a_heartbeat_goes_on_through_an_outage(cache, monkeypatch):
+    board = open_board(cache.path)
+    write, broken = board.write, threading.Event()
+
+    def failing(name, data):
+        if broken.is_set():
+            raise WriteError("gone")
+        write(name, data)
+
+    board.write = failing
+    with Presence(board, "scorers", scorer_note()) as me:
+        first = me.now()
+        broken.set()
+        time.sleep(0.3)
+        broken.clear()
+        until(lambda: me.now() > first + 0.3)
+
+
+def test_patience_ends(monkeypatch):
+    patience, error = Patience(), CacheError("gone")
+    assert [patience.failed(error) for _ in range(6)] == [2, 4, 8, 16, 30, 30]
+    patience.worked()
+    assert patience.failed(error) == 2
+    monkeypatch.setattr(presence, "PATIENCE_S", -1)
+    with pytest.raises(CacheError, match="gone"):
+        patience.failed(error)
+
+
+# ---------------------------------------------------------------------------------------------------- watchers
+
+
+@pytest.mark.parametrize("url", ["local", "s3"], indirect=True)
+def test_two_watchers_share_the_work(url, monkeypatch):
+    """Every row is scored, by both, and none twice."""
+    monkeypatch.setattr(presence, "BEAT_S", 0.5)
+    there = view.open_cache(url, create=True)
+    add_rollouts(there, 6)
+    scorers = [MadeUp(lambda id_: time.sleep(0.03), pieces=2) for _ in range(2)]
+    with watching(url, scorers[0], idle_exit=0.3) as one, watching(url, scorers[1], idle_exit=0.3) as two:
+        add_rollouts(view.open_cache(url), 2, seed=50)  # and while they are at work
+        reports = [one.result(30), two.result(30)]
+    there.refresh()
+    times = scored_rows(there)
+    assert len(times) == 8 * 4
+    assert set(times.values()) == {1}
+    assert sum(r.computed for r in reports) == 8 * 4
+    assert min(len(s.asked) for s in scorers) >= 3
+    board = open_board(url)
+    assert not [name for folder in ("scorers", "claims", "waiting", "refused") for name in board.list(folder)]
+
+
+def test_a_range_that_was_scored_while_we_looked_is_not_scored_again(cache, monkeypatch):
+    """Another watcher commits, and drops its claim, between our look and our claim."""
+    (id_,) = add_rollouts(cache, 1)
+    scorer, other = MadeUp(), MadeUp()
+    create = LocalBoard.create
+
+    def late(board, name, data):
+        if name.startswith("claims/") and not other.asked:
+            other.score_range(cache, id_, range(4), type("Bar", (), {"advance": lambda self, n: None})())
+        return create(board, name, data)
+
+    monkeypatch.setattr(LocalBoard, "create", late)
+    with watching(cache.path, scorer, idle_exit=0.1) as running:
+        assert running.result(20).segments == 0
+    assert scorer.asked == []
+    assert set(scored_rows(cache).values()) == {1}
+    assert notes(cache.path) == []
+
+
+@pytest.mark.parametrize("kind", [LocalBoard, Shifted])
+def test_work_of_a_killed_watcher_is_taken_over(cache, kind, monkeypatch):
+    monkeypatch.setattr("ketchup_cache.remote.board.LocalBoard", kind)
+    ids = add_rollouts(cache, 3)
+    pid = in_child(lambda: watch(options(cache.path), MadeUp(lambda id_: time.sleep(60))))
+    try:
+        claims = cache.path / "watch" / "claims"
+        until(lambda: claims.exists() and any(p.suffix == ".json" for p in claims.iterdir()))
+        scorer = MadeUp()
+        with watching(cache.path, scorer, idle_exit=0.1) as running:
+            until(lambda: len(scored_rows(cache)) == 8)
+            time.sleep(1)  # many beats: the claim of the living one holds, and what it claims is not done
+            assert len(scored_rows(cache)) == 8
+            assert not running.done()
+            os.kill(pid, signal.SIGKILL)
+            report = running.result(20)
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        exit_code(pid)
+    times = scored_rows(cache)
+    assert {id_ for id_, _ in times} == set(ids)
+    assert set(times.values()) == {1}
+    assert (report.taken_over, report.segments) == (1, 3)
+    assert [name for name in notes(cache.path) if not name.startswith("scorers/")] == []
+
+
+def test_of_three_that_see_a_dead_claim_one_takes_over(cache):
+    (id_,) = add_rollouts(cache, 1)
+    board = open_board(cache.path)
+    dead = ClaimNote(scorer=uuid.uuid4().hex, start=0, stop=4)
+    for n in range(2):  # the one that took over first died too
+        board.create(f"claims/{made_up().fingerprint[:12]}-{id_}-0.{n}.json", dead.model_dump_json().encode())
+    scorers = [MadeUp(lambda id_: time.sleep(0.3)) for _ in range(3)]
+    with ThreadPoolExecutor(3) as pool:
+        reports = list(
+            pool.map(lambda s: Watcher(options(cache.path, idle_exit=0.2), s, threading.Event()).run(), scorers)
+        )
+    assert sorted(len(s.asked) for s in scorers) == [0, 0, 1]
+    assert sum(r.taken_over for r in reports) == 1
+    assert notes(cache.path) == []
+
+
+def test_a_claim_on_overlapping_rows_is_respected(cache):
+    """Another watcher may cut its ranges elsewhere."""
+    (id_,) = add_rollouts(cache, 1, rows=8)
+    board = open_board(cache.path)
+    scorer = MadeUp(pieces=4)
+    with Presence(board, "scorers", scorer_note()) as other:
+        name = f"claims/{made_up().fingerprint[:12]}-{id_}-1.0.json"
+        board.create(name, ClaimNote(scorer=other.id, start=1, stop=5).model_dump_json().encode())
+        with watching(cache.path, scorer) as running:
+            until(lambda: len(scored_rows(cache)) == 3)
+            time.sleep(0.3)
+            assert sorted(row for _, row in scored_rows(cache)) == [5, 6, 7]
+            assert not running.done()
+            board.delete(name)
+            until(lambda: len(scored_rows(cache)) == 8)
+    assert set(scored_rows(cache).values()) == {1}
+
+
+def test_a_claim_that_was_given_up_and_made_again_is_another_one(cache):
+    (id_,) = add_rollouts(cache, 1)
+    board, scorer = open_board(cache.path), MadeUp()
+    name = f"claims/{made_up().fingerprint[:12]}-{id_}-0.0.json"
+    with Presence(board, "scorers", scorer_note()) as first, Presence(board, "scorers", scorer_note()) as second:
+        board.write(name, ClaimNote(scorer=first.id, start=0, stop=4).model_dump_json().encode())
+        with watching(cache.path, scorer):
+            time.sleep(0.3)
+            board.write(name, ClaimNote(scorer=second.id, start=0, stop=4).model_dump_json().encode())
+            first.__exit__(None, None, None)
+            time.sleep(0.5)
+            assert scorer.asked == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_drops_the_range_at_hand_and_ends_with_a_report(cache, number, tmp_path):
+    add_rollouts(cache, 2)
+    begun, go = tmp_path / "begun", tmp_path / "go"
+
+    def slow(id_):
+        if begun.exists():
+            return until(go.exists)
+        return begun.touch()
+
+    def work():
+        report = watch(options(cache.path), MadeUp(slow))
+        assert report.segments == 1
+
+    pid = in_child(work)
+    until(lambda: len(scored_rows(cache)) == 4 and [n for n in notes(cache.path) if n.startswith("claims/")])
+    os.kill(pid, number)
+    time.sleep(0.1)
+    go.touch()
+    assert exit_code(pid) == 0
+    assert len(scored_rows(cache)) == 4
+    assert notes(cache.path) == []
+
+
+def test_what_somebody_waits_for_comes_first(cache):
+    ids = add_rollouts(cache, 4)
+    board = open_board(cache.path)
+    asked = waiting.WaitingNote(rollouts=(ids[2],), beat_s=0.1).model_dump_json().encode()
+    scorer = MadeUp()
+    with Presence(board, "waiting", asked), watching(cache.path, scorer, idle_exit=0.05) as running:
+        running.result(20)
+    assert [id_ for id_, _ in scorer.asked] == [ids[2], ids[0], ids[1], ids[3]]
+
+
+def test_what_can_not_be_scored_is_passed_over_once(cache, capsys):
+    """By all watchers, while the one that found out lives. The rest is scored."""
+    ids = add_rollouts(cache, 3)
+
+    def bad(id_):
+        if id_ == ids[1]:
+            raise NumericsError("rollout row 2: teacher gives NaN\x1b[2J")
+
+    first, second = MadeUp(bad), MadeUp(bad)
+    with watching(cache.path, first) as one:
+        until(lambda: len(scored_rows(cache)) == 8)
+        (refused,) = (n for n in notes(cache.path) if n.startswith("refused/"))
+        with watching(cache.path, second, idle_exit=0.2) as two:
+            assert two.result(20).refused == 0
+        time.sleep(0.2)
+        assert not one.done()
+    assert (one.result().refused, [id_ for id_, _ in first.asked].count(ids[1])) == (1, 1)
+    assert second.asked == []
+    assert refused.endswith(f"-{ids[1]}.json")
+    assert notes(cache.path) == []
+    lines = [line for line in capsys.readouterr().err.splitlines() if "passed over" in line]
+    assert len(lines) == 1
+    assert "gives NaN" in lines[0]
+    assert "\x1b" not in lines[0]
+    third = MadeUp()  # a new one tries again
+    with watching(cache.path, third, idle_exit=0.05) as three:
+        assert three.result(20).segments == 1
+
+
+def test_an_outage_of_the_store_is_waited_for(cache, monkeypatch, capsys):
+    add_rollouts(cache, 1)
+    monkeypatch.setattr(Patience, "failed", lambda self, error: 0.05)
+    scorer, listed = MadeUp(), LocalBoard.list
+    monkeypatch.setattr(LocalBoard, "list", lambda self, folder: (_ for _ in ()).throw(CacheError("cut off")))
+    with watching(cache.path, scorer, idle_exit=0.1) as running:
+        time.sleep(0.4)
+        assert not running.done()
+        monkeypatch.setattr(LocalBoard, "list", listed)
+        assert running.result(20).segments == 1
+    assert "cut off; trying again in" in capsys.readouterr().err
+
+
+def test_notes_of_another_day_are_deleted(cache):
+    """An object store has no gc."""
+    at = cache.path / "watch" / "waiting"
+    at.mkdir(parents=True)
+    for name, age in (("old", 90_000), ("young", 80_000)):
+        (at / f"{name}.json").write_bytes(b"{}")
+        os.utime(at / f"{name}.json", (time.time() - age,) * 2)
+    with watching(cache.path, MadeUp(), idle_exit=0.01) as running:
+        running.result(20)
+    assert notes(cache.path) == ["waiting/young.json"]
+
+
+# ------------------------------------------------------------------------------------------------- hostile notes
+
+
+def litter(root: Path, ids: list[str]) -> None:
+    """What anybody who may write there could leave."""
+    digits, claim = made_up().fingerprint[:12], {"scorer": "0" * 32, "start": 0, "stop": 4}
+    contents = [
+        b"", b"\xff\xfe", b"null", b"[" * 100_000, b'{"a":' * 50_000, b"x" * (MAX_NOTE_BYTES + 1), b"[]", b"NaN",
+        json.dumps({**claim, "start": -1}).encode(), json.dumps({**claim, "stop": 10**400}).encode(),
+        json.dumps({**claim, "x": 1}).encode(), json.dumps({**claim, "scorer": "../../x"}).encode(),
+        b'{"beat_s": 1e999, "rollouts": []}', b'{"scorer": "' + b"0" * 32 + b'", "message": "no"}',
+    ]  # fmt: skip
+    for folder in ("scorers", "waiting", "claims", "refused"):
+        at = root / "watch" / folder
+        at.mkdir(parents=True, exist_ok=True)
+        for i, content in enumerate(contents):
+            (at / f"{i:032x}.json").write_bytes(content)
+            id_ = ids[i % len(ids)]
+            name = {"claims": f"{digits}-{id_}-0.{i}.json", "refused": f"{digits}-{id_}.json"}.get(folder, f"n{i}.json")
+            (at / name).write_bytes(content)
+        for name in (f"{digits}-{ids[0]}-99999999999999999999.0.json", f"{digits}-..-0.0.json", "é\n.json", ".json"):
+            (at / name).write_bytes(contents[-1])
+        (at / f"{digits}-{ids[0]}-0.77.json").symlink_to("/etc/hostname")
+        os.mkfifo(at / f"{digits}-{ids[0]}-0.78.json")
+        (at / f"{digits}-{ids[0]}-0.79.json").mkdir()
+        (at / "sub").mkdir()
+
+
+def test_hostile_notes_are_as_if_they_were_not_there(cache):
+    ids = add_rollouts(cache, 3)
+    litter(cache.path, ids)
+    board = open_board(cache.path)
+    for folder, kind in (("scorers", ScorerNote), ("claims", ClaimNote), ("waiting", waiting.WaitingNote)):
+        found = [parse(board.read(f"{folder}/{name}"), kind) for name in board.list(folder)]
+        assert not any(found), folder
+    scorer = MadeUp()
+    with watching(cache.path, scorer, idle_exit=0.1) as running:
+        assert running.result(20).segments == 3
+    assert set(scored_rows(cache).values()) == {1}
+    assert len(scored_rows(cache)) == 12
+
+
+def test_notes_are_no_part_of_the_cache(cache, tmp_path, capsys):
+    ids = add_rollouts(cache, 2)
+    with watching(cache.path, MadeUp(), idle_exit=0.05) as running:
+        running.result(20)
+    litter(cache.path.rename(tmp_path / "moved"), ids)
+    lab = open_folder(tmp_path / "moved")
+    assert verify(lab).ok
+    copy(lab.path, tmp_path / "b")
+    assert not (tmp_path / "b" / "watch").exists()
+    assert main(["ls", str(lab.path), "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["segments"]) == 5
+    assert collect(lab).removed == ()
+    with Presence(open_board(lab.path), "scorers", scorer_note()) as me:
+        (lab.path / "watch" / "linked").symlink_to(lab.path / "manifests")
+        time.sleep(0.8)
+        removed = collect(lab, hours=0.5 / 3600).removed
+        assert me.now() is not None
+    assert len(removed) > 50
+    assert not any(name.startswith("watch/linked/") for name in removed)
+    assert len(lab.segment_ids()) == 5
