@@ -83,7 +83,7 @@ def learned(capsys, student, cache, out):
     """What `learn` warned of."""
     capsys.readouterr()
     words = ["learn", "--student", str(student), "--cache", str(cache), "--out", str(out), "--device", "cpu"]
-    assert main([*words, "--steps", "1", "--batch-size", "4"]) == 0
+    assert main([*words, "--steps", "1", "--batch-size", "4", "--k", "1"]) == 0
     return [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
 
 
