@@ -36,7 +36,9 @@ def figure_1(records: Iterable[Record], path: Path) -> None:
         axes.scatter([m.mean for m in means], places, c=colours, s=40, zorder=3)
         if before := list(by_seed(records, task.name, "predistilled", RETURN).values()):
             axes.axvline(before[0], color="0.3", linestyle=":", linewidth=1)
-            axes.text(before[0], len(names) - 0.4, "before", fontsize="small", ha="center")
+            axes.annotate(
+                "before", (before[0], 1), (3, -9), ("data", "axes fraction"), "offset points", fontsize="small"
+            )
         axes.set_yticks(places, names if axes is figure.axes[0] else [""] * len(names))
         axes.set_ylim(-0.6, len(names) - 0.1)
         axes.set_title(task.name)
