@@ -37,7 +37,7 @@ bench: .venv/.installed
 	$(BIN)/python benchmarks/keep_top.py --short
 	$(BIN)/python benchmarks/gpu.py --short
 
-# about a quarter of an hour; `make test` has a short form
+# about half an hour; `make test` has a short form
 soak: .venv/.installed
 	$(BIN)/python benchmarks/soak.py --out benchmarks/results/soak.json
 
