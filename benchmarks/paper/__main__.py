@@ -135,7 +135,8 @@ def draw() -> None:
     (RESULTS / "ablations.md").write_text(f"# What the paper leaves open\n\n{head}\n{ablation_tables(records)}")
     figure_1(records, RESULTS / "figure-1.png")
     for analysis in results["figure_2"]:
-        figure_2(analysis, RESULTS / f"figure-2-{analysis['task']}.png")
+        for tail, found in analysis["analysis"].items():
+            figure_2(found, RESULTS / f"figure-2-{analysis['task']}-{tail}.png")
     figure_3(records, RESULTS / "figure-3.png")
     print((RESULTS / "paper-table.md").read_text())
     print((RESULTS / "ablations.md").read_text())

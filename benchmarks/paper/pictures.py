@@ -48,8 +48,8 @@ def figure_1(records: Iterable[Record], path: Path) -> None:
 
 
 def figure_2(analysis: dict[str, Any], path: Path) -> None:
-    """Variance and bias against K for students at several distances from the teacher."""
-    variance_bias_figure(analysis["analysis"]).savefig(path, format="png")
+    """Variance and bias against K for students at several distances from the teacher: what `analyze` reports."""
+    variance_bias_figure(analysis).savefig(path, format="png")
 
 
 def figure_3(records: Sequence[Record], path: Path, task: str = FIGURE_3_TASK) -> None:

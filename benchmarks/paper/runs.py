@@ -21,6 +21,8 @@ from typing import Any
 from benchmarks.paper.settings import DIVERGENCE, LENGTHS, SIZES, TASKS, Options, Row, Student, Task
 
 DATA = Path("data")
+TAILS = ("one-step", "jump")
+"""Figure 2 is drawn for each: with the first, a K that is long for the completions is partly K = 1 again."""
 CURVE = ("step", "return_mean", "return_sd", "k_return_sd", "length_mean", "teacher_kl", "ess")
 """What is kept of each optimizer step."""
 STUDENTS = {student.name: student for student in (*LENGTHS, *SIZES)}
@@ -241,6 +243,6 @@ def analyses(task: Task, students: Sequence[str], prompts: int, samples: int, wo
             tool("rollout", student=student_folder(task, name, work), data=folder / "prompts.jsonl",
                  skip=task.labelled, limit=prompts, samples=samples, cache=cache, **task.decoding)  # fmt: skip
         tool("score", teacher=folder / "teacher", cache=cache)
-        analysis = tool("analyze", cache=cache)
-        result.write_text(json.dumps({"task": task.name, "analysis": analysis, "commands": tool.commands}) + "\n")
+        found = {tail: tool("analyze", cache=cache, tail=tail) for tail in TAILS}
+        result.write_text(json.dumps({"task": task.name, "analysis": found, "commands": tool.commands}) + "\n")
     return json.loads(result.read_text(encoding="utf-8"))
