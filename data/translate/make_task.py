@@ -20,9 +20,10 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import time
 from pathlib import Path
 from typing import Any
+
+from ketchup_cache.data.training import BATCH, fit
 
 HERE = Path(__file__).resolve().parent
 SIZES = {"train": 24000, "prompts": 24000, "dev": 500, "test": 500}
@@ -237,50 +238,27 @@ def train(model: Any, pairs: list[tuple[Ids, Ids]], steps: int, noise: dict[int,
     itself that a wrong word costs almost as much as stopping at once, and a student learns to stop early;
     with it the teacher also learns to continue after a wrong word.
     """
-    import torch
-    from torch.nn.functional import cross_entropy
-
-    batch, peak, warm, rng = 64, 2e-3, 100, random.Random(0)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=peak, weight_decay=0.0)
+    rng = random.Random(0)
     batches: list[list[int]] = []
-    started = time.time()
-
-    def pad(rows: list[list[int]]) -> Any:
-        width = max(len(row) for row in rows)
-        return torch.tensor([row + [0] * (width - len(row)) for row in rows])
 
     def corrupt(ids: list[int]) -> list[int]:
         if rng.random() < 0.5:
             return ids
         return [rng.choice(noise[i]) if i in noise and rng.random() < 0.2 else i for i in ids]
 
-    model.train()
-    for step in range(steps):
+    def batch(step: int) -> list[tuple[Ids, Ids]]:
         if not batches:
             order = list(range(len(pairs)))
             rng.shuffle(order)
-            for start in range(0, len(order), batch * 8):  # batches of similar length
-                chunk = sorted(order[start : start + batch * 8], key=lambda i: len(pairs[i][1]))
-                found = [chunk[k : k + batch] for k in range(0, len(chunk), batch)]
+            for start in range(0, len(order), BATCH * 8):  # batches of similar length
+                chunk = sorted(order[start : start + BATCH * 8], key=lambda i: len(pairs[i][1]))
+                found = [chunk[k : k + BATCH] for k in range(0, len(chunk), BATCH)]
                 rng.shuffle(found)
-                batches += found
+                batches.extend(found)
         rows = [pairs[i] for i in batches.pop()]
-        targets = [corrupt(row[1]) if step > 0.45 * steps else row[1] for row in rows]
-        source, target = pad([row[0] for row in rows]), pad(targets)
-        mask = (source != 0).long()  # a word never has id 0
-        shifted = torch.cat([torch.zeros_like(target[:, :1]), target[:, :-1]], 1)
-        rate = (step + 1) / warm if step < warm else 1 - (step - warm) / max(1, steps - warm)
-        for group in optimizer.param_groups:
-            group["lr"] = peak * rate
-        output = model(input_ids=source, attention_mask=mask, decoder_input_ids=shifted, use_cache=False)
-        loss = cross_entropy(output.logits[target != 0], target[target != 0])
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        if (step + 1) % 100 == 0:
-            print(f"step {step + 1} loss {loss.item():.4f} ({time.time() - started:.0f} s)", flush=True)
-    model.eval()
+        return [(source, corrupt(target) if step > 0.45 * steps else target) for source, target in rows]
+
+    fit(model, batch, steps, warm=100)
 
 
 def exact_match(model: Any, tokenizer: Any, rows: list[dict[str, str]]) -> float:
