@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from benchmarks.paper import tables
+from benchmarks.paper.__main__ import PARTS, missing
 from benchmarks.paper.runs import Run, words_of
 from benchmarks.paper.settings import ABLATIONS, TABLE, TASKS, Row, ablation_runs, table_runs
 from benchmarks.paper.statistics import Comparison, Mean, holm
@@ -100,6 +101,28 @@ def test_runs_differ_in_their_keys():
     assert len({run.key for run in runs}) == len(different) < len(runs)  # an ablation shares rows with the table
     assert len({(run.task, run.name, run.seed) for run in runs}) == len(different)  # a name always means the same
     assert Run("translate", Row("a", {"k": 4})).key != Run("translate", Row("a", {"k": 2})).key
+
+
+def test_what_has_a_record_is_not_run_again():
+    everything = missing(PARTS, list(TASKS), [])
+    assert len({run.key for run in everything}) == len(everything)
+    done, left = everything[::2], everything[1::2]
+    assert missing(PARTS, list(TASKS), [{"key": run.key} for run in done]) == left
+    assert {run.task for run in missing(["table"], ["reason"], [])} == {"reason"}
+    # the same options on the dev split are another run
+    row = TABLE[-1]
+    assert Run("reason", row).key != Run("reason", row, split="dev").key
+
+
+def test_an_ablation_is_shown_once_it_has_rows_of_its_own():
+    task = ABLATIONS[0].task
+    shared = [record(task, row.name, 0, -1.0, 1.0) for row in TABLE]
+    assert tables.ablation_tables(shared) == ""
+    own = next(row for row in ABLATIONS[0].rows if row.name not in {r.name for r in TABLE})
+    text = tables.ablation_tables([*shared, record(task, own.name, 0, -2.5, 7.0)])
+    assert text.count("###") == 1
+    assert ABLATIONS[0].title in text
+    assert f"| {own.name} | -2.50 | 7.00 |" in text, text
 
 
 def test_rows_are_named_once():

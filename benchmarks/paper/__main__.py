@@ -3,6 +3,7 @@
     python -m benchmarks.paper run            # everything that is not done yet: table, ablations, figures
     python -m benchmarks.paper run --only table --task translate
     python -m benchmarks.paper draw           # tables and pictures again, from the JSON
+    python -m benchmarks.paper try --task reason --set k=16 --set tail=jump    # settings, on the dev split
 
 From the repository's folder. Stopped at any moment, `run` goes on where it was; what benchmarks/results holds is not
 run again, unless with `--again`.
@@ -17,7 +18,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
@@ -61,10 +62,35 @@ def runs_of(part: str) -> Iterator[Run]:
                     yield Run(FIGURE_3_TASK, Row(size_row(size.name, k), {"k": k}, student=size.name), seed)
 
 
+def missing(parts: Iterable[str], tasks: Sequence[str], records: Iterable[dict[str, Any]]) -> list[Run]:
+    """The runs of some parts and tasks that have no record yet, each once: parts share some."""
+    held = {record["key"] for record in records}
+    listed = {r.key: r for part in parts for r in runs_of(part) if r.task in tasks}
+    return [r for key, r in listed.items() if key not in held]
+
+
+def attempt(task: str, words: list[str], seed: int, work: Path) -> None:
+    """Reinforcement with other options of `learn`, on the dev split: for choosing settings. Not in the results."""
+    options = {
+        name: json.loads(value) if _is_json(value) else value for name, _, value in (w.partition("=") for w in words)
+    }
+    record = execute(Run(task, Row(" ".join(words), options), seed, split="dev"), work)
+    found = record["evaluation"]
+    print(f"{task}, {record['row'] or 'as in the table'}, seed {seed}, dev: return {found['returns']['mean']:.2f}, "
+          f"length {found['length_mean']:.1f}, "
+          + ", ".join(f"{m.title} {found['metrics'][m.key]:.1f}" for m in TASKS[task].metrics))  # fmt: skip
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except ValueError:
+        return False
+    return True
+
+
 def run(parts: list[str], tasks: list[str], work: Path, workers: int, again: bool) -> None:
-    held = set() if again else {record["key"] for record in load()["records"]}
-    listed = {r.key: r for part in parts for r in runs_of(part) if r.task in tasks}  # parts share runs
-    wanted = [r for key, r in listed.items() if key not in held]
+    wanted = missing(parts, tasks, [] if again else load()["records"])
     began, records = time.monotonic(), []
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context) as pool:
@@ -145,13 +171,19 @@ def draw() -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.paper", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    parser.add_argument("action", choices=("run", "draw"))
+    parser.add_argument("action", choices=("run", "draw", "try"))
     parser.add_argument("--only", choices=PARTS, action="append", help="a part of it; may be given several times")
     parser.add_argument("--task", choices=tuple(TASKS), action="append")
     parser.add_argument("--work", type=Path, default=Path("benchmarks/work"), help="where unfinished work lies")
     parser.add_argument("--workers", type=int, default=2, help="runs at once, a thread each")
     parser.add_argument("--again", action="store_true", help="also what the results hold already")
+    parser.add_argument("--set", action="append", default=[], metavar="OPTION=VALUE", help="with `try`: of `learn`")
+    parser.add_argument("--seed", type=int, default=0, help="with `try`")
     arguments = parser.parse_args()
+    if arguments.action == "try":
+        for task in arguments.task or list(TASKS):
+            attempt(task, arguments.set, arguments.seed, arguments.work)
+        return
     if arguments.action == "run":
         run(
             arguments.only or list(PARTS),

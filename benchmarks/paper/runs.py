@@ -37,6 +37,8 @@ class Run:
     row: Row | None
     seed: int = 0
     model: str = ""
+    split: str = "test"
+    """What it is evaluated on."""
 
     @property
     def name(self) -> str:
@@ -48,6 +50,8 @@ class Run:
         parts = [self.task, self.name, self.seed, self.row.learning(TASKS[self.task], self.seed) if self.row else {}]
         if self.row:
             parts.append(self.row.student)
+        if self.split != "test":
+            parts.append(self.split)
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -221,7 +225,7 @@ def _measure(run: Run, work: Path) -> dict[str, Any]:
         model = out / "student"
     # with the task's own limit, whatever limit the rollouts had
     options = {**task.decoding, **task.evaluation}
-    evaluated = tool("evaluate", model=model, data=folder / "test.jsonl", teacher=folder / "teacher", **options)
+    evaluated = tool("evaluate", model=model, data=folder / f"{run.split}.jsonl", teacher=folder / "teacher", **options)
     record |= {"evaluation": evaluated, "commands": tool.commands, "seconds": round(time.monotonic() - began, 1)}
     if run.row is not None:
         shutil.rmtree(cache)
