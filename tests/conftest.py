@@ -15,6 +15,17 @@ settings.register_profile("deterministic", derandomize=True, deadline=None)
 settings.load_profile("deterministic")
 
 
+@pytest.fixture
+def one_thread():
+    """Whatever OMP_NUM_THREADS says: two threads would only wait for each other on tiny models."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def s3_endpoint():
     """Address of an emulated S3 on loopback."""

@@ -29,12 +29,7 @@ BART = {
 ENCODERS = ("t5-1.0", "t5-1.1", "bart", "marian", "nllb-moe")
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def make(family: str, ends: list[int] = ENDS):

@@ -26,12 +26,7 @@ EOS = 1
 NOUNS = WORDS[18:23]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def write_task(path, n: int, seed: int):

@@ -26,12 +26,7 @@ SEVERAL_ENDS = [1, 7, 11, 23, 40, 51]
 """A random model rarely writes the one EOS. Qwen and Llama stop at several ids too."""
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def make(family: str, **options):

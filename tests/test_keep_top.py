@@ -28,6 +28,21 @@ class Killed(BaseException):
     """In the place of SIGKILL: nothing of ours catches it."""
 
 
+def killed_at(number: int, command: list[str]) -> None:
+    """Run a command that dies before its optimizer step `number`."""
+    step = Optimizer.step
+
+    def dying(self, at):
+        if at == number:
+            raise Killed
+        return step(self, at)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Optimizer, "step", dying)
+        with pytest.raises(Killed):
+            main(command)
+
+
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     base = tmp_path_factory.mktemp("models")
@@ -165,7 +180,7 @@ def words(tmp_path, models, name: str, method: str) -> list[str]:
 
 
 @pytest.mark.parametrize("method", ["js", "tvd"])
-def test_on_policy_and_killed_it_ends_with_the_same_bits(tmp_path, models, method, monkeypatch):
+def test_on_policy_and_killed_it_ends_with_the_same_bits(tmp_path, models, method):
     assert main(words(tmp_path, models, "whole", method)) == 0
     lines = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if line["refreshed"]] == [0, 3, 6]
@@ -183,18 +198,9 @@ def test_on_policy_and_killed_it_ends_with_the_same_bits(tmp_path, models, metho
     assert sum(info.prompt_stop - info.prompt_start for info in refreshed) == 3 * 6
     assert all(m.info.keep_top == 5 for _, m in cache.manifests("scores"))
 
-    command, step = words(tmp_path, models, "killed", method), Optimizer.step
+    command = words(tmp_path, models, "killed", method)
     for last in (1, 4):
-
-        def dying(self, number, last=last):
-            if number == last:
-                raise Killed
-            return step(self, number)
-
-        monkeypatch.setattr(Optimizer, "step", dying)
-        with pytest.raises(Killed):
-            main(command)
-    monkeypatch.setattr(Optimizer, "step", step)
+        killed_at(last, command)
     assert main(command) == 0
     whole, killed = (load_file(tmp_path / run / "student" / "model.safetensors") for run in ("whole", "killed"))
     assert all(torch.equal(killed[name], tensor) for name, tensor in whole.items())
@@ -215,20 +221,11 @@ def test_what_the_cache_holds_of_the_student_is_scored_again_with_logits(tmp_pat
     assert sum(ref.rows for ref in open_cache(cache).scored(policy=own, keep_top=5)) == 6
 
 
-def test_new_teacher_outputs_do_not_enter_a_run_that_goes_on(tmp_path, models, monkeypatch):
+def test_new_teacher_outputs_do_not_enter_a_run_that_goes_on(tmp_path, models):
     """A run that was killed reads the teacher outputs it began with, even if the cache has more by then."""
-    command, step = words(tmp_path, models, "run", "js"), Optimizer.step
+    command = words(tmp_path, models, "run", "js")
     assert main(words(tmp_path, models, "whole", "js")) == 0
-
-    def dying(self, number):
-        if number == 5:
-            raise Killed
-        return step(self, number)
-
-    monkeypatch.setattr(Optimizer, "step", dying)
-    with pytest.raises(Killed):
-        main(command)
-    monkeypatch.setattr(Optimizer, "step", step)
+    killed_at(5, command)
     make_cache(tmp_path / "run-cache", models[1], models[1], prompts=4, seed=9)
     more = ScoreConfig(teacher=str(models[1]), cache=tmp_path / "run-cache", device="cpu", keep_top=9)
     assert score(more).computed > 0

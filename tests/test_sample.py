@@ -19,13 +19,7 @@ ENDS = [1, 5, 9, 17, 23]
 """A random model rarely draws the one EOS: with several, some rollouts end early, some late, some not."""
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Two would only wait for each other on models this small."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def make_prompts(*lengths: int, vocab: int = VOCAB) -> Ragged:
