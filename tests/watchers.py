@@ -14,6 +14,8 @@ from store_samples import make_prompts, make_rollouts, make_scores, prompts_info
 from store_samples import teacher as made_up
 
 from ketchup_cache.config import ScoreConfig
+from ketchup_cache.remote.board import ScorerNote
+from ketchup_cache.remote.local import LocalBoard
 from ketchup_cache.shipped import task
 from ketchup_cache.store.cache import Cache
 from ketchup_cache.watch import Watcher, WatchReport
@@ -89,3 +91,15 @@ def until(true: Callable[[], object], seconds: float = 20) -> None:
     while not true():
         assert time.monotonic() < end, "it did not happen in time"
         time.sleep(0.01)
+
+
+class Shifted(LocalBoard):
+    """A store whose clock is years off."""
+
+    def list(self, folder):
+        return {name: modified + 3e8 for name, modified in super().list(folder).items()}
+
+
+def scorer_note(**more) -> bytes:
+    values = {"teacher": made_up(), "tokenizer": tokenizer().fingerprint, "keep_top": 0, "beat_s": 0.1, **more}
+    return ScorerNote(**values).model_dump_json().encode()
