@@ -15,7 +15,7 @@ from ketchup_cache.cli import main
 from ketchup_cache.errors import CacheError, WriteError
 from ketchup_cache.learn import waiting
 from ketchup_cache.remote import base, presence, view
-from ketchup_cache.remote.board import MAX_NOTE_BYTES, ScorerNote, open_board
+from ketchup_cache.remote.board import MAX_NOTE_BYTES, ScorerNote, open_board, parse
 from ketchup_cache.remote.local import LocalBoard
 from ketchup_cache.remote.presence import Living, Patience, Presence
 from ketchup_cache.store.cache import open_cache as open_folder
@@ -101,6 +101,11 @@ def test_a_folder_that_can_not_be_written_is_one_line(cache):
         board.write("scorers/a.json", b"{}")
     with pytest.raises(WriteError):
         board.create("claims/a.json", b"{}")
+
+
+def test_a_note_that_is_too_long_is_none():
+    assert parse(scorer_note(), ScorerNote)
+    assert parse(scorer_note() + b" " * MAX_NOTE_BYTES, ScorerNote) is None
 
 
 # ------------------------------------------------------------------------------------------------- who is alive
