@@ -107,6 +107,18 @@ def sample(seed: int, rollouts: int, *, samples: int = 4, first: int = 0, vocab:
     )
 
 
+def made_up_rollouts(prompt_index: np.ndarray, completions: Ragged) -> Rollouts:
+    """Finished rollouts of nobody's, for what looks at their tokens alone."""
+    tokens = len(completions.values)
+    return Rollouts(
+        prompt_index,
+        completions,
+        np.zeros(tokens, np.float32),
+        np.zeros(tokens, np.bool_),
+        np.ones(len(completions), np.bool_),
+    )
+
+
 def fingerprint(name: str) -> str:
     return hashlib.sha256(name.encode()).hexdigest()
 
@@ -146,6 +158,24 @@ def made_up_cache(path: Path, tokens: int, *, segment_tokens: int = 262_144, sam
     return cache
 
 
+def rollouts_cache(path: Path, part: ScoredRollouts, tokenizer: TokenizerInfo) -> Cache:
+    """A cache with the prompts and rollouts of `part`, not scored."""
+    cache = open_cache(path, create=True)
+    samples = len(part) // len(part.prompts)
+    data = DataInfo(name="made up", fingerprint=fingerprint("made up"), template="{prompt}")
+    prompts = cache.commit_prompts(part.prompts, PromptsInfo(tokenizer=tokenizer, data=data, start=0))
+    info = RolloutsInfo(
+        prompts=prompts,
+        prompt_start=0,
+        prompt_stop=len(part.prompts),
+        policy=PolicyInfo(name="student", fingerprint=fingerprint("student")),
+        tokenizer=tokenizer,
+        sampling=Sampling(samples=samples),
+    )
+    cache.commit_rollouts(part.rollouts, info)
+    return cache
+
+
 # ------------------------------------------------------------------------------------------------------- models
 
 
@@ -157,6 +187,17 @@ def t5(shape: Mapping[str, int], *, seed: int = 0, vocab_size: int = VOCAB + 28,
     torch.manual_seed(seed)
     config = T5Config(vocab_size=vocab_size, decoder_start_token_id=0, pad_token_id=0, eos_token_id=1, **shape, **more)
     return T5ForConditionalGeneration(config).eval()
+
+
+def needed_operations(model: Any, prompt_tokens: int, tokens: int) -> float:
+    """What scoring takes at least: two operations for each weight that a token passes. Encoder, and cross-attention
+    keys and values, for each prompt token once; decoder and head for each completion token. Products of token pairs
+    (attention) are not counted."""
+    config = model.config
+    cross = config.num_decoder_layers * 2 * config.d_model * config.d_kv * config.num_heads
+    encoder = sum(p.numel() for name, p in model.encoder.named_parameters() if "embed_tokens" not in name)
+    decoder = sum(p.numel() for name, p in model.decoder.named_parameters() if "embed_tokens" not in name)
+    return 2.0 * (int(prompt_tokens) * (encoder + cross) + tokens * (decoder - cross + config.d_model * VOCAB))
 
 
 def word_tokenizer(vocab: int = VOCAB) -> Any:
@@ -210,14 +251,14 @@ def peak() -> int:
 
 LAUNCH = """
 import json, resource, subprocess, sys
-code = subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL).returncode
+done = subprocess.run(sys.argv[1:], stdout=subprocess.PIPE, text=True)
 used = resource.getrusage(resource.RUSAGE_CHILDREN)
-print(json.dumps([code, used.ru_utime + used.ru_stime, used.ru_maxrss * 1024]))
+print(json.dumps([done.returncode, used.ru_utime + used.ru_stime, used.ru_maxrss * 1024, done.stdout]))
 """
 
 
-def run(*words: object) -> dict[str, float]:
-    """A command in a process of its own: its wall seconds, CPU seconds and peak resident memory in bytes.
+def run(*words: object) -> dict[str, Any]:
+    """A command in a process of its own: its wall seconds, CPU seconds, peak resident memory in bytes, and output.
 
     A small process starts it: Linux charges a new process with the peak of the one that it was forked from.
     """
@@ -225,15 +266,17 @@ def run(*words: object) -> dict[str, float]:
     began = time.perf_counter()
     done = subprocess.run(command, capture_output=True, cwd=ROOT, check=True)
     seconds = time.perf_counter() - began
-    code, cpu, peak_bytes = json.loads(done.stdout)
+    code, cpu, peak_bytes, output = json.loads(done.stdout)
     if code:
         raise SystemExit(f"{' '.join(command[3:])} failed:\n{done.stderr.decode()[-2000:]}")
-    return {"seconds": seconds, "cpu_seconds": cpu, "peak_bytes": peak_bytes}
+    return {"seconds": seconds, "cpu_seconds": cpu, "peak_bytes": peak_bytes, "output": output}
 
 
 def tool(*words: object) -> dict[str, float]:
     """`ketchup-cache …` in a process of its own."""
-    return run(sys.executable, "-m", "ketchup_cache", *words)
+    found = run(sys.executable, "-m", "ketchup_cache", *words)
+    del found["output"]
+    return found
 
 
 # ---------------------------------------------------------------------------------------------------- reporting

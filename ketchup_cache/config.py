@@ -120,7 +120,7 @@ class ScoringOptions(Config):
     dtype: Dtype = "float32"
     """Precision of the teacher's body. The head and its reductions always run in float32."""
     batch_tokens: TokensOrAuto = 16384
-    """Largest padded batch of the teacher, in tokens (prompt and completion). auto: what fits into memory."""
+    """Largest batch of the teacher, in tokens: prompts once each, and completions. auto: what fits into memory."""
     device_map: str | None = None
     """Spread a large teacher over devices: auto, balanced, sequential (through accelerate)."""
 
@@ -166,7 +166,7 @@ class PretrainConfig(DeviceOptions, DataOptions):
     max_new_tokens: Positive = 64
     """Longest target; longer ones are cut."""
     micro_batch_tokens: Positive = 16384
-    """Largest padded micro-batch, in tokens. Memory, not results, depends on it."""
+    """Largest micro-batch, in tokens. Memory, not results, depends on it."""
     dropout: bool = True
     """Keep the model's own dropout on."""
     checkpoint_every: int = Field(default=500, ge=0)
@@ -253,7 +253,7 @@ class LearnConfig(ScorerOptions, DeviceOptions, ReturnOptions, SamplingOptions, 
     importance: bool = True
     """Correct stale rollouts by the importance ratio. Off: treat every rollout as on-policy."""
     micro_batch_tokens: Positive = 16384
-    """Largest padded micro-batch, in tokens. Memory, not results, depends on it."""
+    """Largest micro-batch, in tokens. Memory, not results, depends on it."""
     checkpoint_every: int = Field(default=100, ge=0)
     """Optimizer steps between checkpoints. 0: only at the end."""
 

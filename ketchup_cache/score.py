@@ -52,7 +52,7 @@ class ScoreReport:
     segments: int = 0
     """Segments written."""
     batch_tokens: int | None = None
-    """Largest padded batch, in tokens, that was used in the end; None where the teacher had nothing to compute."""
+    """Largest batch, in tokens, that was used in the end; None where the teacher had nothing to compute."""
     seconds: float = 0.0
     """From start to end, loading included."""
 

@@ -11,12 +11,13 @@ from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
 from ketchup_cache.errors import MismatchError, ModelError, NumericsError
-from ketchup_cache.lm.batching import token_budget_batches
+from ketchup_cache.lm.batching import batch_size, token_budget_batches
 from ketchup_cache.lm.fingerprint import tokenizer_info, weights_fingerprint
 from ketchup_cache.lm.forward import Batch, completion_states
 from ketchup_cache.lm.head import Head
 from ketchup_cache.lm.load import load_model, load_tokenizer, resolve_folder
 from ketchup_cache.lm.memory import TokenBudget, out_of_memory, release
+from ketchup_cache.lm.ragged import is_ragged
 from ketchup_cache.store.manifest import TeacherInfo, TokenizerInfo, in_precision
 from ketchup_cache.types import TOKEN_DTYPE, Ragged, Rollouts, Scores
 
@@ -70,10 +71,10 @@ class Teacher:
         """Scores of every completion token, in the order of the rows.
 
         prompts: the token ids that `rollouts.prompt_index` points into. rows: the rows of `rollouts` to score; None
-        for all. batch_tokens: largest padded batch, in tokens; results do not depend on it, and running out of memory
-        halves it. A `TokenBudget` keeps what was found for the next call. keep_top: how many of the largest logits of
-        each state to keep (`Scores.top_q`), at most all. on_batch: called with the number of completion tokens after
-        each batch.
+        for all. batch_tokens: largest batch, in tokens (`batch_size`); results do not depend on it, and running out of
+        memory halves it. A `TokenBudget` keeps what was found for the next call. keep_top: how many of the largest
+        logits of each state to keep (`Scores.top_q`), at most all. on_batch: called with the number of completion
+        tokens after each batch.
 
         Raises MismatchError for token ids that the teacher does not have, NumericsError for NaN or infinite logits,
         and ModelError where not even a single row fits into memory.
@@ -88,13 +89,14 @@ class Teacher:
         tokens = completions.with_values(np.arange(len(completions.values)))
         scores = Scores.empty(len(tokens.values), len(names), min(keep_top, self.tokenizer.vocab_size))
 
+        ragged = is_ragged(self._model)
         budget = batch_tokens if isinstance(batch_tokens, TokenBudget) else TokenBudget(batch_tokens)
 
         def split(places: NDArray[np.int64]) -> list[NDArray[np.int64]]:
             """To pop from the end: the longest prompts come first, so memory runs out early or not at all."""
             same_prompt = prompt_index[places]
             parts = token_budget_batches(
-                prompt_lengths[places], lengths[places], budget.tokens, prompt_index=same_prompt
+                prompt_lengths[places], lengths[places], budget.tokens, prompt_index=same_prompt, ragged=ragged
             )
             return [places[part] for part in parts]
 
@@ -102,7 +104,7 @@ class Teacher:
         while waiting:
             places = waiting.pop()
             batch = Batch.of_rows(prompts, prompt_index, completions, places)
-            padded = len(places) * int(prompt_lengths[places].max() + lengths[places].max())
+            size = batch_size(prompt_lengths[places], lengths[places], prompt_index[places], ragged=ragged)
             watch = budget.watch(self._devices)
             try:
                 part = self._score_batch(batch, rollouts.finished[names[places]], names[places], scores.top)
@@ -118,10 +120,10 @@ class Teacher:
                         "use --dtype bfloat16 or --device-map auto, or make rollouts with a lower --max-prompt-tokens"
                     )
                 release()
-                budget.halve(padded)
+                budget.halve(size)
                 waiting = split(np.sort(np.concatenate([*waiting, places])))
                 continue
-            if watch and budget.fitted(watch, padded) and waiting:
+            if watch and budget.fitted(watch, size) and waiting:
                 waiting = split(np.sort(np.concatenate(waiting)))
             where = tokens.take(places).values
             for name, values in part.of_tokens().items():

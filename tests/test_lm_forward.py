@@ -57,12 +57,14 @@ def test_a_state_predicts_its_token_and_has_not_seen_it(model):
     assert [torch.equal(a, b) for a, b in zip(before, after, strict=True)] == [True, True, True, False]
 
 
-def test_each_prompt_is_encoded_once(model):
-    calls = []
-    model.get_encoder().register_forward_hook(lambda _, __, output: calls.append(output[0].shape[0]))
+def test_each_prompt_is_computed_once_and_no_padding(model):
+    """Five completions of two prompts of 2 and 3 tokens: the encoder, and keys of cross-attention, see 5 tokens."""
+    seen = []
+    for module in (model.encoder.block[1].layer[1], model.decoder.block[1].layer[1].EncDecAttention.k):
+        module.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].shape[0]))
     prompts = Ragged.from_rows([[5, 1], [6, 7, 1]], np.int32)
     completion_states(model, Batch(prompts, np.array([0, 1, 0, 1, 0]), Ragged.from_rows([[3]] * 5, np.int32)))
-    assert calls == [2]
+    assert seen == [5, 5]
 
 
 def test_no_logits_are_computed_and_nothing_stays_behind(model):

@@ -5,6 +5,7 @@ from oracle import assert_same_scores, plain_scores, random_rollouts
 from tiny import make_t5
 
 from ketchup_cache.errors import ModelError
+from ketchup_cache.lm import forward
 from ketchup_cache.lm.forward import Batch, completion_states
 from ketchup_cache.lm.head import Head
 from ketchup_cache.types import Scores
@@ -98,15 +99,16 @@ def test_a_declared_operation_that_is_not_done_is_not_believed():
     assert_same_scores(head_scores(model, prompts, rollouts), plain_scores(model, prompts, rollouts))
 
 
-def test_a_model_that_a_batch_confuses_is_refused():
+def test_a_model_that_a_batch_confuses_is_refused(monkeypatch):
     """Its states depend on padding: the probe compares a padded batch with rows alone."""
+    monkeypatch.setattr(forward, "is_ragged", lambda _: False)
     model = make_t5()
     encoder_forward = model.encoder.forward
 
-    def forward(input_ids, attention_mask, **options):
+    def unmasked(input_ids, attention_mask, **options):
         return encoder_forward(input_ids=input_ids, attention_mask=torch.ones_like(attention_mask), **options)
 
-    model.encoder.forward = forward
+    model.encoder.forward = unmasked
     with pytest.raises(ModelError, match="padded batch"):
         Head.of(model, 60)
 
@@ -130,28 +132,43 @@ def test_the_head_is_float32_under_a_bfloat16_body():
     """A bfloat16 head errs by more than the gaps that returns are made of."""
     model = make_t5("1.1", scale=5).to(torch.bfloat16)
     head = Head.of(model, 60)
-    prompts, rollouts = random_rollouts(0, 1, prompts=1)
-    batch = Batch(prompts, rollouts.prompt_index, rollouts.completions)
-    targets = torch.tensor(rollouts.completions.values, dtype=torch.long)
-    with torch.no_grad():
-        output = model(
-            input_ids=torch.tensor(prompts.padded(), dtype=torch.long),
-            decoder_input_ids=torch.tensor([[0, *rollouts.completions.values[:-1]]]),
-            output_hidden_states=True,
-        )
-        ours = head.reduce(completion_states(model, batch), targets)
-    states = output.decoder_hidden_states[-1][0]
-    assert states.dtype == output.logits.dtype == torch.bfloat16
+    states = torch.randn(40, 32, generator=torch.Generator().manual_seed(0)).bfloat16()
+    targets = torch.arange(40)
 
     def reductions(logits):
         return logits.gather(1, targets[:, None])[:, 0], logits.amax(1), logits.logsumexp(1), logits.mean(1)
 
-    exact = reductions(states.double() @ model.lm_head.weight.double().T)
-    for name, value, expected in zip(("q", "max_q", "logsumexp", "mean_q"), ours, exact, strict=True):
+    with torch.no_grad():
+        exact = reductions(states.double() @ model.lm_head.weight[:60].double().T)
+        rounded = reductions(model.lm_head(states)[:, :60].float())
+    for name, value, expected in zip(
+        ("q", "max_q", "logsumexp", "mean_q"), head.reduce(states, targets), exact, strict=True
+    ):
         assert value.dtype == torch.float32
         torch.testing.assert_close(value.double(), expected, rtol=1e-5, atol=1e-4, msg=name)
-    rounded = reductions(output.logits[0])
     assert (rounded[1].double() - exact[1]).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("block", [1, 7, 60, 100])
+@pytest.mark.parametrize("offset", [0.0, 300.0, -300.0])
+def test_blocks_of_the_vocabulary_change_nothing(block, offset, monkeypatch):
+    """Wherever the largest logit stands, and where exponentials of the logits themselves would overflow or vanish."""
+    model = make_t5("1.1", scale=20)
+    model.final_logits_bias = torch.full((1, 80), offset)  # as BART has one
+    head = Head.of(make_t5("1.1", scale=20), 60)
+    head._bias = model.final_logits_bias
+    monkeypatch.setattr("ketchup_cache.lm.head.BLOCK_ELSEWHERE", block * 5)
+    monkeypatch.setattr("ketchup_cache.lm.head.STATES_AT_ONCE_ELSEWHERE", 5)
+    states = torch.randn(33, 32, generator=torch.Generator().manual_seed(1)) * 3
+    targets = torch.arange(33) % 60
+    logits = head.logits(states).double()
+    exact = (logits.gather(1, targets[:, None])[:, 0], logits.amax(1), logits.logsumexp(1), logits.mean(1))
+    for value, expected in zip(head.reduce(states, targets), exact, strict=True):
+        torch.testing.assert_close(value.double(), expected, rtol=1e-6, atol=1e-4)
+    q, max_q, *_ = head.reduce(states, targets)
+    assert (q <= max_q).all()
+    best = head.reduce(states, logits.argmax(1))
+    assert torch.equal(best[0], best[1])  # of the same product, so that no gap is negative or a rounding error
 
 
 def test_log_prob_is_the_log_softmax_in_value_and_gradient():

@@ -35,13 +35,13 @@ FAILURES = (
 
 
 class Fails:
-    """The teacher's pass over a batch, which fails above a padded size as `failure` does."""
+    """The teacher's pass over a batch, which fails above a number of tokens as `failure` does."""
 
     def __init__(self, limit: int, failure: Exception = FAILURES[0]) -> None:
         self.limit, self.failure, self.sizes, self.rows = limit, failure, [], []
 
     def __call__(self, batch, finished, names, *rest):
-        size = len(names) * int(batch.prompts.lengths.max() + batch.completions.lengths.max())
+        size = len(batch.prompts.values) + len(batch.completions.values)
         self.sizes.append(size)
         if size > self.limit:
             raise self.failure
@@ -74,9 +74,9 @@ def test_scores_do_not_depend_on_where_memory_ends(limit, asked, failure):
 
 
 def test_each_failure_is_said_in_a_line(monkeypatch, capsys):
-    scored(monkeypatch, Fails(40), TokenBudget(10_000))
+    scored(monkeypatch, Fails(LONGEST), TokenBudget(10_000))
     lines = capsys.readouterr().err.splitlines()
-    whole = len(ROLLOUTS) * int(PROMPTS.lengths[ROLLOUTS.prompt_index].max() + ROLLOUTS.completions.lengths.max())
+    whole = int(PROMPTS.lengths[np.unique(ROLLOUTS.prompt_index)].sum()) + len(ROLLOUTS.completions.values)
     assert lines[0] == f"score: out of memory at a batch of {whole} tokens: going on with at most {whole // 2}"
     limits = [int(line.split()[-1]) for line in lines]
     assert limits == sorted(limits, reverse=True)
@@ -173,16 +173,16 @@ def test_what_nobody_can_measure_has_a_limit_too(monkeypatch):
 
 
 def test_auto_is_found_in_the_second_full_batch_and_kept(monkeypatch):
-    said, fits = [], iter([300])
-    monkeypatch.setattr(memory, "PROBE", 60)
-    monkeypatch.setattr(Watch, "fitting", lambda self, padded: next(fits))
+    said, fits = [], iter([55])
+    monkeypatch.setattr(memory, "PROBE", 16)
+    monkeypatch.setattr(Watch, "fitting", lambda self, size: next(fits))
     budget, fails = TokenBudget("auto", said.append), Fails(10**6)
-    assert (budget.tokens, budget.open) == (60, True)
+    assert (budget.tokens, budget.open) == (16, True)
     assert_same_scores(scored(monkeypatch, fails, budget), PLAIN)
-    assert (budget.tokens, budget.open) == (300, False)
-    assert max(fails.sizes[:2]) <= 60 < max(fails.sizes[2:]) <= 300
+    assert (budget.tokens, budget.open) == (55, False)
+    assert max(fails.sizes[:2]) <= 16 < max(fails.sizes[2:]) <= 55
     assert sorted(fails.rows) == list(range(12))
-    assert said == ["batches of up to 300 tokens fit into memory (--batch-tokens auto)"]
+    assert said == ["batches of up to 55 tokens fit into memory (--batch-tokens auto)"]
     scored(monkeypatch, fails, budget)
     assert len(said) == 1
 
@@ -243,13 +243,13 @@ from test_teacher import TEACHERS
 from ketchup_cache.lm.memory import TokenBudget
 from ketchup_cache.types import Ragged
 rng = np.random.default_rng(0)
-prompts = Ragged.from_rows([[*rng.integers(3, 60, size=300), 1] for _ in range(60)], np.int32)
-rollouts = make_rollouts(range(60), [[5, 6, 1]] * 60, [True] * 60)
+prompts = Ragged.from_rows([[*rng.integers(3, 60, size=300), 1] for _ in range(400)], np.int32)
+rollouts = make_rollouts(range(400), [[5, 6, 1]] * 400, [True] * 400)
 teacher = TEACHERS["1.0"]
 small = teacher.score(prompts, rollouts, batch_tokens=1000)
 taken = int(next(l for l in open("/proc/self/status") if l.startswith("VmSize")).split()[1]) * 1024
-resource.setrlimit(resource.RLIMIT_AS, (taken + 8 * 2**20,) * 2)
-budget = TokenBudget(100_000)
+resource.setrlimit(resource.RLIMIT_AS, (taken + 24 * 2**20,) * 2)
+budget = TokenBudget(200_000)
 large = teacher.score(prompts, rollouts, batch_tokens=budget)
 print(json.dumps([float(np.abs(small.q - large.q).max()), budget.tokens]))
 """
@@ -257,15 +257,15 @@ print(json.dumps([float(np.abs(small.q - large.q).max()), budget.tokens]))
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's limit of a process's memory")
 def test_a_process_that_may_have_no_more_memory_goes_on():
-    """The real thing: 60 rows of 304 tokens take more than the 8 MB that may be had."""
+    """The real thing: 400 rows of 304 tokens take more than the 24 MB that may be had."""
     done = subprocess.run(
         [sys.executable, "-c", LIMITED, str(Path(__file__).parent)], capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stderr
     difference, found = json.loads(done.stdout)
     assert difference < 1e-4
-    assert 300 <= found < 60 * 304
-    assert done.stderr.splitlines()[0].startswith("score: out of memory at a batch of 18,240 tokens")
+    assert 300 <= found < 400 * 304
+    assert done.stderr.splitlines()[0].startswith("score: out of memory at a batch of 121,600 tokens")
 
 
 # ------------------------------------------------------------------------------------------------------- in `score`

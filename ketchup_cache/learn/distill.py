@@ -51,7 +51,7 @@ def divergence_step(
     completions = rollouts.completions
     weight = token_weights(from_teacher, completions, rollouts.forced)
     staleness, loss_sum = Staleness(), 0.0
-    for rows in micro_batches(batch, np.flatnonzero(completions.lengths > 0), config):
+    for rows in micro_batches(model, batch, np.flatnonzero(completions.lengths > 0), config):
         loss = _micro_batch_loss(model, head, batch, rows, weight, from_teacher, config, staleness)
         loss_sum += backward(loss, step)
     norm = optimizer.step(step) if weight.any() else 0.0

@@ -17,6 +17,7 @@ from ketchup_cache.learn.metrics import StepMetrics
 from ketchup_cache.lm.batching import token_budget_batches
 from ketchup_cache.lm.forward import Batch, completion_states
 from ketchup_cache.lm.head import Head
+from ketchup_cache.lm.ragged import is_ragged
 from ketchup_cache.losses import Staleness, importance_ratio, policy_gradient_loss, squared_score
 from ketchup_cache.returns import rollout_returns
 from ketchup_cache.training.optim import Optimizer
@@ -95,21 +96,24 @@ def train_step(
             "raise --max-new-tokens, pre-distil the student for longer, or use --unfinished bootstrap"
         )
     staleness, loss_sum = Staleness(), 0.0
-    for rows in micro_batches(batch, np.flatnonzero(signal.kept), config):
+    for rows in micro_batches(model, batch, np.flatnonzero(signal.kept), config):
         loss = _micro_batch_loss(model, head, batch, rows, signal, total, config, staleness)
         loss_sum += backward(loss, step)
     norm = optimizer.step(step) if total else 0.0
     return StepMetrics.of(step, batch, signal, staleness, loss=loss_sum, grad_norm=norm, lr=optimizer.lr(step))
 
 
-def micro_batches(batch: ScoredRollouts, rows: NDArray[np.int64], config: LearnConfig) -> Iterator[NDArray[np.int64]]:
-    """The given rows of a batch, in parts of at most `micro_batch_tokens` padded tokens."""
+def micro_batches(
+    model: PreTrainedModel, batch: ScoredRollouts, rows: NDArray[np.int64], config: LearnConfig
+) -> Iterator[NDArray[np.int64]]:
+    """The given rows of a batch, in parts of at most `micro_batch_tokens` tokens."""
     prompt_index = batch.rollouts.prompt_index[rows]
     parts = token_budget_batches(
         batch.prompts.tokens.lengths[prompt_index],
         batch.rollouts.completions.lengths[rows],
         config.micro_batch_tokens,
         prompt_index=prompt_index,
+        ragged=is_ragged(model),
     )
     return (rows[part] for part in parts)
 
@@ -132,7 +136,7 @@ def score_weights(
     completions = rollouts.completions
     places = completions.with_values(np.arange(len(completions.values)))
     weight = np.zeros(len(completions.values), np.float32)
-    for rows in micro_batches(batch, np.flatnonzero(completions.lengths > 0), config):
+    for rows in micro_batches(model, batch, np.flatnonzero(completions.lengths > 0), config):
         part = Batch.of_rows(batch.prompts.tokens, rollouts.prompt_index, completions, rows)
         states = completion_states(model, part)
         targets = torch.from_numpy(part.completions.values).long().to(head.device)

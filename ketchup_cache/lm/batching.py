@@ -1,4 +1,8 @@
-"""Rows of similar length together, in batches of bounded padded size."""
+"""Rows of similar length together, in batches of bounded size.
+
+The size of a batch is what goes through the model: where rows are padded, rows × (longest prompt + longest completion);
+where they are not (`lm/ragged.py`), the tokens of its completions, and of its prompts once each.
+"""
 
 from __future__ import annotations
 
@@ -12,19 +16,31 @@ WASTE = 1.15
 more than the prompts hold, and 28 % more with the budget alone (`benchmarks/micro_batches.py`)."""
 
 
+def batch_size(
+    prompt_lengths: NDArray[np.int64], lengths: NDArray[np.int64], prompt_index: NDArray[np.int64], *, ragged: bool
+) -> int:
+    """Tokens of a batch that go through the model. prompt_lengths, lengths, prompt_index: [B], of each row."""
+    if not len(lengths):
+        return 0
+    if not ragged:
+        return len(lengths) * int(prompt_lengths.max() + lengths.max())
+    _, first = np.unique(prompt_index, return_index=True)
+    return int(prompt_lengths[first].sum() + lengths.sum())
+
+
 def token_budget_batches(
     prompt_lengths: ArrayLike,
     completion_lengths: ArrayLike,
     budget: int,
     *,
     prompt_index: ArrayLike | None = None,
+    ragged: bool = False,
 ) -> list[NDArray[np.int64]]:
-    """Every row once, in batches of similar lengths.
+    """Every row once, in batches of similar lengths, each of at most `budget` tokens, or of a single row.
 
-    A batch's padded size, rows × (longest prompt + longest completion), is at most `budget` tokens, unless it is a
-    single row. A batch of at least `ENOUGH` tokens ends before a prompt that would make it mostly padding (`WASTE`).
-    Rows of one prompt stand together, so that their encoder pass can be shared; they are separated only where they do
-    not fit in one batch.
+    Where rows are padded, a batch of at least `ENOUGH` tokens ends before a prompt that would make it mostly padding
+    (`WASTE`). Rows of one prompt stand together, so that its encoder pass can be shared; they are separated only where
+    they do not fit in one batch.
 
     prompt_lengths, completion_lengths: [B]. prompt_index: [B], equal for rows of the same prompt; without it, rows of
     equal prompt length count as the same. Returns row indices; the same input gives the same batches.
@@ -33,19 +49,23 @@ def token_budget_batches(
     completions = np.asarray(completion_lengths, dtype=np.int64)
     groups = prompts if prompt_index is None else np.asarray(prompt_index, dtype=np.int64)
     batches: list[NDArray[np.int64]] = []
-    first = longest_prompt = longest_completion = real = 0
+    first = longest_prompt = longest_completion = real = tokens = 0
     order = np.lexsort((np.arange(len(prompts)), completions, groups, prompts))
     for place, row in enumerate(order):
+        another = place == 0 or groups[row] != groups[order[place - 1]]
         widest = (max(longest_prompt, prompts[row]), max(longest_completion, completions[row]))
+        added = completions[row] + prompts[row] * another
         if place > first:
             padded = (place + 1 - first) * sum(widest)
-            another = groups[row] != groups[order[place - 1]]
             enough = (place - first) * (longest_prompt + longest_completion) >= ENOUGH
             wasteful = padded > WASTE * (real + prompts[row] + completions[row])
-            if padded > budget or (another and enough and wasteful):
+            full = tokens + added > budget if ragged else padded > budget or (another and enough and wasteful)
+            if full:
                 batches.append(order[first:place])
-                first, widest, real = place, (prompts[row], completions[row]), 0
+                first, widest, real, tokens = place, (prompts[row], completions[row]), 0, 0
+                added = completions[row] + prompts[row]
         real += prompts[row] + completions[row]
+        tokens += added
         longest_prompt, longest_completion = widest
     if len(order):
         batches.append(order[first:])

@@ -19,7 +19,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from ketchup_cache.errors import DataError, ModelError
 from ketchup_cache.lm.load import input_device
-from ketchup_cache.lm.packing import PACKABLE, PACKED_WIDTH, pack, pays
+from ketchup_cache.lm.ragged import is_ragged, t5_states
 from ketchup_cache.types import Ragged, offsets_of
 
 
@@ -71,7 +71,10 @@ def completion_states(
         raise DataError(f"prompt {empty[0]} of the batch has no tokens; drop it or use a template that adds some")
     lengths = batch.completions.lengths
     after = np.zeros(len(lengths), np.int64) if next_state is None else next_state.astype(np.int64)
-    pass_ = _encoder_decoder_pass if model.config.is_encoder_decoder else _decoder_only_pass
+    if is_ragged(model):
+        pass_ = _ragged_pass
+    else:
+        pass_ = _encoder_decoder_pass if model.config.is_encoder_decoder else _decoder_only_pass
     states, starts = pass_(model, batch, lengths + after)
     within = np.arange(lengths.sum()) - np.repeat(offsets_of(lengths)[:-1], lengths)
     chosen = states[_to(np.repeat(starts, lengths) + within, states.device)]
@@ -80,35 +83,42 @@ def completion_states(
     return chosen, states[_to((starts + lengths)[next_state], states.device)]
 
 
-def _encoder_decoder_pass(model: PreTrainedModel, batch: Batch, read: NDArray[np.int64]) -> tuple[Tensor, NDArray]:
-    """States [n, D], padding and all, and the place in them of the state that predicts each completion's first token.
+def _ragged_pass(model: PreTrainedModel, batch: Batch, read: NDArray[np.int64]) -> tuple[Tensor, NDArray]:
+    """States [n, D] without padding, and the place in them of the state that predicts each completion's first token.
 
     read: [B], how many states are wanted of each completion.
     """
+    order = np.argsort(batch.prompt_index, kind="stable")
+    start = decoder_start(model)
+    rows = (np.append(start, batch.completions[row])[: read[row]] for row in order)
+    inputs = Ragged.from_rows(rows, np.int64)
+    states = t5_states(
+        model, batch.prompts.values, batch.prompts.lengths, inputs.values, inputs.lengths, batch.prompt_index[order]
+    )
+    starts = np.empty(len(order), np.int64)
+    starts[order] = inputs.offsets[:-1]
+    return states, starts
+
+
+def _encoder_decoder_pass(model: PreTrainedModel, batch: Batch, read: NDArray[np.int64]) -> tuple[Tensor, NDArray]:
+    """The same by the model's own forward pass, in rows that are padded on the right."""
     device = input_device(model)
     prompt_mask = _mask(batch.prompts.lengths)
     encoded = model.get_encoder()(
         input_ids=_to(batch.prompts.padded(), device), attention_mask=_to(prompt_mask, device)
     ).last_hidden_state
-    packs = model.config.model_type in PACKABLE and pays(batch.prompts.lengths, read, model.config.hidden_size)
-    packing = pack(batch.prompt_index, read, PACKED_WIDTH if packs else 0)
     start = decoder_start(model)
-    inputs = packing.ids([np.append(start, row)[:n] for row, n in zip(batch.completions, read, strict=True)])
-    if len(packing.prompt) < len(read):
-        mask = packing.mask(read, encoded.dtype, device)
-    else:
-        mask = _to(_mask(read[np.argsort(packing.row)], packing.width), device)
-    if not np.array_equal(packing.prompt, np.arange(len(prompt_mask))):
-        encoded, prompt_mask = encoded[_to(packing.prompt, encoded.device)], prompt_mask[packing.prompt]
+    rows = zip(batch.completions, read, strict=True)
+    inputs = Ragged.from_rows((np.append(start, row)[:n] for row, n in rows), np.int64)
     states = _head_input(
         model,
-        encoder_outputs=BaseModelOutput(last_hidden_state=encoded),
-        attention_mask=_to(prompt_mask, device),
-        decoder_input_ids=_to(inputs, device),
-        decoder_attention_mask=mask,
+        encoder_outputs=BaseModelOutput(last_hidden_state=encoded[_to(batch.prompt_index, encoded.device)]),
+        attention_mask=_to(prompt_mask[batch.prompt_index], device),
+        decoder_input_ids=_to(inputs.padded(), device),
+        decoder_attention_mask=_to(_mask(read), device),
         use_cache=False,
     )
-    return states.flatten(0, 1), packing.row * packing.width + packing.column
+    return states.flatten(0, 1), np.arange(len(read)) * states.shape[1]
 
 
 def _decoder_only_pass(model: PreTrainedModel, batch: Batch, read: NDArray[np.int64]) -> tuple[Tensor, NDArray]:

@@ -23,8 +23,13 @@ from ketchup_cache.lm.forward import Batch, completion_states, decoder_start
 from ketchup_cache.lm.load import input_device
 from ketchup_cache.types import Ragged
 
-REDUCE_CHUNK = 256
-"""States whose logits are held at once by `Head.reduce`: 33 MB for T5's vocabulary, twice."""
+STATES_AT_ONCE = {"cuda": 4096}
+"""States whose logits `Head.reduce` takes together, by kind of device."""
+STATES_AT_ONCE_ELSEWHERE = 1024
+BLOCK = {"cuda": 2**28}
+"""Logits (states × vocabulary) that it holds at once. On a GPU all of T5's vocabulary for all these states, 0.5 GB."""
+BLOCK_ELSEWHERE = 2**21
+"""8 MB: they stay in a CPU's cache from the product to the last of the reductions."""
 
 PostOperation = Callable[[Tensor], Tensor]
 
@@ -75,13 +80,14 @@ class Head:
         """Where logits come out; targets belong there too."""
         return self._projection.weight.device
 
-    def logits(self, states: Tensor) -> Tensor:
-        """States [n, D] of any float dtype → logits [n, V] in float32."""
-        weight = self._projection.weight[: self.vocab_size].float()
-        logits = F.linear(states.to(weight.device).float(), weight)
+    def logits(self, states: Tensor, of: slice | None = None) -> Tensor:
+        """States [n, D] of any float dtype → logits [n, V] in float32, or those `of` a part of the vocabulary."""
+        of = of or slice(0, self.vocab_size)
+        weight = self._projection.weight[of]
+        logits = _product(states.to(weight.device), weight)
         for bias in (getattr(self._projection, "bias", None), self._bias):
             if bias is not None:
-                logits = logits + bias.flatten()[: self.vocab_size].float()
+                logits = logits + bias.flatten()[of].float()
         return self._post_operation(logits) if self._post_operation else logits
 
     def log_prob(self, states: Tensor, targets: Tensor, *, chunk: int = 1024) -> Tensor:
@@ -106,26 +112,53 @@ class Head:
         With keep_top, also top_q [n, keep_top] float32 and top_ids [n, keep_top] int64, largest first, and
         rest_logsumexp [n] float32 over the others.
         """
-        parts, tops = [], []
-        for some_states, some_targets in _chunks(states, targets, REDUCE_CHUNK):
-            logits = self.logits(some_states)
-            q = logits.gather(1, some_targets[:, None]).squeeze(1)
-            max_q = logits.amax(1)
-            parts.append(torch.stack([q, max_q, _logsumexp(logits, max_q), logits.mean(1)]))
+        kind = states.device.type
+        size = STATES_AT_ONCE.get(kind, STATES_AT_ONCE_ELSEWHERE)
+        block = max(BLOCK.get(kind, BLOCK_ELSEWHERE) // size, 1)
+        if keep_top:  # a row's largest are looked for among all of it
+            size, block = max(size * block // self.vocab_size, 1), self.vocab_size
+        parts = [self._reduce(*chunk, block, keep_top) for chunk in _chunks(states, targets, size)]
+        return tuple(torch.cat(values) for values in zip(*parts, strict=True))
+
+    def _reduce(self, states: Tensor, targets: Tensor, block: int, keep_top: int) -> tuple[Tensor, ...]:
+        """A block of the vocabulary at a time, each reduced while it is in the processor's cache. The sum of exponentials
+        is kept relative to the largest logit so far, and shrinks whenever a larger one comes (online softmax)."""
+        states = states.to(self.device)
+        max_q = states.new_full((len(states),), -torch.inf, dtype=torch.float32)
+        q, total, total_exp = torch.zeros_like(max_q), torch.zeros_like(max_q), torch.zeros_like(max_q)
+        top: tuple[Tensor, ...] = ()
+        for start in range(0, self.vocab_size, block):
+            logits = self.logits(states, slice(start, min(start + block, self.vocab_size)))
+            here = targets - start
+            inside = (here >= 0) & (here < logits.shape[1])
+            chosen = logits.gather(1, here.clamp(0, logits.shape[1] - 1)[:, None]).squeeze(1)
+            q = torch.where(inside, chosen, q)
+            total += logits.sum(1)
+            largest = torch.maximum(max_q, logits.amax(1))
             if keep_top:
-                top_q, top_ids = logits.topk(keep_top, dim=1)
-                others = logits.scatter_(1, top_ids, -torch.inf)  # in place: nothing needs the logits any more
-                rest = _logsumexp(others, others.amax(1)) if keep_top < self.vocab_size else others[:, 0]
-                tops.append((top_q, top_ids, rest))
-        q, max_q, logsumexp, mean_q = torch.cat(parts, dim=1)
-        largest = tuple(torch.cat(values) for values in zip(*tops, strict=True))
-        return q, max_q, logsumexp, mean_q, *largest
+                top = _top(logits, keep_top)
+            exponentials = logits.sub_(largest[:, None]).exp_().sum(1)
+            total_exp = total_exp * (max_q - largest).exp() + exponentials
+            max_q = largest
+        return q, max_q, max_q + total_exp.log(), total / self.vocab_size, *top
 
 
-def _logsumexp(logits: Tensor, largest: Tensor) -> Tensor:
-    """log Σ exp(l) = max − log(largest probability): torch's logsumexp takes twice the time of its softmax, and far
-    more where most of the exponentials are denormal numbers. Shapes: [n, V], [n] → [n]."""
-    return largest - logits.softmax(1).amax(1).log()
+def _top(logits: Tensor, keep: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The largest of each row of all logits [n, V], their ids, and the logsumexp of the others: −inf where none are."""
+    top_q, top_ids = logits.topk(keep, dim=1)
+    others = logits.scatter(1, top_ids, -torch.inf)
+    if keep == logits.shape[1]:
+        return top_q, top_ids, others[:, 0]
+    largest = others.amax(1)
+    return top_q, top_ids, largest + others.sub_(largest[:, None]).exp_().sum(1).log()
+
+
+def _product(states: Tensor, weight: Tensor) -> Tensor:
+    """States [n, D] × weight [v, D] → [n, v] float32. A product of two bfloat16 numbers is exact in float32, so where a
+    GPU sums them up in float32 they need not be made larger first."""
+    if states.is_cuda and states.dtype == weight.dtype == torch.bfloat16 and not torch.is_grad_enabled():
+        return torch.mm(states, weight.T, out_dtype=torch.float32)
+    return F.linear(states.float(), weight.float())
 
 
 def _chunks(states: Tensor, targets: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:

@@ -1,4 +1,4 @@
-"""How many padded tokens go through a model at once: as many as were asked for, or as fit into memory.
+"""How many tokens go through a model at once: as many as were asked for, or as fit into memory.
 
 Running out is an exception on a GPU, and on a CPU where the operating system limits the process. Where it rather kills
 processes, only `auto` helps, which looks first.
@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 
 PROBE = 2048
-"""Padded tokens of the batches that `auto` looks at: they keep a machine busy already (`lm/batching.py`)."""
+"""Tokens of the batches that `auto` looks at: they keep a machine busy already (`lm/batching.py`)."""
 MOST = {"cuda": 65_536}
 """Largest budget that `auto` takes, by kind of device; more than this gains nothing."""
 MOST_ELSEWHERE = 16_384
@@ -37,7 +37,7 @@ def say(text: str) -> None:
 
 
 class TokenBudget:
-    """Largest padded batch, in tokens. It is found once, and after that it only shrinks: keep it for a whole run."""
+    """Largest batch, in tokens. It is found once, and after that it only shrinks: keep it for a whole run."""
 
     def __init__(self, asked: int | Literal["auto"], say: Callable[[str], None] = say) -> None:
         """asked: a number of tokens, or what `auto` finds in the first full batches. say: told of what was found."""
@@ -54,22 +54,22 @@ class TokenBudget:
         """To be made before a batch, where its memory is wanted."""
         return Watch(devices) if self.open else None
 
-    def fitted(self, watch: Watch, padded: int) -> bool:
-        """A batch of so many padded tokens went through. Returns whether that has settled the budget.
+    def fitted(self, watch: Watch, size: int) -> bool:
+        """A batch of so many tokens went through. Returns whether that has settled the budget.
 
         The first one is not counted: it also reads weights from the disk and sets libraries up.
         """
-        if not self._warm or padded < PROBE // 2:
+        if not self._warm or size < PROBE // 2:
             self._warm = True
             return False
-        self._tokens, self.open = max(PROBE, watch.fitting(padded)), False
+        self._tokens, self.open = max(PROBE, watch.fitting(size)), False
         self._say(f"batches of up to {self._tokens:,} tokens fit into memory (--batch-tokens auto)")
         return True
 
-    def halve(self, padded: int) -> None:
-        """A batch of so many padded tokens did not go through."""
-        self._tokens, self.open = max(min(self._tokens, padded) // 2, 1), False
-        self._say(f"out of memory at a batch of {padded:,} tokens: going on with at most {self._tokens:,}")
+    def halve(self, size: int) -> None:
+        """A batch of so many tokens did not go through."""
+        self._tokens, self.open = max(min(self._tokens, size) // 2, 1), False
+        self._say(f"out of memory at a batch of {size:,} tokens: going on with at most {self._tokens:,}")
 
 
 class Watch:
@@ -80,7 +80,7 @@ class Watch:
         for device in self._before:
             _forget_peak(device)
 
-    def fitting(self, padded: int) -> int:
+    def fitting(self, size: int) -> int:
         """How many tokens like those of this batch fit into what is free now, at most what is of use.
 
         The rows of the batch should be the longest ones: attention takes more for a token of a long row.
@@ -90,7 +90,7 @@ class Watch:
             fitting = MOST.get(device.type, MOST_ELSEWHERE)
             peak, free = _peak(device), _free(device)
             if before is not None and peak is not None and free is not None:
-                each = max(peak - before, 1) / padded
+                each = max(peak - before, 1) / size
                 fitting = min(fitting, int(SHARE.get(device.type, SHARE_ELSEWHERE) * free / each))
             found.append(fitting)
         return min(found)

@@ -1,0 +1,249 @@
+"""T5 without padding: every token of a batch once, rows end to end, and each prompt once for all its completions.
+
+A transformer mixes tokens in its attention alone. All other layers take one long row of tokens, [N, D], as well as a
+padded batch [B, T, D], and compute nothing behind the shorter rows. The attention takes its rows in groups of similar
+length. Keys and values of a prompt are computed once, however many completions attend to it.
+
+The layers are the model's own modules, so weights, gradients, adapters and what a module does in its own way stay
+theirs. Only the order of things is written anew here, for the T5 family; `Head.of` checks it against the model's own
+forward pass whenever a model is loaded.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import (
+    MT5ForConditionalGeneration,
+    PreTrainedModel,
+    T5ForConditionalGeneration,
+    UMT5ForConditionalGeneration,
+)
+
+from ketchup_cache.types import offsets_of
+
+OUTPUT_SCALED = {
+    T5ForConditionalGeneration: lambda config: config.scale_decoder_outputs,
+    MT5ForConditionalGeneration: lambda config: False,
+    UMT5ForConditionalGeneration: lambda config: config.tie_word_embeddings,
+}
+"""The models whose order of layers this is, and whether they scale the states before their head."""
+
+SCORES_AT_ONCE = {"cuda": 2**28}
+"""Attention scores (heads × queries × keys) of a group of rows, by kind of device."""
+SCORES_AT_ONCE_ELSEWHERE = 2**20
+"""4 MB: on a CPU the scores of a few long rows stay in its cache, and short rows still come by the dozen."""
+HIDDEN_AT_ONCE = 2**21
+"""Numbers that a feed-forward layer holds on a CPU: 8 MB, which the allocator hands out again and again. Larger
+blocks come fresh from the operating system each time, and their first touch takes longer than the activation."""
+
+
+def is_ragged(model: PreTrainedModel) -> bool:
+    """Whether `t5_states` knows this model: one of T5's family, whole on one device."""
+    if type(model) not in OUTPUT_SCALED:
+        return False
+    return len(set(getattr(model, "hf_device_map", {"": 0}).values())) == 1
+
+
+def t5_states(
+    model: Any,
+    prompts: NDArray[np.int64],
+    prompt_lengths: NDArray[np.int64],
+    inputs: NDArray[np.int64],
+    lengths: NDArray[np.int64],
+    owner: NDArray[np.int64],
+) -> Tensor:
+    """The head's input at every token of the decoder, [N, D], rows end to end.
+
+    prompts: token ids, rows end to end; prompt_lengths: [P]. inputs: the decoder's token ids, rows end to end; lengths:
+    [B]. owner: [B], the prompt of each row, in ascending order.
+    """
+    device = model.shared.weight.device
+    most = SCORES_AT_ONCE.get(device.type, SCORES_AT_ONCE_ELSEWHERE) // model.config.num_heads
+    encoder, decoder = model.encoder, model.decoder
+
+    rows = Rows.of(prompt_lengths, prompt_lengths, most, device)
+    states = encoder.dropout(_embed(encoder, prompts))
+    bias = _Bias(int(prompt_lengths.max()))
+    for block in map(_computing, encoder.block):
+        attention = block.layer[0]
+        states = _attend(attention, attention.SelfAttention, states, None, rows, bias)
+        states = _feed_forward(block.layer[-1], states)
+    encoded = encoder.dropout(_computing(encoder.final_layer_norm)(states))
+
+    rows = Rows.of(lengths, lengths, most, device)
+    # the queries of a prompt are all tokens of its completions, which stand side by side
+    queries = np.bincount(owner, lengths, len(prompt_lengths)).astype(np.int64)
+    across = Rows.of(queries, prompt_lengths, most, device)
+    states = decoder.dropout(_embed(decoder, inputs))
+    bias = _Bias(int(lengths.max()), causal=True)
+    for block in map(_computing, decoder.block):
+        attention, cross = block.layer[0], block.layer[1]
+        states = _attend(attention, attention.SelfAttention, states, None, rows, bias)
+        states = _attend(cross, cross.EncDecAttention, states, encoded, across, None)
+        states = _feed_forward(block.layer[-1], states)
+    states = decoder.dropout(_computing(decoder.final_layer_norm)(states))
+    return states * model.model_dim**-0.5 if OUTPUT_SCALED[type(model)](model.config) else states
+
+
+# -------------------------------------------------------------------------------------------------------- layers
+
+
+def _widened(weight: Tensor) -> bool:
+    """Whether to compute in float32 with bfloat16 weights: on a processor that has no bfloat16 products they take six
+    times as long, and round more. Never where gradients flow, which belong to the weights themselves."""
+    if weight.dtype != torch.bfloat16 or weight.device.type != "cpu" or torch.is_grad_enabled():
+        return False
+    return not torch.backends.mkldnn.is_available() or not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def _computing(module: Any) -> Any:
+    """The module itself, or for as long as it is needed a copy in float32."""
+    return copy.deepcopy(module).float() if _widened(next(module.parameters())) else module
+
+
+def _embed(stack: Any, ids: NDArray[np.int64]) -> Tensor:
+    weight = stack.embed_tokens.weight
+    states = stack.embed_tokens(_ids(ids, weight.device))
+    return states.float() if _widened(weight) else states
+
+
+def _feed_forward(layer: Any, states: Tensor) -> Tensor:
+    """The layer with its norm and its residual, [N, D] → [N, D]."""
+    if torch.is_grad_enabled() or states.device.type != "cpu":
+        return layer(states)
+    chunk = max(HIDDEN_AT_ONCE // layer.DenseReluDense.wo.in_features, 64)
+    return torch.cat([layer(part) for part in states.split(chunk)])
+
+
+# ------------------------------------------------------------------------------------------------------ attention
+
+
+@dataclass(frozen=True)
+class Group:
+    """Rows of similar length that attend together, R of them, padded to Q queries and K keys.
+
+    queries, keys: [R × Q] and [R × K], places of their tokens; behind a row's end any place. seen: [R, 1, 1, K] bool,
+    which keys are real; None where all are.
+    """
+
+    size: tuple[int, int, int]
+    queries: Tensor
+    keys: Tensor
+    seen: Tensor | None
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The groups of a batch. back: [N], where each query's result is among those of all groups, end to end."""
+
+    groups: list[Group]
+    back: Tensor
+
+    @classmethod
+    def of(cls, queries: NDArray[np.int64], keys: NDArray[np.int64], most: int, device: torch.device) -> Rows:
+        """queries, keys: [R] tokens of each row; rows stand end to end. most: of queries × keys in a group."""
+        starts, key_starts = offsets_of(queries), offsets_of(keys)
+        back = np.empty(starts[-1], np.int64)
+        groups, results = [], 0
+        for rows in groups_of(queries, keys, most):
+            q, k = int(queries[rows].max()), int(keys[rows].max())
+            at, real = _places(starts[rows], queries[rows], q)
+            back[at[real]] = results + np.flatnonzero(real)
+            results += at.size
+            key_at, key_real = (at, real) if keys is queries else _places(key_starts[rows], keys[rows], k)
+            seen = None if key_real.all() else torch.from_numpy(key_real[:, None, None, :]).to(device)
+            groups.append(
+                Group((len(rows), q, k), _ids(at.reshape(-1), device), _ids(key_at.reshape(-1), device), seen)
+            )
+        return cls(groups, _ids(back, device))
+
+
+def groups_of(queries: NDArray[np.int64], keys: NDArray[np.int64], most: int) -> Iterator[NDArray[np.int64]]:
+    """Every row with queries once, in groups of at most `most` queries × keys, padded, or of a single row. Rows without
+    queries have nothing to attend."""
+    order = np.lexsort((queries, keys))
+    order = order[queries[order] > 0]
+    first, widest = 0, 0
+    for place, row in enumerate(order):
+        widest = max(widest, int(queries[row]))
+        if place > first and (place + 1 - first) * widest * int(keys[row]) > most:
+            yield order[first:place]
+            first, widest = place, int(queries[row])
+    if len(order):
+        yield order[first:]
+
+
+def _places(starts: NDArray[np.int64], lengths: NDArray[np.int64], width: int) -> tuple[NDArray[np.int64], NDArray]:
+    """Places of the tokens of rows, [R, width], and which of them are real; the others are some other token's."""
+    within = np.arange(width)
+    return starts[:, None] + np.minimum(within, lengths[:, None] - 1), within < lengths[:, None]
+
+
+class _Bias:
+    """T5's relative position bias. It depends on the distance of two tokens alone, so shorter rows take a corner of it.
+
+    Layers without a bias of their own take that of the layer before, as T5's do.
+    """
+
+    def __init__(self, longest: int, *, causal: bool = False) -> None:
+        self._longest, self._causal = longest, causal
+        self._full: Tensor | None = None
+
+    def of(self, attention: Any, states: Tensor) -> None:
+        if not attention.has_relative_attention_bias:
+            return
+        full = attention.compute_bias(self._longest, self._longest, device=states.device).to(states.dtype)
+        if self._causal:
+            future = torch.ones(self._longest, self._longest, dtype=torch.bool, device=states.device).triu(1)
+            full = full.masked_fill(future, -torch.inf)
+        self._full = full
+
+    def corner(self, group: Group) -> Tensor:
+        """[1 or R, H, Q, K] of a group of self-attention."""
+        assert self._full is not None
+        corner = self._full[:, :, : group.size[1], : group.size[2]]
+        if group.seen is None or self._causal:  # what is behind a row's end is in its future
+            return corner
+        return corner.masked_fill(~group.seen, -torch.inf)
+
+
+def _attend(
+    layer: Any, attention: Any, states: Tensor, others: Tensor | None, rows: Rows, bias: _Bias | None
+) -> Tensor:
+    """One attention layer with its norm and its residual, [N, D] → [N, D]. others: [M, D], what is attended to; None
+    for the states themselves."""
+    normed = layer.layer_norm(states)
+    source = normed if others is None else others
+    query, key, value = attention.q(normed), attention.k(source), attention.v(source)
+    if bias is not None:
+        bias.of(attention, query)
+    parts = [value[:0]]  # there may be no rows
+    for group in rows.groups:
+        r, q, k = group.size
+
+        def heads(values: Tensor, places: Tensor, width: int, r: int = r) -> Tensor:
+            return values[places].view(r, width, -1, attention.key_value_proj_dim).transpose(1, 2)
+
+        mixed = F.scaled_dot_product_attention(
+            heads(query, group.queries, q),
+            heads(key, group.keys, k),
+            heads(value, group.keys, k),
+            attn_mask=bias.corner(group) if bias is not None else group.seen,
+            dropout_p=attention.dropout if attention.training else 0.0,
+            scale=attention.scaling,
+        )
+        parts.append(mixed.transpose(1, 2).reshape(r * q, -1))
+    return states + layer.dropout(attention.o(torch.cat(parts)[rows.back]))
+
+
+def _ids(array: NDArray[np.int64], device: torch.device) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(array, np.int64)).to(device)
