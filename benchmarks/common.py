@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 
+from ketchup_cache import __version__
 from ketchup_cache.store.cache import Cache, open_cache
 from ketchup_cache.store.manifest import (
     DataInfo,
@@ -296,14 +297,14 @@ def publish(name: str, where: argparse.Namespace, **results: Any) -> None:
     path = where.out or (None if where.short else RESULTS / f"{name}.json")
     if path is None:
         return
-    versions = {p: importlib.metadata.version(p) for p in ("ketchup-cache", "torch", "transformers", "numpy", "zarr")}
+    versions = {p: importlib.metadata.version(p) for p in ("torch", "transformers", "numpy", "zarr")}
     record = {
         "benchmark": f"benchmarks/{name}.py",
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "machine": machine(),
         "load": round(os.getloadavg()[1], 1),
         "threads": int(os.environ.get("OMP_NUM_THREADS", 0)) or None,
-        "versions": {"python": platform.python_version(), **versions},
+        "versions": {"ketchup-cache": __version__, "python": platform.python_version(), **versions},
         **results,
     }
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,88 +1,198 @@
-"""Scoring and learning at the size of the paper's models, on a GPU. Makes its own random weights; downloads nothing.
+"""Scoring, sampling and learning at the size of the paper's models, on a GPU. Makes its own random weights.
 
-    python benchmarks/gpu.py            # FLAN-T5-XL-shaped teacher (3B, bfloat16), T5-base-shaped student
+    python benchmarks/gpu.py            # FLAN-T5-XL-shaped teacher (3B, bfloat16), T5-base-shaped student (float32)
     python benchmarks/gpu.py --tiny     # the same on toy sizes, on any machine
 
-- the rate of a plain bfloat16 matrix product, in TFLOP/s;
-- scoring: completion tokens/s through `Teacher.score`, its share of that rate (counting only the operations of the
-  weights that a token passes, prompts once), peak memory;
-- learning: seconds of an optimizer step of the student with and without the teacher in memory, peak memory of
-  both.
+Nothing is downloaded. Prompts log-normal around 180 tokens, completions 25 ± 8, 4 of each prompt. In one process:
+
+- the rate of a plain bfloat16 matrix product;
+- scoring: completion tokens/s through `Teacher.score` and the plain way (each rollout a row of its own, random batches
+  padded to their longest, logits [B, T, V], the largest batch of 8, 32, 128 that is fastest), at 1 and 4 completions a
+  prompt; the share of the matrix rate, counting the operations that the job needs (`needed_operations`); peak memory;
+- values: `Teacher.score` of a T5-small-shaped teacher in float32 against the plain way in float64;
+- `--batch-tokens auto`, and running out of memory for real;
+- a step of learning from 256 rollouts: sample them from the student, score them, take an optimizer step; live (all
+  three at every step, teacher in memory), refreshed every 4 and 16 steps, and offline from scores that are there.
 """
 
 from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
-from common import T5_BASE, VOCAB, fingerprint, machine, options, publish, rss, sample, t5, table
+from common import (
+    T5_BASE,
+    T5_SMALL,
+    VOCAB,
+    fingerprint,
+    machine,
+    needed_operations,
+    options,
+    publish,
+    rss,
+    sample,
+    t5,
+    table,
+)
+from scoring import plain_way
 
 from ketchup_cache.config import LearnConfig
 from ketchup_cache.learn.step import train_step
 from ketchup_cache.lm.head import Head
-from ketchup_cache.store.manifest import TeacherInfo, TokenizerInfo
+from ketchup_cache.lm.memory import TokenBudget
+from ketchup_cache.lm.sample import sample_completions
+from ketchup_cache.store.manifest import Sampling, TeacherInfo, TokenizerInfo
 from ketchup_cache.teacher import Teacher
 from ketchup_cache.training.optim import Optimizer
-from ketchup_cache.types import ScoredRollouts
+from ketchup_cache.types import Ragged, ScoredRollouts
 
 FLAN_T5_XL = {"d_model": 2048, "d_kv": 64, "d_ff": 5120, "num_layers": 24, "num_heads": 32}
 TINY = {"d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4}
+LIMIT = 64
+"""Longest completion."""
 
 
-def wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+class Gpu:
+    """The device, its clock and its memory. On a CPU the process's resident memory, which never falls."""
+
+    def __init__(self, name: str) -> None:
+        self.device = torch.device(name)
+        self.is_gpu = self.device.type == "cuda"
+
+    def seconds(self, call: Callable[[], Any], repeats: int = 3, warm: int = 1) -> float:
+        """Median over the repeats."""
+        times = []
+        for _ in range(warm + repeats):
+            self.wait()
+            began = time.perf_counter()
+            call()
+            self.wait()
+            times.append(time.perf_counter() - began)
+        return statistics.median(times[warm:])
+
+    def wait(self) -> None:
+        if self.is_gpu:
+            torch.cuda.synchronize(self.device)
+
+    def forget(self) -> int:
+        """Start the peak anew; returns what is in use."""
+        if not self.is_gpu:
+            return rss()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(self.device)
+        return torch.cuda.memory_allocated(self.device)
+
+    def peak(self) -> int:
+        return torch.cuda.max_memory_allocated(self.device) if self.is_gpu else rss()
 
 
-def memory(device: torch.device) -> int:
-    """Peak bytes of tensors since the last `forget`; without a GPU the resident memory of the process."""
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else rss()
+def teacher_of(model: Any) -> Teacher:
+    name = str(next(model.parameters()).dtype).removeprefix("torch.")
+    info = TeacherInfo(name="random", fingerprint=fingerprint("t"), dtype=name)
+    return Teacher(model, info, TokenizerInfo(name="t5", fingerprint=fingerprint("w"), vocab_size=VOCAB))
 
 
-def forget(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-
-
-def matrix_rate(device: torch.device, size: int, dtype: torch.dtype, repeats: int = 10) -> float:
+def matrix_rate(gpu: Gpu, size: int, dtype: torch.dtype) -> float:
     """Operations per second of a square matrix product: two for each multiply and add."""
-    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    times = []
-    for _ in range(repeats + 3):
-        wait(device)
-        began = time.perf_counter()
-        a @ b
-        wait(device)
-        times.append(time.perf_counter() - began)
-    return 2 * size**3 / statistics.median(times[3:])
+    a, b = (torch.randn(size, size, device=gpu.device, dtype=dtype) for _ in range(2))
+    return 2 * size**3 / gpu.seconds(lambda: a @ b, repeats=10, warm=3)
 
 
-def needed_operations(model: Any, batch: ScoredRollouts) -> float:
-    """Two per weight that a token passes: encoder, and cross-attention keys and values, for each prompt token once;
-    decoder and head for each completion token. Attention products of token pairs are not counted.
-    """
-    config = model.config
-    wide = config.d_kv * config.num_heads
-    cross = config.num_decoder_layers * 2 * config.d_model * wide
-    encoder = sum(p.numel() for name, p in model.encoder.named_parameters() if "embed_tokens" not in name)
-    decoder = sum(p.numel() for name, p in model.decoder.named_parameters() if "embed_tokens" not in name)
-    prompt_tokens, tokens = len(batch.prompts.tokens.values), len(batch.scores.q)
-    return 2.0 * (prompt_tokens * (encoder + cross) + tokens * (decoder - cross + config.d_model * VOCAB))
+def scoring(gpu: Gpu, model: Any, rollouts: int, samples: int, budget: int, rate: float) -> dict[str, Any]:
+    batch, teacher = sample(0, rollouts, samples=samples), teacher_of(model)
+    prompts, tokens = batch.prompts.tokens, len(batch.scores.q)
+    before = gpu.forget()
+    seconds = gpu.seconds(lambda: teacher.score(prompts, batch.rollouts, batch_tokens=budget))
+    found: dict[str, Any] = {
+        "samples": samples,
+        "rollouts": rollouts,
+        "tokens_per_second": tokens / seconds,
+        "flops": needed_operations(model, prompts.lengths.sum(), tokens) / seconds,
+        "peak_above_weights": gpu.peak() - before,
+    }
+    found["share_of_matrix_rate"] = found["flops"] / rate
+    few = batch.take(np.random.default_rng(0).permutation(len(batch))[: max(rollouts // 4, 8)])
+    plain = {}
+    for at_once in (8, 32, 128):
+        before = gpu.forget()
+        seconds = gpu.seconds(lambda: plain_way(model, few.prompts.tokens, few.rollouts, at_once), repeats=1)  # noqa: B023
+        plain[at_once] = {
+            "tokens_per_second": len(few.scores.q) / seconds,
+            "peak_above_weights": gpu.peak() - before,
+        }
+    best = max(plain, key=lambda n: plain[n]["tokens_per_second"])
+    found |= {"plain": plain, "plain_rows": best}
+    found["times_plain"] = found["tokens_per_second"] / plain[best]["tokens_per_second"]
+    found["times_plain_of_8"] = found["tokens_per_second"] / plain[8]["tokens_per_second"]
+    return found
 
 
-def step_seconds(student: Any, head: Head, batch: ScoredRollouts, config: LearnConfig, device: torch.device) -> float:
-    optimizer = Optimizer(student, lr=1e-5, weight_decay=0, max_grad_norm=1, warmup=0, schedule="constant", steps=9)
-    times = []
-    for step in range(4):
-        wait(device)
-        began = time.perf_counter()
-        train_step(student, head, optimizer, batch, config, step)
-        wait(device)
-        times.append(time.perf_counter() - began)
-    return statistics.median(times[1:])
+def exactness(gpu: Gpu, shape: dict[str, int]) -> dict[str, float]:
+    """Largest difference of q and max_q in float32 from the plain way in float64."""
+    with torch.device(gpu.device):
+        model = t5(shape)
+    batch = sample(2, 64)
+    scores = teacher_of(model).score(batch.prompts.tokens, batch.rollouts, batch_tokens=8192)
+    exact = plain_way(model.double(), batch.prompts.tokens, batch.rollouts)
+    difference = max(float(np.abs(getattr(scores, name) - values).max()) for name, values in exact.items())
+    return {"largest_difference": difference, "largest_logit": float(np.abs(exact["max_q"]).max())}
+
+
+def budgets(gpu: Gpu, model: Any, rollouts: int) -> dict[str, Any]:
+    """What `auto` finds, and what a number that is far too large ends at where memory is cut to 2 GiB more."""
+    batch, teacher, said = sample(3, rollouts), teacher_of(model), []
+    auto = TokenBudget("auto", said.append)
+    teacher.score(batch.prompts.tokens, batch.rollouts, batch_tokens=auto)
+    found: dict[str, Any] = {"auto": auto.tokens}
+    if gpu.is_gpu:
+        gpu.forget()
+        total = torch.cuda.get_device_properties(gpu.device).total_memory
+        torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_allocated() + 2 * 2**30) / total)
+        fixed = TokenBudget(2**20, said.append)
+        teacher.score(batch.prompts.tokens, batch.rollouts, batch_tokens=fixed)
+        torch.cuda.set_per_process_memory_fraction(1.0)
+        found |= {"asked": 2**20, "with_2_gib": fixed.tokens}
+    return found | {"said": said}
+
+
+def learning(
+    gpu: Gpu, student: Any, teacher: Teacher | None, size: int, everies: tuple[int, ...] = ()
+) -> dict[str, Any]:
+    """Seconds of the parts of a step of `size` rollouts, and the peak memory of learning. Those of several steps are
+    sampled and scored together. One token in 25 ends a completion, so that they are as long as the made-up ones."""
+    few = sample(1, size)
+    config = LearnConfig(student="", cache="", batch_size=size)  # type: ignore[arg-type]
+    head = Head.of(student, VOCAB)
+    optimizer = Optimizer(student, lr=1e-5, weight_decay=0, max_grad_norm=1, warmup=0, schedule="constant", steps=99)
+    gpu.forget()
+    found: dict[str, Any] = {
+        "learn": gpu.seconds(lambda: train_step(student, head, optimizer, few, config, 1)),
+        "learn_peak_bytes": gpu.peak(),
+    }
+    if teacher is None:
+        return found
+    ends = np.random.default_rng(0).choice(np.arange(3, VOCAB), VOCAB // 25, replace=False)
+    student.generation_config.eos_token_id = student.config.eos_token_id = [1, *map(int, ends)]
+    for steps in everies:
+        many = sample(4, size * steps)
+        rollouts = many.rollouts
+
+        def draw(prompts: Ragged = many.prompts.tokens) -> None:
+            sampling = Sampling(samples=4, max_new_tokens=LIMIT)
+            sample_completions(student, VOCAB, prompts, sampling, first_prompt=0, batch=1024)
+
+        def judge(part: ScoredRollouts = many) -> None:
+            teacher.score(part.prompts.tokens, part.rollouts, batch_tokens=65_536)
+
+        parts = {"sample": gpu.seconds(draw, 1) / steps, "score": gpu.seconds(judge, 1) / steps}
+        parts["tokens"] = len(rollouts.completions.values) / steps
+        parts["step"] = sum(parts[name] for name in ("sample", "score")) + found["learn"]
+        found[f"every {steps}"] = parts
+    return found
 
 
 def main() -> None:
@@ -90,68 +200,72 @@ def main() -> None:
         __doc__,
         tiny=(False, "toy sizes"),
         device=("cuda" if torch.cuda.is_available() else "cpu", "where to run"),
-        rollouts=(2048, "rollouts to score, 4 of each prompt"),
-        batch_tokens=(65_536, "largest padded batch of the teacher"),
+        rollouts=(4096, "rollouts to score"),
+        batch_tokens=(65_536, "largest batch of the teacher"),
     )
-    device = torch.device(chosen.device)
-    tiny = chosen.tiny or chosen.short
-    if device.type == "cpu" and not tiny:
+    gpu, tiny = Gpu(chosen.device), chosen.tiny or chosen.short
+    if not gpu.is_gpu and not tiny:
         raise SystemExit("no GPU here: 3B parameters on a CPU take hours; use --tiny to see that the script works")
-    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    gated = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
-    with torch.device(device):
-        teacher_model = t5(TINY if tiny else FLAN_T5_XL, **gated).to(dtype)
+    dtype = torch.bfloat16 if gpu.is_gpu else torch.float32
+    where = torch.cuda.get_device_name(gpu.device) if gpu.is_gpu else machine()
+    rollouts, size, everies = (16, 8, (1, 2)) if tiny else (chosen.rollouts, 256, (1, 4, 16))
+    with torch.device(gpu.device):
+        torch.set_default_dtype(dtype)
+        model = t5(TINY if tiny else FLAN_T5_XL, feed_forward_proj="gated-gelu", tie_word_embeddings=False)
+        torch.set_default_dtype(torch.float32)
         student = t5(TINY if tiny else T5_BASE, seed=1)
-    rate = matrix_rate(device, 256 if tiny else 8192, dtype)
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    rate = matrix_rate(gpu, 256 if tiny else 8192, dtype)
+    print(f"{where}: {rate / 1e12:.2f} TFLOP/s ({dtype}); teacher {weights / 2**30:.1f} GiB\n", flush=True)
 
-    info = TeacherInfo(name="random", fingerprint=fingerprint("t"), dtype=str(dtype).removeprefix("torch."))
-    teacher = Teacher(teacher_model, info, TokenizerInfo(name="t5", fingerprint=fingerprint("w"), vocab_size=VOCAB))
-    batch = sample(0, 16 if tiny else chosen.rollouts)
-    rows = np.arange(len(batch))
-    teacher.score(batch.prompts.tokens, batch.rollouts, rows=rows[-16:], batch_tokens=chosen.batch_tokens)
-    forget(device)
-    wait(device)
-    began = time.perf_counter()
-    scores = teacher.score(batch.prompts.tokens, batch.rollouts, batch_tokens=chosen.batch_tokens)
-    seconds = time.perf_counter() - began
-    tokens = len(scores.q)
-    scoring = {
-        "tokens_per_second": tokens / seconds,
-        "flops": needed_operations(teacher_model, batch) / seconds,
-        "peak_bytes": memory(device),
-        "weights_bytes": sum(p.numel() * p.element_size() for p in teacher_model.parameters()),
-    }
-    scoring["share_of_matrix_rate"] = scoring["flops"] / rate
-
-    config = LearnConfig(student="", cache="", batch_size=256)  # type: ignore[arg-type]
-    few = sample(1, 8 if tiny else 256)
-    head = Head.of(student, VOCAB)
-    learning = {}
-    for name in ("with teacher", "without teacher"):
-        if name == "without teacher":
-            del teacher, teacher_model
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
-        forget(device)
-        learning[name] = {"seconds": step_seconds(student, head, few, config, device), "peak_bytes": memory(device)}
-
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else machine()
-    print(
-        table(
-            ("", where),
-            [
-                ("matrix product", f"{rate / 1e12:.2f} TFLOP/s ({info.dtype})"),
-                ("scoring", f"{scoring['tokens_per_second']:,.0f} completion tokens/s"),
-                ("share of the matrix rate", f"{scoring['share_of_matrix_rate']:.1%}"),
-                ("peak memory, scoring", f"{scoring['peak_bytes'] / 2**30:.2f} GiB"),
-                *((f"learning step, {n}", f"{e['seconds']:.3f} s") for n, e in learning.items()),
-                *((f"peak memory, learning {n}", f"{e['peak_bytes'] / 2**30:.2f} GiB") for n, e in learning.items()),
-            ],
+    results: dict[str, Any] = {"device": where, "tiny": tiny, "matrix_flops": rate, "weights_bytes": weights}
+    results["scoring"] = [scoring(gpu, model, rollouts, n, chosen.batch_tokens, rate) for n in (1, 4)]
+    head = ("scoring, completions a prompt", "tokens/s", "of matrix rate", "plain, rows of 8", "plain, best rows",
+            "times plain", "peak MB above weights", "plain of 8")  # fmt: skip
+    rows = [
+        (
+            f["samples"],
+            f"{f['tokens_per_second']:,.0f}",
+            f"{f['share_of_matrix_rate']:.0%}",
+            f"{f['plain'][8]['tokens_per_second']:,.0f}",
+            f"{f['plain'][f['plain_rows']]['tokens_per_second']:,.0f} ({f['plain_rows']})",
+            f"{f['times_plain']:.1f} ({f['times_plain_of_8']:.1f} of 8)",
+            f"{f['peak_above_weights'] / 1e6:,.0f}",
+            f"{f['plain'][8]['peak_above_weights'] / 1e6:,.0f}",
         )
+        for f in results["scoring"]
+    ]
+    print(table(head, rows) + "\n", flush=True)
+
+    results["exactness"] = exact = exactness(gpu, TINY if tiny else T5_SMALL)
+    print(f"float32 against float64: {exact['largest_difference']:.1e}, logits up to {exact['largest_logit']:.1f}\n")
+    results["budgets"] = budgets(gpu, model, rollouts)
+    print("\n".join(results["budgets"]["said"]) + "\n", flush=True)
+
+    results["learning"] = {"with teacher": learning(gpu, student, teacher_of(model), size, everies)}
+    del model
+    results["learning"]["without teacher"] = learning(gpu, student, None, size)
+    both, alone = results["learning"]["with teacher"], results["learning"]["without teacher"]
+    live = both["every 1"]["step"]
+    rows = [
+        (
+            "live" if name == "every 1" else f"{name} steps",
+            *(f"{both[name][part] * 1e3:,.0f}" for part in ("sample", "score")),
+            f"{both['learn'] * 1e3:,.0f}",
+            f"{size / both[name]['step']:,.0f}",
+            f"{live / both[name]['step']:.1f}",
+        )
+        for name in (f"every {steps}" for steps in everies)
+    ]
+    learned = alone["learn"]
+    rows.append(("offline", "–", "–", f"{learned * 1e3:,.0f}", f"{size / learned:,.0f}", f"{live / learned:.1f}"))
+    print(table(("ms a step", "sample", "score", "learn", "rollouts/s", "times live"), rows))
+    print(
+        f"\npeak memory of learning: {both['learn_peak_bytes'] / 2**30:.2f} GiB with the teacher in memory, "
+        f"{alone['learn_peak_bytes'] / 2**30:.2f} GiB without"
     )
-    if tiny and chosen.out is None:
-        return
-    publish("gpu", chosen, device=where, tiny=tiny, matrix_flops=rate, scoring=scoring, learning=learning)
+    if not tiny or chosen.out:
+        publish("gpu", chosen, **results)
 
 
 if __name__ == "__main__":

@@ -59,12 +59,12 @@ def teacher_of(model: Any) -> Teacher:
 
 
 @torch.no_grad()
-def plain_way(model: Any, prompts: Ragged, rollouts: Rollouts) -> dict[str, np.ndarray]:
-    """q and max_q of all completion tokens, rows end to end."""
+def plain_way(model: Any, prompts: Ragged, rollouts: Rollouts, at_once: int = 8) -> dict[str, np.ndarray]:
+    """q and max_q of all completion tokens, rows end to end. at_once: rows of a batch."""
     order = np.random.default_rng(1).permutation(len(rollouts))
     rows: dict[str, list] = {"q": [None] * len(rollouts), "max_q": [None] * len(rollouts)}
-    for start in range(0, len(order), 8):
-        batch = order[start : start + 8]
+    for start in range(0, len(order), at_once):
+        batch = order[start : start + at_once]
         inputs, completions = prompts.take(rollouts.prompt_index[batch]), rollouts.completions.take(batch)
         targets = torch.from_numpy(completions.padded().astype(np.int64)).to(model.device)
         mask = np.arange(inputs.lengths.max()) < inputs.lengths[:, None]
@@ -74,10 +74,10 @@ def plain_way(model: Any, prompts: Ragged, rollouts: Rollouts) -> dict[str, np.n
             decoder_input_ids=torch.cat([targets.new_zeros(len(batch), 1), targets[:, :-1]], dim=1),
             use_cache=False,
         ).logits[..., :VOCAB]
-        q, max_q = logits.gather(2, targets[..., None])[..., 0].float().cpu(), logits.amax(2).float().cpu()
+        q, max_q = logits.gather(2, targets[..., None])[..., 0].cpu(), logits.amax(2).cpu()
         for place, row in enumerate(batch):
-            rows["q"][row] = q[place, : completions.lengths[place]].numpy()
-            rows["max_q"][row] = max_q[place, : completions.lengths[place]].numpy()
+            for name, values in (("q", q), ("max_q", max_q)):
+                rows[name][row] = values[place, : completions.lengths[place]].double().numpy()
     return {name: np.concatenate(values) for name, values in rows.items()}
 
 

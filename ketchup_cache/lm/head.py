@@ -121,8 +121,8 @@ class Head:
         return tuple(torch.cat(values) for values in zip(*parts, strict=True))
 
     def _reduce(self, states: Tensor, targets: Tensor, block: int, keep_top: int) -> tuple[Tensor, ...]:
-        """A block of the vocabulary at a time, each reduced while it is in the processor's cache. The sum of exponentials
-        is kept relative to the largest logit so far, and shrinks whenever a larger one comes (online softmax)."""
+        """A block of the vocabulary at a time, each reduced while it is in the processor's cache. The sum of
+        exponentials is kept relative to the largest logit so far, and shrinks whenever a larger one comes."""
         states = states.to(self.device)
         max_q = states.new_full((len(states),), -torch.inf, dtype=torch.float32)
         q, total, total_exp = torch.zeros_like(max_q), torch.zeros_like(max_q), torch.zeros_like(max_q)
