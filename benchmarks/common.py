@@ -43,6 +43,9 @@ RESULTS = Path(__file__).parent / "results"
 VOCAB = 32_100
 """T5's tokenizer; its head has 28 rows more."""
 T5_SMALL = {"d_model": 512, "d_kv": 64, "d_ff": 2048, "num_layers": 6, "num_heads": 8}
+QWEN2_SMALL = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 12, "num_attention_heads": 8,
+               "num_key_value_heads": 8, "max_position_embeddings": 2048}  # fmt: skip
+"""A decoder-only model with about as many weights in its body as T5-small."""
 T5_BASE = {"d_model": 768, "d_kv": 64, "d_ff": 3072, "num_layers": 12, "num_heads": 12}
 
 
@@ -190,11 +193,25 @@ def t5(shape: Mapping[str, int], *, seed: int = 0, vocab_size: int = VOCAB + 28,
     return T5ForConditionalGeneration(config).eval()
 
 
+def qwen2(shape: Mapping[str, int], *, seed: int = 0) -> Any:
+    """A decoder-only model of random weights."""
+    import torch
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    torch.manual_seed(seed)
+    return Qwen2ForCausalLM(Qwen2Config(vocab_size=VOCAB, eos_token_id=1, pad_token_id=0, **shape)).eval()
+
+
 def needed_operations(model: Any, prompt_tokens: int, tokens: int) -> float:
     """What scoring takes at least: two operations for each weight that a token passes. Encoder, and cross-attention
     keys and values, for each prompt token once; decoder and head for each completion token. Products of token pairs
-    (attention) are not counted."""
+    (attention) are not counted. A decoder-only model reads each prompt once."""
     config = model.config
+    if not config.is_encoder_decoder:
+        body = sum(
+            p.numel() for name, p in model.named_parameters() if "embed_tokens" not in name and "head" not in name
+        )
+        return 2.0 * ((int(prompt_tokens) + tokens) * body + tokens * config.hidden_size * VOCAB)
     cross = config.num_decoder_layers * 2 * config.d_model * config.d_kv * config.num_heads
     encoder = sum(p.numel() for name, p in model.encoder.named_parameters() if "embed_tokens" not in name)
     decoder = sum(p.numel() for name, p in model.decoder.named_parameters() if "embed_tokens" not in name)

@@ -1,6 +1,6 @@
 """Scoring speed, memory and exactness: `Teacher.score` against the plain way, in one run.
 
-    python benchmarks/scoring.py [--rollouts 64] [--model small|base] [--gsm8k FOLDER] [--only time|memory|overlap]
+    python benchmarks/scoring.py [--model small|base|decoder] [--gsm8k FOLDER] [--only time|memory|overlap]
 
 The plain way is what public code does: every rollout a row of its own with an encoder pass of its own, random batches
 of 8 padded to their longest, logits [B, T, V], then gather and max. Random weights of T5's shapes; the values of both
@@ -19,12 +19,14 @@ import json
 import statistics
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from common import (
+    QWEN2_SMALL,
     T5_BASE,
     T5_SMALL,
     VOCAB,
@@ -35,7 +37,7 @@ from common import (
     options,
     peak,
     publish,
-    rss,
+    qwen2,
     run,
     sample,
     t5,
@@ -50,7 +52,11 @@ from ketchup_cache.store.manifest import TeacherInfo, TokenizerInfo
 from ketchup_cache.teacher import Teacher
 from ketchup_cache.types import Ragged, Rollouts
 
-SHAPES = {"small": T5_SMALL, "base": T5_BASE}
+MODELS = {
+    "small": partial(t5, T5_SMALL),
+    "base": partial(t5, T5_BASE),
+    "decoder": partial(qwen2, QWEN2_SMALL),
+}
 
 
 def teacher_of(model: Any) -> Teacher:
@@ -67,6 +73,18 @@ def plain_way(model: Any, prompts: Ragged, rollouts: Rollouts, at_once: int = 8)
         batch = order[start : start + at_once]
         inputs, completions = prompts.take(rollouts.prompt_index[batch]), rollouts.completions.take(batch)
         targets = torch.from_numpy(completions.padded().astype(np.int64)).to(model.device)
+        if not model.config.is_encoder_decoder:
+            whole = Ragged.from_rows((np.append(*pair) for pair in zip(inputs, completions, strict=True)), np.int64)
+            mask = np.arange(whole.lengths.max()) < whole.lengths[:, None]
+            logits = model(
+                input_ids=torch.from_numpy(whole.padded()), attention_mask=torch.from_numpy(mask), use_cache=False
+            ).logits[..., :VOCAB]
+            q_all = logits[:, :-1].gather(2, torch.from_numpy(whole.padded())[:, 1:, None])[..., 0]
+            for place, row in enumerate(batch):
+                part = slice(inputs.lengths[place] - 1, whole.lengths[place] - 1)
+                rows["q"][row] = q_all[place, part].numpy()
+                rows["max_q"][row] = logits[place, part].amax(1).numpy()
+            continue
         mask = np.arange(inputs.lengths.max()) < inputs.lengths[:, None]
         logits = model(
             input_ids=torch.from_numpy(inputs.padded().astype(np.int64)).to(model.device),
@@ -211,18 +229,18 @@ def main() -> None:
         __doc__,
         rollouts=(64, "completions of each measurement (a multiple of 4)"),
         batch_tokens=(16_384, "largest batch of Teacher.score"),
-        model=("small", "shape: small or base"),
+        model=("small", "small, base (T5) or decoder (Qwen2)"),
         gsm8k=("", "folder with GSM8K's test.jsonl"),
         only=("", "time, memory or overlap"),
         repeats=(3, "measurements of each"),
     )
-    model = t5(SHAPES[chosen.model])
+    model = MODELS[chosen.model]()
     if chosen.only.startswith("memory-of-"):
         longest_batch(model, chosen.only.removeprefix("memory-of-"))
         return
     wanted = [chosen.only] if chosen.only else ["time", "memory", "overlap"]
     results: dict[str, Any] = {"model": chosen.model, "rollouts": chosen.rollouts, "batch_tokens": chosen.batch_tokens}
-    print(f"T5-{chosen.model} shape, {torch.get_num_threads()} threads, base memory {rss() / 1e6:.0f} MB\n")
+    print(f"{chosen.model}: {model.num_parameters() / 1e6:.0f}M weights, {torch.get_num_threads()} threads\n")
     if "time" in wanted:
         kinds = ["made up", *(["gsm8k"] if chosen.gsm8k else [])]
         found = [

@@ -16,10 +16,9 @@ from ketchup_cache.config import PretrainConfig
 from ketchup_cache.errors import CacheError, MismatchError, ModelError, NumericsError
 from ketchup_cache.lm.batching import token_budget_batches
 from ketchup_cache.lm.fingerprint import state_fingerprint, tokenizer_info
-from ketchup_cache.lm.forward import Batch, completion_states
+from ketchup_cache.lm.forward import Batch, completion_states, computes_prompts_once
 from ketchup_cache.lm.head import Head
 from ketchup_cache.lm.load import is_encoder_decoder, load_model, load_tokenizer
-from ketchup_cache.lm.ragged import is_ragged
 from ketchup_cache.lm.sample import eos_ids
 from ketchup_cache.losses import cross_entropy_loss
 from ketchup_cache.progress import progress
@@ -222,7 +221,7 @@ def _train_step(
         data.completions.lengths[rows],
         config.micro_batch_tokens,
         prompt_index=prompt_index,
-        ragged=is_ragged(model),
+        once=computes_prompts_once(model),
     ):
         batch = Batch.of_rows(data.prompts, data.prompt_index, data.completions, rows[chosen])
         states = completion_states(model, batch)

@@ -13,11 +13,10 @@ from transformers import PreTrainedModel
 from ketchup_cache.errors import MismatchError, ModelError, NumericsError
 from ketchup_cache.lm.batching import batch_size, token_budget_batches
 from ketchup_cache.lm.fingerprint import tokenizer_info, weights_fingerprint
-from ketchup_cache.lm.forward import Batch, completion_states
+from ketchup_cache.lm.forward import Batch, completion_states, computes_prompts_once
 from ketchup_cache.lm.head import Head
 from ketchup_cache.lm.load import load_model, load_tokenizer, resolve_folder
 from ketchup_cache.lm.memory import TokenBudget, out_of_memory, release
-from ketchup_cache.lm.ragged import is_ragged
 from ketchup_cache.store.manifest import TeacherInfo, TokenizerInfo, in_precision
 from ketchup_cache.types import TOKEN_DTYPE, Ragged, Rollouts, Scores
 
@@ -89,14 +88,14 @@ class Teacher:
         tokens = completions.with_values(np.arange(len(completions.values)))
         scores = Scores.empty(len(tokens.values), len(names), min(keep_top, self.tokenizer.vocab_size))
 
-        ragged = is_ragged(self._model)
+        once = computes_prompts_once(self._model)
         budget = batch_tokens if isinstance(batch_tokens, TokenBudget) else TokenBudget(batch_tokens)
 
         def split(places: NDArray[np.int64]) -> list[NDArray[np.int64]]:
             """To pop from the end: the longest prompts come first, so memory runs out early or not at all."""
             same_prompt = prompt_index[places]
             parts = token_budget_batches(
-                prompt_lengths[places], lengths[places], budget.tokens, prompt_index=same_prompt, ragged=ragged
+                prompt_lengths[places], lengths[places], budget.tokens, prompt_index=same_prompt, once=once
             )
             return [places[part] for part in parts]
 
@@ -104,7 +103,7 @@ class Teacher:
         while waiting:
             places = waiting.pop()
             batch = Batch.of_rows(prompts, prompt_index, completions, places)
-            size = batch_size(prompt_lengths[places], lengths[places], prompt_index[places], ragged=ragged)
+            size = batch_size(prompt_lengths[places], lengths[places], prompt_index[places], once=once)
             watch = budget.watch(self._devices)
             try:
                 part = self._score_batch(batch, rollouts.finished[names[places]], names[places], scores.top)

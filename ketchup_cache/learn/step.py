@@ -15,9 +15,8 @@ from ketchup_cache.config import LearnConfig
 from ketchup_cache.errors import CacheError, NumericsError
 from ketchup_cache.learn.metrics import StepMetrics
 from ketchup_cache.lm.batching import token_budget_batches
-from ketchup_cache.lm.forward import Batch, completion_states
+from ketchup_cache.lm.forward import Batch, completion_states, computes_prompts_once
 from ketchup_cache.lm.head import Head
-from ketchup_cache.lm.ragged import is_ragged
 from ketchup_cache.losses import Staleness, importance_ratio, policy_gradient_loss, squared_score
 from ketchup_cache.returns import rollout_returns
 from ketchup_cache.training.optim import Optimizer
@@ -113,7 +112,7 @@ def micro_batches(
         batch.rollouts.completions.lengths[rows],
         config.micro_batch_tokens,
         prompt_index=prompt_index,
-        ragged=is_ragged(model),
+        once=computes_prompts_once(model),
     )
     return (rows[part] for part in parts)
 

@@ -1,7 +1,7 @@
 """Rows of similar length together, in batches of bounded size.
 
-The size of a batch is what goes through the model: where rows are padded, rows × (longest prompt + longest completion);
-where they are not (`lm/ragged.py`), the tokens of its completions, and of its prompts once each.
+The size of a batch is what goes through the model: the tokens of its completions, and of its prompts once each; or,
+where every completion is a padded row with its prompt (`once` is false), rows × (longest prompt + longest completion).
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ more than the prompts hold, and 28 % more with the budget alone (`benchmarks/mic
 
 
 def batch_size(
-    prompt_lengths: NDArray[np.int64], lengths: NDArray[np.int64], prompt_index: NDArray[np.int64], *, ragged: bool
+    prompt_lengths: NDArray[np.int64], lengths: NDArray[np.int64], prompt_index: NDArray[np.int64], *, once: bool
 ) -> int:
     """Tokens of a batch that go through the model. prompt_lengths, lengths, prompt_index: [B], of each row."""
     if not len(lengths):
         return 0
-    if not ragged:
+    if not once:
         return len(lengths) * int(prompt_lengths.max() + lengths.max())
     _, first = np.unique(prompt_index, return_index=True)
     return int(prompt_lengths[first].sum() + lengths.sum())
@@ -34,7 +34,7 @@ def token_budget_batches(
     budget: int,
     *,
     prompt_index: ArrayLike | None = None,
-    ragged: bool = False,
+    once: bool = False,
 ) -> list[NDArray[np.int64]]:
     """Every row once, in batches of similar lengths, each of at most `budget` tokens, or of a single row.
 
@@ -59,7 +59,7 @@ def token_budget_batches(
             padded = (place + 1 - first) * sum(widest)
             enough = (place - first) * (longest_prompt + longest_completion) >= ENOUGH
             wasteful = padded > WASTE * (real + prompts[row] + completions[row])
-            full = tokens + added > budget if ragged else padded > budget or (another and enough and wasteful)
+            full = tokens + added > budget if once else padded > budget or (another and enough and wasteful)
             if full:
                 batches.append(order[first:place])
                 first, widest, real, tokens = place, (prompts[row], completions[row]), 0, 0

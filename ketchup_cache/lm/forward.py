@@ -20,6 +20,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from ketchup_cache.errors import DataError, ModelError
 from ketchup_cache.lm.load import input_device
 from ketchup_cache.lm.ragged import is_ragged, t5_states
+from ketchup_cache.lm.shared import SharedRows, can_share
 from ketchup_cache.types import Ragged, offsets_of
 
 
@@ -60,9 +61,9 @@ def completion_states(
     The state of token a_t is the one that predicts a_t: it has seen the prompt and a_1 … a_{t-1}.
     With `next_state` ([B] bool) also [sum(next_state), D]: the states after the last token of those rows.
 
-    Encoder-decoder: each prompt is encoded once, however many completions it has. Decoder-only: every row is its prompt
-    and its completion. Padding is masked by length, never by token id. Gradients flow unless the caller switches
-    them off.
+    Each prompt is computed once, however many completions it has; only a decoder-only model that can't share it
+    (`can_share`) computes it anew for each. Padding is masked by length, never by token id. Gradients flow unless the
+    caller switches them off.
 
     Raises DataError for a prompt without tokens or a row longer than the model has positions, and ModelError for a
     model without a decoder start token or a head.
@@ -73,6 +74,8 @@ def completion_states(
     after = np.zeros(len(lengths), np.int64) if next_state is None else next_state.astype(np.int64)
     if is_ragged(model):
         pass_ = _ragged_pass
+    elif can_share(model) and len(batch.prompts) < len(batch.completions):
+        pass_ = _shared_pass
     else:
         pass_ = _encoder_decoder_pass if model.config.is_encoder_decoder else _decoder_only_pass
     states, starts = pass_(model, batch, lengths + after)
@@ -121,6 +124,21 @@ def _encoder_decoder_pass(model: PreTrainedModel, batch: Batch, read: NDArray[np
     return states.flatten(0, 1), np.arange(len(read)) * states.shape[1]
 
 
+def _shared_pass(model: PreTrainedModel, batch: Batch, read: NDArray[np.int64]) -> tuple[Tensor, NDArray]:
+    """The same of a decoder-only model, the completions of a prompt behind it in one row."""
+    rows = SharedRows.of(batch.prompts, batch.prompt_index, batch.completions, read)
+    check_positions(model, int(rows.positions.values.max(initial=-1)) + 1)
+    device = input_device(model)
+    states = _head_input(
+        model,
+        input_ids=_to(rows.inputs.padded(), device),
+        attention_mask=rows.mask(model.get_input_embeddings().weight.dtype, device),
+        position_ids=_to(rows.positions.padded(), device),
+        use_cache=False,
+    )
+    return states.flatten(0, 1), rows.row * states.shape[1] + rows.column
+
+
 def _decoder_only_pass(model: PreTrainedModel, batch: Batch, read: NDArray[np.int64]) -> tuple[Tensor, NDArray]:
     """The same of prompt and completion in one row, padded on the right: the row's tokens stand at positions 0, 1, …,
     which is what every architecture (learned positions, rotary ones, ALiBi) assumes where it is told nothing else,
@@ -136,6 +154,11 @@ def _decoder_only_pass(model: PreTrainedModel, batch: Batch, read: NDArray[np.in
         model, input_ids=_to(inputs.padded(), device), attention_mask=_to(_mask(fed), device), use_cache=False
     )
     return states.flatten(0, 1), np.arange(len(fed)) * states.shape[1] + prompts - 1
+
+
+def computes_prompts_once(model: PreTrainedModel) -> bool:
+    """Whether a batch of rollouts costs each of its prompts once, and is measured so (`lm/batching.py`)."""
+    return is_ragged(model) or can_share(model)
 
 
 def check_positions(model: PreTrainedModel, longest: int) -> None:
