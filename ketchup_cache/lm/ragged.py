@@ -211,7 +211,12 @@ class _Bias:
     def of(self, attention: Any, states: Tensor) -> None:
         if not attention.has_relative_attention_bias:
             return
-        full = attention.compute_bias(self._longest, self._longest, device=states.device).to(states.dtype)
+        n = self._longest
+        # a token n − 1 tokens from either end sees every distance once; the square is laid out from that row
+        every = attention.compute_bias(1, 2 * n - 1, device=states.device, past_seen_tokens=n - 1) if n else None
+        if every is None:
+            return
+        full = every[:, :, 0].to(states.dtype).unfold(-1, n, 1).flip(-2)
         if self._causal:
             future = torch.ones(self._longest, self._longest, dtype=torch.bool, device=states.device).triu(1)
             full = full.masked_fill(future, -torch.inf)
