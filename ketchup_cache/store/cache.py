@@ -50,8 +50,10 @@ def open_cache(path: str | os.PathLike[str], *, create: bool = False) -> Cache:
     if not marker.exists():
         if not root.exists() and not create:
             raise CacheError(f"{root}: no cache here; `ketchup-cache rollout --cache {root}` makes one")
-        # folders of ours are left by an interrupted creation; hidden files are no reason to refuse
-        foreign = [name for name in durable.list_folder(root) if name not in durable.FOLDERS and name[0] != "."]
+        # folders of ours are left by an interrupted creation, or another process is making the cache right now;
+        # hidden files are no reason to refuse
+        ours = (*durable.FOLDERS, durable.MARKER)
+        foreign = [name for name in durable.list_folder(root) if name not in ours and name[0] != "."]
         if foreign or not create:
             raise CacheError(
                 f"{root}: is not a ketchup cache (it has no {durable.MARKER}); "
@@ -126,14 +128,14 @@ class Cache:
         return reading.segment_ids(self.path)
 
     def read_arrays(self, segment_id: str, manifest: Manifest, names: Set[str]) -> dict[str, NDArray]:
-        """Some arrays of a segment as they are stored, each byte checked. Raises CorruptError."""
+        """Some arrays of a segment, in the dtypes of memory, each byte checked. Raises CorruptError."""
         return reading.read_arrays(self.path, segment_id, manifest, names)
 
     def check_bytes(self, segment_id: str, manifest: Manifest) -> None:
         """Compare length and hash of every file of a segment with the manifest. Raises CorruptError for the first."""
         folder = self.path / "segments" / segment_id
         for name, promised in manifest.files.items():
-            reading.check_file(durable.read_file(folder / name, promised.length), promised, folder / name)
+            reading.read_checked(folder / name, promised)
 
     def refresh(self) -> None:
         """See the segments that others have committed since. A folder shows them anyway."""
