@@ -80,11 +80,13 @@ class Cache:
         """Recorded in every segment that is committed."""
         self._parsed: dict[str, Manifest] = {}
         self._decoded: dict[str, Prompts | Rollouts] = {}
+        self._keep_decoded = _KEEP_DECODED
 
     def handle(self) -> Cache:
-        """The same cache for another thread: manifests parsed once serve both, decoded segments are its own."""
+        """The same cache for another thread: manifests parsed once serve both, decoded segments are its own, and of
+        each kind only the last is kept."""
         other = copy(self)  # an address and pins stay what they are
-        other._decoded = {}
+        other._decoded, other._keep_decoded = {}, 1
         return other
 
     def manifests(self, kind: Kind | None = None) -> list[tuple[str, Manifest]]:
@@ -240,7 +242,7 @@ class Cache:
         if not isinstance(segment, Scores):  # many scores segments share the same prompts and rollouts
             self._decoded[segment_id] = segment
             same_kind = [other for other in self._decoded if isinstance(self._decoded[other], wanted)]
-            for oldest in same_kind[:-_KEEP_DECODED]:
+            for oldest in same_kind[: -self._keep_decoded]:
                 del self._decoded[oldest]
         return segment
 
