@@ -26,7 +26,7 @@ format: .venv/.installed
 
 bench: .venv/.installed
 	$(BIN)/python benchmarks/returns.py
-	$(BIN)/python benchmarks/store.py
+	$(BIN)/python benchmarks/store.py --short
 	$(BIN)/python benchmarks/scoring.py
 	$(BIN)/python benchmarks/loading.py --short
 	$(BIN)/python benchmarks/growth.py --short

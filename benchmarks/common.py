@@ -76,11 +76,18 @@ def completion_lengths(rng: np.random.Generator, n: int) -> np.ndarray:
     return np.clip(rng.normal(25, 8, n), 2, 64).round().astype(np.int64)
 
 
-def sample(seed: int, rollouts: int, *, samples: int = 4, first: int = 0, vocab: int = VOCAB) -> ScoredRollouts:
-    """Scored rollouts of made-up tokens in the realistic mix of lengths, `samples` of each prompt."""
+def sample(
+    seed: int, rollouts: int, *, samples: int = 4, first: int = 0, vocab: int = VOCAB, length: int = 0
+) -> ScoredRollouts:
+    """Scored rollouts of made-up tokens, `samples` of each prompt, in the realistic mix of lengths or all of one.
+
+    Like a teacher's scores: the student mostly picks the best token; T5-sized logits; Zipf-distributed ids.
+    """
     rng = np.random.default_rng([seed, first])
     prompts = -(-rollouts // samples)
     lengths, completions = prompt_lengths(rng, prompts), completion_lengths(rng, rollouts)
+    if length:
+        completions = np.full(rollouts, length)
     tokens = int(completions.sum())
 
     def ids(n: int) -> np.ndarray:
@@ -133,10 +140,6 @@ def made_up_cache(path: Path, tokens: int, *, segment_tokens: int = 262_144, sam
     The size is that of `score`'s segments by default. Contents repeat after 8 segments, which no reader can know.
     """
     cache = open_cache(path, create=True)
-    tokenizer = TokenizerInfo(name="t5", fingerprint=fingerprint("t5"), vocab_size=VOCAB)
-    data = DataInfo(name="made up", fingerprint=fingerprint("made up"), template="{prompt}")
-    policy = PolicyInfo(name="student", fingerprint=fingerprint("student"))
-    teacher = TeacherInfo(name="teacher", fingerprint=fingerprint("teacher"), dtype="float32")
     rows = max(samples, segment_tokens // 25 // samples * samples)
     kinds: list[ScoredRollouts] = []
     done, start, number = 0, 0, 0
@@ -144,40 +147,33 @@ def made_up_cache(path: Path, tokens: int, *, segment_tokens: int = 262_144, sam
         if len(kinds) < 8:
             kinds.append(sample(0, rows, samples=samples, first=number * rows))
         part = kinds[number % 8]
-        prompts = cache.commit_prompts(part.prompts, PromptsInfo(tokenizer=tokenizer, data=data, start=start))
-        info = RolloutsInfo(
-            prompts=prompts,
-            prompt_start=0,
-            prompt_stop=len(part.prompts),
-            policy=policy,
-            tokenizer=tokenizer,
-            sampling=Sampling(samples=samples),
-        )
-        rollouts = cache.commit_rollouts(part.rollouts, info)
-        cache.commit_scores(
-            part.scores,
-            ScoresInfo(rollouts=rollouts, row_start=0, row_stop=rows, teacher=teacher, tokenizer=tokenizer),
-        )
+        cache.commit_scores(part.scores, commit_rollouts(cache, part, start=start, samples=samples))
         done, start, number = done + len(part.scores.q), start + len(part.prompts), number + 1
     return cache
 
 
-def rollouts_cache(path: Path, part: ScoredRollouts, tokenizer: TokenizerInfo) -> Cache:
-    """A cache with the prompts and rollouts of `part`, not scored."""
-    cache = open_cache(path, create=True)
-    samples = len(part) // len(part.prompts)
+T5_TOKENIZER = TokenizerInfo(name="t5", fingerprint=fingerprint("t5"), vocab_size=VOCAB)
+
+
+def commit_rollouts(
+    cache: Cache, part: ScoredRollouts, *, start: int = 0, samples: int = 4, tokenizer: TokenizerInfo = T5_TOKENIZER
+) -> ScoresInfo:
+    """Commit made-up prompts, the first of which is number `start`, and their rollouts; returns how their scores are to
+    be described."""
     data = DataInfo(name="made up", fingerprint=fingerprint("made up"), template="{prompt}")
-    prompts = cache.commit_prompts(part.prompts, PromptsInfo(tokenizer=tokenizer, data=data, start=0))
+    policy = PolicyInfo(name="student", fingerprint=fingerprint("student"))
+    teacher = TeacherInfo(name="teacher", fingerprint=fingerprint("teacher"), dtype="float32")
+    prompts = cache.commit_prompts(part.prompts, PromptsInfo(tokenizer=tokenizer, data=data, start=start))
     info = RolloutsInfo(
         prompts=prompts,
         prompt_start=0,
         prompt_stop=len(part.prompts),
-        policy=PolicyInfo(name="student", fingerprint=fingerprint("student")),
+        policy=policy,
         tokenizer=tokenizer,
         sampling=Sampling(samples=samples),
     )
-    cache.commit_rollouts(part.rollouts, info)
-    return cache
+    rollouts = cache.commit_rollouts(part.rollouts, info)
+    return ScoresInfo(rollouts=rollouts, row_start=0, row_stop=len(part), teacher=teacher, tokenizer=tokenizer)
 
 
 # ------------------------------------------------------------------------------------------------------- models

@@ -1,6 +1,9 @@
 """Does learning ever wait for data? Speed of the loader, memory while it streams, and its share of a step.
 
-    python benchmarks/loading.py [--tokens 100000000] [--folder DISK]
+    python benchmarks/loading.py [--tokens 100000000] [--folder DISK | --keep FOLDER]
+
+With --keep the caches are made in FOLDER where they are missing, and left there: `--only-make` does no more than that,
+so that a busy machine can make them and a quiet one measure.
 
 - Loader: completion tokens per second through `Stream` (load, verify, shuffle, gather), nothing else running; against
   np.load of the same numbers from plain .npy files, neither compressed nor hashed nor shuffled.
@@ -130,22 +133,28 @@ def main() -> None:
         folder=(tempfile.gettempdir(), "where the caches are made and deleted"),
         steps=(4, "optimizer steps for the share of waiting"),
         batch_size=(16, "rollouts of such a step"),
+        keep=("", "folder where the caches are, or are made and kept"),
+        only_make=(False, "make the caches, measure nothing"),
     )
     large = 2_000_000 if chosen.short else chosen.tokens
     small = large // 10
     results: dict[str, object] = {}
     with tempfile.TemporaryDirectory(dir=chosen.folder) as temporary:
-        folder = Path(temporary)
+        folder = Path(chosen.keep or temporary)
         began = time.perf_counter()
-        for name, tokens in (("small", small), ("large", large)):
-            made_up_cache(folder / name, tokens)
+        caches = {"small": folder / f"{small:,} tokens", "large": folder / f"{large:,} tokens"}
+        for path, tokens in zip(caches.values(), (small, large), strict=True):
+            if not path.exists():  # a half-made cache has another name
+                made_up_cache(Path(tempfile.mkdtemp(dir=folder)) / "cache", tokens).path.rename(path)
         print(f"made in {time.perf_counter() - began:.0f} s", flush=True)
-        segment = decoded_bytes(folder / "small")
+        if chosen.only_make:
+            return
+        segment = decoded_bytes(caches["small"])
         results["segment_bytes"] = segment
-        results["disk_bytes"] = sum(f.stat().st_size for f in (folder / "large").rglob("*") if f.is_file())
+        results["disk_bytes"] = sum(f.stat().st_size for f in caches["large"].rglob("*") if f.is_file())
         rows = []
-        for name in ("small", "large"):
-            found = stream_all(folder / name)
+        for name, path in caches.items():
+            found = stream_all(path)
             found["growth_segments"] = found["growth_bytes"] / segment
             results[name] = found
             rows.append(
@@ -167,8 +176,8 @@ def main() -> None:
             "in decoded segments",
         )
         print(table(head, rows), flush=True)
-        results["plain_tokens_per_second"] = plain_files(folder)
-        results["gather_tokens_per_second"] = gather_alone(folder / "small")
+        results["plain_tokens_per_second"] = plain_files(Path(temporary))
+        results["gather_tokens_per_second"] = gather_alone(caches["small"])
         ratio = results["large"]["tokens_per_second"] / results["plain_tokens_per_second"]  # type: ignore[index]
         results["ratio_to_plain"] = ratio
         print(
@@ -176,7 +185,7 @@ def main() -> None:
             f"gather alone: {results['gather_tokens_per_second'] / 1e6:.1f}M",  # type: ignore[operator]
             flush=True,
         )
-        share = waiting(folder / "small", 3 if chosen.short else chosen.steps, chosen.batch_size)
+        share = waiting(caches["small"], 3 if chosen.short else chosen.steps, chosen.batch_size)
         results["waiting"] = share
         print(
             f"{share['steps']} steps of {chosen.batch_size} rollouts, T5-small: waiting "

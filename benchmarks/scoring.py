@@ -30,6 +30,7 @@ from common import (
     T5_BASE,
     T5_SMALL,
     VOCAB,
+    commit_rollouts,
     fingerprint,
     forget_peak,
     made_up_rollouts,
@@ -207,13 +208,11 @@ def overlap(model: Any, rollouts: int) -> dict[str, float]:
         folder = Path(temporary)
         model.save_pretrained(folder / "teacher")
         word_tokenizer().save_pretrained(folder / "teacher")
-        from common import rollouts_cache
-
         from ketchup_cache.lm.fingerprint import tokenizer_info
         from ketchup_cache.lm.load import load_tokenizer
 
         tokenizer = tokenizer_info(load_tokenizer(str(folder / "teacher")), "t5")
-        rollouts_cache(folder / "cache", sample(0, rollouts), tokenizer)
+        commit_rollouts(open_cache(folder / "cache", create=True), sample(0, rollouts), tokenizer=tokenizer)
         scorer = Scorer(ScoreConfig(teacher="t", cache=folder / "cache", device="cpu"), str(folder / "teacher"))
         scorer.stay()
         Teacher.score = measured  # type: ignore[method-assign]

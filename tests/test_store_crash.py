@@ -234,6 +234,20 @@ def test_four_writers_and_a_reader_at_once(tmp_path: Path) -> None:
         assert same(cache.load_prompts(segment_id), make_prompts((3, 0, 5), seed=int(seed)))
 
 
+def test_another_process_makes_the_cache_between_two_looks(tmp_path: Path, monkeypatch) -> None:
+    """No marker at the first look, and at the second a folder with one."""
+
+    def just_now(folder: Path) -> list[str]:
+        durable.create(folder, (tmp_path / "other" / durable.MARKER).read_bytes())
+        return os.listdir(folder)
+
+    open_cache(tmp_path / "other", create=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(durable, "list_folder", just_now)
+        open_cache(tmp_path / "cache", create=True)
+    assert fill(open_cache(tmp_path / "cache"))
+
+
 class Ledger:
     """Stands in for `os`: what a power cut would lose. Bytes and names count as lost until their own fsync."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 import tracemalloc
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from store_samples import make_prompts, make_rollouts, make_scores
 from ketchup_cache.errors import CorruptError
 from ketchup_cache.learn import stream as module
 from ketchup_cache.learn.stream import Stream, gather, plan_batches
+from ketchup_cache.store.cache import Cache
 from ketchup_cache.types import ScoredRollouts
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
@@ -126,6 +128,37 @@ def test_at_most_two_segments_are_held_whatever_the_size_of_the_cache(tmp_path):
         tracemalloc.stop()
     # at the start one segment is held, later two; all twenty would be nineteen more
     assert end - start < 2.5 * segment
+
+
+def test_the_next_segment_is_read_while_batches_of_this_one_are_made(tmp_path, monkeypatch):
+    """The second is read from the first batch on, each once in an epoch, and none beyond the last batch."""
+    cache = made_up_cache(tmp_path / "cache", 4_000, segment_tokens=1_000)
+    refs = cache.scored()
+    read: list[int] = []
+    load = Cache.load_scored
+
+    def watched(self, ref):
+        read.append(refs.index(ref))
+        return load(self, ref)
+
+    monkeypatch.setattr(Cache, "load_scored", watched)
+    batches = sum(ref.rows for ref in refs) // 8
+    order = list(dict.fromkeys(i for parts in islice(plan_batches(refs, 8, 3), batches) for i, _ in parts))
+    stream = Stream(cache, refs, 8, 3, batches=batches)
+    next(stream)
+    stream._thread.submit(int).result(), stream._reader.submit(int).result()  # once they have done what they had to do
+    assert read == order[:2]
+    for _ in range(batches - 1):
+        next(stream)
+        assert len(stream._held) <= 2
+    stream._reader.shutdown()
+    assert read == order
+
+    read.clear()
+    only_first = Stream(cache, refs, 8, 3, batches=2)
+    next(only_first), next(only_first)
+    only_first._reader.shutdown()
+    assert read == order[:1]
 
 
 def test_damage_is_reported_at_the_batch_that_meets_it(tmp_path):

@@ -1,15 +1,18 @@
 """Batches of scored rollouts for the optimizer, in an order that depends on the seed alone.
 
-A segment is loaded once and its rows are gathered from memory; at most two segments are held at a time. The next batch
-is made by a thread while the student learns from this one. The order is worked out from row counts, without reading any
-data, so that a resumed run skips what it has seen at no cost.
+A segment is loaded once and its rows are gathered from memory; at most two segments are held at a time: the next one is
+read while batches of this one are gathered. The next batch is made by a thread while the student learns from this one.
+The order is worked out from row counts, without reading any data, so that a resumed run skips what it has seen at no
+cost.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
+from itertools import chain, islice
 
 import numpy as np
 from numpy.typing import NDArray
@@ -54,7 +57,9 @@ def _shuffled_rows(ref: ScoredRef, rng: np.random.Generator) -> NDArray[np.int64
 
 
 class Stream:
-    """Loads what the plan asks for, one batch ahead. Holds the two most recent segments."""
+    """Loads what the plan asks for, one batch ahead. While batches are gathered from one segment, the next is read by
+    a thread of its own; these two are all that is held.
+    """
 
     def __init__(
         self,
@@ -71,12 +76,16 @@ class Stream:
         """
         # a handle of its own: the caller may commit to the cache while the thread reads it
         self._cache, self._refs = cache.handle(), refs
-        self._held: dict[int, ScoredRollouts] = {}
+        self._held: dict[int, Future[ScoredRollouts]] = {}
+        """Segments in memory, and at most one that is being read."""
         self._left = batches
-        self._plan = plan_batches(refs, batch_size, seed)
-        for _ in range(skip):
-            next(self._plan)
-        self._thread = ThreadPoolExecutor(1, "stream")
+        stop = None if batches is None else skip + batches
+        self._plan = islice(plan_batches(refs, batch_size, seed), skip, stop)
+        self._planned: deque[list[Part]] = deque()
+        """Batches that were looked at to find the segment to read next."""
+        self._follows = -1, -1
+        """A segment, and the one that comes after it."""
+        self._thread, self._reader = ThreadPoolExecutor(1, "stream"), ThreadPoolExecutor(1, "segments")
         self._ahead: Future[ScoredRollouts] | None = None
 
     def __next__(self) -> ScoredRollouts:
@@ -91,14 +100,42 @@ class Stream:
         return batch
 
     def _make(self) -> ScoredRollouts:
-        return gather([(self._load(index), rows) for index, rows in next(self._plan)])
+        parts = self._planned.popleft() if self._planned else next(self._plan)
+        loaded = [(self._load(index), rows) for index, rows in parts]
+        if len(parts) == 1:  # otherwise two segments are held for this batch
+            self._read_after(parts[0][0])
+        return gather(loaded)
 
     def _load(self, index: int) -> ScoredRollouts:
-        if index not in self._held:
-            while len(self._held) >= 2:
+        self._read(index)
+        try:
+            return self._held[index].result()
+        except BaseException:
+            del self._held[index]
+            raise
+
+    def _read(self, index: int) -> None:
+        """Begin to read a segment that is not held. The two that were asked for last are held."""
+        held = self._held.pop(index, None)
+        if held is None:
+            while len(self._held) > 1:
                 del self._held[next(iter(self._held))]
-            self._held[index] = self._cache.load_scored(self._refs[index])
-        return self._held[index]
+            held = self._reader.submit(self._cache.load_scored, self._refs[index])
+        self._held[index] = held
+
+    def _read_after(self, current: int) -> None:
+        """Begin to read the segment that the plan comes to after this one."""
+        if len(self._refs) == 1:
+            return
+        if self._follows[0] != current:
+            planned = (index for parts in chain(self._planned, self._look_ahead()) for index, _ in parts)
+            self._follows = current, next((index for index in planned if index != current), current)
+        self._read(self._follows[1])
+
+    def _look_ahead(self) -> Iterator[list[Part]]:
+        for parts in self._plan:
+            self._planned.append(parts)
+            yield parts
 
 
 def gather(parts: Sequence[tuple[ScoredRollouts, NDArray[np.int64]]]) -> ScoredRollouts:

@@ -15,7 +15,7 @@ from typing import Any
 import google_crc32c
 import numpy as np
 from numcodecs import Zstd
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 from pydantic_core import from_json
 
 from ketchup_cache.errors import CorruptError
@@ -28,6 +28,7 @@ MAX_BYTES = 2**30
 """Most bytes in the decoded arrays of a segment, and in its files."""
 
 _GROUP = {"zarr_format": 3, "node_type": "group", "attributes": {}}
+_AS_STORED: Mapping[str, DTypeLike] = {}
 _ZSTD_LEVEL = 1
 _CRC_BYTES = 4
 _CRC_RESIDUE = 0x48674BC7
@@ -48,15 +49,17 @@ def file_names(arrays: Mapping[str, ArrayEntry]) -> set[str]:
     return {"zarr.json"}.union(*(_array_files(name, entry) for name, entry in arrays.items()))
 
 
-def encoders(arrays: Mapping[str, NDArray]) -> dict[str, Callable[[], bytes]]:
-    """File name → function that makes the file's bytes, for a Zarr v3 group with these arrays.
+def encoders(arrays: Mapping[str, NDArray]) -> dict[str, Callable[[], tuple[bytes, ...]]]:
+    """File name → function that makes the file's bytes, in pieces, for a Zarr v3 group with these arrays.
 
     The functions can run in any order and in threads: compression does not hold the interpreter's lock.
     """
-    made: dict[str, Callable[[], bytes]] = {"zarr.json": partial(canonical_json, _GROUP)}
+    documents = {"zarr.json": _GROUP} | {f"{name}/zarr.json": _metadata(entry_of(a)) for name, a in arrays.items()}
+    made: dict[str, Callable[[], tuple[bytes, ...]]] = {}
+    for key, document in documents.items():
+        made[key] = partial(tuple, [canonical_json(document)])
     for name, array in arrays.items():
         entry = entry_of(array)
-        made[f"{name}/zarr.json"] = partial(canonical_json, _metadata(entry))
         little = np.ascontiguousarray(array, _on_disk(entry))
         for key, rows in _chunks(name, entry):
             made[key] = partial(_encode_chunk, little, rows)
@@ -65,14 +68,19 @@ def encoders(arrays: Mapping[str, NDArray]) -> dict[str, Callable[[], bytes]]:
 
 def encode(arrays: Mapping[str, NDArray]) -> dict[str, bytes]:
     """File name → bytes of a Zarr v3 group with these arrays."""
-    return {key: make() for key, make in sorted(encoders(arrays).items())}
+    return {key: b"".join(make()) for key, make in sorted(encoders(arrays).items())}
 
 
-def decode(files: Mapping[str, bytes], expected: Mapping[str, ArrayEntry]) -> dict[str, NDArray]:
+def decode(
+    files: Mapping[str, bytes | memoryview],
+    expected: Mapping[str, ArrayEntry],
+    in_memory: Mapping[str, DTypeLike] = _AS_STORED,
+) -> dict[str, NDArray]:
     """The arrays of a group, equal in name, dtype and shape to `expected`.
 
-    `files` must be exactly `file_names(expected)`; each is asked for once, maybe in a thread. Raises CorruptError,
-    naming the file, where anything differs from what `encode` writes.
+    `files` must be exactly `file_names(expected)`; each is asked for once, maybe in a thread. Arrays whose dtype is in
+    `in_memory` are converted to the dtype there. Raises CorruptError, naming the file, where anything differs from
+    what `encode` writes.
     """
     if decoded_bytes(expected) > MAX_BYTES:
         raise CorruptError(
@@ -84,38 +92,56 @@ def decode(files: Mapping[str, bytes], expected: Mapping[str, ArrayEntry]) -> di
     _check_document("zarr.json", files["zarr.json"], _GROUP)
     for name, entry in expected.items():
         _check_document(f"{name}/zarr.json", files[f"{name}/zarr.json"], _metadata(entry))
-    decoded = {name: np.empty(entry.shape, _on_disk(entry)) for name, entry in expected.items()}
+    decoded = _allocated(expected, in_memory)
     tasks = [(key, name, rows) for name, entry in expected.items() for key, rows in _chunks(name, entry)]
+    tasks.sort(key=lambda task: decoded[task[1]].nbytes, reverse=True)  # so that threads end together
     # threads are worth it for a megabyte and more
     (each if decoded_bytes(expected) > CHUNK_ELEMENTS else one_by_one)(
-        lambda task: _decode_chunk(task[0], files[task[0]], decoded[task[1]], task[2]), tasks
+        lambda task: _decode_chunk(task[0], files[task[0]], _on_disk(expected[task[1]]), decoded[task[1]], task[2]),
+        tasks,
     )
-    return {name: array.astype(expected[name].dtype, copy=False) for name, array in decoded.items()}
+    return decoded
 
 
-def _encode_chunk(array: NDArray, rows: int) -> bytes:
+def _allocated(expected: Mapping[str, ArrayEntry], in_memory: Mapping[str, DTypeLike]) -> dict[str, NDArray]:
+    """Empty arrays. What is stored as float32, nearly all of the bytes, lies in one piece: from 4 MiB on, NumPy asks
+    for large pages, and to touch 16 MB of small ones for the first time can take as long as to decompress them."""
+    sizes = {name: math.prod(entry.shape) for name, entry in expected.items() if entry.dtype == "float32"}
+    room = np.empty(sum(sizes.values()), np.float32)
+    made: dict[str, NDArray] = {}
+    for name, entry in expected.items():
+        if name in sizes:
+            made[name], room = room[: sizes[name]].reshape(entry.shape), room[sizes[name] :]
+        else:
+            made[name] = np.empty(entry.shape, in_memory.get(entry.dtype, entry.dtype))
+    return made
+
+
+def _encode_chunk(array: NDArray, rows: int) -> tuple[bytes, bytes]:
     """The chunk that begins at a row: zstd, then CRC-32C. Chunks at the end are filled up with zeros."""
     chunk_rows = _chunk_shape(array.shape)[0]
     chunk = array[rows : rows + chunk_rows]
     if len(chunk) < chunk_rows:
         chunk = np.concatenate([chunk, np.zeros((chunk_rows - len(chunk), *array.shape[1:]), array.dtype)])
     data = bytes(Zstd(level=_ZSTD_LEVEL).encode(chunk))
-    return data + google_crc32c.value(data).to_bytes(_CRC_BYTES, "little")
+    return data, google_crc32c.value(data).to_bytes(_CRC_BYTES, "little")
 
 
-def _decode_chunk(key: str, data: bytes, out: NDArray, rows: int) -> None:
+def _decode_chunk(key: str, data: bytes | memoryview, stored: np.dtype, out: NDArray, rows: int) -> None:
+    """Decode the chunk that begins at a row, of elements of dtype `stored`, into its place in the array."""
     chunk_rows, *row_shape = _chunk_shape(out.shape)
     frame = memoryview(data)[:-_CRC_BYTES]
-    _check_chunk(key, frame, math.prod((chunk_rows, *row_shape)) * out.itemsize)
-    if google_crc32c.value(data) != _CRC_RESIDUE:
+    _check_chunk(key, frame, math.prod((chunk_rows, *row_shape)) * stored.itemsize)
+    if google_crc32c.value(np.frombuffer(data, np.uint8)) != _CRC_RESIDUE:  # it takes no memoryview
         raise CorruptError(f"{key}: can't be decoded (its checksum differs)")
     part = out[rows : rows + chunk_rows]
-    whole = part if len(part) == chunk_rows and out.size else np.empty((chunk_rows, *row_shape), out.dtype)
+    straight = len(part) == chunk_rows and out.dtype == stored and out.size
+    whole = part if straight else np.empty((chunk_rows, *row_shape), stored)
     try:
         Zstd(level=_ZSTD_LEVEL).decode(frame, whole.view(np.uint8))
     except (ValueError, RuntimeError) as error:  # a broken zstd block
         raise CorruptError(f"{key}: can't be decoded ({' '.join(str(error).split())})") from None
-    if out.dtype == bool and whole.view(np.uint8).max(initial=0) > 1:
+    if whole.dtype == bool and whole.view(np.uint8).max(initial=0) > 1:
         raise CorruptError(f"{key}: holds bytes that are neither true nor false")
     if whole is not part:
         part[...] = whole[: len(part)]
@@ -164,10 +190,10 @@ def _metadata(entry: ArrayEntry) -> dict[str, Any]:
     }
 
 
-def _check_document(key: str, data: bytes, expected: dict[str, Any]) -> None:
+def _check_document(key: str, data: bytes | memoryview, expected: dict[str, Any]) -> None:
     wanted = canonical_json(expected)
     try:
-        if canonical_json(from_json(data)) == wanted:
+        if canonical_json(from_json(bytes(data))) == wanted:
             return
     except ValueError as error:
         raise CorruptError(f"{key}: not valid JSON ({error})") from None

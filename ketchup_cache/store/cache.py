@@ -50,8 +50,10 @@ def open_cache(path: str | os.PathLike[str], *, create: bool = False) -> Cache:
     if not marker.exists():
         if not root.exists() and not create:
             raise CacheError(f"{root}: no cache here; `ketchup-cache rollout --cache {root}` makes one")
-        # folders of ours are left by an interrupted creation; hidden files are no reason to refuse
-        foreign = [name for name in durable.list_folder(root) if name not in durable.FOLDERS and name[0] != "."]
+        # folders of ours are left by an interrupted creation, or another process is making the cache right now;
+        # hidden files are no reason to refuse
+        ours = (*durable.FOLDERS, durable.MARKER)
+        foreign = [name for name in durable.list_folder(root) if name not in ours and name[0] != "."]
         if foreign or not create:
             raise CacheError(
                 f"{root}: is not a ketchup cache (it has no {durable.MARKER}); "
@@ -78,11 +80,13 @@ class Cache:
         """Recorded in every segment that is committed."""
         self._parsed: dict[str, Manifest] = {}
         self._decoded: dict[str, Prompts | Rollouts] = {}
+        self._keep_decoded = _KEEP_DECODED
 
     def handle(self) -> Cache:
-        """The same cache for another thread: manifests parsed once serve both, decoded segments are its own."""
+        """The same cache for another thread: manifests parsed once serve both, decoded segments are its own, and of
+        each kind only the last is kept."""
         other = copy(self)  # an address and pins stay what they are
-        other._decoded = {}
+        other._decoded, other._keep_decoded = {}, 1
         return other
 
     def manifests(self, kind: Kind | None = None) -> list[tuple[str, Manifest]]:
@@ -126,14 +130,14 @@ class Cache:
         return reading.segment_ids(self.path)
 
     def read_arrays(self, segment_id: str, manifest: Manifest, names: Set[str]) -> dict[str, NDArray]:
-        """Some arrays of a segment as they are stored, each byte checked. Raises CorruptError."""
+        """Some arrays of a segment, in the dtypes of memory, each byte checked. Raises CorruptError."""
         return reading.read_arrays(self.path, segment_id, manifest, names)
 
     def check_bytes(self, segment_id: str, manifest: Manifest) -> None:
         """Compare length and hash of every file of a segment with the manifest. Raises CorruptError for the first."""
         folder = self.path / "segments" / segment_id
         for name, promised in manifest.files.items():
-            reading.check_file(durable.read_file(folder / name, promised.length), promised, folder / name)
+            reading.read_checked(folder / name, promised)
 
     def refresh(self) -> None:
         """See the segments that others have committed since. A folder shows them anyway."""
@@ -238,7 +242,7 @@ class Cache:
         if not isinstance(segment, Scores):  # many scores segments share the same prompts and rollouts
             self._decoded[segment_id] = segment
             same_kind = [other for other in self._decoded if isinstance(self._decoded[other], wanted)]
-            for oldest in same_kind[:-_KEEP_DECODED]:
+            for oldest in same_kind[: -self._keep_decoded]:
                 del self._decoded[oldest]
         return segment
 

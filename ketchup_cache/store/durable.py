@@ -9,20 +9,29 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import io
 import os
 import shutil
 import stat
 import uuid
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
+import numpy as np
+
 from ketchup_cache.errors import CacheError, CorruptError, WriteError
-from ketchup_cache.store.threads import each
+from ketchup_cache.store.threads import PROCESSORS, THREADS, each
 
 MARKER = "ketchup-cache.json"
 FOLDERS = ("manifests", "segments", "tmp")
+PIECE = 2**18
+"""Bytes that are read and hashed at a time."""
+Bytes = bytes | memoryview
+Pieces = tuple[Bytes, ...]
+"""The bytes of a file, which need not be copied to be joined."""
 
 
 class Stage:
@@ -31,8 +40,11 @@ class Stage:
     def __init__(self, root: Path, folder: Path) -> None:
         self._root, self._folder = root, folder
 
-    def write(self, files: Mapping[str, Callable[[], bytes]]) -> dict[str, tuple[int, str]]:
-        """Make, hash, write and sync every file. Returns the length and SHA-256 of each. Raises OSError."""
+    def write(self, files: Mapping[str, Callable[[], Pieces]]) -> dict[str, tuple[int, str]]:
+        """Make, hash, write and sync every file. Returns the length and SHA-256 of each. Raises OSError.
+
+        The disk is busy with some files while others are made: it is what takes longest.
+        """
         data = self._folder / "data"
         folders = {data}
         for name in files:
@@ -40,15 +52,21 @@ class Stage:
             folders.update(parent for parent in path.parents if parent.is_relative_to(data))
             os.makedirs(path.parent, exist_ok=True)
 
-        def write_one(name: str) -> tuple[int, str]:
-            content = files[name]()
-            _write_file(data / name, content)
-            return len(content), hashlib.sha256(content).hexdigest()
+        def write_one(name: str) -> tuple[int, str, Future[None]]:
+            pieces = files[name]()
+            synced = syncing.submit(_sync_and_close, _write(data / name, pieces))
+            digest = hashlib.sha256()
+            for piece in pieces:
+                digest.update(piece)
+            return sum(map(len, pieces)), digest.hexdigest(), synced
 
-        written = dict(zip(files, each(write_one, list(files)), strict=True))
-        for inner in sorted(folders):
-            _sync_folder(inner)
-        return written
+        with ThreadPoolExecutor(THREADS) as syncing:
+            # no more at a time than there are processors, so that the disk gets the first of them early
+            written = dict(zip(files, each(write_one, list(files), PROCESSORS), strict=True))
+            for _, _, synced in written.values():
+                synced.result()
+        each(_sync_folder, sorted(folders))
+        return {name: (length, digest) for name, (length, digest, _) in written.items()}
 
     def commit(self, segment_id: str, manifest: bytes) -> None:
         """Make what was written a segment of the cache. When this returns, it survives a power cut. Raises OSError."""
@@ -79,13 +97,13 @@ def staged(root: Path) -> Iterator[Stage]:
         yield Stage(root, folder)
 
 
-def publish(root: Path, segment_id: str, files: Mapping[str, bytes], manifest: bytes) -> None:
+def publish(root: Path, segment_id: str, files: Mapping[str, Bytes], manifest: bytes) -> None:
     """Commit one segment. When this returns, it survives a power cut; before, readers see nothing of it.
 
     Raises WriteError where the disk is full, read-only or failing. Safe in any number of processes at once.
     """
     with staged(root) as stage:
-        stage.write({name: partial(bytes, content) for name, content in files.items()})
+        stage.write({name: partial(tuple, [content]) for name, content in files.items()})
         stage.commit(segment_id, manifest)
 
 
@@ -102,16 +120,34 @@ def read_file(path: Path, limit: int) -> bytes:
 
     Raises CorruptError where it is missing, longer, a link or not a file; CacheError where it can't be read.
     """
+    with _opened(path, limit) as (reader, _):
+        return reader.read(limit + 1)
+
+
+def read_hashed(path: Path, limit: int) -> tuple[Bytes, str]:
+    """As `read_file`; with the SHA-256 of the bytes, worked out on each piece while it is in the processor's cache."""
+    digest = hashlib.sha256()
+    with _opened(path, limit) as (reader, size):
+        data, done = np.empty(size, np.uint8).data, 0
+        while read := reader.readinto(data[done : done + PIECE]):
+            digest.update(data[done : done + read])
+            done += read
+    return data[:done].toreadonly(), digest.hexdigest()
+
+
+@contextmanager
+def _opened(path: Path, limit: int) -> Iterator[tuple[io.FileIO, int]]:
+    """A file to read, and its length."""
     try:
         # a named pipe would block at open, a link could lead anywhere
         file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-        with open(file, "rb") as reader:
+        with open(file, "rb", buffering=0) as reader:
             status = os.fstat(file)
             if not stat.S_ISREG(status.st_mode):
                 raise CorruptError(f"{path}: is not a regular file")
             if status.st_size > limit:
                 raise CorruptError(f"{path}: is {status.st_size:,} bytes long, expected {limit:,} at most")
-            return reader.read(limit + 1)
+            yield reader, status.st_size
     except FileNotFoundError:
         raise CorruptError(f"{path}: is missing") from None
     except OSError as error:
@@ -165,11 +201,25 @@ def _make_folders(path: Path) -> None:
 
 
 def _write_file(path: Path, data: bytes) -> None:
+    _sync_and_close(_write(path, (data,)))
+
+
+def _write(path: Path, pieces: Pieces) -> int:
+    """Write a new file; returns it open, because not yet synced."""
     file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     try:
-        rest = memoryview(data)
-        while rest:
-            rest = rest[os.write(file, rest) :]
+        for piece in pieces:
+            rest = memoryview(piece)
+            while rest:
+                rest = rest[os.write(file, rest) :]
+    except BaseException:
+        os.close(file)
+        raise
+    return file
+
+
+def _sync_and_close(file: int) -> None:
+    try:
         os.fsync(file)
     finally:
         os.close(file)

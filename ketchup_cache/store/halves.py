@@ -53,14 +53,18 @@ def shrink(scores: Scores) -> dict[str, NDArray]:
 def restore(arrays: Mapping[str, NDArray]) -> Scores:
     """The scores, in float32, that `shrink` made these arrays of, within its error."""
     q, gap, logsumexp_gap, mean_gap = (
-        arrays[name].astype(np.float32) for name in ("q", "gap", "logsumexp_gap", "mean_gap")
+        arrays[name].astype(np.float32, copy=False) for name in ("q", "gap", "logsumexp_gap", "mean_gap")
     )
     with np.errstate(invalid="ignore"):  # of infinities, which the rules of the format refuse
         max_q = q + gap
         scores = Scores(q, max_q, max_q + logsumexp_gap, max_q - mean_gap, arrays["final_max_q"])
         if "top_gap" in arrays:
             nothing = np.full(len(q), -np.inf, np.float32)
-            rest = scores.logsumexp - arrays["rest_gap"].astype(np.float32) if "rest_gap" in arrays else nothing
+            rest = (
+                scores.logsumexp - arrays["rest_gap"].astype(np.float32, copy=False)
+                if "rest_gap" in arrays
+                else nothing
+            )
             top_q = max_q[:, None] - arrays["top_gap"]
             scores = replace(scores, top_q=top_q, top_ids=arrays["top_ids"], rest_logsumexp=rest)
     return scores

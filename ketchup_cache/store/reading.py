@@ -13,6 +13,7 @@ from pydantic_core import ErrorDetails, from_json
 
 from ketchup_cache.errors import CacheError, CorruptError
 from ketchup_cache.store import arrays, durable, segments
+from ketchup_cache.store.durable import Bytes
 from ketchup_cache.store.manifest import FORMAT, FORMAT_VERSION, FileEntry, Manifest, ScoresInfo
 
 MAX_MARKER_BYTES = 2**16
@@ -94,14 +95,14 @@ def check_manifest(manifest: Manifest) -> None:
 
 
 def read_arrays(root: Path, segment_id: str, manifest: Manifest, names: Set[str]) -> dict[str, NDArray]:
-    """Some arrays of a segment, as they are stored; every byte that is read is checked against the manifest.
+    """Some arrays of a segment, in the dtypes of memory; every byte that is read is checked against the manifest.
 
     Raises CorruptError, naming the file, where one is missing or differs.
     """
     folder = root / "segments" / segment_id
     entries = {name: entry for name, entry in manifest.arrays.items() if name in names}
     try:
-        return arrays.decode(_Verified(folder, manifest, arrays.file_names(entries)), entries)
+        return arrays.decode(_Verified(folder, manifest, arrays.file_names(entries)), entries, segments.IN_MEMORY)
     except _Refused as error:
         raise CorruptError(str(error)) from None
     except CorruptError as error:
@@ -113,23 +114,34 @@ def file_names(manifest: Manifest, names: Set[str]) -> list[str]:
     return sorted(arrays.file_names({name: entry for name, entry in manifest.arrays.items() if name in names}))
 
 
-def decode(files: Mapping[str, bytes], manifest: Manifest, names: Set[str], path: str) -> dict[str, NDArray]:
+def decode(files: Mapping[str, Bytes], manifest: Manifest, names: Set[str], path: str) -> dict[str, NDArray]:
     """Some arrays of a segment, from files that were compared with the manifest. Raises CorruptError."""
     entries = {name: entry for name, entry in manifest.arrays.items() if name in names}
     try:
-        return arrays.decode({key: files[key] for key in arrays.file_names(entries)}, entries)
+        return arrays.decode({key: files[key] for key in arrays.file_names(entries)}, entries, segments.IN_MEMORY)
     except CorruptError as error:
         raise CorruptError(f"{path}/{error}; {RESTORE}") from None
 
 
-def check_file(data: bytes, promised: FileEntry, path: Path | str) -> bytes:
-    """The same bytes, once they are known to be those that the manifest promises. Raises CorruptError."""
-    if len(data) != promised.length or hashlib.sha256(data).hexdigest() != promised.sha256:
-        raise CorruptError(f"{path}: its bytes are not those its manifest promises; {RESTORE}")
+def read_checked(path: Path, promised: FileEntry) -> Bytes:
+    """The bytes of a file, which are those that the manifest promises. Raises CorruptError, or CacheError."""
+    data, digest = durable.read_hashed(path, promised.length)
+    _check_hash(len(data), digest, promised, path)
     return data
 
 
-def copy_of(root: Path, segment_id: str, manifest: Manifest) -> tuple[dict[str, bytes], bytes]:
+def check_file(data: bytes, promised: FileEntry, path: Path | str) -> bytes:
+    """The same bytes, once they are known to be those that the manifest promises. Raises CorruptError."""
+    _check_hash(len(data), hashlib.sha256(data).hexdigest(), promised, path)
+    return data
+
+
+def _check_hash(length: int, digest: str, promised: FileEntry, path: Path | str) -> None:
+    if (length, digest) != (promised.length, promised.sha256):
+        raise CorruptError(f"{path}: its bytes are not those its manifest promises; {RESTORE}")
+
+
+def copy_of(root: Path, segment_id: str, manifest: Manifest) -> tuple[dict[str, Bytes], bytes]:
     """The files and the manifest of a segment, byte by byte, for `durable.publish`. Every byte is checked.
 
     Raises CorruptError, naming the file, where one is missing or differs.
@@ -142,18 +154,20 @@ class _Refused(CorruptError):
     """A file whose message says already where it is."""
 
 
-class _Verified(Mapping[str, bytes]):
+class _Verified(Mapping[str, Bytes]):
     """Files of a segment, each read when it is asked for and checked against the manifest."""
 
     def __init__(self, folder: Path, manifest: Manifest, names: Set[str]) -> None:
         self._folder, self._files, self._names = folder, manifest.files, names
 
-    def __getitem__(self, key: str) -> bytes:
-        path, promised = self._folder / key, self._files[key]
+    def __getitem__(self, key: str) -> Bytes:
         try:
-            return check_file(durable.read_file(path, promised.length), promised, path)
+            return read_checked(self._folder / key, self._files[key])
         except CorruptError as error:
             raise _Refused(str(error)) from None
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._names  # a Mapping's own would read the file to find out
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)

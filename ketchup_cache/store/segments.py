@@ -9,17 +9,22 @@ import math
 from collections.abc import Mapping
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 from ketchup_cache.errors import CacheError, NumericsError
 from ketchup_cache.store import halves
 from ketchup_cache.store.manifest import ArrayEntry, Info, PromptsInfo, RolloutsInfo, ScoresInfo, TokenizerInfo
+from ketchup_cache.store.threads import PROCESSORS, each
 from ketchup_cache.types import TOKEN_DTYPE, Prompts, Ragged, Rollouts, Scores
 
 Segment = Prompts | Rollouts | Scores
 
+IN_MEMORY: Mapping[str, DTypeLike] = {"uint16": TOKEN_DTYPE, "uint32": TOKEN_DTYPE, "float16": np.float32}
+"""Dtype on disk → dtype in memory, where they differ. Ids too large for an int32 turn negative, and are refused."""
 OPTIONAL = {"forced"}
 """Left out where all its elements are False."""
+MIN_PART = 2**17
+"""Scores of fewer tokens are checked in one thread."""
 MAX_VOCABULARY = 2**31
 """Token ids are int32 in memory."""
 TOLERANCE = 1e-3
@@ -84,7 +89,8 @@ def pack(segment: Segment, info: Info) -> dict[str, NDArray]:
 
 
 def unpack(info: Info, arrays: Mapping[str, NDArray]) -> Segment:
-    """The segment that `pack` made these arrays of. The arrays are read-only, because loaded segments are shared."""
+    """The segment that `pack` made these arrays of, given in the dtypes of memory. Its arrays are read-only, because
+    loaded segments are shared."""
     match info.kind:
         case "prompts":
             return Prompts(_frozen(arrays["ids"]), _ragged(arrays["tokens"], arrays["offsets"]))
@@ -93,11 +99,8 @@ def unpack(info: Info, arrays: Mapping[str, NDArray]) -> Segment:
             forced = arrays["forced"] if "forced" in arrays else np.zeros(len(completions.values), np.bool_)
             plain = (_frozen(arrays[name]) for name in ("prompt_index", "behavior_logprob", "finished"))
             prompt_index, behavior_logprob, finished = plain
-            behavior_logprob = _frozen(behavior_logprob.astype(np.float32, copy=False))
             return Rollouts(prompt_index, completions, behavior_logprob, _frozen(forced), finished)
         case "scores":
-            if "top_ids" in arrays:
-                arrays = {**arrays, "top_ids": arrays["top_ids"].astype(TOKEN_DTYPE)}
             if info.storage == "compact":
                 arrays = vars(halves.restore(arrays))
             elif info.keep_top == info.tokenizer.vocab_size:
@@ -149,16 +152,31 @@ def _check_rollouts(rollouts: Rollouts, info: RolloutsInfo) -> None:
 
 
 def _check_scores(scores: Scores, info: ScoresInfo) -> None:
-    rows = info.row_stop - info.row_start
+    rows, tokens = info.row_stop - info.row_start, len(scores.q)
     for name, array in scores.per_token().items():
-        _check_array(name, array, np.float32, scores.q.shape[:1])
+        _check_kind(name, array, np.float32, (tokens,))
     for name, dtype in (("top_q", np.float32), ("top_ids", TOKEN_DTYPE)):
-        _check_array(name, getattr(scores, name), dtype, (len(scores.q), scores.top))
+        _check_kind(name, getattr(scores, name), dtype, (tokens, scores.top))
     if scores.top != info.keep_top:
         raise CacheError(f"top_q has {scores.top} logits of each state, must be {info.keep_top}")
-    if info.keep_top < info.tokenizer.vocab_size:
-        _check_array("rest_logsumexp", scores.rest_logsumexp, np.float32, scores.q.shape[:1])
+    _check_kind("rest_logsumexp", scores.rest_logsumexp, np.float32, (tokens,))
     _check_array("final_max_q", scores.final_max_q, np.float32, (rows,))
+    # one part for each processor: with more of them, threads wait for each other
+    part = max(MIN_PART, -(-tokens // PROCESSORS))
+    each(lambda first: _check_part(_of_tokens(scores, slice(first, first + part)), info, first), range(0, tokens, part))
+
+
+def _of_tokens(scores: Scores, tokens: slice) -> Scores:
+    return Scores(**{name: array[tokens] for name, array in scores.of_tokens().items()}, final_max_q=scores.final_max_q)
+
+
+def _check_part(scores: Scores, info: ScoresInfo, first: int) -> None:
+    """The rules that each token keeps by itself. first: place of the first of these tokens in the segment."""
+    kept = scores.of_tokens()
+    if info.keep_top in (0, info.tokenizer.vocab_size):
+        del kept["rest_logsumexp"]  # it is logsumexp itself, or of nothing
+    for name, array in kept.items():
+        _check_finite(name, array, first)
     max_q = scores.max_q
     rounding = halves.ROUNDING if info.storage == "compact" else 0
     highest = max_q + np.float32(math.log(info.tokenizer.vocab_size) * (1 + rounding))
@@ -169,12 +187,12 @@ def _check_scores(scores: Scores, info: ScoresInfo) -> None:
         ("logsumexp", scores.logsumexp, highest, "is larger than max_q + log(vocab_size)"),
     ):
         if (low > high).any():  # rare; what rounding may bend is worked out only then
-            _refuse(name, low > high + TOLERANCE * np.maximum(1, np.abs(max_q)), reason)
+            _refuse(name, low > high + TOLERANCE * np.maximum(1, np.abs(max_q)), reason, first)
     if info.keep_top:
-        _check_top(scores, info)
+        _check_top(scores, info, first)
 
 
-def _check_top(scores: Scores, info: ScoresInfo) -> None:
+def _check_top(scores: Scores, info: ScoresInfo, first: int) -> None:
     top_q, top_ids = scores.top_q, scores.top_ids
     slack = TOLERANCE * np.maximum(1, np.abs(scores.max_q))
     bound = scores.rest_logsumexp - top_q[:, -1] - slack
@@ -183,19 +201,18 @@ def _check_top(scores: Scores, info: ScoresInfo) -> None:
         # of every distance that was rounded: of the last logit and logsumexp from the maximum, of the rest from that
         far = 2 * scores.logsumexp - top_q[:, -1] - scores.rest_logsumexp
         bound -= 2 * halves.ROUNDING * np.abs(far)
-    beyond = (top_ids < 0) | (top_ids >= min(info.tokenizer.vocab_size, MAX_VOCABULARY))
-    _refuse("top_ids", beyond, f"holds an id that {info.tokenizer.name} does not have")
-    _refuse("top_ids", np.diff(np.sort(top_ids, axis=1), axis=1) == 0, "holds a token twice")
-    _refuse("top_q", np.diff(top_q, axis=1) > 0, "does not fall from the largest logit to the smallest")
-    _refuse("top_q", top_q[:, 0] != scores.max_q, "does not begin with max_q")
+    _refuse("top_ids", _beyond(top_ids, info.tokenizer), f"holds an id that {info.tokenizer.name} does not have", first)
+    _refuse("top_ids", np.diff(np.sort(top_ids, axis=1), axis=1) == 0, "holds a token twice", first)
+    _refuse("top_q", np.diff(top_q, axis=1) > 0, "does not fall from the largest logit to the smallest", first)
+    _refuse("top_q", top_q[:, 0] != scores.max_q, "does not begin with max_q", first)
     others = info.tokenizer.vocab_size - info.keep_top
     if others:
-        _refuse("rest_logsumexp", bound > math.log(others), "is more than so many smaller logits can have")
+        _refuse("rest_logsumexp", bound > math.log(others), "is more than so many smaller logits can have", first)
     # together, the kept tokens and the others have the mass of all
     mass = np.exp(top_q - scores.max_q[:, None], dtype=np.float64).sum(1)
     mass += np.exp(scores.rest_logsumexp - scores.max_q, dtype=np.float64)
     differs = np.abs(np.log(mass) + scores.max_q - scores.logsumexp) > slack
-    _refuse("top_q", differs, "and rest_logsumexp do not add up to logsumexp")
+    _refuse("top_q", differs, "and rest_logsumexp do not add up to logsumexp", first)
 
 
 def _check_pair(scores: Scores, info: ScoresInfo, rollouts: Rollouts) -> None:
@@ -221,23 +238,41 @@ def _check_tokens(name: str, ragged: Ragged, tokenizer: TokenizerInfo) -> None:
     _check_array(name, values, TOKEN_DTYPE, (len(values),))
     if offsets[0] != 0 or offsets[-1] != len(values) or (np.diff(offsets) < 0).any():
         raise CacheError(f"offsets of {name} do not rise from 0 to {len(values)}, the number of tokens")
-    beyond = (values < 0) | (values >= min(tokenizer.vocab_size, MAX_VOCABULARY))
-    _refuse(name, beyond, f"is not a token id of {tokenizer.name}, which has {tokenizer.vocab_size}")
+    _refuse(
+        name, _beyond(values, tokenizer), f"is not a token id of {tokenizer.name}, which has {tokenizer.vocab_size}"
+    )
+
+
+def _beyond(ids: NDArray[np.int32], tokenizer: TokenizerInfo) -> NDArray[np.bool_]:
+    """Where there is no id of this tokenizer. As unsigned numbers, negative ones are too large."""
+    return ids.view(np.uint32) >= min(tokenizer.vocab_size, MAX_VOCABULARY)
 
 
 def _check_array(name: str, array: NDArray, dtype: type[np.generic], shape: tuple[int, ...]) -> None:
+    _check_kind(name, array, dtype, shape)
+    if array.dtype.kind == "f":
+        _check_finite(name, array)
+
+
+def _check_kind(name: str, array: NDArray, dtype: type[np.generic], shape: tuple[int, ...]) -> None:
     if array.dtype != dtype or array.shape != shape:
         wanted, found = f"{np.dtype(dtype)} {list(shape)}", f"{array.dtype} {list(array.shape)}"
         raise CacheError(f"{name} is {found}, must be {wanted}")
-    if array.dtype.kind == "f" and not np.isfinite(array).all():
-        place = int(np.flatnonzero(~np.isfinite(array))[0])
-        raise NumericsError(f"{name}[{place}] is {array.flat[place]}: scores and log-probabilities must be finite")
 
 
-def _refuse(name: str, wrong: NDArray[np.bool_], reason: str) -> None:
-    """wrong: [n], or [n, m] for an array of rows."""
+def _check_finite(name: str, array: NDArray, first: int = 0) -> None:
+    """first: place of the array's first element, or row, in the whole one."""
+    if not np.isfinite(array).all():
+        place = tuple(np.argwhere(~np.isfinite(array))[0])
+        raise NumericsError(
+            f"{name}[{first + int(place[0])}] is {array[place]}: scores and log-probabilities must be finite"
+        )
+
+
+def _refuse(name: str, wrong: NDArray[np.bool_], reason: str, first: int = 0) -> None:
+    """wrong: [n], or [n, m] for an array of rows. first: place of the first of them in the whole array."""
     if wrong.any():
-        raise CacheError(f"{name}[{int(np.argwhere(wrong)[0, 0])}] {reason}")
+        raise CacheError(f"{name}[{first + int(np.argwhere(wrong)[0, 0])}] {reason}")
 
 
 def _float(info: RolloutsInfo | ScoresInfo) -> str:
@@ -251,7 +286,7 @@ def _log_probabilities(rollouts: Rollouts, info: Info) -> NDArray:
 
 
 def _ragged(tokens: NDArray, offsets: NDArray) -> Ragged:
-    return Ragged(_frozen(tokens.astype(TOKEN_DTYPE)), _frozen(offsets))
+    return Ragged(_frozen(tokens), _frozen(offsets))
 
 
 def _frozen(array: NDArray) -> NDArray:

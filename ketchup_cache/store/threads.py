@@ -10,11 +10,13 @@ from typing import TypeVar
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-THREADS = min(8, (os.cpu_count() or 1) + 2)
-"""Two more than processors, because some of them wait for the disk."""
+PROCESSORS = min(8, os.cpu_count() or 1)
+"""Threads for work that never waits."""
+THREADS = min(8, PROCESSORS + 2)
+"""Two more, where some of them wait for the disk."""
 
 
-def each(work: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
+def each(work: Callable[[Item], Result], items: Sequence[Item], threads: int = THREADS) -> list[Result]:
     """The results in the order of the items. When it returns or raises, no thread is left.
 
     Raises what the first failing item (in their order) raised; items that nobody has begun by then are left out.
@@ -22,7 +24,7 @@ def each(work: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
     if len(items) < 2:
         return one_by_one(work, items)
     # a pool of its own for each call: a forked process has no threads, and must not wait for its parent's
-    with ThreadPoolExecutor(min(THREADS, len(items))) as pool:
+    with ThreadPoolExecutor(min(threads, len(items))) as pool:
         futures = [pool.submit(work, item) for item in items]
         try:
             return [future.result() for future in futures]
