@@ -112,7 +112,7 @@ class T5Rows:
             states = states + forward.DenseReluDense(_norm(forward, states))
         self._read = size
         states = self._stack.final_layer_norm(states)
-        if self._model.config.scale_decoder_outputs:
+        if getattr(self._model.config, "scale_decoder_outputs", False):  # T5, but not FLAN-T5 and mT5
             states = states * self._model.model_dim**-0.5
         self.logits = self._model.lm_head(states).to(self._device, torch.float32)
 
