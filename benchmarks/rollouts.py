@@ -13,8 +13,8 @@ lengths are geometric with a mean near 25, cut at 64: random weights alone would
   length, rows that have ended leave.
 - ours: `sample_completions` as a T5 gets it, with the steps of `lm/t5.py`.
 - CTranslate2: float32 `Translator`, an engine of its own. It reports one score per completion, so the tokens' log-
-  probabilities are recomputed by our model in one pass, which is part of its time. `converted` adds what each refresh of
-  the policy would cost it: writing the weights, converting and loading them.
+  probabilities are recomputed by our model in one pass, which is part of its time. `converted` adds what each refresh
+  of the policy would cost it: writing the weights, converting and loading them.
 
 With `--tasks` instead: the shipped students of `translate` and `reason` (with the calculator), 4 samples of each of
 256 prompts, three of these ways in turn, five times; the tokens are compared.
@@ -215,7 +215,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         try:
             for threads in (1, 2) if not wanted or "CTranslate2" in chosen.ways else ():
-                ways[f"CTranslate2, {threads} threads"] = Engine(model, Path(temporary), threads)
+                ways[f"CTranslate2 on {threads} thread(s)"] = Engine(model, Path(temporary), threads)
         except Exception as error:  # it is optional, and its converter follows transformers at a distance
             missing = f"{type(error).__name__}: {error}".splitlines()[0]
             print(f"CTranslate2: not measured ({missing})", flush=True)
