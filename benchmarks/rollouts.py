@@ -9,13 +9,15 @@ lengths are geometric with a mean near 25, cut at 64: random weights alone would
   they come.
 - on generate: `sample_completions` as it is for models that `lm/decode.py` does not know: each prompt encoded once for
   its samples, 64 at once, every row computed until the last has ended.
-- ours: `sample_completions`: rows that have ended leave.
-- ours, sorted: the same, prompts sorted by length.
+- on its own steps: `lm/decode.py` with the model's own forward pass, as it is for everything but T5: prompts sorted by
+  length, rows that have ended leave.
+- ours: `sample_completions` as a T5 gets it, with the steps of `lm/t5.py`.
 - CTranslate2: float32 `Translator`, an engine of its own. It reports one score per completion, so the tokens' log-
-  probabilities are recomputed by our model in one pass, which is part of its time.
+  probabilities are recomputed by our model in one pass, which is part of its time. `converted` adds what each refresh
+  of the policy would cost it: writing the weights, converting and loading them.
 
 With `--tasks` instead: the shipped students of `translate` and `reason` (with the calculator), 4 samples of each of
-256 prompts, ours on `generate` and ours in turn, five times; the tokens are compared.
+256 prompts, three of these ways in turn, five times; the tokens are compared.
 """
 
 from __future__ import annotations
@@ -24,8 +26,9 @@ import itertools
 import json
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +36,7 @@ import numpy as np
 import torch
 from common import ROOT, T5_SMALL, VOCAB, options, publish, sample, t5, table, timed
 
+import ketchup_cache.lm.decode as decode_module
 import ketchup_cache.lm.sample as sample_module
 from ketchup_cache.lm.calculator import Calculator
 from ketchup_cache.lm.forward import Batch, completion_states
@@ -75,30 +79,41 @@ def ours(model: Any, prompts: Ragged, samples: int, greedy: bool) -> int:
 
 
 @contextmanager
-def by_generate() -> Iterator[None]:
-    own, sample_module.can_decode = sample_module.can_decode, lambda _: False
+def without(module: Any, name: str) -> Iterator[None]:
+    """As if no model were known to what `name` decides about."""
+    own = getattr(module, name)
+    setattr(module, name, lambda _: False)
     try:
         yield
     finally:
-        sample_module.can_decode = own
+        setattr(module, name, own)
 
 
-def on_generate(model: Any, prompts: Ragged, samples: int, greedy: bool) -> int:
-    with by_generate():
-        return ours(model, prompts, samples, greedy)
+WAYS: dict[str, Callable[[], AbstractContextManager[None]]] = {
+    "on generate": lambda: without(sample_module, "can_decode"),
+    "on its own steps": lambda: without(decode_module, "can_step"),
+    "ours": nullcontext,
+}
+
+
+def ours_in(name: str) -> Callable[[Any, Ragged, int, bool], int]:
+    def way(model: Any, prompts: Ragged, samples: int, greedy: bool) -> int:
+        with WAYS[name]():
+            return ours(model, prompts, samples, greedy)
+
+    return way
 
 
 def tasks(chosen: Any) -> None:
-    """The shipped students, both ways in turn."""
+    """The shipped students, all ways in turn."""
     results, rows = {}, []
     for task, longest in (("translate", 32), ("reason", 48)):
         found = in_turn_on(task, longest, *((64, 2) if chosen.short else (256, 5)))
         results[task] = found
         seconds, same = found["cpu_seconds"], f"{found['same']} of {found['rollouts']}"
-        ratio = seconds["on generate"] / seconds["ours"]
-        times = (f"{seconds['on generate']:.2f}", f"{seconds['ours']:.2f}", f"{ratio:.2f}")
+        times = [f"{seconds[name]:.2f} ({seconds['on generate'] / seconds[name]:.2f})" for name in WAYS]
         rows.append((task, f"{found['mean_length']:.1f}", found["longest"], *times, same))
-    head = ("task", "mean length", "longest", "CPU-s on generate", "CPU-s ours", "ratio", "same completions")
+    head = ("task", "mean length", "longest", *(f"CPU-s {name} (ratio)" for name in WAYS), "same completions")
     print(table(head, rows))
     publish("rollouts_tasks", chosen, benchmark="benchmarks/rollouts.py --tasks", results=results)
 
@@ -117,21 +132,21 @@ def in_turn_on(task: str, longest: int, prompts_of_each: int, repeats: int) -> d
             model, len(tokenizer), prompts, sampling, first_prompt=0, batch=64, calculator=calculator
         )
 
-    cpu: dict[str, list[float]] = {"on generate": [], "ours": []}
+    cpu: dict[str, list[float]] = {name: [] for name in WAYS}
     made: dict[str, Rollouts] = {}
     for _ in range(repeats):
-        for name, way in (("on generate", by_generate), ("ours", nullcontext)):
+        for name, way in WAYS.items():
             with way():
                 _, seconds, made[name] = timed(once)
             cpu[name].append(seconds)
-    old, new = (list(rollouts.completions) for rollouts in made.values())
+    every = [[row.tolist() for row in rollouts.completions] for rollouts in made.values()]
     lengths = made["ours"].completions.lengths
     return {
         "cpu_seconds": {name: min(values) for name, values in cpu.items()},
         "mean_length": float(lengths.mean()),
         "longest": int(lengths.max()),
-        "same": sum(np.array_equal(a, b) for a, b in zip(old, new, strict=True)),
-        "rollouts": len(new),
+        "same": sum(all(row == one for one in others) for row, *others in zip(*every, strict=True)),
+        "rollouts": len(lengths),
     }
 
 
@@ -143,16 +158,17 @@ class Engine:
         from common import word_tokenizer
 
         self.model, self.head, tokenizer = model, Head.of(model, VOCAB + 28), word_tokenizer(VOCAB + 28)
-        if not (folder / "ct2").exists():
-            model.save_pretrained(folder / "hf")
-            tokenizer.save_pretrained(folder / "hf")
-            ctranslate2.converters.TransformersConverter(str(folder / "hf")).convert(str(folder / "ct2"))
+        began = time.perf_counter(), time.process_time()
+        model.save_pretrained(folder / "hf")
+        tokenizer.save_pretrained(folder / "hf")
+        ctranslate2.converters.TransformersConverter(str(folder / "hf")).convert(str(folder / "ct2"), force=True)
         self.words = tokenizer.convert_ids_to_tokens(range(VOCAB + 28))
         self.ids = {word: i for i, word in enumerate(self.words)}
         self.eos = [self.words[i] for i in model.generation_config.eos_token_id]
         self.translator = ctranslate2.Translator(
             str(folder / "ct2"), device="cpu", compute_type="float32", inter_threads=1, intra_threads=threads
         )
+        self.refresh = time.perf_counter() - began[0], time.process_time() - began[1]
 
     def __call__(self, model: Any, prompts: Ragged, samples: int, greedy: bool) -> int:
         found = self.translator.translate_batch(
@@ -191,18 +207,15 @@ def main() -> None:
     model.generation_config.eos_token_id = model.config.eos_token_id = [1, *map(int, ends)]
     n = 4 if chosen.short else chosen.prompts
     prompts = sample(0, n, samples=1).prompts.tokens
-    by_length = prompts.take(np.argsort(prompts.lengths, kind="stable"))
     ways: dict[str, Any] = {
         "plain": plain,
-        "on generate": on_generate,
-        "ours": ours,
-        "ours, sorted": lambda m, _, s, g: ours(m, by_length, s, g),
+        **{name: ours_in(name) for name in WAYS},
     }
     missing, wanted = None, [name.strip() for name in chosen.ways.split(",") if name.strip()]
     with tempfile.TemporaryDirectory() as temporary:
         try:
             for threads in (1, 2) if not wanted or "CTranslate2" in chosen.ways else ():
-                ways[f"CTranslate2, {threads} threads"] = Engine(model, Path(temporary), threads)
+                ways[f"CTranslate2 on {threads} thread(s)"] = Engine(model, Path(temporary), threads)
         except Exception as error:  # it is optional, and its converter follows transformers at a distance
             missing = f"{type(error).__name__}: {error}".splitlines()[0]
             print(f"CTranslate2: not measured ({missing})", flush=True)
@@ -216,6 +229,9 @@ def main() -> None:
                 torch.manual_seed(0)
                 wall, cpu, tokens = timed(lambda: way(model, prompts, samples, greedy))  # noqa: B023
                 found[name] = {"seconds": wall, "cpu_seconds": cpu, "tokens": tokens}
+                if isinstance(way, Engine):
+                    more = {"seconds": wall + way.refresh[0], "cpu_seconds": cpu + way.refresh[1], "tokens": tokens}
+                    found[f"{name}, converted"] = more
                 print(f"{name}: {tokens} tokens in {wall:.1f} s", file=sys.stderr, flush=True)
             for name, entry in found.items():
                 rate, base = entry["tokens"] / entry["seconds"], found[first]["tokens"] / found[first]["seconds"]

@@ -1,4 +1,4 @@
-"""The decoding loop against transformers' `generate`, and against every row alone with the noise of its place."""
+"""The decoding loop against transformers' `generate`, and against every row alone with the numbers of its place."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_tokens_are_those_of_generate(family, monkeypatch):
     for settings in ({"samples": 6, "seed": 4}, {"greedy": True}):
         ours = sample(model, **settings)
         assert_same(ours, by_generate(monkeypatch, model, **settings))
-        assert "greedy" in settings or len(set(ours.completions.lengths.tolist())) > 3
+        assert "greedy" in settings or len(set(ours.completions.lengths.tolist())) > 2
 
 
 def test_tokens_are_those_of_generate_after_warping(monkeypatch):
@@ -94,28 +94,26 @@ def test_tokens_are_those_of_generate_after_warping(monkeypatch):
 
 @pytest.mark.parametrize("family", ["t5-1.1", "qwen2"])
 def test_every_row_is_what_it_would_be_alone(family):
-    """One row, no padding, no keys kept, nobody else: the noise of its place decides."""
-    model, samples, longest, seed = make(family), 4, 12, 9
-    rollouts = sample(model, samples=samples, seed=seed, max_new_tokens=longest, batch=8)
+    """One row, no padding, no keys kept, nobody else: the first token whose cumulative share passes its number."""
+    model, samples, longest, seed, first = make(family), 4, 12, 9, 50
+    settings = Sampling(samples=samples, seed=seed, max_new_tokens=longest)
+    rollouts = sample_completions(model, VOCAB, PROMPTS, settings, first_prompt=first, batch=8)
     logprob = rollouts.completions.with_values(rollouts.behavior_logprob)
-    width = model.config.vocab_size
     for row, completion in enumerate(rollouts.completions):
-        prompt, start = row // samples, row // 8 * 2  # a batch is two prompts with all their samples
-        generator = torch.Generator().manual_seed(
-            int(np.random.SeedSequence([seed, start, 0]).generate_state(1, np.uint64)[0])
-        )
+        prompt = row // samples
+        numbers = np.random.default_rng([seed, first + prompt]).random((samples, longest))[row % samples]
         written: list[int] = []
         for step in range(longest):
-            noise = torch.empty(8, width).exponential_(generator=generator)[row % 8]
             if family == "qwen2":
-                logits = torch.tensor(plain_row_logits(model, PROMPTS[prompt], written)[-1])
+                logits = plain_row_logits(model, PROMPTS[prompt], written)[-1].astype(np.float64)
             else:
                 with torch.no_grad():
                     ids, started = torch.tensor([PROMPTS[prompt].tolist()]), torch.tensor([[0, *written]])
-                    logits = model(input_ids=ids, decoder_input_ids=started).logits[0, -1].double()
-            logits[VOCAB:] = -torch.inf
-            written.append(int((logits.softmax(0) / noise).argmax()))
-            assert logprob[row][step] == pytest.approx(float(logits.log_softmax(0)[written[-1]]), abs=1e-4)
+                    logits = model(input_ids=ids, decoder_input_ids=started).logits[0, -1].double().numpy()
+            shares = np.exp(logits[:VOCAB] - logits[:VOCAB].max())
+            shares /= shares.sum()
+            written.append(int(np.argmax(shares.cumsum() > numbers[step])))
+            assert logprob[row][step] == pytest.approx(np.log(shares[written[-1]]), abs=1e-4)
             if written[-1] in ENDS:
                 break
         assert completion.tolist() == written
@@ -146,7 +144,7 @@ def test_rows_that_have_ended_are_not_computed(family, greedy):
         going = int((lengths > step).sum())  # rows that need token `step`
         assert going <= rows < going / (1 - LEAVE) + 1
     assert len(seen) == lengths.max()
-    assert greedy or min(rows for rows, _ in seen[1:]) <= 2
+    assert greedy or min(rows for rows, _ in seen[1:]) <= 4
 
 
 def test_logits_of_a_prompt_are_not_computed():

@@ -235,6 +235,21 @@ def test_rows_are_in_the_order_of_the_prompts_whatever_the_batch(samples, batch,
         assert logprob[row][0] == pytest.approx(first, abs=1e-4)
 
 
+@pytest.mark.parametrize("batch", [2, 7, 64])
+def test_the_batch_decides_nothing(batch):
+    model = make_model()
+    one, other = sample(model, samples=5, batch=11), sample(model, samples=5, batch=batch)
+    assert [row.tolist() for row in one.completions] == [row.tolist() for row in other.completions]
+    np.testing.assert_allclose(one.behavior_logprob, other.behavior_logprob, rtol=0, atol=2e-5)
+
+
+def test_prompts_of_similar_length_are_decoded_together():
+    model, seen = make_model(), []
+    model.get_encoder().register_forward_hook(lambda _, __, out: seen.append(out.last_hidden_state.shape[:2]))
+    sample(model, make_prompts(3, 30, 4, 29, 5, 28), samples=2, batch=6)
+    assert seen == [(3, 31), (3, 6)]
+
+
 def test_a_prompt_is_encoded_once_for_all_its_samples():
     model, seen = make_model(), []
     model.get_encoder().register_forward_hook(lambda _, __, out: seen.append(len(out.last_hidden_state)))

@@ -1,7 +1,7 @@
 """Decoding in a loop of our own, which rows leave when they have ended: `generate` computes on them to the last's end.
 
-A prompt is computed once for all its samples, with an encoder or without. The random numbers are those of `generate`:
-what a row draws depends on its place in the batch, and not on who has left.
+A prompt is computed once for all its samples, with an encoder or without. What a row draws depends on numbers of its
+own, and not on who stands beside it or has left.
 """
 
 from __future__ import annotations
@@ -23,12 +23,17 @@ from transformers import (
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from ketchup_cache.lm.batching import token_budget_batches
+from ketchup_cache.lm.draw import draw
 from ketchup_cache.lm.forward import decoder_start
 from ketchup_cache.lm.load import input_device
+from ketchup_cache.lm.t5 import T5Rows, can_step
 from ketchup_cache.types import Ragged
 
 LEAVE = 0.25
 """Share of the rows that has ended when they leave: the others' keys and values have to be copied then."""
+
+CPU_TOKENS = 1024
+"""Padded prompt tokens that are encoded at once on a CPU: more of them are no faster there, and padding costs."""
 
 OWN_WAYS = ("generate", "prepare_inputs_for_generation", "_update_model_kwargs_for_generation")
 """Methods by which an architecture tells `generate` that decoding it takes more than tokens, mask and positions."""
@@ -55,7 +60,7 @@ def decode(
     samples: int,
     *,
     longest: int,
-    greedy: bool,
+    uniform: Tensor | None,
     eos: list[int],
     processors: Sequence[LogitsProcessor],
     on_leave: Callable[[list[int]], None] | None = None,
@@ -63,10 +68,11 @@ def decode(
     """Tokens [B, T] int64 and their log-probabilities [B, T] float32 (greedy: 0), T ≤ `longest`; after the first EOS
     of a row anything. B = prompts × samples; the samples of a prompt stand together.
 
+    uniform: [B, longest] float64 in [0, 1), what each row draws its tokens by; None for the likeliest token.
     processors: called one after the other with the tokens so far, behind one of no meaning, and the scores [rows, V]
     float32. on_leave: called whenever rows leave, with the places of the others among the rows of the last call.
     """
-    rows = _Rows(model, prompts)
+    rows = _begin(model, prompts, longest)
     rows.take(torch.arange(len(prompts)).repeat_interleave(samples))
     device, size = rows.logits.device, len(prompts) * samples
     place = torch.arange(size, device=device)
@@ -75,16 +81,13 @@ def decode(
     tokens = torch.zeros(size, longest + 1, dtype=torch.long, device=device)
     logprob = torch.zeros(size, longest, device=device)
     for step in range(longest):
-        scores = rows.logits
+        scores, so_far = rows.logits, tokens[place, : step + 1]
         for processor in processors:
-            scores = processor(tokens[place, : step + 1], scores)
-        if greedy:
+            scores = processor(so_far, scores)
+        if uniform is None:
             chosen = scores.argmax(1)
         else:
-            # torch.multinomial's own way; every row of the batch has its noise, though it may have left
-            noise = torch.empty(size, scores.shape[1], device=device).exponential_()
-            chosen = (scores.softmax(1) / (noise if len(place) == size else noise[place])).argmax(1)
-            logprob[place, step] = scores.log_softmax(1).gather(1, chosen[:, None])[:, 0]
+            chosen, logprob[place, step] = draw(scores, uniform[place, step])
         tokens[place, step + 1] = chosen
         going &= ~torch.isin(chosen, ends)
         left = int(going.sum())
@@ -98,6 +101,13 @@ def decode(
                 on_leave(stay.tolist())
         rows.advance(chosen)
     return tokens[:, 1 : step + 2], logprob[:, : step + 1]
+
+
+def _begin(model: PreTrainedModel, prompts: Ragged, longest: int) -> _Rows | T5Rows:
+    if not can_step(model):
+        return _Rows(model, prompts)
+    encoded = _encode(model, prompts, input_device(model))
+    return T5Rows(model, prompts.lengths, encoded.last_hidden_state, longest)
 
 
 class _Rows:
@@ -155,7 +165,7 @@ class _Rows:
             known = {"position_ids": self._position, "logits_to_keep": 1}
             inputs |= {name: value for name, value in known.items() if name in self._takes}
         logits = self._model(**inputs, return_dict=True).logits[:, -1]
-        self.logits = logits.to(self._device, torch.float32, copy=True)
+        self.logits = logits.to(self._device, torch.float32)
 
 
 def _empty_cache(model: PreTrainedModel) -> DynamicCache:
@@ -166,7 +176,8 @@ def _encode(model: PreTrainedModel, prompts: Ragged, device: torch.device) -> An
     """The encoder's output of every prompt, with its states [P, longest, D] alone: behind a prompt's end anything.
     Long prompts are encoded apart from short ones."""
     lengths, encoded, kind = prompts.lengths, torch.empty(0), None
-    for places in token_budget_batches(lengths, np.zeros_like(lengths), int(lengths.max()) * len(prompts)):
+    budget = max(int(lengths.max()), CPU_TOKENS) if device.type == "cpu" else int(lengths.max()) * len(prompts)
+    for places in token_budget_batches(lengths, np.zeros_like(lengths), budget):
         part = prompts.take(places)
         mask = np.arange(part.lengths.max()) < part.lengths[:, None]
         output = model.get_encoder()(

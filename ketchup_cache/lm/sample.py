@@ -1,9 +1,12 @@
 """Completions sampled from a policy, each token with its log-probability under the distribution it was drawn from.
 
 Rows are decoded by `lm/decode.py`, which drops those that have ended; a model that needs more than it knows goes
-through transformers' `generate`, to the same tokens. The distribution is ours alone: a checkpoint's own generation
-defaults (temperature, repetition penalty, beams, minimum length) would silently make another policy of it, so they are
-set aside, and only the end-of-sequence and decoder start ids are taken.
+through transformers' `generate`, to the same tokens. Prompts of similar length stand in one batch, for what a row draws
+depends on its prompt's place and on which of its samples it is (`lm/draw.py`), not on the batch.
+
+The distribution is ours alone: a checkpoint's own generation defaults (temperature, repetition penalty, beams, minimum
+length) would silently make another policy of it, so they are set aside, and only the end-of-sequence and decoder start
+ids are taken.
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ from transformers import (
 from ketchup_cache.errors import ConfigError, DataError, ModelError, NumericsError
 from ketchup_cache.lm.calculator import Calculator, ForcedResults
 from ketchup_cache.lm.decode import can_decode, decode
+from ketchup_cache.lm.draw import draw, number_type, uniforms
 from ketchup_cache.lm.forward import check_positions, decoder_start
 from ketchup_cache.lm.load import input_device
 from ketchup_cache.store.manifest import Sampling
@@ -48,9 +52,10 @@ def sample_completions(
     """`sampling.samples` completions of every prompt: consecutive rows, in the order of the prompts.
 
     vocab_size: the tokenizer's; ids beyond it (padding rows of the head) are never drawn.
-    first_prompt: absolute place of the first of the prompts, so that the seed of a batch does not depend on which call
-    it is part of. batch: completions generated at once. The same weights, prompts, `sampling`, `first_prompt` and
-    `batch` give the same rollouts, whatever was sampled before; torch's global random state is left as it was.
+    first_prompt: absolute place of the first of the prompts: with the seed it decides what random numbers a row has,
+    whatever else is sampled beside it or was before. batch: completions generated at once. The same weights, prompts,
+    `sampling`, `first_prompt` and `batch` give the same rollouts; another batch, or a part of the prompts, gives them
+    too but for the last bits of products. torch's global random state is neither used nor changed.
     calculator: of the model's tokenizer; needed where `sampling.calculator` is set, and used nowhere else.
     on_batch: called with the number of new completions after each batch.
 
@@ -77,12 +82,16 @@ def sample_completions(
     logprobs: list[NDArray] = []
     forced: list[NDArray] = []
     finished: list[bool] = []
+    made: list[NDArray[np.int64]] = []
     with _only_our_settings(model, eos):
-        for start, stop, first_sample, samples in _batches(len(prompts), sampling.samples, batch):
-            with _seeded([sampling.seed, first_prompt + start, first_sample]):
-                forcing = ForcedResults(calculator) if calculator and sampling.calculator else None
-                part = prompts.slice(start, stop)
-                tokens, logprob = way(model, vocab_size, part, samples, sampling, eos, forcing)
+        for places, part in _batches(prompts.lengths, sampling.samples, batch):
+            forcing = ForcedResults(calculator) if calculator and sampling.calculator else None
+            uniform = None
+            if not sampling.greedy:
+                numbers = [uniforms(sampling.seed, first_prompt + p, part, sampling.max_new_tokens) for p in places]
+                uniform = torch.from_numpy(np.concatenate(numbers))
+            count = part.stop - part.start
+            tokens, logprob = way(model, vocab_size, prompts.take(places), count, sampling, uniform, eos, forcing)
             # only EOS ends a completion: the padding behind it may be an id that the policy also chooses
             is_eos = np.isin(tokens, eos)
             ended = np.asarray(is_eos.any(axis=1))
@@ -93,15 +102,21 @@ def sample_completions(
                 chosen_for = forcing.forced(tokens.shape[1])
                 forced += [row[:length] for row, length in zip(chosen_for, lengths, strict=True)]
             finished += ended.tolist()
+            made.append((places[:, None] * sampling.samples + np.arange(part.start, part.stop)).ravel())
             if on_batch is not None:
                 on_batch(len(tokens))
-    ragged = Ragged.from_rows(completions, TOKEN_DTYPE)
+    order = np.argsort(np.concatenate([np.zeros(0, np.int64), *made]))
+    ragged = Ragged.from_rows([completions[row] for row in order], TOKEN_DTYPE)
     return Rollouts(
         prompt_index=np.repeat(np.arange(len(prompts)), sampling.samples),
         completions=ragged,
-        behavior_logprob=Ragged.from_rows(logprobs, np.float32).values,
-        forced=Ragged.from_rows(forced, np.bool_).values if forced else np.zeros(len(ragged.values), np.bool_),
-        finished=np.array(finished, np.bool_),
+        behavior_logprob=Ragged.from_rows([logprobs[row] for row in order], np.float32).values,
+        forced=(
+            Ragged.from_rows([forced[row] for row in order], np.bool_).values
+            if forced
+            else np.zeros(len(ragged.values), np.bool_)
+        ),
+        finished=np.array([finished[row] for row in order], np.bool_),
     )
 
 
@@ -118,13 +133,14 @@ def _name(model: PreTrainedModel) -> str:
     return model.name_or_path or type(model).__name__
 
 
-def _batches(prompts: int, samples: int, batch: int) -> Iterator[tuple[int, int, int, int]]:
-    """(first prompt, stop, first sample, samples of each) of every batch. A batch holds whole prompts, with all their
-    samples; where even those of one prompt are too many, a part of them."""
-    at_once = max(1, batch // samples)
-    for start in range(0, prompts, at_once):
-        for first_sample in range(0, samples, batch):
-            yield start, min(start + at_once, prompts), first_sample, min(batch, samples - first_sample)
+def _batches(lengths: NDArray[np.int64], samples: int, batch: int) -> Iterator[tuple[NDArray[np.int64], slice]]:
+    """(places of prompts, which of the samples) of every batch, the longest prompts first: what does not fit into the
+    memory shows at once. A batch holds whole prompts, with all their samples; where even those of one prompt are too
+    many, a part of them."""
+    at_once, order = max(1, batch // samples), np.argsort(-lengths, kind="stable")
+    for start in range(0, len(order), at_once):
+        for first in range(0, samples, batch):
+            yield order[start : start + at_once], slice(first, min(first + batch, samples))
 
 
 def _inputs(model: PreTrainedModel, prompts: Ragged) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -144,6 +160,7 @@ def _decode(
     prompts: Ragged,
     samples: int,
     sampling: Sampling,
+    uniform: Tensor | None,
     eos: list[int],
     forcing: ForcedResults | None = None,
 ) -> tuple[NDArray, NDArray]:
@@ -153,7 +170,7 @@ def _decode(
         prompts,
         samples,
         longest=sampling.max_new_tokens,
-        greedy=sampling.greedy,
+        uniform=None if uniform is None else uniform.to(input_device(model), number_type(input_device(model))),
         eos=eos,
         processors=_processors(vocab_size, 1, sampling, forcing),
         on_leave=forcing.keep if forcing else None,
@@ -167,6 +184,7 @@ def _generate(
     prompts: Ragged,
     samples: int,
     sampling: Sampling,
+    uniform: Tensor | None,
     eos: list[int],
     forcing: ForcedResults | None = None,
 ) -> tuple[NDArray, NDArray]:
@@ -174,21 +192,23 @@ def _generate(
     device = input_device(model)
     input_ids, mask = _inputs(model, prompts)
     given = 1 if model.config.is_encoder_decoder else input_ids.shape[1]  # the decoder start, or the prompt
-    recorder = _Recorder()
+    processors = _processors(vocab_size, given, sampling, forcing)
+    drawing = None if uniform is None else _Draw(uniform, given)
     settings = GenerationConfig(
-        do_sample=not sampling.greedy,
-        top_k=None if sampling.greedy else 0,  # transformers' default is 50
+        do_sample=uniform is not None,  # from what the last processor has left: a single token
+        top_k=None if uniform is None else 0,  # transformers' default is 50
         num_return_sequences=samples,
         max_new_tokens=sampling.max_new_tokens,
     )
-    sequences = model.generate(
-        input_ids=torch.from_numpy(input_ids).to(device),
-        attention_mask=torch.from_numpy(mask).to(device),
-        generation_config=settings,
-        logits_processor=LogitsProcessorList([*_processors(vocab_size, given, sampling, forcing), recorder]),
-    )
+    with _global_random_state_kept():
+        sequences = model.generate(
+            input_ids=torch.from_numpy(input_ids).to(device),
+            attention_mask=torch.from_numpy(mask).to(device),
+            generation_config=settings,
+            logits_processor=LogitsProcessorList(processors if drawing is None else [*processors, drawing]),
+        )
     tokens = sequences[:, given:]
-    logprob = torch.zeros(tokens.shape) if sampling.greedy else recorder.logprob(tokens)
+    logprob = torch.zeros(tokens.shape) if drawing is None else drawing.logprob(tokens.shape[1])
     return tokens.cpu().numpy(), logprob.cpu().numpy()
 
 
@@ -211,44 +231,40 @@ def _processors(
 
 
 class _RealVocabulary(LogitsProcessor):
-    """Takes away the ids that the tokenizer does not have, and refuses logits that are not numbers."""
+    """Only the ids that the tokenizer has; refuses logits that are not numbers."""
 
     def __init__(self, vocab_size: int, given: int) -> None:
         """given: tokens before the first that is generated."""
         self._vocab_size, self._given = vocab_size, given
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        scores[:, self._vocab_size :] = -torch.inf
-        if not scores[:, : self._vocab_size].sum().isfinite():  # a tenth of the time of looking at each
+        scores = scores[:, : self._vocab_size]
+        if not scores.sum().isfinite():  # a tenth of the time of looking at each
             token = input_ids.shape[1] - self._given + 1
             raise NumericsError(f"the policy's logits of token {token} hold a NaN or infinity: check its weights")
         return scores
 
 
-class _Recorder(LogitsProcessor):
-    """Last in the list: sees the distribution that the next token is drawn from, and in the next call that token.
+class _Draw(LogitsProcessor):
+    """Last in the list: draws the token as `decode` does, and leaves `generate` no other."""
 
-    Holds the scores of one step at a time, [B, V].
-    """
-
-    def __init__(self) -> None:
-        self._scores: Tensor | None = None
+    def __init__(self, uniform: Tensor, given: int) -> None:
+        """uniform: [B, longest]. given: tokens before the first that is generated."""
+        self._uniform, self._given = uniform, given
         self._steps: list[Tensor] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        self._record(input_ids[:, -1:])
-        self._scores = scores
-        return scores
+        step = input_ids.shape[1] - self._given
+        if step == self._uniform.shape[1]:  # on some devices `generate` takes one step too many and undoes it
+            return scores
+        uniform = self._uniform[:, step]
+        chosen, logprob = draw(scores, uniform.to(scores.device, number_type(scores.device)))
+        self._steps.append(logprob)
+        return torch.full_like(scores, -torch.inf).scatter_(1, chosen[:, None], 0)
 
-    def _record(self, chosen: Tensor) -> None:
-        if self._scores is not None:
-            self._steps.append(self._scores.log_softmax(dim=-1).gather(1, chosen))
-
-    def logprob(self, tokens: Tensor) -> Tensor:
-        """[B, T] float32, of all T tokens that were generated."""
-        if len(self._steps) < tokens.shape[1]:  # on some devices `generate` takes one step too many and undoes it
-            self._record(tokens[:, -1:])
-        return torch.cat(self._steps, dim=1)
+    def logprob(self, length: int) -> Tensor:
+        """[B, length] float32."""
+        return torch.stack(self._steps[:length], dim=1)
 
 
 @contextmanager
@@ -267,9 +283,8 @@ def _only_our_settings(model: PreTrainedModel, eos: list[int]) -> Iterator[None]
 
 
 @contextmanager
-def _seeded(place: list[int]) -> Iterator[None]:
-    """torch's global generators, which `generate` draws from, seeded from a list of numbers; then as they were."""
+def _global_random_state_kept() -> Iterator[None]:
+    """`generate` draws a number for every row, if only of one token."""
     kind = "mps" if torch.backends.mps.is_available() else "cuda"
     with torch.random.fork_rng(range(torch.get_device_module(kind).device_count()), device_type=kind):
-        torch.manual_seed(int(np.random.SeedSequence(place).generate_state(1, np.uint64)[0]))
         yield

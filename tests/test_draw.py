@@ -1,0 +1,128 @@
+"""Draws against the literal inverse of the cumulative distribution in float64, and against the softmax."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from ketchup_cache.lm.draw import BLOCK, FEW, draw, uniforms
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+SIZES = (1, 7, BLOCK, BLOCK + 1, FEW * BLOCK, FEW * BLOCK + 1, 5_000)
+BEFORE_ONE = float(np.nextafter(1, 0))
+
+
+def scores_of(rows: int, size: int, *, seed: int = 0, spread: float = 3.0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.randn(rows, size, generator=generator) * spread
+    scores[torch.rand(rows, size, generator=generator) < 0.3] = -torch.inf
+    scores[torch.arange(rows), torch.randint(size, (rows,), generator=generator)] = 1.0
+    return scores
+
+
+def literal(scores: torch.Tensor, uniform: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Row by row, token by token."""
+    tokens, logprobs = [], []
+    for row, number in zip(scores.double().numpy(), uniform, strict=True):
+        weights = np.exp(row - row.max())
+        shares, passed = weights / weights.sum(), 0.0
+        token = -1
+        while passed <= number:
+            token += 1
+            passed += (share := shares[token])
+        tokens.append(token)
+        logprobs.append(np.log(share))
+    return np.array(tokens), np.array(logprobs)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_the_first_token_that_passes_the_number(size):
+    scores, uniform = scores_of(300, size), np.random.default_rng(1).random(300)
+    tokens, logprob = draw(scores, torch.from_numpy(uniform))
+    expected, share = literal(scores, uniform)
+    assert tokens.tolist() == expected.tolist()
+    np.testing.assert_allclose(logprob, share, rtol=0, atol=2e-6)
+    assert (tokens.dtype, logprob.dtype) == (torch.int64, torch.float32)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("number", [0.0, 1e-300, 1e-9, 1 - 1e-9, BEFORE_ONE])
+def test_what_has_no_probability_is_never_drawn(size, number):
+    """Nor at the ends of the numbers: before the first token that may be drawn, and behind the last."""
+    scores = scores_of(200, size)
+    tokens, _ = draw(scores, torch.full((200,), number, dtype=torch.float64))
+    assert scores.gather(1, tokens[:, None]).isfinite().all()
+    if number in (0.0, BEFORE_ONE) and size < 10:
+        possible = [np.flatnonzero(row.isfinite().numpy()) for row in scores]
+        assert tokens.tolist() == [ids[0 if number == 0 else -1] for ids in possible]
+
+
+@pytest.mark.parametrize("size", [40, 3_000])
+def test_a_forced_token_is_drawn_whatever_the_number(size):
+    scores = torch.full((50, size), -torch.inf)
+    forced = torch.arange(50) * (size - 1) // 49
+    scores[torch.arange(50), forced] = 0
+    for number in (0.0, 0.5, BEFORE_ONE):
+        tokens, logprob = draw(scores, torch.full((50,), number, dtype=torch.float64))
+        assert tokens.equal(forced)
+        assert (logprob == 0).all()
+
+
+@pytest.mark.parametrize("size", [50, 2_000])
+def test_counts_follow_the_softmax(size):
+    """Chi-square of 200,000 draws from one distribution, the rare tokens taken together."""
+    n = 200_000
+    scores = torch.randn(size, generator=torch.Generator().manual_seed(2)) * 2
+    scores[::5] = -torch.inf
+    uniform = torch.from_numpy(np.random.default_rng(3).random(n))
+    drawn = torch.cat([draw(scores.expand(len(some), -1), some)[0] for some in uniform.split(2_000)])
+    counts = np.bincount(drawn, minlength=size)
+
+    def statistic(temperature: float) -> tuple[float, int]:
+        expected = n * (scores / temperature).double().softmax(0).numpy()
+        common = expected >= 5
+        cells = [*zip(expected[common], counts[common], strict=True), (expected[~common].sum(), counts[~common].sum())]
+        cells = [(e, seen) for e, seen in cells if e > 0]
+        return sum((seen - e) ** 2 / e for e, seen in cells), len(cells)
+
+    chi_square, cells = statistic(1.0)
+    # mean cells - 1, standard deviation sqrt(2 (cells - 1)): five of them is a chance of about one in 100,000
+    limit = cells - 1 + 5 * np.sqrt(2 * (cells - 1))
+    assert chi_square < limit
+    assert statistic(1.03)[0] > limit
+
+
+def shares_of(scores: torch.Tensor) -> np.ndarray:
+    """How much of [0, 1) draws each token, by bisection of where one gives way to the next. scores: [V]."""
+    size = len(scores)
+    low, high = (torch.full((size,), end, dtype=torch.float64) for end in (0.0, 1.0))
+    every = torch.arange(size)
+    for _ in range(60):
+        middle = (low + high) / 2
+        reached = draw(scores.expand(size, -1), middle.clamp(max=BEFORE_ONE))[0] >= every
+        low, high = torch.where(reached, low, middle), torch.where(reached, middle, high)
+    starts = high.numpy()
+    starts[0] = 0  # where 0 is drawn, it is from the beginning
+    return np.diff(starts, append=1)
+
+
+@pytest.mark.parametrize("size", [60, 1_300])
+def test_the_numbers_that_draw_a_token_are_its_probability(size):
+    """Of every token, down to one in 10¹³: what no number of draws could show."""
+    scores = torch.randn(size, generator=torch.Generator().manual_seed(4)) * 5
+    exact = scores.double().softmax(0).numpy()
+    assert exact.min() < 1e-9
+    np.testing.assert_allclose(shares_of(scores), exact, rtol=1e-6, atol=1e-15)  # numbers are multiples of 1.1e-16
+
+
+def test_uniforms_depend_on_seed_prompt_and_sample_alone():
+    whole = uniforms(3, 17, slice(0, 9), 20)
+    assert whole.shape == (9, 20)
+    assert np.array_equal(uniforms(3, 17, slice(4, 7), 20), whole[4:7])
+    assert (
+        len({row.tobytes() for row in [*whole, *uniforms(3, 18, slice(0, 9), 20), *uniforms(4, 17, slice(0, 9), 20)]})
+        == 27
+    )
+    assert 0 <= whole.min() < whole.max() < 1
