@@ -259,6 +259,17 @@ def held(name: str, where: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
+def merged(
+    before: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, Any]], key: Sequence[str] = ("name",)
+) -> list[dict[str, Any]]:
+    """The runs of a results file, with those that were run again replaced; what a new one leaves open stays."""
+    found = {tuple(run[part] for part in key): dict(run) for run in before}
+    for run in new:
+        place = tuple(run[part] for part in key)
+        found[place] = found.get(place, {}) | run
+    return list(found.values())
+
+
 def publish(name: str, where: argparse.Namespace, **results: Any) -> None:
     """Write the results with machine, versions and date. The load says how busy the machine was with other things."""
     path = results_file(name, where)

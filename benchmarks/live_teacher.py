@@ -3,7 +3,8 @@
     python benchmarks/live_teacher.py [--only task,proportion,memory] [--ways live,4,16,64,offline] [--add]
 
 Offline is charged with `rollout` and `score` too; `learning alone` is what a second run on the same cache costs. Times
-are without start-up and reading models (clocked.py); a live teacher stays in memory.
+are without start-up and reading models (clocked.py); a live teacher stays in memory. `--add --dev 0` takes the times
+again and keeps the returns.
 
 1. `task`: the shipped task `translate`, where a return means something but the teacher (1.0M parameters) is only five
    times the student. Return: mean G₁ of greedy outputs on the dev split, under the teacher.
@@ -32,6 +33,7 @@ from common import (
     T5_BASE,
     T5_SMALL,
     held,
+    merged,
     options,
     prompt_lengths,
     publish,
@@ -85,10 +87,10 @@ def on_the_task(folder: Path, steps: int, batch: int, ways: list[str], dev: int)
         "checkpoint_every": 0,
         **DECODING,
     }
-    return [
-        {**found, "dev_return": dev_return(trained, teacher, TASK / "dev.jsonl", dev)}
-        for found, trained in by_each_way(folder, ways, teacher, TASK / "student", data, learning)
-    ]
+    made = by_each_way(folder, ways, teacher, TASK / "student", data, learning)
+    if not dev:
+        return [found for found, _ in made]
+    return [{**found, "dev_return": dev_return(trained, teacher, TASK / "dev.jsonl", dev)} for found, trained in made]
 
 
 def in_proportion(folder: Path, steps: int, batch: int, ways: list[str], short: bool) -> list[dict[str, Any]]:
@@ -183,17 +185,12 @@ def student_alone(folder: Path, steps: int, batch: int) -> None:
     model.save_pretrained(folder / "alone")
 
 
-def merged(before: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    again = {entry["name"] for entry in new}
-    return [entry for entry in before if entry["name"] not in again] + new
-
-
 def report_task(chosen: argparse.Namespace, record: dict[str, Any]) -> None:
     count = chosen.steps * chosen.batch_size
     lines = rows(record["runs"], count)
-    returns = {entry["name"]: entry["dev_return"] for entry in record["runs"]}
+    returns = {entry["name"]: f"{entry['dev_return']:.2f}" for entry in record["runs"] if "dev_return" in entry}
     for line in lines:
-        line.append(f"{returns[line[0].removesuffix(', learning alone')]:.2f}")
+        line.append(returns.get(line[0].removesuffix(", learning alone"), ""))
     print(table((*HEAD, "return on dev"), lines))
     print(f"\n{chosen.steps} steps of {chosen.batch_size} rollouts; student before: {record['return_before']:.2f}")
 
@@ -220,16 +217,16 @@ def main() -> None:
         steps=(64, "optimizer steps of `task`"),
         batch_size=(64, "rollouts per step of `task`"),
         ways=("live,4,16,64,offline", "what to run, with commas; a number: steps between new rollouts"),
-        dev=(500, "dev sentences for the return"),
+        dev=(500, "dev sentences for the return; 0: times alone"),
         add=(False, "add to the results file, or replace in it what is run again"),
         alone=("", "(used by the script itself)"),
     )
     if chosen.alone:
         student_alone(Path(chosen.alone), chosen.steps, chosen.batch_size)
         return
-    ways, few = chosen.ways.split(","), (16, 16)
+    ways, few = chosen.ways.split(","), (16, 8)
     if chosen.short:
-        chosen.steps, chosen.dev, ways, few = 4, 50, ["live", "4", "offline"], (4, 8)
+        chosen.steps, chosen.dev, ways, few = 4, 50, ["live", "4", "offline"], (2, 8)
     record = held("live_teacher", chosen) if chosen.add else {}
     parts = {key: record[key] for key in ("task", "proportion", "memory") if key in record}
     with tempfile.TemporaryDirectory() as temporary:
@@ -238,7 +235,9 @@ def main() -> None:
             new = on_the_task(folder / "task", chosen.steps, chosen.batch_size, ways, chosen.dev)
             before = parts.get("task") or {
                 "runs": [],
-                "return_before": dev_return(TASK / "predistilled", TASK / "teacher", TASK / "dev.jsonl", chosen.dev),
+                "return_before": dev_return(
+                    TASK / "predistilled", TASK / "teacher", TASK / "dev.jsonl", chosen.dev or 500
+                ),
             }
             sizes = {"steps": chosen.steps, "batch_size": chosen.batch_size}
             parts["task"] = before | {"runs": merged(before["runs"], new)} | sizes

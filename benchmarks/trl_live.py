@@ -15,7 +15,7 @@ this project. Without it the rest is run. The models are made first, which takes
 Equal for all: student, teacher, prompts, optimizer steps, rollouts per step, length limit, AdamW and its schedule.
 Times are without start-up and reading models. Return: mean G₁ of greedy outputs on the dev split under the teacher,
 from `evaluate`. Times are of the first seed, returns of all. `--add --seeds 1,2 --ways trl,live` adds runs to the
-results file.
+results file; `--add --dev 0` takes the times again and keeps the returns.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from typing import Any
 
 import numpy as np
 from clocked import HEAD, offline, refreshed, rows
-from common import ROOT, held, options, publish, run, table
+from common import ROOT, held, merged, options, publish, run, table
 from decoder_pair import FOLDER, MAX_NEW_TOKENS, PREDISTILLED_ON, TASK, TEMPLATE, Pair, pair
 
 SAMPLES = 8
@@ -116,7 +116,8 @@ def runs_of(folder: Path, models: Pair, chosen: argparse.Namespace, seed: int, w
             made = [refreshed(folder, every, models.teacher, models.untrained, data, learning)]
         for found, student in made:
             print(f"seed {seed}, {found['name']}: {found['work']['seconds']:.1f} s", file=sys.stderr, flush=True)
-            runs.append({**found, "seed": seed, **quality(student, models.teacher, chosen.dev)})
+            measured = quality(student, models.teacher, chosen.dev) if chosen.dev else {}
+            runs.append({**found, "seed": seed, **measured})
     return runs
 
 
@@ -140,7 +141,11 @@ def report(runs: list[dict[str, Any]], rollouts: int) -> str:
     timed = [entry for entry in runs if entry["seed"] == first]
     lines = rows(timed, rollouts)
     for line in lines:
-        same = [entry for entry in runs if entry["name"] == line[0].removesuffix(", learning alone")]
+        alike = [entry for entry in runs if entry["name"] == line[0].removesuffix(", learning alone")]
+        same = [entry for entry in alike if "return" in entry]
+        if not same:
+            line += ["", ""]
+            continue
         returns = [entry["return"] for entry in same]
         spread = f" ± {np.std(returns, ddof=1):.2f}" if len(returns) > 1 else ""
         line += [f"{np.mean(returns):.2f}{spread}", f"{np.mean([entry['exact'] for entry in same]):.1f}"]
@@ -160,9 +165,8 @@ def compare(chosen: argparse.Namespace, models: Pair) -> None:
     for seed in map(int, chosen.seeds.split(",")):
         with tempfile.TemporaryDirectory() as temporary:
             new = runs_of(Path(temporary), models, chosen, seed, ways)
-        again = {(entry["name"], seed) for entry in new}
-        runs = [entry for entry in runs if (entry["name"], entry["seed"]) not in again] + new
-    before = record.get("before") or quality(models.student, models.teacher, chosen.dev)
+        runs = merged(runs, new, ("name", "seed"))
+    before = record.get("before") or quality(models.student, models.teacher, chosen.dev or 500)
     print(report(runs, chosen.steps * chosen.batch_size))
     print(f"\n{chosen.steps} steps of {chosen.batch_size} rollouts; student before: return {before['return']:.2f}, "
           f"exact {before['exact']:.1f} %", flush=True)  # fmt: skip
@@ -178,7 +182,7 @@ def main() -> None:
         trl_lr=(OPTIMIZER["lr"], "TRL's learning rate"),
         steps=(64, "optimizer steps"),
         batch_size=(64, "rollouts per step"),
-        dev=(500, "dev sentences for the return"),
+        dev=(500, "dev sentences for the return; 0: times alone"),
         seeds=("0", "seeds, with commas"),
         ways=("trl,live,4,16,offline", "what to run, with commas; a number: steps between new rollouts"),
         models=(str(FOLDER), "where the models are, or go"),
