@@ -5,7 +5,8 @@
 Qwen2 architecture, the task's words as tokens. The teacher (3.1M parameters) learns the references by
 `ketchup-cache pretrain`, then goes on with half of them disturbed as `data/translate/make_task.py` does it, so that
 stopping early is not the cheapest way out of an error. The student (0.25M) is pre-distilled on the teacher's greedy
-outputs for the first 1,500 prompts. Everything goes to benchmarks/work, which git ignores.
+outputs for the first 200 prompts: on 1,500 it learnt all that there is (99.6 % exact on dev). Everything goes to
+benchmarks/work, which git ignores.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ SEED = 7
 TEMPLATE = "{prompt} =>"
 TEACHER = {"hidden_size": 256, "intermediate_size": 640, "num_hidden_layers": 4}
 STUDENT = {"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 2}
-PREDISTILLED_ON = 1500
+PREDISTILLED_ON = 200
 MAX_NEW_TOKENS = 36
 
 
@@ -116,7 +117,7 @@ class Pair:
     untrained: Path
 
 
-def pair(folder: Path = FOLDER, epochs: int = 1, student_epochs: int = 60, *, short: bool = False) -> Pair:
+def pair(folder: Path = FOLDER, epochs: int = 1, student_epochs: int = 80, *, short: bool = False) -> Pair:
     """epochs: passes over the references, then over 9,600 disturbed ones. What lies there finished is taken as it is.
 
     short: for seconds only, on less; such a pair has learnt to end a sentence and little else.
@@ -134,7 +135,7 @@ def pair(folder: Path = FOLDER, epochs: int = 1, student_epochs: int = 60, *, sh
         untrained(made.untrained, STUDENT, SEED + 93)
         outputs = ("--cache", folder / "sft")
         tool("rollout", "--student", made.teacher, "--greedy", "--data", TASK / "prompts.jsonl", "--template", TEMPLATE,
-             "--limit", 256 if short else PREDISTILLED_ON, "--max-new-tokens", MAX_NEW_TOKENS, "--rollout-batch", 256,
+             "--limit", PREDISTILLED_ON, "--max-new-tokens", MAX_NEW_TOKENS, "--rollout-batch", 256,
              *outputs)  # fmt: skip
         pretrain(made.untrained, folder / "student", student_epochs, 3e-3, *outputs)
     return made
@@ -142,7 +143,7 @@ def pair(folder: Path = FOLDER, epochs: int = 1, student_epochs: int = 60, *, sh
 
 def main() -> None:
     chosen = options(__doc__, epochs=(1, "passes of the teacher over the references, and over the disturbed ones"),
-                     student_epochs=(60, "passes of the student over the teacher's outputs"),
+                     student_epochs=(80, "passes of the student over the teacher's outputs"),
                      folder=(str(FOLDER), "where the models go"))  # fmt: skip
     made = pair(Path(chosen.folder), chosen.epochs, chosen.student_epochs, short=chosen.short)
     print(f"{made.teacher}\n{made.student}")

@@ -216,6 +216,7 @@ def main() -> None:
         only=("task,proportion,memory", "which parts"),
         steps=(64, "optimizer steps of `task`"),
         batch_size=(64, "rollouts per step of `task`"),
+        large_steps=(16, "optimizer steps of `proportion`, of 8 rollouts each"),
         ways=("live,4,16,64,offline", "what to run, with commas; a number: steps between new rollouts"),
         dev=(500, "dev sentences for the return; 0: times alone"),
         add=(False, "add to the results file, or replace in it what is run again"),
@@ -224,7 +225,7 @@ def main() -> None:
     if chosen.alone:
         student_alone(Path(chosen.alone), chosen.steps, chosen.batch_size)
         return
-    ways, few = chosen.ways.split(","), (16, 8)
+    ways, few = chosen.ways.split(","), (chosen.large_steps, 8)
     if chosen.short:
         chosen.steps, chosen.dev, ways, few = 4, 50, ["live", "4", "offline"], (2, 8)
     record = held("live_teacher", chosen) if chosen.add else {}
