@@ -70,7 +70,7 @@ def quality(model: Path, teacher: Path, limit: int) -> dict[str, float]:
 
 
 def trl(folder: Path, models: Pair, chosen: argparse.Namespace, seed: int, prompts: Path) -> tuple[dict, Path]:
-    out, times = folder / prompts.stem, folder / "times.json"
+    out, times = folder / f"trl, {prompts.stem}", folder / "times.json"
     found: dict[str, Any] = run(
         *(chosen.trl_python, Path(__file__).parent / "trl_runner.py", "--student", models.student),
         *("--teacher", models.teacher, "--prompts", prompts, "--out", out, "--times", times, "--beta", 1.0),
