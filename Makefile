@@ -3,6 +3,8 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 WORKERS ?= 2
 OUT ?= demo-run
+# Python of an environment with TRL, for `make bench`; none: TRL is left out
+TRL ?=
 
 .PHONY: demo test lint format bench soak paper-table schemas clean
 
@@ -32,6 +34,7 @@ bench: .venv/.installed
 	$(BIN)/python benchmarks/growth.py --short
 	$(BIN)/python benchmarks/sweep.py --short
 	$(BIN)/python benchmarks/live_teacher.py --short
+	$(BIN)/python benchmarks/trl_live.py --short --trl-python "$(TRL)"
 	$(BIN)/python benchmarks/micro_batches.py --short
 	$(BIN)/python benchmarks/rollouts.py --short
 	$(BIN)/python benchmarks/keep_top.py --short

@@ -305,9 +305,31 @@ def machine() -> str:
     return f"{len(os.sched_getaffinity(0))} cores, {platform.machine()}, {platform.system()}"
 
 
+def results_file(name: str, where: argparse.Namespace) -> Path | None:
+    return where.out or (None if where.short else RESULTS / f"{name}.json")
+
+
+def held(name: str, where: argparse.Namespace) -> dict[str, Any]:
+    """What the results file holds so far, for a script that measures some of its parts anew. Nothing: {}."""
+    path = results_file(name, where)
+    found: dict[str, Any] = json.loads(path.read_text()) if path and path.exists() else {}
+    return found
+
+
+def merged(
+    before: Sequence[Mapping[str, Any]], new: Sequence[Mapping[str, Any]], key: Sequence[str] = ("name",)
+) -> list[dict[str, Any]]:
+    """The runs of a results file, with those that were run again replaced; what a new one leaves open stays."""
+    found = {tuple(run[part] for part in key): dict(run) for run in before}
+    for run in new:
+        place = tuple(run[part] for part in key)
+        found[place] = found.get(place, {}) | run
+    return list(found.values())
+
+
 def publish(name: str, where: argparse.Namespace, **results: Any) -> None:
     """Write the results with machine, versions and date. The load says how busy the machine was with other things."""
-    path = where.out or (None if where.short else RESULTS / f"{name}.json")
+    path = results_file(name, where)
     if path is None:
         return
     versions = {p: importlib.metadata.version(p) for p in ("torch", "transformers", "numpy", "zarr")}

@@ -1,17 +1,23 @@
 """Offline, refreshed, and live: wall time, memory and return at equal optimizer steps on equal data.
 
-    python benchmarks/live_teacher.py [--steps 64]
+    python benchmarks/live_teacher.py [--only task,proportion,memory] [--ways live,4,16,64,offline] [--add]
 
-1. On the shipped task `translate`: `learn` with new rollouts, scored by the resident teacher, at every step (live: what
-   users of on-policy distillation do today), every 4, 16 and 64 steps, and offline from one scored cache of the same
-   number of rollouts. Each is a command in a process of its own; offline is charged with `rollout` and `score` too.
-   Return: mean G₁ of greedy outputs on the dev split, under the teacher.
-2. Peak memory where models are large enough to show: T5-small-shaped student, T5-base-shaped teacher, random weights.
-   `student-only` takes the same optimizer steps on the same batch without a cache, a teacher or the learn command.
+Offline is charged with `rollout` and `score` too; `learning alone` is what a second run on the same cache costs. Times
+are without start-up and reading models (clocked.py); a live teacher stays in memory. `--add --dev 0` takes the times
+again and keeps the returns.
+
+1. `task`: the shipped task `translate`, where a return means something but the teacher (1.0M parameters) is only five
+   times the student. Return: mean G₁ of greedy outputs on the dev split, under the teacher.
+2. `proportion`: a teacher of T5-base's shape and a student of a twelfth of its cost, as FLAN-T5-XL has with T5-base
+   (13); random weights, prompts log-normal around 180 tokens, 4 completions of 25 tokens each.
+3. `memory`: peak memory where models are large enough to show: T5-small-shaped student, T5-base-shaped teacher, random
+   weights. `student-only` takes the same optimizer steps on the same batch without a cache, a teacher or the learn
+   command.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
 import subprocess
@@ -21,65 +27,113 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import ROOT, T5_BASE, T5_SMALL, options, publish, run, t5, table, tool, word_tokenizer
+from clocked import HEAD, offline, refreshed, rows
+from common import (
+    ROOT,
+    T5_BASE,
+    T5_SMALL,
+    held,
+    merged,
+    options,
+    prompt_lengths,
+    publish,
+    run,
+    t5,
+    table,
+    tool,
+    word_tokenizer,
+)
 
 TASK = ROOT / "data" / "translate"
-DECODING = ("--max-new-tokens", 36, "--rollout-batch", 256)
+DECODING = {"max_new_tokens": 36, "rollout_batch": 256}
 SAMPLES = 8
+STUDENT = {"d_model": 320, "d_kv": 64, "d_ff": 1280, "num_layers": 4, "num_heads": 5}
+"""Of the part `proportion`."""
 
 
 def dev_return(model: Path, teacher: Path, data: Path, limit: int) -> float:
     words = ["evaluate", "--model", model, "--data", data, "--teacher", teacher, "--metrics", "exact", "--limit", limit]
-    command = [sys.executable, "-m", "ketchup_cache", *map(str, [*words, *DECODING, "--json"])]
+    decoding = ["--max-new-tokens", DECODING["max_new_tokens"], "--rollout-batch", DECODING["rollout_batch"]]
+    command = [sys.executable, "-m", "ketchup_cache", *map(str, [*words, *decoding, "--json"])]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
     return float(json.loads(done.stdout)["returns"]["mean"])
 
 
-def learning(student: Path, cache: Path, out: Path, steps: int, batch: int, *more: object) -> dict[str, Any]:
-    return tool(
-        *("learn", "--student", student, "--cache", cache, "--out", out, "--steps", steps, "--batch-size", batch),
-        *("--samples", SAMPLES, "--baseline", "leave-one-out", "--lr", 5e-4, "--warmup", 4, "--schedule", "linear"),
-        *("--checkpoint-every", 0, *DECODING, *more),
-    )
+def by_each_way(
+    folder: Path, ways: list[str], teacher: Path, other: Path, data: dict[str, Any], learning: dict[str, Any]
+) -> list[tuple[dict[str, Any], Path]]:
+    made = []
+    for way in ways:
+        if way == "offline":
+            made.append(offline(folder, teacher, data, learning))
+        else:
+            made.append(refreshed(folder, 1 if way == "live" else int(way), teacher, other, data, learning))
+        print(f"{made[-1][0]['name']}: {made[-1][0]['work']['seconds']:.1f} s", file=sys.stderr, flush=True)
+    return made
 
 
-def on_the_task(folder: Path, steps: int, batch: int, everies: tuple[int, ...], dev: int) -> list[dict[str, Any]]:
-    teacher, student, data = TASK / "teacher", TASK / "predistilled", TASK / "prompts.jsonl"
-    prompts = steps * batch // SAMPLES
-    start = folder / "prompts"
-    # the prompts alone, with the fewest rollouts that the command makes: each run begins with a copy
-    tool("rollout", "--student", TASK / "student", "--data", data, "--skip", 1500, "--limit", prompts,
-         "--first", 1, *DECODING, "--cache", start)  # fmt: skip
-    runs: list[dict[str, Any]] = []
-    for every in everies:
-        cache, out = folder / f"cache-{every}", folder / f"every-{every}"
-        shutil.copytree(start, cache)
-        found = learning(student, cache, out, steps, batch, "--teacher", teacher, "--refresh-every", every)
-        runs.append({"name": "live (every step)" if every == 1 else f"every {every} steps", "learn": found, **found})
-    cache, out = folder / "cache-offline", folder / "offline"
-    made = tool("rollout", "--student", student, "--data", data, "--skip", 1500, "--limit", prompts,
-                "--samples", SAMPLES, *DECODING, "--cache", cache)  # fmt: skip
-    scored = tool("score", "--teacher", teacher, "--cache", cache)
-    found = learning(student, cache, out, steps, batch)
-    parts = (made, scored, found)
-    runs.append(
-        {
-            "name": "offline",
-            "rollout": made,
-            "score": scored,
-            "learn": found,
-            "seconds": sum(p["seconds"] for p in parts),
-            "cpu_seconds": sum(p["cpu_seconds"] for p in parts),
-            "peak_bytes": found["peak_bytes"],
-        }
-    )
-    outs = [*(folder / f"every-{every}" for every in everies), folder / "offline"]
-    for entry, out in zip(runs, outs, strict=True):
-        lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-        entry["step_seconds"] = float(np.median([line["seconds"] for line in lines[1:]]))
-        entry["dev_return"] = dev_return(out / "student", teacher, TASK / "dev.jsonl", dev)
-    runs.append({"name": "student before", "dev_return": dev_return(student, teacher, TASK / "dev.jsonl", dev)})
-    return runs
+def on_the_task(folder: Path, steps: int, batch: int, ways: list[str], dev: int) -> list[dict[str, Any]]:
+    teacher, student = TASK / "teacher", TASK / "predistilled"
+    data = {"data": TASK / "prompts.jsonl", "skip": 1500, "limit": steps * batch // SAMPLES}
+    learning = {
+        "student": student,
+        "steps": steps,
+        "batch_size": batch,
+        "samples": SAMPLES,
+        "baseline": "leave-one-out",
+        "lr": 5e-4,
+        "warmup": 4,
+        "schedule": "linear",
+        "checkpoint_every": 0,
+        **DECODING,
+    }
+    made = by_each_way(folder, ways, teacher, TASK / "student", data, learning)
+    if not dev:
+        return [found for found, _ in made]
+    return [{**found, "dev_return": dev_return(trained, teacher, TASK / "dev.jsonl", dev)} for found, trained in made]
+
+
+def in_proportion(folder: Path, steps: int, batch: int, ways: list[str], short: bool) -> list[dict[str, Any]]:
+    rng = np.random.default_rng(0)
+    small = {"d_model": 128, "d_kv": 32, "d_ff": 256, "num_layers": 2, "num_heads": 4}
+    shapes = {"teacher": T5_BASE, "student": STUDENT, "other": small} if not short else {
+        "teacher": small | {"num_layers": 4}, "student": small, "other": small}  # fmt: skip
+    for seed, (name, shape) in enumerate(shapes.items()):
+        t5(shape, seed=seed).save_pretrained(folder / name)
+        word_tokenizer().save_pretrained(folder / name)
+    prompts = steps * batch // 4
+    with (folder / "data.jsonl").open("w") as file:
+        for length in prompt_lengths(rng, prompts):
+            words = " ".join(f"w{i}" for i in rng.integers(3, 32_000, length - 1))
+            file.write(json.dumps({"prompt": words}) + "\n")
+    learning = {
+        "student": folder / "student",
+        "steps": steps,
+        "batch_size": batch,
+        "samples": 4,
+        "unfinished": "bootstrap",
+        "checkpoint_every": 0,
+        "max_new_tokens": 25,
+        "rollout_batch": 64,
+        "batch_tokens": 4096,
+        "micro_batch_tokens": 4096,
+    }
+    data = {"data": folder / "data.jsonl"}
+    made = by_each_way(folder, ways, folder / "teacher", folder / "other", data, learning)
+    return [found for found, _ in made]
+
+
+def costs(prompt: int = 190, samples: int = 4, completion: int = 25) -> dict[str, float]:
+    """Multiplications of one forward pass over a prompt and its completions, of teacher and student of `proportion`."""
+
+    def forward(shape: dict[str, int]) -> float:
+        d, inner, layers = shape["d_model"], shape["d_kv"] * shape["num_heads"], shape["num_layers"]
+        encoder = layers * (4 * d * inner + 2 * d * shape["d_ff"])
+        decoder = layers * (6 * d * inner + 2 * d * shape["d_ff"]) + 32_100 * d
+        crossing = layers * 2 * d * inner  # keys and values of the prompt
+        return prompt * (encoder + crossing) + samples * completion * decoder
+
+    return {"teacher": forward(T5_BASE), "student": forward(STUDENT)}
 
 
 def memory(folder: Path, steps: int, batch: int) -> dict[str, dict[str, float]]:
@@ -131,61 +185,79 @@ def student_alone(folder: Path, steps: int, batch: int) -> None:
     model.save_pretrained(folder / "alone")
 
 
+def report_task(chosen: argparse.Namespace, record: dict[str, Any]) -> None:
+    count = chosen.steps * chosen.batch_size
+    lines = rows(record["runs"], count)
+    returns = {entry["name"]: f"{entry['dev_return']:.2f}" for entry in record["runs"] if "dev_return" in entry}
+    for line in lines:
+        line.append(returns.get(line[0].removesuffix(", learning alone"), ""))
+    print(table((*HEAD, "return on dev"), lines))
+    print(f"\n{chosen.steps} steps of {chosen.batch_size} rollouts; student before: {record['return_before']:.2f}")
+
+
+def report_memory(large: dict[str, dict[str, float]]) -> None:
+    alone = large["student-only"]["peak_bytes"]
+    lines = [
+        (
+            name,
+            f"{entry['peak_bytes'] / 1e6:.0f}",
+            f"{entry['peak_bytes'] / alone:.2f}",
+            f"{entry['seconds']:.0f}",
+            f"{entry['cpu_seconds']:.0f}",
+        )
+        for name, entry in large.items()
+    ]
+    print(table(("T5-small student, T5-base teacher", "peak MB", "of student-only", "wall s", "CPU s"), lines))
+
+
 def main() -> None:
     chosen = options(
         __doc__,
-        steps=(64, "optimizer steps"),
-        batch_size=(64, "rollouts per step"),
-        dev=(500, "dev sentences for the return"),
+        only=("task,proportion,memory", "which parts"),
+        steps=(64, "optimizer steps of `task`"),
+        batch_size=(64, "rollouts per step of `task`"),
+        large_steps=(16, "optimizer steps of `proportion`, of 8 rollouts each"),
+        ways=("live,4,16,64,offline", "what to run, with commas; a number: steps between new rollouts"),
+        dev=(500, "dev sentences for the return; 0: times alone"),
+        add=(False, "add to the results file, or replace in it what is run again"),
         alone=("", "(used by the script itself)"),
     )
     if chosen.alone:
         student_alone(Path(chosen.alone), chosen.steps, chosen.batch_size)
         return
-    steps = 4 if chosen.short else chosen.steps
-    everies = (1, 4) if chosen.short else (1, 4, 16, 64)
+    ways, few = chosen.ways.split(","), (chosen.large_steps, 8)
+    if chosen.short:
+        chosen.steps, chosen.dev, ways, few = 4, 50, ["live", "4", "offline"], (2, 8)
+    record = held("live_teacher", chosen) if chosen.add else {}
+    parts = {key: record[key] for key in ("task", "proportion", "memory") if key in record}
     with tempfile.TemporaryDirectory() as temporary:
-        runs = on_the_task(Path(temporary), steps, chosen.batch_size, everies, 50 if chosen.short else chosen.dev)
-    live = runs[0]
-    head = ("rollouts", "wall s", "CPU s", "live / this (wall)", "live / this (CPU)", "learn alone", "return on dev")
-    rows = []
-    for entry in runs[:-1]:
-        entry["times_live"] = live["seconds"] / entry["seconds"]
-        entry["times_live_cpu"] = live["cpu_seconds"] / entry["cpu_seconds"]
-        entry["times_live_learn_alone"] = live["cpu_seconds"] / entry["learn"]["cpu_seconds"]
-        rows.append(
-            (
-                entry["name"],
-                f"{entry['seconds']:.0f}",
-                f"{entry['cpu_seconds']:.0f}",
-                f"{entry['times_live']:.1f}",
-                f"{entry['times_live_cpu']:.1f}",
-                f"{entry['times_live_learn_alone']:.1f}",
-                f"{entry['dev_return']:.2f}",
-            )
-        )
-    print(table(head, rows))
-    print(f"\n{steps} steps of {chosen.batch_size} rollouts; student before: {runs[-1]['dev_return']:.2f}", flush=True)
-    with tempfile.TemporaryDirectory() as temporary:
-        large = memory(Path(temporary), 2, 8)
-    alone = large["student-only"]["peak_bytes"]
-    print(
-        "\n"
-        + table(
-            ("T5-small student, T5-base teacher", "peak MB", "of student-only", "wall s", "CPU s"),
-            [
-                (
-                    name,
-                    f"{entry['peak_bytes'] / 1e6:.0f}",
-                    f"{entry['peak_bytes'] / alone:.2f}",
-                    f"{entry['seconds']:.0f}",
-                    f"{entry['cpu_seconds']:.0f}",
-                )
-                for name, entry in large.items()
-            ],
-        )
-    )
-    publish("live_teacher", chosen, steps=steps, batch_size=chosen.batch_size, runs=runs, large_models=large)
+        folder = Path(temporary)
+        if "task" in chosen.only:
+            new = on_the_task(folder / "task", chosen.steps, chosen.batch_size, ways, chosen.dev)
+            before = parts.get("task") or {
+                "runs": [],
+                "return_before": dev_return(
+                    TASK / "predistilled", TASK / "teacher", TASK / "dev.jsonl", chosen.dev or 500
+                ),
+            }
+            sizes = {"steps": chosen.steps, "batch_size": chosen.batch_size}
+            parts["task"] = before | {"runs": merged(before["runs"], new)} | sizes
+            report_task(chosen, parts["task"])
+        if "proportion" in chosen.only:
+            (folder / "proportion").mkdir()
+            new = in_proportion(folder / "proportion", *few, [way for way in ways if way != "64"], chosen.short)
+            cost = costs()
+            runs = merged(parts.get("proportion", {}).get("runs", []), new)
+            parts["proportion"] = {"steps": few[0], "batch_size": few[1], "multiplications": cost, "runs": runs}
+            print("\n" + table(HEAD, rows(runs, few[0] * few[1])))
+            ratio = cost["teacher"] / cost["student"]
+            print(f"\n{few[0]} steps of {few[1]} rollouts; a forward pass of the teacher is {ratio:.1f} of the student")
+        if "memory" in chosen.only:
+            (folder / "memory").mkdir()
+            parts["memory"] = memory(folder / "memory", 2, 8)
+            print()
+            report_memory(parts["memory"])
+    publish("live_teacher", chosen, **parts)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""The GPU script runs on any machine at toy size, and says what it measured; a measured peak is a peak."""
+"""The GPU script runs on any machine at toy size, and says what it measured; a measured peak is a peak, and the parts
+of a measured time belong to it."""
 
 from __future__ import annotations
 
@@ -8,10 +9,14 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "benchmarks"))
-from common import forget_peak, peak, run, sample  # noqa: E402
+import clocked  # noqa: E402
+import decoder_pair  # noqa: E402
+import trl_live  # noqa: E402
+from common import forget_peak, merged, peak, run, sample  # noqa: E402
 
 
 def test_gpu_script_runs_without_a_gpu(tmp_path):
@@ -60,3 +65,77 @@ def test_mix_of_lengths():
     assert 24.5 < completions.mean() < 25.5
     assert 7.5 < completions.std() < 8.5
     assert (np.bincount(batch.rollouts.prompt_index) == 4).all()
+
+
+def test_the_parts_of_a_timed_command_are_its_own(tmp_path):
+    """Reading models counts in no other part; the rest is within the whole, and a live teacher is called."""
+    task = ROOT / "data" / "translate"
+    learning = {"student": task / "predistilled", "steps": 2, "batch_size": 8, "samples": 4, "max_new_tokens": 12,
+                "rollout_batch": 64}  # fmt: skip
+    data = {"data": task / "prompts.jsonl", "limit": 4}
+    live, _ = clocked.refreshed(tmp_path, 1, task / "teacher", task / "student", data, learning)
+    alone, _ = clocked.offline(tmp_path, task / "teacher", data, learning)
+    for run_ in (live, *alone["parts"].values()):
+        assert run_["load"]["cpu_seconds"] > 0
+        assert run_["load"]["seconds"] + run_["work"]["seconds"] < run_["seconds"]
+        assert run_["score"]["seconds"] + run_["train"]["seconds"] < run_["work"]["seconds"] + 1e-3
+    assert live["score"]["seconds"] > 0
+    assert live["train"]["seconds"] > 0
+    assert alone["parts"]["learn"]["score"]["seconds"] == 0
+    steps = [json.loads(line) for line in (tmp_path / "every-1" / "metrics.jsonl").read_text().splitlines()]
+    # the loop's own clock of its steps, in another place
+    assert live["train"]["seconds"] == pytest.approx(sum(step["seconds"] for step in steps), abs=0.05)
+    assert [step["refreshed"] for step in steps] == [True, True]
+    assert alone["work"]["seconds"] == pytest.approx(sum(p["work"]["seconds"] for p in alone["parts"].values()))
+    assert alone["peak_bytes"] == max(part["peak_bytes"] for part in alone["parts"].values())
+    rows = clocked.rows([{"name": "live", **{k: v for k, v in live.items() if k != "name"}}, alone], 16)
+    assert [row[0] for row in rows] == ["live", "offline", "offline, learning alone"]
+    assert all(len(row) == len(clocked.HEAD) for row in rows)
+    faster = live["work"]["seconds"] / alone["parts"]["learn"]["work"]["seconds"]
+    assert float(rows[2][clocked.HEAD.index("× live (wall)")]) == pytest.approx(faster, abs=0.01)
+
+
+def test_without_trl_the_rest_is_said_to_run(tmp_path, capsys):
+    assert not trl_live.has_trl("")
+    assert "--trl-python" in capsys.readouterr().err
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\necho 'No module named trl' >&2\nexit 1\n")
+    python.chmod(0o755)
+    assert not trl_live.has_trl(str(python))
+    assert f"{python} can't import it (No module named trl)" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="--trl-python /no/such/python: No such file"):
+        trl_live.has_trl("/no/such/python")
+
+
+def test_prompts_of_two_seeds_are_different_and_new_to_the_student():
+    one, two = (trl_live.prompts_for(seed, 4096) for seed in (0, 1))
+    assert len(set(one) | set(two)) == 2 * 4096
+    seen = [json.loads(line)["prompt"] for line in (trl_live.TASK / "prompts.jsonl").read_text().splitlines()]
+    seen = seen[: decoder_pair.PREDISTILLED_ON]
+    assert not {f"{prompt} =>" for prompt in seen} & (set(one) | set(two))
+    with pytest.raises(SystemExit, match="lower --steps"):
+        trl_live.prompts_for(9, 4096)
+
+
+def test_what_is_run_again_replaces_and_the_rest_stays():
+    before = [{"name": "live", "seed": 0, "s": 9, "return": -1.0}, {"name": "live", "seed": 1, "s": 8}]
+    new = [{"name": "live", "seed": 0, "s": 7}, {"name": "offline", "seed": 0, "s": 2}]
+    assert merged(before, new, ("name", "seed")) == [
+        {"name": "live", "seed": 0, "s": 7, "return": -1.0},
+        {"name": "live", "seed": 1, "s": 8},
+        {"name": "offline", "seed": 0, "s": 2},
+    ]
+
+
+def test_the_decoder_pair_shares_words_and_the_teacher_is_larger(tmp_path):
+    from ketchup_cache.lm.load import load_model, load_tokenizer
+
+    sizes = []
+    for name, shape in (("teacher", decoder_pair.TEACHER), ("student", decoder_pair.STUDENT)):
+        folder = decoder_pair.untrained(tmp_path / name, shape, 0)
+        sizes.append(sum(p.numel() for p in load_model(str(folder)).parameters()))
+        # the tokenizer as it is read from a Qwen2 folder: one word one token, no EOS after the prompt
+        ids = load_tokenizer(str(folder))("my cat laughed =>")["input_ids"]
+        assert len(set(ids)) == 4
+        assert not {1, 2} & set(ids)
+    assert sizes[0] / sizes[1] > 10
