@@ -48,7 +48,7 @@ def scoring_rate(rollouts: int) -> tuple[float, float]:
     info = TeacherInfo(name="random", fingerprint=fingerprint("t"), dtype="float32")
     teacher = Teacher(t5(T5_SMALL), info, TokenizerInfo(name="t5", fingerprint=fingerprint("w"), vocab_size=VOCAB))
     batch = sample(0, rollouts)
-    wall, cpu, scores = timed(lambda: teacher.score(batch.prompts.tokens, batch.rollouts, batch_tokens=16_384))
+    wall, cpu, scores = timed(lambda: teacher.score(batch.prompts.tokens, batch.rollouts, batch_tokens="auto"))
     return len(scores.q) / wall, len(scores.q) / cpu
 
 

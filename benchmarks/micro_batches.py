@@ -19,13 +19,13 @@ import numpy as np
 import torch
 from common import T5_SMALL, VOCAB, forget_peak, options, peak, publish, sample, t5, table, timed
 
+from ketchup_cache.config import LearnConfig
 from ketchup_cache.lm.batching import token_budget_batches
 from ketchup_cache.lm.forward import Batch, completion_states
 from ketchup_cache.lm.head import Head
 from ketchup_cache.types import ScoredRollouts
 
-BUDGET = 16_384
-"""`--micro-batch-tokens`' default."""
+BUDGET = LearnConfig.model_fields["micro_batch_tokens"].default
 
 
 def bucketed(model: Any, head: Head, batch: ScoredRollouts, weight: np.ndarray, budget: int = BUDGET) -> None:
@@ -33,7 +33,7 @@ def bucketed(model: Any, head: Head, batch: ScoredRollouts, weight: np.ndarray, 
     prompts, rollouts = batch.prompts.tokens, batch.rollouts
     lengths, index = rollouts.completions.lengths, rollouts.prompt_index
     weights = rollouts.completions.with_values(weight)
-    for rows in token_budget_batches(prompts.lengths[index], lengths, budget, prompt_index=index):
+    for rows in token_budget_batches(prompts.lengths[index], lengths, budget, prompt_index=index, once=True):
         part = Batch.of_rows(prompts, index, rollouts.completions, rows)
         states = completion_states(model, part)
         logprob = head.log_prob(states, torch.from_numpy(part.completions.values).long())
@@ -61,19 +61,18 @@ def padded(model: Any, batch: ScoredRollouts, weight: np.ndarray, vocab: int, ro
 
 
 def padding(rollouts: int, samples: int) -> dict[str, float]:
-    """Tokens that encoder and decoder read, padding included, over the real ones (prompts once)."""
+    """Tokens that encoder and decoder read in padded batches of 8, over those that ours read: each once."""
     batch = sample(0, rollouts, samples=samples)
     prompts, lengths = batch.prompts.tokens.lengths, batch.rollouts.completions.lengths
     index = batch.rollouts.prompt_index
     shuffled = np.random.default_rng(1).permutation(rollouts)
     fixed = [shuffled[start : start + 8] for start in range(0, rollouts, 8)]
-    ours = token_budget_batches(prompts[index], lengths, BUDGET, prompt_index=index)
-    found: dict[str, float] = {"rollouts": rollouts, "samples": samples, "micro_batches": len(ours)}
-    for name, batches in (("bucketed", ours), ("padded", fixed)):
-        unique = [index[rows] if name == "padded" else np.unique(index[rows]) for rows in batches]
-        found[f"{name}_encoder"] = sum(len(rows) * prompts[rows].max() for rows in unique) / prompts.sum()
-        found[f"{name}_decoder"] = sum(len(rows) * lengths[rows].max() for rows in batches) / lengths.sum()
-    return found
+    return {
+        "rollouts": rollouts,
+        "samples": samples,
+        "encoder": sum(len(rows) * prompts[index[rows]].max() for rows in fixed) / prompts.sum(),
+        "decoder": sum(len(rows) * lengths[rows].max() for rows in fixed) / lengths.sum(),
+    }
 
 
 def largest_difference() -> float:
@@ -127,26 +126,9 @@ def main() -> None:
     print(f"gradients in float64 differ by at most {difference:.1e} of the largest element", flush=True)
     assert difference < 1e-6
     counted = [padding(256, samples) for samples in (1, 4)]
-    names = ("encoder", "decoder")
-    print(
-        table(
-            (
-                "256 rollouts, samples of a prompt",
-                "micro-batches",
-                *(f"{w}, {n}" for n in names for w in ("ours", "8s")),
-            ),
-            [
-                (
-                    found["samples"],
-                    found["micro_batches"],
-                    *(f"{found[f'{way}_{name}']:.2f}" for name in names for way in ("bucketed", "padded")),
-                )
-                for found in counted
-            ],
-        )
-        + "\n(tokens read over real tokens)\n",
-        flush=True,
-    )
+    head_line = ("256 rollouts, samples of a prompt", "encoder reads", "decoder reads")
+    print(table(head_line, [(f["samples"], f"{f['encoder']:.2f}", f"{f['decoder']:.2f}") for f in counted]))
+    print("(tokens of padded batches of 8, over those that ours read)\n", flush=True)
     model = t5(T5_SMALL)
     head = Head.of(model, VOCAB)
     rollouts = 16 if chosen.short else chosen.rollouts

@@ -175,7 +175,7 @@ def longest_batch(model: Any, way: str) -> None:
         if way == "plain":
             plain_way(model, prompts, rollouts)
         else:
-            teacher.score(prompts, rollouts, batch_tokens=16_384)
+            teacher.score(prompts, rollouts, batch_tokens=4096)
 
     few = Ragged.from_rows([row[:8] for row in prompts], np.int32)
     call(few, made_up_rollouts(np.arange(2), Ragged.from_rows([row[:8] for row in list(completions)[:2]], np.int32)))
@@ -227,7 +227,7 @@ def main() -> None:
     chosen = options(
         __doc__,
         rollouts=(64, "completions of each measurement (a multiple of 4)"),
-        batch_tokens=(16_384, "largest batch of Teacher.score"),
+        batch_tokens=(4096, "largest batch of Teacher.score"),
         model=("small", "small, base (T5) or decoder (Qwen2)"),
         gsm8k=("", "folder with GSM8K's test.jsonl"),
         only=("", "time, memory or overlap"),

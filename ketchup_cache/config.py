@@ -119,7 +119,7 @@ class SamplingOptions(Config):
 class ScoringOptions(Config):
     dtype: Dtype = "float32"
     """Precision of the teacher's body. The head and its reductions always run in float32."""
-    batch_tokens: TokensOrAuto = 16384
+    batch_tokens: TokensOrAuto = "auto"
     """Largest batch of the teacher, in tokens: prompts once each, and completions. auto: what fits into memory."""
     device_map: str | None = None
     """Spread a large teacher over devices: auto, balanced, sequential (through accelerate)."""

@@ -178,9 +178,10 @@ class Scorer:
                             batch_tokens=self._budget.tokens if report.computed + computed else None,
                         )
         finally:
-            del teacher
-            gc.collect()
-            torch.cuda.empty_cache()
+            if teacher.cache_info().currsize and self._resident is None:  # a loaded one has reference cycles
+                del teacher
+                gc.collect()
+                torch.cuda.empty_cache()
         return report
 
     def _score_rows(

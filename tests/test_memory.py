@@ -161,15 +161,15 @@ def test_on_a_cpu_auto_is_the_default_where_memory_is_plenty_and_less_where_it_i
         return watch
 
     monkeypatch.setattr(memory, "free_ram", lambda: 64 * GB)
-    assert batch().fitting(2000) == 16_384
+    assert batch().fitting(2000) == 4096
     monkeypatch.setattr(memory, "free_ram", lambda: GB // 2)
     assert batch().fitting(2000) == pytest.approx(0.5 * GB / 2 / 64_000, rel=0.1)
 
 
 def test_what_nobody_can_measure_has_a_limit_too(monkeypatch):
-    assert Watch([torch.device("mps")]).fitting(2000) == 16_384
+    assert Watch([torch.device("mps")]).fitting(2000) == 4096
     monkeypatch.setattr(memory, "free_ram", lambda: None)
-    assert Watch([torch.device("cpu")]).fitting(2000) == 16_384
+    assert Watch([torch.device("cpu")]).fitting(2000) == 4096
 
 
 def test_auto_is_found_in_the_second_full_batch_and_kept(monkeypatch):

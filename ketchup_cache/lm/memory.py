@@ -17,7 +17,8 @@ PROBE = 2048
 """Tokens of the batches that `auto` looks at: they keep a machine busy already (`lm/batching.py`)."""
 MOST = {"cuda": 65_536}
 """Largest budget that `auto` takes, by kind of device; more than this gains nothing."""
-MOST_ELSEWHERE = 16_384
+MOST_ELSEWHERE = 4096
+"""On a CPU blocks of a few megabytes come from the allocator again and again, larger ones from the system each time."""
 SHARE = {"cuda": 0.8}
 """Of the free memory. Others live in a CPU's, and going over ends the process there, not the batch."""
 SHARE_ELSEWHERE = 0.5
@@ -62,8 +63,10 @@ class TokenBudget:
         if not self._warm or size < PROBE // 2:
             self._warm = True
             return False
-        self._tokens, self.open = max(PROBE, watch.fitting(size)), False
-        self._say(f"batches of up to {self._tokens:,} tokens fit into memory (--batch-tokens auto)")
+        fitting = watch.fitting(size)
+        self._tokens, self.open = max(PROBE, fitting), False
+        if fitting < watch.most:
+            self._say(f"batches of up to {self._tokens:,} tokens fit into memory (--batch-tokens auto)")
         return True
 
     def halve(self, size: int) -> None:
@@ -80,19 +83,22 @@ class Watch:
         for device in self._before:
             _forget_peak(device)
 
+    @property
+    def most(self) -> int:
+        """Tokens beyond which a larger batch is of no use on these devices."""
+        return min(MOST.get(device.type, MOST_ELSEWHERE) for device in self._before)
+
     def fitting(self, size: int) -> int:
         """How many tokens like those of this batch fit into what is free now, at most what is of use.
 
         The rows of the batch should be the longest ones: attention takes more for a token of a long row.
         """
-        found = []
+        found = [self.most]
         for device, before in self._before.items():
-            fitting = MOST.get(device.type, MOST_ELSEWHERE)
             peak, free = _peak(device), _free(device)
             if before is not None and peak is not None and free is not None:
                 each = max(peak - before, 1) / size
-                fitting = min(fitting, int(SHARE.get(device.type, SHARE_ELSEWHERE) * free / each))
-            found.append(fitting)
+                found.append(int(SHARE.get(device.type, SHARE_ELSEWHERE) * free / each))
         return min(found)
 
 
