@@ -69,6 +69,15 @@ def test_states_are_those_of_each_row_alone(kind, at_once, monkeypatch):
             torch.testing.assert_close(completion_states(model, batch), alone(model, batch), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", FAMILY)
+def test_aligned_widths_as_on_a_gpu_change_nothing(kind, monkeypatch):
+    """Groups whose widths are rounded up, so that even their longest rows have padding behind them."""
+    monkeypatch.setattr(ragged, "_aligned", lambda width, device: -(-width // 8) * 8)
+    model, batch = of_family(kind), make_batch()
+    with torch.no_grad():
+        torch.testing.assert_close(completion_states(model, batch), alone(model, batch), rtol=1e-4, atol=1e-5)
+
+
 def test_long_rows_reach_every_bucket_of_the_position_bias():
     """Distances beyond the largest bucket, in both directions, and a batch whose longest row is not alone."""
     model = make_t5("1.0")

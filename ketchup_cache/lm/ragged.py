@@ -164,7 +164,7 @@ class Rows:
         back = np.empty(starts[-1], np.int64)
         groups, results = [], 0
         for rows in groups_of(queries, keys, most):
-            q, k = int(queries[rows].max()), int(keys[rows].max())
+            q, k = _aligned(int(queries[rows].max()), device), _aligned(int(keys[rows].max()), device)
             at, real = _places(starts[rows], queries[rows], q)
             back[at[real]] = results + np.flatnonzero(real)
             results += at.size
@@ -174,6 +174,11 @@ class Rows:
                 Group((len(rows), q, k), _ids(at.reshape(-1), device), _ids(key_at.reshape(-1), device), seen)
             )
         return cls(groups, _ids(back, device))
+
+
+def _aligned(width: int, device: torch.device) -> int:
+    """On a GPU the fused kernels take masks whose rows begin at multiples of 16 bytes; others are copied, or slow."""
+    return -(-width // 8) * 8 if device.type == "cuda" else width
 
 
 def groups_of(queries: NDArray[np.int64], keys: NDArray[np.int64], most: int) -> Iterator[NDArray[np.int64]]:
@@ -211,14 +216,14 @@ class _Bias:
     def of(self, attention: Any, states: Tensor) -> None:
         if not attention.has_relative_attention_bias:
             return
-        n = self._longest
+        n = _aligned(self._longest, states.device)
         # a token n − 1 tokens from either end sees every distance once; the square is laid out from that row
         every = attention.compute_bias(1, 2 * n - 1, device=states.device, past_seen_tokens=n - 1) if n else None
         if every is None:
             return
         full = every[:, :, 0].to(states.dtype).unfold(-1, n, 1).flip(-2)
         if self._causal:
-            future = torch.ones(self._longest, self._longest, dtype=torch.bool, device=states.device).triu(1)
+            future = torch.ones(n, n, dtype=torch.bool, device=states.device).triu(1)
             full = full.masked_fill(future, -torch.inf)
         self._full = full
         self._masked.clear()
