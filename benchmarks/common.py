@@ -43,6 +43,7 @@ RESULTS = Path(__file__).parent / "results"
 VOCAB = 32_100
 """T5's tokenizer; its head has 28 rows more."""
 T5_SMALL = {"d_model": 512, "d_kv": 64, "d_ff": 2048, "num_layers": 6, "num_heads": 8}
+FLAN_T5_XL = {"d_model": 2048, "d_kv": 64, "d_ff": 5120, "num_layers": 24, "num_heads": 32}
 QWEN2_SMALL = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 12, "num_attention_heads": 8,
                "num_key_value_heads": 8, "max_position_embeddings": 2048}  # fmt: skip
 """A decoder-only model with about as many weights in its body as T5-small."""

@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 from common import (
+    FLAN_T5_XL,
     T5_BASE,
     T5_SMALL,
     VOCAB,
@@ -50,7 +51,6 @@ from ketchup_cache.teacher import Teacher
 from ketchup_cache.training.optim import Optimizer
 from ketchup_cache.types import Ragged, ScoredRollouts
 
-FLAN_T5_XL = {"d_model": 2048, "d_kv": 64, "d_ff": 5120, "num_layers": 24, "num_heads": 32}
 TINY = {"d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4}
 LIMIT = 64
 """Longest completion."""

@@ -1,18 +1,25 @@
 """How time, memory and disk grow with the number of completion tokens, and what the paper's data sets would cost.
 
     python benchmarks/growth.py [--largest 10000000]
+    python benchmarks/growth.py --full-size        # the second half alone, from results/gpu.json
 
 Measured at 10³, 10⁴, … tokens in the realistic mix of lengths: commit of prompts, rollouts and scores; one epoch
 through the loader; bytes on the disk. Scoring (T5-small-shaped, random weights) is measured on `--score-rollouts`
 rollouts and extrapolated to each size, since it is linear in rollouts of the same mix.
+
+Worked out: the GPU-hours that a FLAN-T5-XL-shaped teacher takes for one completion of each prompt of XSum and Europarl,
+at the rate of operations that benchmarks/gpu.py measured, and the bytes.
 """
 
 from __future__ import annotations
 
+import json
 import tempfile
 from pathlib import Path
 
 from common import (
+    FLAN_T5_XL,
+    RESULTS,
     T5_SMALL,
     VOCAB,
     fingerprint,
@@ -52,13 +59,41 @@ def scoring_rate(rollouts: int) -> tuple[float, float]:
     return len(scores.q) / wall, len(scores.q) / cpu
 
 
+FULL_SIZE = {"XSum": (202_926, 480, 28), "Europarl EN-NL": (1_167_808, 40, 40)}
+"""Rows of the training split (the paper), and assumed tokens of a prompt and of a completion."""
+SCORES_BYTES, PROMPT_BYTES = 14.5, 2.0
+"""Of a completion token (benchmarks/store.py) and of a prompt token, before compression."""
+
+
+def full_size() -> None:
+    measured = json.loads((RESULTS / "gpu.json").read_text())
+    rate = next(entry["flops"] for entry in measured["scoring"] if entry["samples"] == 1)
+    width, inner, layers = FLAN_T5_XL["d_model"], FLAN_T5_XL["d_ff"], FLAN_T5_XL["num_layers"]
+    square, feed_forward = width * width, 3 * width * inner
+    of_prompt = layers * (4 * square + feed_forward + 2 * square)  # encoder; keys and values of cross-attention
+    of_completion = layers * (6 * square + feed_forward) + VOCAB * width
+    rows = []
+    for name, (prompts, prompt_tokens, tokens) in FULL_SIZE.items():
+        read, written = prompts * prompt_tokens, prompts * tokens
+        hours = 2 * (read * of_prompt + written * of_completion) / rate / 3600
+        size = SCORES_BYTES * written + PROMPT_BYTES * read
+        rows.append((name, f"{prompts:,}", f"{prompt_tokens}, {tokens}", f"{hours:.2f}", f"{size / 1e9:.2f} GB"))
+    print(f"{measured['device']}, {rate / 1e12:.0f} TFLOP/s; weights of a prompt token {of_prompt / 1e9:.2f}e9, "
+          f"of a completion token {of_completion / 1e9:.2f}e9\n")  # fmt: skip
+    print(table(("", "rows", "tokens of prompt, completion (assumed)", "GPU-hours to score", "disk"), rows))
+
+
 def main() -> None:
     chosen = options(
         __doc__,
         largest=(10_000_000, "completion tokens of the largest cache"),
         score_rollouts=(64, "rollouts to measure scoring on, 4 of each prompt"),
+        full_size=(False, "what is worked out, and nothing else"),
         folder=(tempfile.gettempdir(), "where the caches are made and deleted"),
     )
+    if chosen.full_size:
+        full_size()
+        return
     largest = 100_000 if chosen.short else chosen.largest
     sizes, rows = [], []
     tokens = 1_000

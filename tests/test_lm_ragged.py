@@ -78,6 +78,26 @@ def test_aligned_widths_as_on_a_gpu_change_nothing(kind, monkeypatch):
         torch.testing.assert_close(completion_states(model, batch), alone(model, batch), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("causal", [False, True])
+def test_the_bias_is_the_models_and_lies_as_fused_kernels_want_it(causal):
+    """Compared with T5's own square of distances. On a GPU, other strides cost attention its fused kernels."""
+    attention = make_t5("1.0").get_decoder().block[0].layer[0].SelfAttention
+    attention.is_decoder = causal
+    queries, keys = np.array([3, 7, 6]), np.array([3, 7, 6])
+    group = ragged.Rows.of(queries, keys, 10**6, torch.device("cpu")).groups[0]
+    bias = ragged._Bias(7, causal=causal)
+    bias.of(attention, torch.zeros(1))
+    corner = bias.corner(0, group)
+    own = attention.compute_bias(7, 7)[0]
+    assert corner.is_contiguous()
+    for row, n in enumerate((3, 6, 7)):  # in the order of their lengths
+        mine = corner[row if len(corner) > 1 else 0]
+        allowed = torch.ones(7, 7).tril().bool() if causal else torch.ones(7, 7).bool()
+        seen = allowed & (torch.arange(7) < (7 if causal else n))
+        torch.testing.assert_close(mine[:, seen], own[:, seen].detach(), check_stride=False)
+        assert torch.isneginf(mine[:, ~seen]).all()
+
+
 def test_long_rows_reach_every_bucket_of_the_position_bias():
     """Distances beyond the largest bucket, in both directions, and a batch whose longest row is not alone."""
     model = make_t5("1.0")

@@ -221,7 +221,8 @@ class _Bias:
         every = attention.compute_bias(1, 2 * n - 1, device=states.device, past_seen_tokens=n - 1) if n else None
         if every is None:
             return
-        full = every[:, :, 0].to(states.dtype).unfold(-1, n, 1).flip(-2)
+        # a mask of other strides than its shape has would be refused by a GPU's fused kernels
+        full = every[:, :, 0].to(states.dtype).unfold(-1, n, 1).flip(-2).contiguous()
         if self._causal:
             future = torch.ones(n, n, dtype=torch.bool, device=states.device).triu(1)
             full = full.masked_fill(future, -torch.inf)
