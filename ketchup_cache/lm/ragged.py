@@ -41,8 +41,8 @@ SCORES_AT_ONCE = {"cuda": 2**28}
 """Attention scores (heads × queries × keys) of a group of rows, by kind of device."""
 SCORES_AT_ONCE_ELSEWHERE = 2**20
 """4 MB: on a CPU the scores of a few long rows stay in its cache, and short rows still come by the dozen."""
-HIDDEN_AT_ONCE = 2**21
-"""Numbers that a feed-forward layer holds on a CPU: 8 MB, which the allocator hands out again and again. Larger
+HIDDEN_AT_ONCE = 2**20
+"""Numbers that a feed-forward layer holds on a CPU: 4 MB, which the allocator hands out again and again. Larger
 blocks come fresh from the operating system each time, and their first touch takes longer than the activation."""
 
 
@@ -221,8 +221,9 @@ class _Bias:
         every = attention.compute_bias(1, 2 * n - 1, device=states.device, past_seen_tokens=n - 1) if n else None
         if every is None:
             return
-        # a mask of other strides than its shape has would be refused by a GPU's fused kernels
-        full = every[:, :, 0].to(states.dtype).unfold(-1, n, 1).flip(-2).contiguous()
+        distance = torch.arange(n, device=states.device)
+        # gathered, so that it is contiguous: a GPU's fused kernels refuse masks of other strides
+        full = every[:, :, 0].to(states.dtype)[..., distance - distance[:, None] + n - 1]
         if self._causal:
             future = torch.ones(n, n, dtype=torch.bool, device=states.device).triu(1)
             full = full.masked_fill(future, -torch.inf)
