@@ -26,10 +26,13 @@ def test_gpu_script_runs_without_a_gpu(tmp_path):
     assert done.returncode == 0, done.stderr
     found = json.loads(out.read_text())
     assert found["tiny"] is True
-    assert 0 < found["scoring"]["share_of_matrix_rate"] < 1
+    assert [entry["samples"] for entry in found["scoring"]] == [4, 1]
+    assert all(0 < entry["share_of_matrix_rate"] < 1 for entry in found["scoring"])
+    assert found["exactness"]["largest_difference"] < 1e-4
     # at least the embedding of the toy shape, float32
-    assert found["scoring"]["weights_bytes"] > 4 * 64 * 32_100
-    assert set(found["learning"]) == {"with teacher", "without teacher"}
+    assert found["weights_bytes"] > 4 * 64 * 32_100
+    both, alone = found["learning"]["with teacher"], found["learning"]["without teacher"]
+    assert both["every 2"]["step"] > both["learn"] > 0 < alone["learn"]
     assert str(found["matrix_flops"] / 1e12)[:3] in done.stdout
 
 

@@ -298,16 +298,19 @@ def test_score_keeps_the_budget_from_segment_to_segment_and_reports_it(tmp_path,
     assert again.batch_tokens is None
 
 
-def test_auto_in_score(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("limited", [True, False])
+def test_auto_in_score(tmp_path, monkeypatch, capsys, limited):
+    """The size is said where memory is what limits it."""
     from test_score import add_rollouts, assert_scored, open_cache, options, save_model, score
 
     monkeypatch.setattr(memory, "PROBE", 40)
+    monkeypatch.setattr(Watch, "fitting", lambda self, size: 123 if limited else self.most)
     folder = save_model(tmp_path / "teacher", "1.1")
     cache = open_cache(tmp_path / "cache", create=True)
     ids = [add_rollouts(cache, *random_rollouts(1, 30, prompts=9))]
     config = options(cache, folder).model_copy(update={"batch_tokens": "auto"})
     report = score(config)
     assert_scored(cache, folder, ids)
-    assert 40 <= report.batch_tokens <= memory.MOST_ELSEWHERE
-    said = f"score: batches of up to {report.batch_tokens:,} tokens fit into memory (--batch-tokens auto)"
-    assert capsys.readouterr().err.splitlines().count(said) == 1
+    assert report.batch_tokens == (123 if limited else memory.MOST_ELSEWHERE)
+    said = "score: batches of up to 123 tokens fit into memory (--batch-tokens auto)"
+    assert capsys.readouterr().err.splitlines().count(said) == limited
