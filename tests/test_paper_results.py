@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from benchmarks.paper import tables
-from benchmarks.paper.__main__ import PARTS, missing
+from benchmarks.paper.__main__ import PARTS, chosen, missing
 from benchmarks.paper.runs import Run, words_of
 from benchmarks.paper.settings import ABLATIONS, TABLE, TASKS, Row, ablation_runs, table_runs
 from benchmarks.paper.statistics import Comparison, Mean, holm
@@ -112,6 +112,30 @@ def test_what_has_a_record_is_not_run_again():
     # the same options on the dev split are another run
     row = TABLE[-1]
     assert Run("reason", row).key != Run("reason", row, split="dev").key
+
+
+def test_a_part_of_the_runs():
+    everything = missing(["table"], ["reason"], [])
+    assert chosen(everything, [], None) == everything
+    assert {run.seed for run in chosen(everything, [], 2)} == {0, 1}
+    some = ["KETCHUP, K = 8", "LLMR (K = 1)"]
+    assert [(run.name, run.seed) for run in chosen(everything, some, 2)] == [(n, s) for s in range(2) for n in some]
+
+
+def test_k_with_a_baseline_is_compared_with_llmr_with_the_same():
+    task = "reason"
+    rows = {row.name: row for row in TABLE}
+    combined = [row for row in TABLE if row.against]
+    for row in combined:
+        other = rows[row.against]
+        assert other.options["baseline"] == row.options["baseline"]
+        assert other.options["method"] == "llmr"
+    name, other = combined[0].name, combined[0].against
+    records = [record(task, name, s, -5.0 - s, 40.0) for s in range(2)]
+    records += [record(task, other, s, -8.0, 30.0) for s in range(3)]
+    text = tables.paper_table(records)
+    line = next(line for line in text.splitlines() if line.startswith(f"| {name} | +2.50 ± 0.50 |"))
+    assert line.endswith("| 2 |"), text
 
 
 def test_an_ablation_is_shown_once_it_has_rows_of_its_own():

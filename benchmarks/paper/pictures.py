@@ -28,7 +28,8 @@ def figure_1(records: Iterable[Record], path: Path) -> None:
         means = [Mean.of(list(by_seed(records, task.name, name, RETURN).values())) for name in names]
         places = np.arange(len(names))[::-1]
         colours = [
-            COLOURS[2] if n.startswith("KETCHUP") else COLOURS[1] if n.startswith("LLMR") else "0.6" for n in names
+            COLOURS[2] if n.startswith(("KETCHUP", "K =")) else COLOURS[1] if n.startswith("LLMR") else "0.6"
+            for n in names
         ]
         axes.errorbar(
             [m.mean for m in means], places, xerr=[m.se or 0 for m in means], fmt="none", ecolor="0.3", capsize=3
