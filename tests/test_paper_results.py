@@ -138,6 +138,22 @@ def test_k_with_a_baseline_is_compared_with_llmr_with_the_same():
     assert line.endswith("| 2 |"), text
 
 
+def test_panels_of_figure_1_share_their_labels():
+    """A task without one of the rows must not move the others up."""
+    pytest.importorskip("matplotlib")
+    from benchmarks.paper.pictures import returns_by_method
+
+    rows = [TABLE[i].name for i in (0, 4, 7)]
+    records = [record("translate", name, 0, -10.0 - i, 1.0) for i, name in enumerate(rows)]
+    records += [record("reason", name, 0, -20.0 - i, 1.0) for i, name in enumerate(rows) if i != 1]
+    first, second = returns_by_method(records).axes
+    at = {label.get_text(): place for label, place in zip(first.get_yticklabels(), first.get_yticks(), strict=True)}
+    for axes, value in ((first, -10.0), (second, -20.0)):
+        drawn = {tuple(point) for point in axes.collections[-1].get_offsets().tolist()}
+        assert drawn <= {(value - i, float(at[name])) for i, name in enumerate(rows)}
+    assert len(drawn) == 2
+
+
 def test_an_ablation_is_shown_once_it_has_rows_of_its_own():
     task = ABLATIONS[0].task
     shared = [record(task, row.name, 0, -1.0, 1.0) for row in TABLE]
