@@ -32,7 +32,7 @@ HERE = Path(__file__).resolve().parent
 SIZES = {"train": 4000, "prompts": 6000, "dev": 400, "test": 400}
 ROLLOUT = "--greedy --limit 2000 --max-new-tokens 24 --rollout-batch 256"
 PRETRAIN = "--epochs 15 --batch-size 64 --lr 4e-3 --warmup 30 --schedule linear --weight-decay 0"
-"""Of `ketchup-cache`: few epochs on purpose. After 60, samples are all but greedy and leave nothing to reinforce."""
+"""Of `ketchup-cache`; few epochs on purpose: after 60, reinforcement hardly moves the student (docs/log.md)."""
 
 NAMES = {"she": "anna clara emma greta ida lena".split(), "he": "bruno david felix hugo karl otto".split()}
 OBJECT = {"she": "her", "he": "him"}
