@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from benchmarks.paper import tables
-from benchmarks.paper.__main__ import PARTS, missing
+from benchmarks.paper.__main__ import PARTS, chosen, missing
 from benchmarks.paper.runs import Run, words_of
 from benchmarks.paper.settings import ABLATIONS, TABLE, TASKS, Row, ablation_runs, table_runs
 from benchmarks.paper.statistics import Comparison, Mean, holm
@@ -112,6 +112,46 @@ def test_what_has_a_record_is_not_run_again():
     # the same options on the dev split are another run
     row = TABLE[-1]
     assert Run("reason", row).key != Run("reason", row, split="dev").key
+
+
+def test_a_part_of_the_runs():
+    everything = missing(["table"], ["reason"], [])
+    assert chosen(everything, [], None) == everything
+    assert {run.seed for run in chosen(everything, [], 2)} == {0, 1}
+    some = ["KETCHUP, K = 8", "LLMR (K = 1)"]
+    assert [(run.name, run.seed) for run in chosen(everything, some, 2)] == [(n, s) for s in range(2) for n in some]
+
+
+def test_k_with_a_baseline_is_compared_with_llmr_with_the_same():
+    task = "reason"
+    rows = {row.name: row for row in TABLE}
+    combined = [row for row in TABLE if row.against]
+    for row in combined:
+        other = rows[row.against]
+        assert other.options["baseline"] == row.options["baseline"]
+        assert other.options["method"] == "llmr"
+    name, other = combined[0].name, combined[0].against
+    records = [record(task, name, s, -5.0 - s, 40.0) for s in range(2)]
+    records += [record(task, other, s, -8.0, 30.0) for s in range(3)]
+    text = tables.paper_table(records)
+    line = next(line for line in text.splitlines() if line.startswith(f"| {name} | +2.50 ± 0.50 |"))
+    assert line.endswith("| 2 |"), text
+
+
+def test_panels_of_figure_1_share_their_labels():
+    """A task without one of the rows must not move the others up."""
+    pytest.importorskip("matplotlib")
+    from benchmarks.paper.pictures import returns_by_method
+
+    rows = [TABLE[i].name for i in (0, 4, 7)]
+    records = [record("translate", name, 0, -10.0 - i, 1.0) for i, name in enumerate(rows)]
+    records += [record("reason", name, 0, -20.0 - i, 1.0) for i, name in enumerate(rows) if i != 1]
+    first, second = returns_by_method(records).axes
+    at = {label.get_text(): place for label, place in zip(first.get_yticklabels(), first.get_yticks(), strict=True)}
+    for axes, value in ((first, -10.0), (second, -20.0)):
+        drawn = {tuple(point) for point in axes.collections[-1].get_offsets().tolist()}
+        assert drawn <= {(value - i, float(at[name])) for i, name in enumerate(rows)}
+    assert len(drawn) == 2
 
 
 def test_an_ablation_is_shown_once_it_has_rows_of_its_own():

@@ -135,8 +135,28 @@ def test_teacher_is_good_and_the_student_has_something_to_learn():
     }  # fmt: skip
     teacher, student = scores["teacher"], scores["predistilled"]
     assert teacher.metrics["exact"] >= 37
-    assert teacher.metrics["rougeL"] - 9 <= student.metrics["rougeL"] <= teacher.metrics["rougeL"] - 3
+    assert teacher.metrics["rougeL"] - 22 <= student.metrics["rougeL"] <= teacher.metrics["rougeL"] - 14
     assert student.finished > 0.99
+
+
+def test_one_recipe_of_the_student():
+    """The script, the folder's page and the paper's runs, which make students of other lengths by it, say the same."""
+    from benchmarks.paper.runs import words_of
+    from benchmarks.paper.settings import TASKS
+    from ketchup_cache.data.summarise import make_task
+
+    words = make_task.PRETRAIN.split()
+    said = dict(zip(words[::2], words[1::2], strict=True))
+    run = list(words_of(TASKS["summarise"].pretrain))
+    assert {name: said[name] for name in run[::2] if name != "--lr"} == {
+        name: value for name, value in zip(run[::2], run[1::2], strict=True) if name != "--lr"
+    }
+    assert float(said["--lr"]) == TASKS["summarise"].pretrain["lr"]
+    assert set(said) == set(run[::2])
+    page = " ".join((TASK / "README.md").read_text().replace("\\\n", " ").split())
+    assert make_task.PRETRAIN in page
+    for option in make_task.ROLLOUT.split("--")[1:]:
+        assert f"--{option.strip()}" in page
 
 
 def test_teacher_says_what_happened():

@@ -2,6 +2,7 @@
 
     python -m benchmarks.paper run            # everything that is not done yet: table, ablations, figures
     python -m benchmarks.paper run --only table --task translate
+    python -m benchmarks.paper run --only table --row "K = 4 + mean" --seeds 2    # a part, in the order of the rows
     python -m benchmarks.paper draw           # tables and pictures again, from the JSON
     python -m benchmarks.paper try --task reason --set k=16 --set tail=jump    # settings, on the dev split
 
@@ -89,8 +90,13 @@ def _is_json(text: str) -> bool:
     return True
 
 
-def run(parts: list[str], tasks: list[str], work: Path, workers: int, again: bool) -> None:
-    wanted = missing(parts, tasks, [] if again else load()["records"])
+def chosen(wanted: Iterable[Run], rows: Sequence[str], seeds: int | None) -> list[Run]:
+    """Those of some rows (none named: all), in their order, and of the first seeds."""
+    left = [r for r in wanted if (not rows or r.name in rows) and (seeds is None or r.seed < seeds)]
+    return sorted(left, key=lambda r: (r.seed, rows.index(r.name))) if rows else left
+
+
+def run(wanted: Sequence[Run], parts: Sequence[str], tasks: Sequence[str], work: Path, workers: int) -> None:
     began, records = time.monotonic(), []
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context) as pool:
@@ -174,6 +180,8 @@ def main() -> None:
     parser.add_argument("action", choices=("run", "draw", "try"))
     parser.add_argument("--only", choices=PARTS, action="append", help="a part of it; may be given several times")
     parser.add_argument("--task", choices=tuple(TASKS), action="append")
+    parser.add_argument("--row", action="append", default=[], help="a row of the tables; may be given several times")
+    parser.add_argument("--seeds", type=int, help="only the first so many")
     parser.add_argument("--work", type=Path, default=Path("benchmarks/work"), help="where unfinished work lies")
     parser.add_argument("--workers", type=int, default=2, help="runs at once, a thread each")
     parser.add_argument("--again", action="store_true", help="also what the results hold already")
@@ -185,13 +193,9 @@ def main() -> None:
             attempt(task, arguments.set, arguments.seed, arguments.work)
         return
     if arguments.action == "run":
-        run(
-            arguments.only or list(PARTS),
-            arguments.task or list(TASKS),
-            arguments.work,
-            arguments.workers,
-            arguments.again,
-        )
+        parts, tasks = arguments.only or list(PARTS), arguments.task or list(TASKS)
+        wanted = missing(parts, tasks, [] if arguments.again else load()["records"])
+        run(chosen(wanted, arguments.row, arguments.seeds), parts, tasks, arguments.work, arguments.workers)
     draw()
 
 

@@ -20,15 +20,22 @@ WINDOW = 5
 
 def figure_1(records: Iterable[Record], path: Path) -> None:
     """Mean return of greedy outputs on the test split, by method: a panel for each task."""
+    returns_by_method(records).savefig(path, format="png")
+
+
+def returns_by_method(records: Iterable[Record]) -> Figure:
     records = list(records)
     tasks = [t for t in TASKS.values() if any(by_seed(records, t.name, row.name, RETURN) for row in TABLE)]
-    figure = _figure(1.5 + 3.6 * len(tasks), 4.2)
+    figure = _figure(1.5 + 3.6 * len(tasks), 4.6)
+    # the panels share their labels: a row that one task lacks has an empty place there
+    shown = [row.name for row in TABLE if any(by_seed(records, task.name, row.name, RETURN) for task in tasks)]
     for axes, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
-        names = [row.name for row in TABLE if by_seed(records, task.name, row.name, RETURN)]
+        names = [name for name in shown if by_seed(records, task.name, name, RETURN)]
         means = [Mean.of(list(by_seed(records, task.name, name, RETURN).values())) for name in names]
-        places = np.arange(len(names))[::-1]
+        places = np.array([len(shown) - 1 - shown.index(name) for name in names])
         colours = [
-            COLOURS[2] if n.startswith("KETCHUP") else COLOURS[1] if n.startswith("LLMR") else "0.6" for n in names
+            COLOURS[2] if n.startswith(("KETCHUP", "K =")) else COLOURS[1] if n.startswith("LLMR") else "0.6"
+            for n in names
         ]
         axes.errorbar(
             [m.mean for m in means], places, xerr=[m.se or 0 for m in means], fmt="none", ecolor="0.3", capsize=3
@@ -39,12 +46,12 @@ def figure_1(records: Iterable[Record], path: Path) -> None:
             axes.annotate(
                 "before", (before[0], 1), (3, -9), ("data", "axes fraction"), "offset points", fontsize="small"
             )
-        axes.set_yticks(places, names if axes is figure.axes[0] else [""] * len(names))
-        axes.set_ylim(-0.6, len(names) - 0.1)
+        axes.set_yticks(np.arange(len(shown))[::-1], shown if axes is figure.axes[0] else [""] * len(shown))
+        axes.set_ylim(-0.6, len(shown) - 0.1)
         axes.set_title(task.name)
         axes.set_xlabel("mean return G₁ on the test split (nats)\n± standard error over seeds")
         axes.grid(axis="x", alpha=0.3)
-    figure.savefig(path, format="png")
+    return figure
 
 
 def figure_2(analysis: dict[str, Any], path: Path) -> None:

@@ -77,8 +77,9 @@ TASKS = {
             labelled=2000,
             metrics=(Metric("rougeL", "ROUGE-L"), Metric("rouge1", "ROUGE-1"), Metric("rouge2", "ROUGE-2")),
             decoding={"max_new_tokens": 24, "rollout_batch": 256},
-            pretrain={"epochs": 60, "batch_size": 64, "lr": 4e-3, "warmup": 30, "schedule": "linear",
+            pretrain={"epochs": 15, "batch_size": 64, "lr": 4e-3, "warmup": 30, "schedule": "linear",
                       "weight_decay": 0},
+            reinforce={"lr": 1e-3},
         ),
     )
 }  # fmt: skip
@@ -122,6 +123,9 @@ class Row:
     needs_samples: bool = True
     """Whether it learns from the student's own samples, which are refreshed and scored."""
 
+    against: str = ""
+    """A row of the same table that differs from it in K alone: they are compared too."""
+
     def learning(self, task: Task, seed: int) -> Options:
         """All options of `learn` on a task."""
         shared = {**REINFORCE, **task.reinforce}
@@ -145,9 +149,10 @@ TABLE = (
     Row("LLMR + mean", {"method": "llmr", "baseline": "mean"}),
     Row("LLMR + min-variance", {"method": "llmr", "baseline": "min-variance"}),
     *(Row(f"KETCHUP, K = {k}", {"k": k}) for k in KS),
+    *(Row(f"K = 4 + {b}", {"k": 4, "baseline": b}, against=f"LLMR + {b}") for b in ("mean", "min-variance")),
 )
 REFERENCE = "LLMR (K = 1)"
-"""The row that every other one is compared with."""
+"""The row that every other one is compared with; `against` names a second one."""
 
 
 @dataclass(frozen=True)

@@ -46,6 +46,7 @@ def paper_table(records: Iterable[Record]) -> str:
                 "",
                 *_against(records, task),
                 "",
+                *_with_a_baseline(records, task),
             ]
     return "\n".join(parts)
 
@@ -64,34 +65,51 @@ def _table(records: list[Record], task: Task, names: Iterable[str], titles: Mapp
 
 def _against(records: list[Record], task: Task) -> list[str]:
     """Every learned row minus LLMR, paired by seed."""
+    pairs = {row.name: REFERENCE for row in TABLE if row.name != REFERENCE}
+    return _differences(
+        records,
+        task,
+        pairs,
+        f"Difference from {REFERENCE}, paired by seed (p: two-sided paired t-test; in brackets: Holm-adjusted over "
+        "the KETCHUP rows)",
+    )
+
+
+def _with_a_baseline(records: list[Record], task: Task) -> list[str]:
+    """K with a baseline minus LLMR with the same one."""
+    pairs = {row.name: row.against for row in TABLE if row.against}
+    lines = _differences(records, task, pairs, "Difference from LLMR with the same baseline")
+    return [*lines, ""] if lines else []
+
+
+def _differences(records: list[Record], task: Task, pairs: Mapping[str, str], title: str) -> list[str]:
+    """pairs: row → the row it is compared with."""
     metrics = [RETURN, task.headline]
-    reference = {m: by_seed(records, task.name, REFERENCE, m) for m in metrics}
-    rows = [row.name for row in TABLE if row.name != REFERENCE]
     compared = {
         m: {
-            name: Comparison.of(v, reference[m])
-            for name in rows
-            if (v := by_seed(records, task.name, name, m)).keys() & reference[m].keys()
+            name: Comparison.of(v, reference)
+            for name, other in pairs.items()
+            if (v := by_seed(records, task.name, name, m)).keys()
+            & (reference := by_seed(records, task.name, other, m)).keys()
         }
         for m in metrics
     }
-    names = [name for name in rows if name in compared[RETURN]]
+    names = list(compared[RETURN])
     if not names:
         return []
     adjusted = {m: _adjusted(compared[m]) for m in metrics}
     lines = [
-        f"Difference from {REFERENCE}, paired by seed (p: two-sided paired t-test; in brackets: Holm-adjusted over "
-        "the KETCHUP rows)",
+        title,
         "",
-        "| | " + " | ".join(f"Δ {m.title} | p" for m in metrics) + " |",
-        "|" + " --- |" * (2 * len(metrics) + 1),
+        "| | " + " | ".join(f"Δ {m.title} | p" for m in metrics) + " | seeds |",
+        "|" + " --- |" * (2 * len(metrics) + 2),
     ]
     for name in names:
         cells = [
             f"{_signed(compared[m][name].difference)} | {_p(compared[m][name].p, adjusted[m].get(name))}"
             for m in metrics
         ]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+        lines.append(f"| {name} | " + " | ".join(cells) + f" | {compared[RETURN][name].difference.n} |")
     return lines
 
 
