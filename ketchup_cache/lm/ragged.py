@@ -98,8 +98,8 @@ def t5_states(
 
 
 def _widened(weight: Tensor) -> bool:
-    """Whether to compute in float32 with bfloat16 weights: on a processor that has no bfloat16 products they take six
-    times as long, and round more. Never where gradients flow, which belong to the weights themselves."""
+    """Whether to compute in float32 with bfloat16 weights: on a processor that has no bfloat16 products they take much
+    longer, and round more. Never where gradients flow, which belong to the weights themselves."""
     if weight.dtype != torch.bfloat16 or weight.device.type != "cpu" or torch.is_grad_enabled():
         return False
     return not torch.backends.mkldnn.is_available() or not torch.ops.mkldnn._is_mkldnn_bf16_supported()
@@ -117,7 +117,7 @@ def _embed(stack: Any, ids: NDArray[np.int64]) -> Tensor:
 
 
 def _norm(norm: Any, states: Tensor) -> Tensor:
-    """T5's norm as one kernel: on a GPU, its five small ones take a fifth of the time of a 3B model's pass."""
+    """T5's norm as one kernel: on a GPU, its five small ones read and write all states again and again."""
     if states.device.type != "cuda":
         return norm(states)
     return F.rms_norm(states, (states.shape[-1],), norm.weight, norm.variance_epsilon)
