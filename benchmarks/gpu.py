@@ -11,8 +11,9 @@ Nothing is downloaded. Prompts log-normal around 180 tokens, completions 25 ± 8
   prompt; the share of the matrix rate, counting the operations that the job needs (`needed_operations`); peak memory;
 - values: `Teacher.score` of a T5-small-shaped teacher in float32 against the plain way in float64;
 - `--batch-tokens auto`, and running out of memory for real;
-- a step of learning from 256 rollouts: sample them from the student, score them, take an optimizer step; live (all
-  three at every step, teacher in memory), refreshed every 4 and 16 steps, and offline from scores that are there.
+- a step of learning from 256 rollouts: sample them from the student, score them, take an optimizer step, in float32
+  and with `--precision bfloat16`; live (all three at every step, teacher in memory), refreshed every 4 and 16 steps,
+  and offline from scores that are there.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ from scoring import plain_way
 from ketchup_cache.config import LearnConfig
 from ketchup_cache.learn.step import train_step
 from ketchup_cache.lm.head import Head
+from ketchup_cache.lm.load import fuse_gelu
 from ketchup_cache.lm.memory import TokenBudget
 from ketchup_cache.lm.sample import sample_completions
 from ketchup_cache.store.manifest import Sampling, TeacherInfo, TokenizerInfo
@@ -52,6 +54,7 @@ from ketchup_cache.training.optim import Optimizer
 from ketchup_cache.types import Ragged, ScoredRollouts
 
 TINY = {"d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4}
+PRECISIONS = ("float32", "bfloat16")
 LIMIT = 64
 """Longest completion."""
 
@@ -114,7 +117,12 @@ def scoring(gpu: Gpu, model: Any, rollouts: int, samples: int, budget: int, rate
         "flops": needed_operations(model, prompts.lengths.sum(), tokens) / seconds,
         "peak_above_weights": gpu.peak() - before,
     }
-    found["share_of_matrix_rate"] = found["flops"] / rate
+    return found | {"share_of_matrix_rate": found["flops"] / rate}
+
+
+def scoring_plainly(gpu: Gpu, model: Any, rollouts: int, samples: int) -> dict[int, dict[str, float]]:
+    """The plain way on a part of the same rollouts, by rows of a batch."""
+    batch = sample(0, rollouts, samples=samples)
     few = batch.take(np.random.default_rng(0).permutation(len(batch))[: max(rollouts // 16, 8)])
     plain = {}
     for at_once in (8, 32):
@@ -124,11 +132,15 @@ def scoring(gpu: Gpu, model: Any, rollouts: int, samples: int, budget: int, rate
             "tokens_per_second": len(few.scores.q) / seconds,
             "peak_above_weights": gpu.peak() - before,
         }
-    best = max(plain, key=lambda n: plain[n]["tokens_per_second"])
-    found |= {"plain": plain, "plain_rows": best}
-    found["times_plain"] = found["tokens_per_second"] / plain[best]["tokens_per_second"]
-    found["times_plain_of_8"] = found["tokens_per_second"] / plain[8]["tokens_per_second"]
-    return found
+    return plain
+
+
+def compared(found: dict[str, Any], plain: dict[int, dict[str, float]]) -> dict[str, Any]:
+    rates = {rows: measured["tokens_per_second"] for rows, measured in plain.items()}
+    best, ours = max(rates, key=rates.__getitem__), found["tokens_per_second"]
+    return found | {
+        "plain": plain, "plain_rows": best, "times_plain": ours / rates[best], "times_plain_of_8": ours / rates[8],
+    }  # fmt: skip
 
 
 def exactness(gpu: Gpu, shape: dict[str, int]) -> dict[str, float]:
@@ -165,14 +177,14 @@ def learning(
     """Seconds of the parts of a step of `size` rollouts, and the peak memory of learning. Those of several steps are
     sampled and scored together. One token in 25 ends a completion, so that they are as long as the made-up ones."""
     few = sample(1, size)
-    config = LearnConfig(student="", cache="", batch_size=size)  # type: ignore[arg-type]
     head = Head.of(student, VOCAB)
     optimizer = Optimizer(student, lr=1e-5, weight_decay=0, max_grad_norm=1, warmup=0, schedule="constant", steps=99)
-    gpu.forget()
-    found: dict[str, Any] = {
-        "learn": gpu.seconds(lambda: train_step(student, head, optimizer, few, config, 1)),
-        "learn_peak_bytes": gpu.peak(),
-    }
+    found: dict[str, Any] = {"learn": {}, "learn_peak_bytes": {}}
+    for precision in PRECISIONS:
+        config = LearnConfig(student="", cache="", batch_size=size, precision=precision)  # type: ignore[arg-type]
+        gpu.forget()
+        found["learn"][precision] = gpu.seconds(lambda: train_step(student, head, optimizer, few, config, 1))  # noqa: B023
+        found["learn_peak_bytes"][precision] = gpu.peak()
     if teacher is None:
         return found
     ends = np.random.default_rng(0).choice(np.arange(3, VOCAB), VOCAB // 25, replace=False)
@@ -190,7 +202,6 @@ def learning(
 
         parts = {"sample": gpu.seconds(draw, 1) / steps, "score": gpu.seconds(judge, 1) / steps}
         parts["tokens"] = len(rollouts.completions.values) / steps
-        parts["step"] = sum(parts[name] for name in ("sample", "score")) + found["learn"]
         found[f"every {steps}"] = parts
     return found
 
@@ -225,7 +236,10 @@ def main() -> None:
     print(f"{where}: {rate / 1e12:.2f} TFLOP/s ({dtype}); teacher {weights / 2**30:.1f} GiB\n", flush=True)
 
     results: dict[str, Any] = {"device": where, "tiny": tiny, "matrix_flops": rate, "weights_bytes": weights}
-    results["scoring"] = [scoring(gpu, model, rollouts, n, chosen.batch_tokens, rate) for n in (4, 1)]
+    plain = [scoring_plainly(gpu, model, rollouts, n) for n in (4, 1)]  # as transformers has it
+    fuse_gelu(model)  # as `Teacher.load` does
+    ours = [scoring(gpu, model, rollouts, n, chosen.batch_tokens, rate) for n in (4, 1)]
+    results["scoring"] = [compared(*both) for both in zip(ours, plain, strict=True)]
     head = ("scoring, completions a prompt", "tokens/s", "of matrix rate", "plain, rows of 8", "plain, best rows",
             "times plain", "peak MB above weights", "plain of 8")  # fmt: skip
     rows = [
@@ -254,24 +268,28 @@ def main() -> None:
     del model
     results["learning"]["without teacher"] = learning(gpu, student, None, size)
     both, alone = results["learning"]["with teacher"], results["learning"]["without teacher"]
-    live = both["every 1"]["step"]
-    rows = [
-        (
-            "live" if name == "every 1" else f"{name} steps",
-            *(f"{both[name][part] * 1e3:,.0f}" for part in ("sample", "score")),
-            f"{both['learn'] * 1e3:,.0f}",
-            f"{size / both[name]['step']:,.0f}",
-            f"{live / both[name]['step']:.1f}",
-        )
-        for name in (f"every {steps}" for steps in everies)
-    ]
-    learned = alone["learn"]
-    rows.append(("offline", "–", "–", f"{learned * 1e3:,.0f}", f"{size / learned:,.0f}", f"{live / learned:.1f}"))
-    print(table(("ms a step", "sample", "score", "learn", "rollouts/s", "times live"), rows))
-    print(
-        f"\npeak memory of learning: {both['learn_peak_bytes'] / 2**30:.2f} GiB with the teacher in memory, "
-        f"{alone['learn_peak_bytes'] / 2**30:.2f} GiB without"
+    ways = {"live" if n == 1 else f"every {n} steps": both[f"every {n}"] for n in everies}
+    rows, live = [], {}
+    for name, parts in [*ways.items(), ("offline", None)]:
+        cells = [name, *(f"{parts[part] * 1e3:,.0f}" if parts else "–" for part in ("sample", "score"))]
+        for precision in PRECISIONS:
+            learn = (both if parts else alone)["learn"][precision]
+            rate = size / (learn + (parts["sample"] + parts["score"] if parts else 0))
+            live.setdefault(precision, rate)
+            cells += [f"{learn * 1e3:,.0f}", f"{rate:,.0f} ({rate / live[precision]:.1f})"]
+        rows.append(tuple(cells))
+    head = (
+        "ms a step",
+        "sample",
+        "score",
+        *(f"{p}: {what}" for p in PRECISIONS for what in ("learn", "rollouts/s (times live)")),
     )
+    print(table(head, rows) + "\n")
+    for precision in PRECISIONS:
+        peaks = [found["learn_peak_bytes"][precision] / 2**30 for found in (both, alone)]
+        print(
+            f"peak memory of learning, {precision}: {peaks[0]:.2f} GiB with the teacher in memory, {peaks[1]:.2f} not"
+        )
     keep(chosen, results)
 
 

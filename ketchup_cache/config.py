@@ -167,6 +167,9 @@ class PretrainConfig(DeviceOptions, DataOptions):
     """Longest target; longer ones are cut."""
     micro_batch_tokens: Positive = 16384
     """Largest micro-batch, in tokens. Memory, not results, depends on it."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Of the products in the trained model's body. bfloat16: by autocast; its weights, gradients and optimizer, the
+    head and the loss stay in float32."""
     dropout: bool = True
     """Keep the model's own dropout on."""
     checkpoint_every: int = Field(default=500, ge=0)
@@ -254,6 +257,9 @@ class LearnConfig(ScorerOptions, DeviceOptions, ReturnOptions, SamplingOptions, 
     """Correct stale rollouts by the importance ratio. Off: treat every rollout as on-policy."""
     micro_batch_tokens: Positive = 16384
     """Largest micro-batch, in tokens. Memory, not results, depends on it."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Of the products in the trained model's body. bfloat16: by autocast; its weights, gradients and optimizer, the
+    head and the loss stay in float32."""
     checkpoint_every: int = Field(default=100, ge=0)
     """Optimizer steps between checkpoints. 0: only at the end."""
 

@@ -16,7 +16,7 @@ from ketchup_cache.config import PretrainConfig
 from ketchup_cache.errors import CacheError, MismatchError, ModelError, NumericsError
 from ketchup_cache.lm.batching import token_budget_batches
 from ketchup_cache.lm.fingerprint import state_fingerprint, tokenizer_info
-from ketchup_cache.lm.forward import Batch, completion_states, computes_prompts_once
+from ketchup_cache.lm.forward import Batch, computes_prompts_once, training_states
 from ketchup_cache.lm.head import Head
 from ketchup_cache.lm.load import is_encoder_decoder, load_model, load_tokenizer
 from ketchup_cache.lm.sample import eos_ids
@@ -224,7 +224,7 @@ def _train_step(
         once=computes_prompts_once(model),
     ):
         batch = Batch.of_rows(data.prompts, data.prompt_index, data.completions, rows[chosen])
-        states = completion_states(model, batch)
+        states = training_states(model, batch, config.precision)
         targets = torch.from_numpy(batch.completions.values).long().to(states.device)
         loss = cross_entropy_loss(head.log_prob(states, targets), total)
         if not torch.isfinite(loss):

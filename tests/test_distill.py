@@ -7,7 +7,7 @@ import pytest
 import torch
 from caches import make_cache, plain_logits
 from test_learn import CapturedGradient
-from tiny import WORDS, save_model
+from tiny import WORDS, assert_bfloat16_gradient, save_model
 from transformers import AutoModelForSeq2SeqLM
 
 from ketchup_cache.config import LearnConfig, ScoreConfig
@@ -94,6 +94,14 @@ def test_gradient_equals_the_literal_one(base, method, micro):
     for name, gradient in expected.items():
         scale = gradient.abs().max().item()
         np.testing.assert_allclose(got[name].numpy(), gradient.numpy(), rtol=0, atol=3e-5 * scale + 1e-8, err_msg=name)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_bfloat16_rounds_the_gradient(base, method):
+    exact, plain, _ = step_of(base, config(base, method=method))
+    rounded, metrics, _ = step_of(base, config(base, method=method, precision="bfloat16"))
+    assert_bfloat16_gradient(rounded, exact)
+    assert metrics.loss == pytest.approx(plain.loss, rel=0.02)
 
 
 @pytest.mark.parametrize("method", METHODS)

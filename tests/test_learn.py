@@ -14,7 +14,7 @@ import pytest
 import torch
 from caches import make_cache, plain_logits
 from safetensors.torch import load_file
-from tiny import WORDS, make_t5, save_model
+from tiny import WORDS, assert_bfloat16_gradient, make_t5, save_model
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from ketchup_cache.config import LearnConfig
@@ -141,6 +141,17 @@ def test_gradient_equals_the_literal_one(cache, tmp_path, folders, options):
     for name, gradient in expected.items():
         scale = gradient.abs().max().item()
         np.testing.assert_allclose(got[name].numpy(), gradient.numpy(), rtol=0, atol=2e-5 * scale + 1e-7, err_msg=name)
+
+
+@pytest.mark.parametrize("baseline", ["none", "min-variance"])
+def test_bfloat16_rounds_the_gradient_and_nothing_else(cache, tmp_path, folders, baseline):
+    batch = whole_batch(cache)
+    options = {"k": 2, "baseline": baseline, "importance": False}
+    exact, plain = captured_gradient(folders, batch, config(tmp_path, folders, **options))
+    rounded, metrics = captured_gradient(folders, batch, config(tmp_path, folders, precision="bfloat16", **options))
+    assert_bfloat16_gradient(rounded, exact)
+    assert metrics.return_mean == plain.return_mean
+    assert metrics.loss == pytest.approx(plain.loss, rel=0.02)
 
 
 def test_metrics_are_those_of_the_batch(cache, tmp_path, folders):

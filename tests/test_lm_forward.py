@@ -3,11 +3,12 @@ import threading
 import numpy as np
 import pytest
 import torch
+from decoders import make_decoder
 from oracle import random_rollouts
 from tiny import make_t5
 
 from ketchup_cache.errors import DataError, ModelError
-from ketchup_cache.lm.forward import Batch, completion_states, decoder_start
+from ketchup_cache.lm.forward import Batch, completion_states, decoder_start, training_states
 from ketchup_cache.types import Ragged
 
 VERSIONS = ("1.0", "1.1")
@@ -112,6 +113,26 @@ def test_gradients_are_those_of_the_plain_pass(model):
     assert ours.keys() == plain.keys()
     for name, gradient in plain.items():
         torch.testing.assert_close(ours[name], gradient, rtol=1e-4, atol=1e-5 * float(gradient.abs().max()))
+
+
+@torch.no_grad()
+def test_bfloat16_training_errs_as_the_models_own_pass_under_autocast(model):
+    """Of the float32 states, in float32, and with weights that stay as they were."""
+    batch = make_batch()
+    exact, rounded = (training_states(model, batch, precision) for precision in ("float32", "bfloat16"))
+    torch.testing.assert_close(exact, completion_states(model, batch), rtol=0, atol=0)
+    assert {rounded.dtype, *(p.dtype for p in model.parameters())} == {torch.float32}
+    assert not torch.is_autocast_enabled("cpu")
+    with torch.autocast("cpu", torch.bfloat16):
+        own = torch.cat([row[:-1] for row in plain_head_inputs(model, batch)]).float()
+    error, own_error = (float((states - exact).norm() / exact.norm()) for states in (rounded, own))
+    assert 2**-12 < error < 1.2 * own_error
+
+
+def test_a_decoder_only_body_takes_bfloat16_too():
+    model, batch = make_decoder("qwen2"), make_batch()
+    exact, rounded = (training_states(model, batch, precision).detach() for precision in ("float32", "bfloat16"))
+    assert 2**-12 < float((rounded - exact).norm() / exact.norm()) < 2**-4
 
 
 def test_an_empty_unfinished_completion_has_only_a_next_state(model):

@@ -3,8 +3,11 @@ import shutil
 
 import pytest
 import torch
+from decoders import save_decoder
 from safetensors.torch import load_file, save_file
 from tiny import make_t5, make_tokenizer, save_model
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+from transformers.activations import NewGELUActivation
 
 from ketchup_cache.errors import ModelError
 from ketchup_cache.lm.load import load_model, load_tokenizer, pick_device, resolve_folder
@@ -41,6 +44,30 @@ def test_a_saved_model_comes_back_as_it_was(version, tmp_path):
     assert (loaded.lm_head.weight is loaded.shared.weight) == (version == "1.0")
     for key, value in saved.state_dict().items():
         torch.testing.assert_close(loaded.state_dict()[key], value, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("family", ["t5", "gpt2"])
+def test_the_fused_gelu_is_the_models_own_function(family, tmp_path):
+    """No farther than transformers' own from its model in float64; and there must have been one to fuse."""
+    if family == "t5":
+        save_model(tmp_path, "1.1")
+        plain = AutoModelForSeq2SeqLM.from_pretrained(tmp_path)
+        inputs = {"input_ids": torch.arange(3, 20)[None], "decoder_input_ids": torch.arange(9)[None]}
+    else:
+        save_decoder(tmp_path, "gpt2")
+        plain = AutoModelForCausalLM.from_pretrained(tmp_path)
+        inputs = {"input_ids": torch.arange(3, 20)[None]}
+    assert any(type(module) is NewGELUActivation for module in plain.modules())
+    fused = load_model(str(tmp_path), device="cpu")
+    assert not any(type(module) is NewGELUActivation for module in fused.modules())
+    assert fused.config.to_dict() == plain.config.to_dict()
+    with torch.no_grad():
+        ours, own = fused(**inputs).logits, plain(**inputs).logits
+        exact = plain.double()(**inputs).logits
+        error, own_error = (float((logits - exact).abs().max()) for logits in (ours, own))
+        assert error < 1.5 * own_error < 1e-4
+        fused.save_pretrained(tmp_path / "again")
+    assert (tmp_path / "again/model.safetensors").read_bytes() == (tmp_path / "model.safetensors").read_bytes()
 
 
 def test_bfloat16_bodies(good):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from caches import make_cache, plain_logits
 from safetensors.torch import load_file
-from tiny import make_t5, make_tokenizer, save_model, write_prompts
+from tiny import assert_bfloat16_gradient, make_t5, make_tokenizer, save_model, write_prompts
 
 from ketchup_cache.config import PretrainConfig
 from ketchup_cache.errors import CacheError, DataError, KetchupError
@@ -60,6 +60,20 @@ def test_the_gradient_is_the_same_however_the_batch_is_cut(tmp_path, folders, mo
         for name, gradient in results[0].items():
             scale = float(gradient.abs().max())
             torch.testing.assert_close(other[name], gradient, rtol=1e-4, atol=1e-5 * scale, msg=name)
+
+
+def test_bfloat16_rounds_the_gradient(tmp_path, folders, monkeypatch):
+    data, found = str(write_prompts(tmp_path / "d.jsonl", 8)), {}
+
+    def keep_gradient(self, step):
+        found[precision] = {name: p.grad.clone() for name, p in self.named.items() if p.grad is not None}
+        return 0.0
+
+    monkeypatch.setattr(Optimizer, "step", keep_gradient)
+    for precision in ("float32", "bfloat16"):
+        out = tmp_path / precision
+        pretrain(config(tmp_path, folders, data=data, batch_size=8, precision=precision, out=out, epochs=1))
+    assert_bfloat16_gradient(found["bfloat16"], found["float32"])
 
 
 def test_learns_a_small_set_by_heart(tmp_path, folders):

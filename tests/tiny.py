@@ -69,6 +69,17 @@ def make_t5(
     return model
 
 
+def assert_bfloat16_gradient(rounded: dict, exact: dict) -> None:
+    """That a gradient is float32 of bfloat16 products: near the exact one as a whole, and not it."""
+    import torch
+
+    assert rounded.keys() == exact.keys()
+    assert {g.dtype for g in rounded.values()} == {torch.float32}
+    flat, plain = (torch.cat([grads[name].flatten() for name in exact]) for grads in (rounded, exact))
+    error = float((flat - plain).norm() / plain.norm())
+    assert 2**-12 < error < 2**-3, error  # a product is rounded by 2**-9; these wide random weights make more of it
+
+
 def save_model(folder: Path, version: str = "1.0", **options) -> Path:
     """A tiny T5 with its tokenizer in `folder`, as `from_pretrained` reads it."""
     from transformers.utils import logging

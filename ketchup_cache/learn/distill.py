@@ -15,7 +15,7 @@ from ketchup_cache import divergences
 from ketchup_cache.config import LearnConfig
 from ketchup_cache.learn.metrics import StepMetrics
 from ketchup_cache.learn.step import CHUNK, Signal, backward, micro_batches
-from ketchup_cache.lm.forward import Batch, completion_states
+from ketchup_cache.lm.forward import Batch, training_states
 from ketchup_cache.lm.head import Head
 from ketchup_cache.losses import Staleness
 from ketchup_cache.returns import rollout_returns
@@ -105,7 +105,7 @@ def _micro_batch_loss(
     rollouts, scores = batch.rollouts, batch.scores
     completions = rollouts.completions
     part = Batch.of_rows(batch.prompts.tokens, rollouts.prompt_index, completions, rows)
-    states = completion_states(model, part)
+    states = training_states(model, part, config.precision)
     places = completions.with_values(np.arange(len(completions.values))).take(rows).values
     inside = np.flatnonzero(weight[places] > 0)
     states, places = states[torch.from_numpy(inside).to(states.device)], places[inside]

@@ -15,7 +15,7 @@ from ketchup_cache.config import LearnConfig
 from ketchup_cache.errors import CacheError, NumericsError
 from ketchup_cache.learn.metrics import StepMetrics
 from ketchup_cache.lm.batching import token_budget_batches
-from ketchup_cache.lm.forward import Batch, completion_states, computes_prompts_once
+from ketchup_cache.lm.forward import Batch, computes_prompts_once, training_states
 from ketchup_cache.lm.head import Head
 from ketchup_cache.losses import Staleness, importance_ratio, policy_gradient_loss, squared_score
 from ketchup_cache.returns import rollout_returns
@@ -137,7 +137,7 @@ def score_weights(
     weight = np.zeros(len(completions.values), np.float32)
     for rows in micro_batches(model, batch, np.flatnonzero(completions.lengths > 0), config):
         part = Batch.of_rows(batch.prompts.tokens, rollouts.prompt_index, completions, rows)
-        states = completion_states(model, part)
+        states = training_states(model, part, config.precision)
         targets = torch.from_numpy(part.completions.values).long().to(head.device)
         pieces = zip(states.split(CHUNK), targets.split(CHUNK), strict=True)
         found = torch.cat([squared_score(head.logits(some), chosen) for some, chosen in pieces])
@@ -161,7 +161,7 @@ def _micro_batch_loss(
     def tokens(values: NDArray) -> torch.Tensor:
         return torch.from_numpy(Ragged(values, rollouts.completions.offsets).take(rows).values)
 
-    states = completion_states(model, part)
+    states = training_states(model, part, config.precision)
     in_loss = tokens(signal.in_loss).to(states.device)
     targets = torch.from_numpy(part.completions.values).long().to(states.device)
     logprob = head.log_prob(states[in_loss], targets[in_loss])

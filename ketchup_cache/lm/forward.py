@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from dataclasses import dataclass
-from typing import Any, overload
+from typing import Any, Literal, overload
 
 import numpy as np
 import torch
@@ -84,6 +84,16 @@ def completion_states(
     if next_state is None:
         return chosen
     return chosen, states[_to((starts + lengths)[next_state], states.device)]
+
+
+def training_states(model: PreTrainedModel, batch: Batch, precision: Literal["float32", "bfloat16"]) -> Tensor:
+    """`completion_states` in float32, [N, D], with its products in `precision`, and those of their gradients.
+
+    bfloat16 is torch's autocast: the weights are rounded for each product, and stay float32 themselves.
+    """
+    with torch.autocast(input_device(model).type, torch.bfloat16, enabled=precision == "bfloat16"):
+        states = completion_states(model, batch)
+    return states.float()
 
 
 def _ragged_pass(model: PreTrainedModel, batch: Batch, read: NDArray[np.int64]) -> tuple[Tensor, NDArray]:

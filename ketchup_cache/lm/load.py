@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from tokenizers import Tokenizer
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -26,6 +27,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
+from transformers.activations import NewGELUActivation
 from transformers.utils import logging as transformers_logging
 
 from ketchup_cache.errors import ModelError
@@ -186,7 +188,17 @@ def load_model(
     _refuse_silently_tied(name, model, raw_config, {entry.name for entry in entries})
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ModelError(f"{name}: does not fit on the devices (device_map {device_map!r}): use bfloat16 or more GPUs")
+    fuse_gelu(model)
     return (model.to(target) if target else model).eval()
+
+
+def fuse_gelu(model: PreTrainedModel) -> None:
+    """The same function in one kernel where transformers takes eight ("gelu_new", of FLAN-T5 and GPT-2): each reads and
+    writes the widest tensors of the model, rounds them to its precision, and keeps them for the backward pass."""
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if type(child) is NewGELUActivation:
+                setattr(module, name, nn.GELU(approximate="tanh"))
 
 
 def input_device(model: PreTrainedModel) -> torch.device:

@@ -12,8 +12,9 @@ forward pass whenever a model is loaded.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -140,40 +141,111 @@ def _feed_forward(layer: Any, states: Tensor) -> Tensor:
 class Group:
     """Rows of similar length that attend together, R of them, padded to Q queries and K keys.
 
-    queries, keys: [R × Q] and [R × K], places of their tokens; behind a row's end any place. seen: [R, 1, 1, K] bool,
-    which keys are real; None where all are.
+    seen: [R, 1, 1, K] bool, which keys are real; None where all are.
     """
 
     size: tuple[int, int, int]
-    queries: Tensor
-    keys: Tensor
     seen: Tensor | None
 
 
 @dataclass(frozen=True)
+class Padded:
+    """The tokens of rows in the padded rows of the groups, and back.
+
+    places: of each group [R × W], places of its tokens among all; behind a row's end any place. back: [N], where each
+    token is in the groups end to end; of those that are in no group any place. nowhere: [N] bool, these; or None.
+    """
+
+    places: list[Tensor]
+    back: Tensor
+    nowhere: Tensor | None
+
+    def spread(self, values: Tensor) -> Iterable[Tensor]:
+        """[N, D] → [R × W, D] of each group, one after the other where no gradient needs all of them."""
+        if not values.requires_grad:
+            return (values[places] for places in self.places)
+        return _Spread.apply(values, self._all, self.back, self.nowhere).split([len(places) for places in self.places])
+
+    def collect(self, parts: Sequence[Tensor]) -> Tensor:
+        """The way back."""
+        values = parts[0] if len(parts) == 1 else torch.cat(list(parts))
+        return _Collect.apply(values, self.back) if values.requires_grad else values[self.back]
+
+    @cached_property
+    def _all(self) -> Tensor:
+        return torch.cat(self.places)
+
+
+class _Spread(torch.autograd.Function):
+    """values[places], whose gradient is gathered too. torch's own has to sort the places and add up: a token may come
+    again behind a row's end. Nothing that counts depends on what is there, so no gradient comes from there."""
+
+    @staticmethod
+    def forward(context: Any, values: Tensor, places: Tensor, back: Tensor, nowhere: Tensor | None) -> Tensor:
+        context.save_for_backward(back, nowhere)
+        return values[places]
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        back, nowhere = context.saved_tensors
+        found = gradient[back]
+        return found if nowhere is None else found.masked_fill_(nowhere[:, None], 0), None, None, None
+
+
+class _Collect(torch.autograd.Function):
+    """values[back], each place of which is another one."""
+
+    @staticmethod
+    def forward(context: Any, values: Tensor, back: Tensor) -> Tensor:
+        context.save_for_backward(back)
+        context.size = len(values)
+        return values[back]
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (back,) = context.saved_tensors
+        return gradient.new_zeros(context.size, gradient.shape[1]).index_copy_(0, back, gradient), None
+
+
+@dataclass(frozen=True)
 class Rows:
-    """The groups of a batch. back: [N], where each query's result is among those of all groups, end to end."""
+    """The groups of a batch, and where the tokens of its queries and keys are in them."""
 
     groups: list[Group]
-    back: Tensor
+    queries: Padded
+    keys: Padded
 
     @classmethod
     def of(cls, queries: NDArray[np.int64], keys: NDArray[np.int64], most: int, device: torch.device) -> Rows:
         """queries, keys: [R] tokens of each row; rows stand end to end. most: of queries × keys in a group."""
-        starts, key_starts = offsets_of(queries), offsets_of(keys)
-        back = np.empty(starts[-1], np.int64)
-        groups, results = [], 0
-        for rows in groups_of(queries, keys, most):
-            q, k = _aligned(int(queries[rows].max()), device), _aligned(int(keys[rows].max()), device)
-            at, real = _places(starts[rows], queries[rows], q)
-            back[at[real]] = results + np.flatnonzero(real)
-            results += at.size
-            key_at, key_real = (at, real) if keys is queries else _places(key_starts[rows], keys[rows], k)
-            seen = None if key_real.all() else torch.from_numpy(key_real[:, None, None, :]).to(device)
-            groups.append(
-                Group((len(rows), q, k), _ids(at.reshape(-1), device), _ids(key_at.reshape(-1), device), seen)
-            )
-        return cls(groups, _ids(back, device))
+        same = keys is queries
+        together = list(groups_of(queries, keys, most))
+        asking, _ = _padded(queries, together, device)
+        asked, real = (asking, _) if same else _padded(keys, together, device)
+        groups = []
+        for rows, there in zip(together, real, strict=True):
+            q = _aligned(int(queries[rows].max()), device)
+            seen = None if there.all() else torch.from_numpy(there[:, None, None, :]).to(device)
+            groups.append(Group((len(rows), q, there.shape[1]), seen))
+        return cls(groups, asking, asked)
+
+
+def _padded(
+    lengths: NDArray[np.int64], together: list[NDArray[np.int64]], device: torch.device
+) -> tuple[Padded, list[NDArray[np.bool_]]]:
+    """Where the tokens of rows go, and of each group which are real, [R, W]. together: the rows of each group."""
+    starts = offsets_of(lengths)
+    places, real, back, done = [], [], np.full(starts[-1], -1), 0
+    for rows in together:
+        within = np.arange(_aligned(int(lengths[rows].max()), device))
+        there = within < lengths[rows, None]
+        at = starts[rows, None] + np.minimum(within, lengths[rows, None] - 1)
+        back[at[there]] = done + np.flatnonzero(there)
+        done += at.size
+        places.append(_ids(at.reshape(-1), device))
+        real.append(there)
+    nowhere = torch.from_numpy(back < 0).to(device) if (back < 0).any() else None
+    return Padded(places, _ids(np.maximum(back, 0), device), nowhere), real
 
 
 def _aligned(width: int, device: torch.device) -> int:
@@ -194,12 +266,6 @@ def groups_of(queries: NDArray[np.int64], keys: NDArray[np.int64], most: int) ->
             first, widest = place, int(queries[row])
     if len(order):
         yield order[first:]
-
-
-def _places(starts: NDArray[np.int64], lengths: NDArray[np.int64], width: int) -> tuple[NDArray[np.int64], NDArray]:
-    """Places of the tokens of rows, [R, width], and which of them are real; the others are some other token's."""
-    within = np.arange(width)
-    return starts[:, None] + np.minimum(within, lengths[:, None] - 1), within < lengths[:, None]
 
 
 class _Bias:
@@ -254,26 +320,25 @@ def _attend(
     query, key, value = attention.q(normed), attention.k(source), attention.v(source)
     if bias is not None:
         bias.of(attention, query)
+    if not rows.groups:
+        return states
     parts = []
-    for number, group in enumerate(rows.groups):
-        r, q, k = group.size
+    spread = (rows.queries.spread(query), rows.keys.spread(key), rows.keys.spread(value))
+    for number, (group, q, k, v) in enumerate(zip(rows.groups, *spread, strict=True)):
 
-        def heads(values: Tensor, places: Tensor, width: int, r: int = r) -> Tensor:
-            return values[places].view(r, width, -1, attention.key_value_proj_dim).transpose(1, 2)
+        def heads(values: Tensor, width: int) -> Tensor:
+            return values.view(-1, width, attention.n_heads, attention.key_value_proj_dim).transpose(1, 2)
 
         mixed = F.scaled_dot_product_attention(
-            heads(query, group.queries, q),
-            heads(key, group.keys, k),
-            heads(value, group.keys, k),
+            heads(q, group.size[1]),
+            heads(k, group.size[2]),
+            heads(v, group.size[2]),
             attn_mask=bias.corner(number, group) if bias is not None else group.seen,
             dropout_p=attention.dropout if attention.training else 0.0,
             scale=attention.scaling,
         )
-        parts.append(mixed.transpose(1, 2).reshape(r * q, -1))
-    if not parts:
-        return states
-    mixed = parts[0] if len(parts) == 1 else torch.cat(parts)
-    return states + layer.dropout(attention.o(mixed[rows.back]))
+        parts.append(mixed.transpose(1, 2).reshape(len(q), -1))
+    return states + layer.dropout(attention.o(rows.queries.collect(parts)))
 
 
 def _ids(array: NDArray[np.int64], device: torch.device) -> Tensor:
