@@ -7,7 +7,8 @@ are without start-up and reading models (clocked.py); a live teacher stays in me
 again and keeps the returns.
 
 1. `task`: the shipped task `translate`, where a return means something but the teacher (1.0M parameters) is only five
-   times the student. Return: mean G₁ of greedy outputs on the dev split, under the teacher.
+   times the student. Return: mean G₁ of greedy outputs on the dev split, under the teacher, ± the standard error over
+   seeds; times are of the first seed.
 2. `proportion`: a teacher of T5-base's shape and a student of a twelfth of its cost, as FLAN-T5-XL has with T5-base
    (13); random weights, prompts log-normal around 180 tokens, 4 completions of 25 tokens each.
 3. `memory`: peak memory where models are large enough to show: T5-small-shaped student, T5-base-shaped teacher, random
@@ -20,6 +21,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -72,7 +74,8 @@ def by_each_way(
     return made
 
 
-def on_the_task(folder: Path, steps: int, batch: int, ways: list[str], dev: int) -> list[dict[str, Any]]:
+def on_the_task(folder: Path, steps: int, batch: int, ways: list[str], dev: int, seeds: int) -> list[dict[str, Any]]:
+    """Times of the first seed, returns of all."""
     teacher, student = TASK / "teacher", TASK / "predistilled"
     data = {"data": TASK / "prompts.jsonl", "skip": 1500, "limit": steps * batch // SAMPLES}
     learning = {
@@ -87,10 +90,15 @@ def on_the_task(folder: Path, steps: int, batch: int, ways: list[str], dev: int)
         "checkpoint_every": 0,
         **DECODING,
     }
-    made = by_each_way(folder, ways, teacher, TASK / "student", data, learning)
-    if not dev:
-        return [found for found, _ in made]
-    return [{**found, "dev_return": dev_return(trained, teacher, TASK / "dev.jsonl", dev)} for found, trained in made]
+    runs: list[dict[str, Any]] = []
+    for seed in range(seeds):
+        made = by_each_way(folder / str(seed), ways, teacher, TASK / "student", data, learning | {"seed": seed})
+        if not seed:
+            runs = [{**found, "dev_returns": []} if dev else found for found, _ in made]
+        for found, (_, trained) in zip(runs, made, strict=True):
+            if dev:
+                found["dev_returns"].append(dev_return(trained, teacher, TASK / "dev.jsonl", dev))
+    return runs
 
 
 def in_proportion(folder: Path, steps: int, batch: int, ways: list[str], short: bool) -> list[dict[str, Any]]:
@@ -188,7 +196,11 @@ def student_alone(folder: Path, steps: int, batch: int) -> None:
 def report_task(chosen: argparse.Namespace, record: dict[str, Any]) -> None:
     count = chosen.steps * chosen.batch_size
     lines = rows(record["runs"], count)
-    returns = {entry["name"]: f"{entry['dev_return']:.2f}" for entry in record["runs"] if "dev_return" in entry}
+    returns = {}
+    for entry in record["runs"]:
+        if found := entry.get("dev_returns"):
+            error = f" ± {statistics.stdev(found) / len(found) ** 0.5:.2f}" if len(found) > 1 else ""
+            returns[entry["name"]] = f"{statistics.mean(found):.2f}{error}"
     for line in lines:
         line.append(returns.get(line[0].removesuffix(", learning alone"), ""))
     print(table((*HEAD, "return on dev"), lines))
@@ -215,7 +227,8 @@ def main() -> None:
         __doc__,
         only=("task,proportion,memory", "which parts"),
         steps=(64, "optimizer steps of `task`"),
-        batch_size=(64, "rollouts per step of `task`"),
+        batch_size=(256, "rollouts per step of `task`"),
+        seeds=(3, "seeds of `task`, for its returns"),
         large_steps=(16, "optimizer steps of `proportion`, of 8 rollouts each"),
         ways=("live,4,16,64,offline", "what to run, with commas; a number: steps between new rollouts"),
         dev=(500, "dev sentences for the return; 0: times alone"),
@@ -227,13 +240,14 @@ def main() -> None:
         return
     ways, few = chosen.ways.split(","), (chosen.large_steps, 8)
     if chosen.short:
-        chosen.steps, chosen.dev, ways, few = 4, 50, ["live", "4", "offline"], (2, 8)
+        chosen.steps, chosen.batch_size, chosen.seeds, chosen.dev = 4, 64, 1, 50
+        ways, few = ["live", "4", "offline"], (2, 8)
     record = held("live_teacher", chosen) if chosen.add else {}
     parts = {key: record[key] for key in ("task", "proportion", "memory") if key in record}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         if "task" in chosen.only:
-            new = on_the_task(folder / "task", chosen.steps, chosen.batch_size, ways, chosen.dev)
+            new = on_the_task(folder / "task", chosen.steps, chosen.batch_size, ways, chosen.dev, chosen.seeds)
             before = parts.get("task") or {
                 "runs": [],
                 "return_before": dev_return(
