@@ -218,10 +218,9 @@ class Rows:
     @classmethod
     def of(cls, queries: NDArray[np.int64], keys: NDArray[np.int64], most: int, device: torch.device) -> Rows:
         """queries, keys: [R] tokens of each row; rows stand end to end. most: of queries × keys in a group."""
-        same = keys is queries
         together = list(groups_of(queries, keys, most))
-        asking, _ = _padded(queries, together, device)
-        asked, real = (asking, _) if same else _padded(keys, together, device)
+        asking, _ = _padded(queries, together, device, backwards=True)
+        asked, real = _padded(keys, together, device)
         groups = []
         for rows, there in zip(together, real, strict=True):
             q = _aligned(int(queries[rows].max()), device)
@@ -231,13 +230,14 @@ class Rows:
 
 
 def _padded(
-    lengths: NDArray[np.int64], together: list[NDArray[np.int64]], device: torch.device
+    lengths: NDArray[np.int64], together: list[NDArray[np.int64]], device: torch.device, *, backwards: bool = False
 ) -> tuple[Padded, list[NDArray[np.bool_]]]:
-    """Where the tokens of rows go, and of each group which are real, [R, W]. together: the rows of each group."""
+    """Where the tokens of rows go, and of each group which are real, [R, W]. together: the rows of each group.
+    backwards: a row's last token first, behind its padding."""
     starts = offsets_of(lengths)
     places, real, back, done = [], [], np.full(starts[-1], -1), 0
     for rows in together:
-        within = np.arange(_aligned(int(lengths[rows].max()), device))
+        within = np.arange(_aligned(int(lengths[rows].max()), device))[:: -1 if backwards else 1]
         there = within < lengths[rows, None]
         at = starts[rows, None] + np.minimum(within, lengths[rows, None] - 1)
         back[at[there]] = done + np.flatnonzero(there)
@@ -269,7 +269,9 @@ def groups_of(queries: NDArray[np.int64], keys: NDArray[np.int64], most: int) ->
 
 
 class _Bias:
-    """T5's relative position bias. It depends on the distance of two tokens alone, so shorter rows take a corner of it.
+    """T5's relative position bias. It depends on the distance of two tokens alone: with the queries of a row backwards,
+    each one sees the distances that the one before it saw, shifted by one. So all of it is one row of distances, looked
+    at through a window that moves, and takes no memory of its own. Shorter rows take a corner of it.
 
     Layers without a bias of their own take that of the layer before, as T5's do.
     """
@@ -280,26 +282,22 @@ class _Bias:
         self._masked: dict[int, Tensor] = {}
 
     def of(self, attention: Any, states: Tensor) -> None:
-        if not attention.has_relative_attention_bias:
+        if not attention.has_relative_attention_bias or not self._longest:
             return
         n = _aligned(self._longest, states.device)
-        # a token n − 1 tokens from either end sees every distance once; the square is laid out from that row
-        every = attention.compute_bias(1, 2 * n - 1, device=states.device, past_seen_tokens=n - 1) if n else None
-        if every is None:
-            return
-        distance = torch.arange(n, device=states.device)
-        # gathered, so that it is contiguous: a GPU's fused kernels refuse masks of other strides
-        full = every[:, :, 0].to(states.dtype)[..., distance - distance[:, None] + n - 1]
+        # a token with n − 1 tokens on either side sees every distance once
+        every = attention.compute_bias(1, 2 * n - 1, device=states.device, past_seen_tokens=n - 1)[:, :, 0]
         if self._causal:
-            future = torch.ones(n, n, dtype=torch.bool, device=states.device).triu(1)
-            full = full.masked_fill(future, -torch.inf)
-        self._full = full
+            every = every.masked_fill(torch.arange(1 - n, n, device=states.device) > 0, -torch.inf)
+        full = every.to(states.dtype).unfold(2, n, 1)
+        # a GPU's fused kernels refuse masks whose rows overlap
+        self._full = full.contiguous() if full.device.type == "cuda" else full
         self._masked.clear()
 
     def corner(self, number: int, group: Group) -> Tensor:
-        """[1 or R, H, Q, K] of a group of self-attention."""
+        """[1 or R, H, Q, K] of a group of self-attention, its queries backwards."""
         assert self._full is not None
-        corner = self._full[:, :, : group.size[1], : group.size[2]]
+        corner = self._full[:, :, self._full.shape[2] - group.size[1] :, : group.size[2]]
         if group.seen is None or self._causal:  # what is behind a row's end is in its future
             return corner
         if number not in self._masked:
