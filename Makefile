@@ -38,6 +38,7 @@ bench: .venv/.installed
 	$(BIN)/python benchmarks/micro_batches.py --short
 	$(BIN)/python benchmarks/rollouts.py --short
 	$(BIN)/python benchmarks/keep_top.py --short
+	$(BIN)/python benchmarks/large_checkpoint.py --short
 	$(BIN)/python benchmarks/gpu.py --short
 
 # about half an hour; `make test` has a short form
