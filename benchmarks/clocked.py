@@ -45,18 +45,21 @@ def together(*measured: dict[str, Any]) -> dict[str, Any]:
 
 
 def refreshed(
-    folder: Path, every: int, teacher: Path, other: Path, data: dict[str, Any], learning: dict[str, Any]
+    folder: Path, way: str, teacher: Path, other: Path, data: dict[str, Any], learning: dict[str, Any]
 ) -> tuple[dict[str, Any], Path]:
     """`learn` with new, live-scored rollouts at every so many steps; and the student's folder.
 
-    data, learning: options of `rollout` and `learn`. other: a model that is not the student; `rollout` puts prompts
-    into a cache only together with rollouts, and `learn` leaves those of another policy aside.
+    way: `live`, steps between new rollouts, or these and how often each is used: `16x4`. data, learning: options of
+    `rollout` and `learn`. other: a model that is not the student; `rollout` puts prompts into a cache only together
+    with rollouts, and `learn` leaves those of another policy aside.
     """
-    cache, out = folder / f"cache-{every}", folder / f"every-{every}"
+    every, reuse = map(int, f"{way}x1".split("x")[:2]) if way != "live" else (1, 1)
+    cache, out = folder / f"cache-{way}", folder / f"every-{way}"
     limits = {key: learning[key] for key in ("max_new_tokens", "rollout_batch")}
     in_parts("rollout", student=other, cache=cache, first=1, **data, **limits)
-    found = in_parts("learn", cache=cache, out=out, teacher=teacher, refresh_every=every, **learning)
-    return {"name": "live" if every == 1 else f"every {every} steps", **found}, out / "student"
+    found = in_parts("learn", cache=cache, out=out, teacher=teacher, refresh_every=every, reuse=reuse, **learning)
+    name = "live" if every == 1 else f"every {every} steps" + (f", each {reuse} times" if reuse > 1 else "")
+    return {"name": name, **found}, out / "student"
 
 
 def offline(folder: Path, teacher: Path, data: dict[str, Any], learning: dict[str, Any]) -> tuple[dict[str, Any], Path]:

@@ -1,6 +1,6 @@
 """Offline, refreshed, and live: wall time, memory and return at equal optimizer steps on equal data.
 
-    python benchmarks/live_teacher.py [--only task,proportion,memory] [--ways live,4,16,64,offline] [--add]
+    python benchmarks/live_teacher.py [--only task,proportion,memory] [--ways live,16,16x4,offline] [--add]
 
 Offline is charged with `rollout` and `score` too; `learning alone` is what a second run on the same cache costs. Times
 are without start-up and reading models (clocked.py); a live teacher stays in memory. `--add --dev 0` takes the times
@@ -69,7 +69,7 @@ def by_each_way(
         if way == "offline":
             made.append(offline(folder, teacher, data, learning))
         else:
-            made.append(refreshed(folder, 1 if way == "live" else int(way), teacher, other, data, learning))
+            made.append(refreshed(folder, way, teacher, other, data, learning))
         print(f"{made[-1][0]['name']}: {made[-1][0]['work']['seconds']:.1f} s", file=sys.stderr, flush=True)
     return made
 
@@ -230,7 +230,7 @@ def main() -> None:
         batch_size=(256, "rollouts per step of `task`"),
         seeds=(3, "seeds of `task`, for its returns"),
         large_steps=(16, "optimizer steps of `proportion`, of 8 rollouts each"),
-        ways=("live,4,16,64,offline", "what to run, with commas; a number: steps between new rollouts"),
+        ways=("live,4,16,16x4,16x16,offline", "what to run; a number: steps between new rollouts; x: uses of each"),
         dev=(500, "dev sentences for the return; 0: times alone"),
         add=(False, "add to the results file, or replace in it what is run again"),
         alone=("", "(used by the script itself)"),
@@ -241,7 +241,7 @@ def main() -> None:
     ways, few = chosen.ways.split(","), (chosen.large_steps, 8)
     if chosen.short:
         chosen.steps, chosen.batch_size, chosen.seeds, chosen.dev = 4, 64, 1, 50
-        ways, few = ["live", "4", "offline"], (2, 8)
+        ways, few = ["live", "4x2", "offline"], (4, 8)
     record = held("live_teacher", chosen) if chosen.add else {}
     parts = {key: record[key] for key in ("task", "proportion", "memory") if key in record}
     with tempfile.TemporaryDirectory() as temporary:
@@ -259,7 +259,7 @@ def main() -> None:
             report_task(chosen, parts["task"])
         if "proportion" in chosen.only:
             (folder / "proportion").mkdir()
-            new = in_proportion(folder / "proportion", *few, [way for way in ways if way != "64"], chosen.short)
+            new = in_proportion(folder / "proportion", *few, ways, chosen.short)
             cost = costs()
             runs = merged(parts.get("proportion", {}).get("runs", []), new)
             parts["proportion"] = {"steps": few[0], "batch_size": few[1], "multiplications": cost, "runs": runs}

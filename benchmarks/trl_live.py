@@ -112,8 +112,7 @@ def runs_of(folder: Path, models: Pair, chosen: argparse.Namespace, seed: int, w
         elif way == "offline":
             made = [offline(folder, models.teacher, data, learning)]
         else:
-            every = 1 if way == "live" else int(way)
-            made = [refreshed(folder, every, models.teacher, models.untrained, data, learning)]
+            made = [refreshed(folder, way, models.teacher, models.untrained, data, learning)]
         for found, student in made:
             print(f"seed {seed}, {found['name']}: {found['work']['seconds']:.1f} s", file=sys.stderr, flush=True)
             measured = quality(student, models.teacher, chosen.dev) if chosen.dev else {}
@@ -184,7 +183,7 @@ def main() -> None:
         batch_size=(64, "rollouts per step"),
         dev=(500, "dev sentences for the return; 0: times alone"),
         seeds=("0", "seeds, with commas"),
-        ways=("trl,live,4,16,offline", "what to run, with commas; a number: steps between new rollouts"),
+        ways=("trl,live,4,16,16x4,offline", "what to run; a number: steps between new rollouts; x: uses of each"),
         models=(str(FOLDER), "where the models are, or go"),
         add=(False, "add to the results file, or replace in it what is run again"),
     )

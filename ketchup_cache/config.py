@@ -231,6 +231,9 @@ class LearnConfig(ScorerOptions, DeviceOptions, ReturnOptions, SamplingOptions, 
     """kl, js, tvd: compute with so many of the teacher's largest logits, which scores must hold; the rest is lumped."""
     refresh_every: Positive = 16
     """With a teacher or scorer: optimizer steps between new rollouts of the current student."""
+    reuse: Positive = 1
+    """With a teacher or scorer: steps that each new rollout is used in, in batches that are put together anew. It makes
+    sampling and scoring so much cheaper; must divide --refresh-every. (PPO's epochs.)"""
     steps: int = Field(default=0, ge=0)
     """Optimizer steps. 0: as many as --epochs gives."""
     epochs: Positive = 1
@@ -296,6 +299,14 @@ class LearnConfig(ScorerOptions, DeviceOptions, ReturnOptions, SamplingOptions, 
     def top_needed(self) -> int:
         """How many of the teacher's largest logits scores must hold for this run."""
         return self.keep_top if self.method in ("kl", "js", "tvd") else 0
+
+    @model_validator(mode="after")
+    def _reuse_fits(self) -> LearnConfig:
+        if self.reuse > 1 and not self.refresher:
+            raise ValueError("reuse is of new rollouts (--teacher or --scorer); from a cache alone, use --epochs")
+        if self.refresh_every % self.reuse:
+            raise ValueError(f"refresh_every {self.refresh_every} must be a multiple of reuse {self.reuse}")
+        return self
 
     @model_validator(mode="after")
     def _samples_fit(self) -> LearnConfig:

@@ -27,7 +27,9 @@ def test_gpu_script_runs_without_a_gpu(tmp_path):
     found = json.loads(out.read_text())
     assert found["tiny"] is True
     assert [entry["samples"] for entry in found["scoring"]] == [4, 1]
-    assert all(entry["flops"] / found["matrix_flops"] == entry["share_of_matrix_rate"] > 0 for entry in found["scoring"])
+    assert all(
+        entry["flops"] / found["matrix_flops"] == entry["share_of_matrix_rate"] > 0 for entry in found["scoring"]
+    )
     assert found["exactness"]["largest_difference"] < 1e-4
     # at least the embedding of the toy shape, float32
     assert found["weights_bytes"] > 4 * 64 * 32_100
@@ -79,7 +81,7 @@ def test_the_parts_of_a_timed_command_are_its_own(tmp_path):
     learning = {"student": task / "predistilled", "steps": 2, "batch_size": 8, "samples": 4, "max_new_tokens": 12,
                 "rollout_batch": 64}  # fmt: skip
     data = {"data": task / "prompts.jsonl", "limit": 4}
-    live, _ = clocked.refreshed(tmp_path, 1, task / "teacher", task / "student", data, learning)
+    live, _ = clocked.refreshed(tmp_path, "live", task / "teacher", task / "student", data, learning)
     alone, _ = clocked.offline(tmp_path, task / "teacher", data, learning)
     for run_ in (live, *alone["parts"].values()):
         assert run_["load"]["cpu_seconds"] > 0

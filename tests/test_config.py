@@ -67,6 +67,8 @@ def test_all_problems_at_once_each_with_its_fix(tmp_path):
     ("flags", "message"),
     [
         ({"refresh_every": "0"}, "--refresh-every must be 1 or more"),
+        ({"teacher": "t", "refresh_every": "6", "reuse": "4"}, "refresh_every 6 must be a multiple of reuse 4"),
+        ({"reuse": "2"}, "from a cache alone, use --epochs"),
         ({"teacher": "t", "refresh_every": "2", "baseline": "leave-one-out"}, "set --samples to 2 or more"),
         ({"batch_size": "10", "samples": "4"}, "must be a multiple of samples 4"),
         ({"k": "2.5"}, "--k must be a whole number"),

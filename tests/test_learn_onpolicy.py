@@ -16,8 +16,10 @@ from caches import plain_logits, plain_scores
 from safetensors.torch import load_file
 from tiny import WORDS, make_t5, save_model, write_prompts
 
+import ketchup_cache.learn.loop
 import ketchup_cache.score
 from ketchup_cache.cli import main
+from ketchup_cache.learn.step import train_step
 from ketchup_cache.lm.fingerprint import weights_fingerprint
 from ketchup_cache.store.cache import open_cache
 
@@ -101,6 +103,29 @@ def test_prompts_go_on_where_the_last_phase_stopped(words, tmp_path):
     # prompts 0 to 6 come again, but not with the random numbers of another phase
     seeds = {info.policy.step: info.sampling.seed for _, info in cache.rollouts()}
     assert len(set(seeds.values())) == 3
+
+
+def test_rollouts_may_be_used_several_times(words, tmp_path, monkeypatch):
+    """A third of the rollouts, each in three steps of its phase, in batches of other companions."""
+    batches = []
+
+    def watched(model, head, optimizer, batch, config, step):
+        rows = zip(batch.rollouts.prompt_index, batch.rollouts.completions, strict=True)
+        batches.append([(batch.prompts.tokens[index].tobytes(), row.tobytes()) for index, row in rows])
+        return train_step(model, head, optimizer, batch, config, step)
+
+    monkeypatch.setattr(ketchup_cache.learn.loop, "train_step", watched)
+    assert main(flat(words | {"--refresh-every": 6, "--steps": 18, "--reuse": 3})) == 0
+    cache = open_cache(tmp_path / "cache")
+    assert [m["step"] for m in metrics(tmp_path / "run") if m["refreshed"]] == [0, 6, 12]
+    for step, phase in ((6, batches[6:12]), (12, batches[12:18])):
+        segments = [m for _, m in cache.manifests("rollouts") if m.info.policy.step == step]
+        assert sum(m.rows for m in segments) == 16  # of 6 batches of 8
+        rounds = [phase[0] + phase[1], phase[2] + phase[3], phase[4] + phase[5]]
+        assert sorted(rounds[0]) == sorted(rounds[1]) == sorted(rounds[2])
+        assert rounds[0] != rounds[1] != rounds[2]
+    later = [m["behavior_kl"] for m in metrics(tmp_path / "run")[7:12]]
+    assert min(later) > 1e-7  # and the ratio corrects for it
 
 
 def test_prompts_that_were_stored_twice_count_once(words, tmp_path):

@@ -127,8 +127,9 @@ class OnPolicy:
         self._outputs = teacher_outputs(cache, config) if config.method in ON_OUTPUTS else None
         self._share = config.batch_size // (2 if self._outputs else 1)
         self._output_stream: Stream | None = None
-        self.steps = config.steps or max(1, total * config.samples * config.epochs // self._share)
-        self._prompts_per_phase = config.refresh_every * self._share // config.samples
+        self.steps = config.steps or max(1, total * config.samples * config.epochs * config.reuse // self._share)
+        # the stream of a phase goes over its rollouts again and again, each time in another order
+        self._prompts_per_phase = config.refresh_every // config.reuse * self._share // config.samples
         self._phase: int | None = None
         self._refs: list[ScoredRef] = []
         self._stream: Stream | None = None
