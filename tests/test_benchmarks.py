@@ -90,7 +90,7 @@ def test_the_parts_of_a_timed_command_are_its_own(tmp_path):
     assert live["score"]["seconds"] > 0
     assert live["train"]["seconds"] > 0
     assert alone["parts"]["learn"]["score"]["seconds"] == 0
-    steps = [json.loads(line) for line in (tmp_path / "every-1" / "metrics.jsonl").read_text().splitlines()]
+    steps = [json.loads(line) for line in (tmp_path / "every-live" / "metrics.jsonl").read_text().splitlines()]
     # the loop's own clock of its steps, in another place
     assert live["train"]["seconds"] == pytest.approx(sum(step["seconds"] for step in steps), abs=0.05)
     assert [step["refreshed"] for step in steps] == [True, True]

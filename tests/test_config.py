@@ -51,11 +51,11 @@ def test_one_file_serves_a_whole_experiment(tmp_path):
 
 
 def test_all_problems_at_once_each_with_its_fix(tmp_path):
-    file = yaml(tmp_path, "studnet: x\nk: 0\nlearn: {reprise: 1}\n")
+    file = yaml(tmp_path, "studnet: x\nk: 0\nlearn: {zebra: 1}\n")
     found = problems("learn", file, lr="fast", tail="jmp", cache="c", out="o")
     assert found == [
         f"{file}: unknown key `studnet`: did you mean `student`?",
-        f"{file}: unknown key `reprise` in section `learn`",
+        f"{file}: unknown key `zebra` in section `learn`",
         "--k must be 1 or more, not 0",
         "--tail must be one of 'one-step' or 'jump', not 'jmp'",
         "--student is missing: policy to train: a folder or a Hub id, best pre-distilled",
