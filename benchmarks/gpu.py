@@ -31,6 +31,7 @@ from common import (
     T5_SMALL,
     VOCAB,
     fingerprint,
+    held,
     machine,
     needed_operations,
     options,
@@ -55,6 +56,8 @@ from ketchup_cache.types import Ragged, ScoredRollouts
 
 TINY = {"d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4}
 PRECISIONS = ("float32", "bfloat16")
+REUSED = ((4, 4), (16, 4), (4, 16))
+"""Steps whose rollouts are sampled at once, and how often each is used (`learn --reuse`)."""
 LIMIT = 64
 """Longest completion."""
 
@@ -120,26 +123,26 @@ def scoring(gpu: Gpu, model: Any, rollouts: int, samples: int, budget: int, rate
     return found | {"share_of_matrix_rate": found["flops"] / rate}
 
 
-def scoring_plainly(gpu: Gpu, model: Any, rollouts: int, samples: int) -> dict[int, dict[str, float]]:
+def scoring_plainly(gpu: Gpu, model: Any, rollouts: int, samples: int) -> dict[str, dict[str, float]]:
     """The plain way on a part of the same rollouts, by rows of a batch."""
     batch = sample(0, rollouts, samples=samples)
     few = batch.take(np.random.default_rng(0).permutation(len(batch))[: max(rollouts // 16, 8)])
-    plain = {}
+    plain: dict[str, dict[str, float]] = {}
     for at_once in (8, 32):
         before = gpu.forget()
         seconds = gpu.seconds(lambda: plain_way(model, few.prompts.tokens, few.rollouts, at_once), repeats=1)  # noqa: B023
-        plain[at_once] = {
+        plain[str(at_once)] = {
             "tokens_per_second": len(few.scores.q) / seconds,
             "peak_above_weights": gpu.peak() - before,
         }
     return plain
 
 
-def compared(found: dict[str, Any], plain: dict[int, dict[str, float]]) -> dict[str, Any]:
+def compared(found: dict[str, Any], plain: dict[str, dict[str, float]]) -> dict[str, Any]:
     rates = {rows: measured["tokens_per_second"] for rows, measured in plain.items()}
     best, ours = max(rates, key=rates.__getitem__), found["tokens_per_second"]
     return found | {
-        "plain": plain, "plain_rows": best, "times_plain": ours / rates[best], "times_plain_of_8": ours / rates[8],
+        "plain": plain, "plain_rows": best, "times_plain": ours / rates[best], "times_plain_of_8": ours / rates["8"],
     }  # fmt: skip
 
 
@@ -212,6 +215,54 @@ def keep(chosen: Any, results: dict[str, Any]) -> None:
         publish("gpu", chosen, **results)
 
 
+def show_scoring(results: dict[str, Any]) -> None:
+    head = ("scoring, completions a prompt", "tokens/s", "of matrix rate", "plain, rows of 8", "plain, best rows",
+            "times plain", "peak MB above weights", "plain of 8")  # fmt: skip
+    rows = [
+        (
+            f["samples"],
+            f"{f['tokens_per_second']:,.0f}",
+            f"{f['share_of_matrix_rate']:.0%}",
+            f"{f['plain']['8']['tokens_per_second']:,.0f}",
+            f"{f['plain'][f['plain_rows']]['tokens_per_second']:,.0f} ({f['plain_rows']})",
+            f"{f['times_plain']:.1f} ({f['times_plain_of_8']:.1f} of 8)",
+            f"{f['peak_above_weights'] / 1e6:,.0f}",
+            f"{f['plain']['8']['peak_above_weights'] / 1e6:,.0f}",
+        )
+        for f in results["scoring"]
+    ]
+    print(table(head, rows) + "\n", flush=True)
+
+
+def show_learning(results: dict[str, Any]) -> None:
+    """Milliseconds of a step by parts that were measured. Where rollouts are used several times, so much less of
+    sampling and scoring is in a step: `16x4` samples at once what four steps take, and so do the four of `every 4`."""
+    size = results["size"]
+    both, alone = results["learning"]["with teacher"], results["learning"]["without teacher"]
+    measured = {int(key.split()[1]): parts for key, parts in both.items() if key.startswith("every")}
+    ways = [("live" if n == 1 else f"every {n} steps", parts, 1) for n, parts in measured.items()]
+    ways += [
+        (f"every {n * uses} steps, each used {uses} times", measured[n], uses) for n, uses in REUSED if n in measured
+    ]
+    rows, live = [], {}
+    for name, parts, uses in [*ways, ("offline", {}, 1)]:
+        sampled = {part: parts[part] / uses for part in ("sample", "score") if parts}
+        cells = [name, *(f"{sampled[part] * 1e3:,.0f}" if sampled else "–" for part in ("sample", "score"))]
+        for precision in PRECISIONS:
+            learn = (both if parts else alone)["learn"][precision]
+            rate = size / (learn + sum(sampled.values()))
+            live.setdefault(precision, rate)
+            cells += [f"{learn * 1e3:,.0f}", f"{rate:,.0f} ({rate / live[precision]:.1f})"]
+        rows.append(tuple(cells))
+    what = (f"{precision}: {cell}" for precision in PRECISIONS for cell in ("learn", "rollouts/s (times live)"))
+    print(table(("ms a step", "sample", "score", *what), rows) + "\n")
+    for precision in PRECISIONS:
+        peaks = [found["learn_peak_bytes"][precision] / 2**30 for found in (both, alone)]
+        print(
+            f"peak memory of learning, {precision}: {peaks[0]:.2f} GiB with the teacher in memory, {peaks[1]:.2f} not"
+        )
+
+
 def main() -> None:
     chosen = options(
         __doc__,
@@ -219,7 +270,14 @@ def main() -> None:
         device=("cuda" if torch.cuda.is_available() else "cpu", "where to run"),
         rollouts=(2048, "rollouts to score"),
         batch_tokens=(65_536, "largest batch of the teacher"),
+        show=(False, "print the tables of benchmarks/results/gpu.json, and measure nothing"),
     )
+    if chosen.show:
+        results = held("gpu", chosen)
+        print(results["device"], f"{results['matrix_flops'] / 1e12:.2f} TFLOP/s\n")
+        show_scoring(results)
+        show_learning(results)
+        return
     gpu, tiny = Gpu(chosen.device), chosen.tiny or chosen.short
     if not gpu.is_gpu and not tiny:
         raise SystemExit("no GPU here: 3B parameters on a CPU take hours; use --tiny to see that the script works")
@@ -235,27 +293,12 @@ def main() -> None:
     rate = matrix_rate(gpu, 256 if tiny else 8192, dtype)
     print(f"{where}: {rate / 1e12:.2f} TFLOP/s ({dtype}); teacher {weights / 2**30:.1f} GiB\n", flush=True)
 
-    results: dict[str, Any] = {"device": where, "tiny": tiny, "matrix_flops": rate, "weights_bytes": weights}
+    results = {"size": size, "device": where, "tiny": tiny, "matrix_flops": rate, "weights_bytes": weights}
     plain = [scoring_plainly(gpu, model, rollouts, n) for n in (4, 1)]  # as transformers has it
     fuse_gelu(model)  # as `Teacher.load` does
     ours = [scoring(gpu, model, rollouts, n, chosen.batch_tokens, rate) for n in (4, 1)]
     results["scoring"] = [compared(*both) for both in zip(ours, plain, strict=True)]
-    head = ("scoring, completions a prompt", "tokens/s", "of matrix rate", "plain, rows of 8", "plain, best rows",
-            "times plain", "peak MB above weights", "plain of 8")  # fmt: skip
-    rows = [
-        (
-            f["samples"],
-            f"{f['tokens_per_second']:,.0f}",
-            f"{f['share_of_matrix_rate']:.0%}",
-            f"{f['plain'][8]['tokens_per_second']:,.0f}",
-            f"{f['plain'][f['plain_rows']]['tokens_per_second']:,.0f} ({f['plain_rows']})",
-            f"{f['times_plain']:.1f} ({f['times_plain_of_8']:.1f} of 8)",
-            f"{f['peak_above_weights'] / 1e6:,.0f}",
-            f"{f['plain'][8]['peak_above_weights'] / 1e6:,.0f}",
-        )
-        for f in results["scoring"]
-    ]
-    print(table(head, rows) + "\n", flush=True)
+    show_scoring(results)
 
     results["exactness"] = exact = exactness(gpu, TINY if tiny else T5_SMALL)
     print(f"float32 against float64: {exact['largest_difference']:.1e}, logits up to {exact['largest_logit']:.1f}\n")
@@ -267,29 +310,7 @@ def main() -> None:
     results["learning"] = {"with teacher": learning(gpu, student, teacher_of(model), size, everies)}
     del model
     results["learning"]["without teacher"] = learning(gpu, student, None, size)
-    both, alone = results["learning"]["with teacher"], results["learning"]["without teacher"]
-    ways = {"live" if n == 1 else f"every {n} steps": both[f"every {n}"] for n in everies}
-    rows, live = [], {}
-    for name, parts in [*ways.items(), ("offline", None)]:
-        cells = [name, *(f"{parts[part] * 1e3:,.0f}" if parts else "–" for part in ("sample", "score"))]
-        for precision in PRECISIONS:
-            learn = (both if parts else alone)["learn"][precision]
-            rate = size / (learn + (parts["sample"] + parts["score"] if parts else 0))
-            live.setdefault(precision, rate)
-            cells += [f"{learn * 1e3:,.0f}", f"{rate:,.0f} ({rate / live[precision]:.1f})"]
-        rows.append(tuple(cells))
-    head = (
-        "ms a step",
-        "sample",
-        "score",
-        *(f"{p}: {what}" for p in PRECISIONS for what in ("learn", "rollouts/s (times live)")),
-    )
-    print(table(head, rows) + "\n")
-    for precision in PRECISIONS:
-        peaks = [found["learn_peak_bytes"][precision] / 2**30 for found in (both, alone)]
-        print(
-            f"peak memory of learning, {precision}: {peaks[0]:.2f} GiB with the teacher in memory, {peaks[1]:.2f} not"
-        )
+    show_learning(results)
     keep(chosen, results)
 
 
