@@ -117,7 +117,14 @@ class Pair:
     untrained: Path
 
 
-def pair(folder: Path = FOLDER, epochs: int = 1, student_epochs: int = 80, *, short: bool = False) -> Pair:
+def pair(
+    folder: Path = FOLDER,
+    epochs: int = 1,
+    student_epochs: int = 80,
+    *,
+    outputs: int = PREDISTILLED_ON,
+    short: bool = False,
+) -> Pair:
     """epochs: passes over the references, then over 9,600 disturbed ones. What lies there finished is taken as it is.
 
     short: for seconds only, on less; such a pair has learnt to end a sentence and little else.
@@ -135,7 +142,7 @@ def pair(folder: Path = FOLDER, epochs: int = 1, student_epochs: int = 80, *, sh
         untrained(made.untrained, STUDENT, SEED + 93)
         outputs = ("--cache", folder / "sft")
         tool("rollout", "--student", made.teacher, "--greedy", "--data", TASK / "prompts.jsonl", "--template", TEMPLATE,
-             "--limit", PREDISTILLED_ON, "--max-new-tokens", MAX_NEW_TOKENS, "--rollout-batch", 256,
+             "--limit", outputs, "--max-new-tokens", MAX_NEW_TOKENS, "--rollout-batch", 256,
              *outputs)  # fmt: skip
         pretrain(made.untrained, folder / "student", student_epochs, 3e-3, *outputs)
     return made
@@ -144,8 +151,9 @@ def pair(folder: Path = FOLDER, epochs: int = 1, student_epochs: int = 80, *, sh
 def main() -> None:
     chosen = options(__doc__, epochs=(1, "passes of the teacher over the references, and over the disturbed ones"),
                      student_epochs=(80, "passes of the student over the teacher's outputs"),
+                     outputs=(PREDISTILLED_ON, "outputs of the teacher that the student learns"),
                      folder=(str(FOLDER), "where the models go"))  # fmt: skip
-    made = pair(Path(chosen.folder), chosen.epochs, chosen.student_epochs, short=chosen.short)
+    made = pair(Path(chosen.folder), chosen.epochs, chosen.student_epochs, outputs=chosen.outputs, short=chosen.short)
     print(f"{made.teacher}\n{made.student}")
 
 
