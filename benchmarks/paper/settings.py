@@ -136,7 +136,7 @@ class Row:
     def fresh_rollouts(self, options: Options) -> int:
         """Rollouts of the student between two refreshes."""
         of_student = options["batch_size"] // (2 if self.needs_outputs else 1)
-        return int(options["refresh_every"] * of_student)
+        return int(options["refresh_every"] // options.get("reuse", 1) * of_student)
 
 
 KS = (2, 4, 8, 16)
@@ -187,6 +187,16 @@ ABLATIONS = (
             *(
                 Row(f"N = {n}{'' if on else ', uncorrected'}", {"k": 4, "refresh_every": n, "importance": on})
                 for n, on in ((1, True), (16, True), (48, True), (4, False), (16, False), (48, False))
+            ),
+        ),
+    ),
+    Ablation(
+        "each rollout used several times",
+        (
+            DEFAULT,
+            *(
+                Row(f"N = {n}, each {uses} times", {"k": 4, "refresh_every": n, "reuse": uses})
+                for n, uses in ((4, 2), (4, 4), (16, 4))
             ),
         ),
     ),
