@@ -2,6 +2,7 @@
 
     python benchmarks/scoring.py [--model small|base|decoder] [--gsm8k FOLDER] [--only time|memory|overlap]
 
+`--only` measures a part again and keeps what the results file holds of the others.
 The plain way is what public code does: every rollout a row of its own with an encoder pass of its own, random batches
 of 8 padded to their longest, logits [B, T, V], then gather and max. Random weights of T5's shapes; the values of both
 are compared. Prompts log-normal around 180 tokens, completions 25 ± 8; or, with a folder that holds GSM8K's
@@ -33,6 +34,7 @@ from common import (
     commit_rollouts,
     fingerprint,
     forget_peak,
+    held,
     made_up_rollouts,
     needed_operations,
     options,
@@ -238,7 +240,10 @@ def main() -> None:
         longest_batch(model, chosen.only.removeprefix("memory-of-"))
         return
     wanted = [chosen.only] if chosen.only else ["time", "memory", "overlap"]
-    results: dict[str, Any] = {"model": chosen.model, "rollouts": chosen.rollouts, "batch_tokens": chosen.batch_tokens}
+    name = f"scoring_{chosen.model}"
+    before = held(name, chosen) if chosen.only else {}
+    results: dict[str, Any] = {key: before[key] for key in ("speed", "memory", "overlap") if key in before}
+    results |= {"model": chosen.model, "rollouts": chosen.rollouts, "batch_tokens": chosen.batch_tokens}
     print(f"{chosen.model}: {model.num_parameters() / 1e6:.0f}M weights, {torch.get_num_threads()} threads\n")
     if "time" in wanted:
         kinds = ["made up", *(["gsm8k"] if chosen.gsm8k else [])]
@@ -272,7 +277,7 @@ def main() -> None:
     if "overlap" in wanted:
         results["overlap"] = found_overlap = overlap(model, 8 if chosen.short else 2 * chosen.rollouts)
         print(f"the teacher's share of the wall time of scoring a cache: {found_overlap['share']:.1%}")
-    publish(f"scoring_{chosen.model}", chosen, benchmark="benchmarks/scoring.py", **results)
+    publish(name, chosen, benchmark="benchmarks/scoring.py", **results)
 
 
 if __name__ == "__main__":

@@ -322,6 +322,7 @@ def _attend(
         return states
     parts = []
     spread = (rows.queries.spread(query), rows.keys.spread(key), rows.keys.spread(value))
+    del normed, source, query, key, value  # a tensor of all tokens each: most of what a pass holds at its peak
     for number, (group, q, k, v) in enumerate(zip(rows.groups, *spread, strict=True)):
 
         def heads(values: Tensor, width: int) -> Tensor:
