@@ -3,6 +3,7 @@
     python benchmarks/scoring.py [--model small|base|decoder] [--gsm8k FOLDER] [--only time|memory|overlap]
 
 `--only` measures a part again and keeps what the results file holds of the others.
+
 The plain way is what public code does: every rollout a row of its own with an encoder pass of its own, random batches
 of 8 padded to their longest, logits [B, T, V], then gather and max. Random weights of T5's shapes; the values of both
 are compared. Prompts log-normal around 180 tokens, completions 25 ± 8; or, with a folder that holds GSM8K's
