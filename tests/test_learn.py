@@ -19,7 +19,7 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from ketchup_cache.config import LearnConfig
 from ketchup_cache.errors import CacheError, ConfigError, MismatchError, NumericsError
-from ketchup_cache.learn.loop import learn, tail_warning
+from ketchup_cache.learn.loop import cut_warning, learn, tail_warning
 from ketchup_cache.learn.step import learning_signal, train_step
 from ketchup_cache.learn.stream import Stream, plan_batches
 from ketchup_cache.lm.head import Head
@@ -327,9 +327,26 @@ def test_a_k_that_most_completions_are_too_short_for(tmp_path, folders, k, tail,
     assert (found or "None").startswith(str(warned))
 
 
-def test_the_warning_is_printed_once(cache, tmp_path, folders, capsys):
+@pytest.mark.parametrize(
+    ("options", "finished", "warned"),
+    [
+        ({}, [True, False, False, True], "50%"),
+        ({"method": "llmr"}, [False, True, True, True], "25%"),
+        ({}, [True] * 9 + [False], None),
+        ({"unfinished": "bootstrap"}, [False] * 4, None),
+        ({"method": "seqkd", "teacher_outputs": "t"}, [False] * 4, None),
+    ],
+)
+def test_rollouts_that_are_mostly_cut_and_dropped(tmp_path, folders, options, finished, warned):
+    found = cut_warning(config(tmp_path, folders, **options), np.array(finished))
+    assert (found or "None").startswith(str(warned))
+
+
+def test_each_warning_is_printed_once(cache, tmp_path, folders, capsys, monkeypatch):
+    monkeypatch.setattr("ketchup_cache.learn.loop.OFTEN_CUT", 0.01)  # some of the made-up student's rollouts are cut
     learn(config(tmp_path, folders, k=50))
-    assert capsys.readouterr().err.count("--tail jump") == 1
+    printed = capsys.readouterr().err
+    assert printed.count("--tail jump") == printed.count("--unfinished bootstrap") == 1
 
 
 def test_result_is_loadable_and_moved(cache, tmp_path, folders):
