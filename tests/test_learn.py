@@ -344,7 +344,7 @@ def test_rollouts_that_are_mostly_cut_and_dropped(tmp_path, folders, options, fi
 
 def test_each_warning_is_printed_once(cache, tmp_path, folders, capsys, monkeypatch):
     monkeypatch.setattr("ketchup_cache.learn.loop.OFTEN_CUT", 0.01)  # some of the made-up student's rollouts are cut
-    learn(config(tmp_path, folders, k=50))
+    learn(config(tmp_path, folders, k=50, batch_size=len(whole_batch(cache))))
     printed = capsys.readouterr().err
     assert printed.count("--tail jump") == printed.count("--unfinished bootstrap") == 1
 
