@@ -136,7 +136,22 @@ class ReturnOptions(Config):
     """Rollouts cut at the length limit: drop, bootstrap from the teacher's value there, or zero after the cut."""
 
 
-class PretrainConfig(DeviceOptions, DataOptions):
+class StepOptions(Config):
+    """An optimizer step, whatever it learns from."""
+
+    warmup: int = Field(default=0, ge=0)
+    """Optimizer steps of linear warm-up."""
+    weight_decay: float = Field(default=0.01, ge=0)
+    """AdamW's decoupled weight decay."""
+    max_grad_norm: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    """Clip the gradient's norm."""
+    micro_batch_tokens: Positive = 16384
+    """Largest micro-batch, in tokens. Memory, not results, depends on it."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Of the body's products; bfloat16 by autocast. Weights, gradients, head, loss and optimizer stay in float32."""
+
+
+class PretrainConfig(DeviceOptions, DataOptions, StepOptions):
     """Options of `ketchup-cache pretrain`."""
 
     data: str = ""
@@ -155,21 +170,10 @@ class PretrainConfig(DeviceOptions, DataOptions):
     """Peak learning rate of AdamW."""
     batch_size: Positive = 8
     """Examples per optimizer step."""
-    warmup: int = Field(default=0, ge=0)
-    """Optimizer steps of linear warm-up."""
     schedule: Literal["constant", "linear"] = "constant"
     """Learning rate after the warm-up."""
-    weight_decay: float = Field(default=0.01, ge=0)
-    """AdamW's decoupled weight decay."""
-    max_grad_norm: float = Field(default=1.0, gt=0, allow_inf_nan=False)
-    """Clip the gradient's norm."""
     max_new_tokens: Positive = 64
     """Longest target; longer ones are cut."""
-    micro_batch_tokens: Positive = 16384
-    """Largest micro-batch, in tokens. Memory, not results, depends on it."""
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """Of the products in the trained model's body. bfloat16: by autocast; its weights, gradients and optimizer, the
-    head and the loss stay in float32."""
     dropout: bool = True
     """Keep the model's own dropout on."""
     checkpoint_every: int = Field(default=500, ge=0)
@@ -206,7 +210,7 @@ class ScoreConfig(WatchOptions, DeviceOptions, ScoringOptions):
     """Also store the teacher's so many largest logits per token, for `learn --method kl, js, tvd`. 0: none."""
 
 
-class LearnConfig(ScorerOptions, DeviceOptions, ReturnOptions, SamplingOptions, ScoringOptions):
+class LearnConfig(ScorerOptions, DeviceOptions, ReturnOptions, SamplingOptions, ScoringOptions, StepOptions):
     """Options of `ketchup-cache learn`."""
 
     method: Method = "ketchup"
@@ -242,14 +246,8 @@ class LearnConfig(ScorerOptions, DeviceOptions, ReturnOptions, SamplingOptions, 
     """Rollouts per optimizer step (the paper's 8 x 32)."""
     lr: float = Field(default=1e-5, gt=0, allow_inf_nan=False)
     """Peak learning rate of AdamW."""
-    warmup: int = Field(default=0, ge=0)
-    """Optimizer steps of linear warm-up."""
     schedule: Literal["constant", "linear"] = "constant"
     """Learning rate after the warm-up: constant, or linear to zero at the last step."""
-    weight_decay: float = Field(default=0.01, ge=0)
-    """AdamW's decoupled weight decay."""
-    max_grad_norm: float = Field(default=1.0, gt=0, allow_inf_nan=False)
-    """Clip the gradient's norm."""
     baseline: Baseline = "none"
     """Subtracted from the returns: mean or min-variance (per time step), or leave-one-out (samples of a prompt)."""
     clip_return: float = Field(default=100.0, gt=0, allow_inf_nan=False)
@@ -258,11 +256,6 @@ class LearnConfig(ScorerOptions, DeviceOptions, ReturnOptions, SamplingOptions, 
     """Truncation of the per-token importance ratio policy/behaviour."""
     importance: bool = True
     """Correct stale rollouts by the importance ratio. Off: treat every rollout as on-policy."""
-    micro_batch_tokens: Positive = 16384
-    """Largest micro-batch, in tokens. Memory, not results, depends on it."""
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """Of the products in the trained model's body. bfloat16: by autocast; its weights, gradients and optimizer, the
-    head and the loss stay in float32."""
     checkpoint_every: int = Field(default=100, ge=0)
     """Optimizer steps between checkpoints. 0: only at the end."""
 
@@ -301,15 +294,11 @@ class LearnConfig(ScorerOptions, DeviceOptions, ReturnOptions, SamplingOptions, 
         return self.keep_top if self.method in ("kl", "js", "tvd") else 0
 
     @model_validator(mode="after")
-    def _reuse_fits(self) -> LearnConfig:
+    def _batches_fit(self) -> LearnConfig:
         if self.reuse > 1 and not self.refresher:
             raise ValueError("reuse is of new rollouts (--teacher or --scorer); from a cache alone, use --epochs")
         if self.refresh_every % self.reuse:
             raise ValueError(f"refresh_every {self.refresh_every} must be a multiple of reuse {self.reuse}")
-        return self
-
-    @model_validator(mode="after")
-    def _samples_fit(self) -> LearnConfig:
         if self.baseline == "leave-one-out" and self.refresher and self.samples < 2:
             raise ValueError("baseline leave-one-out compares samples of one prompt: set --samples to 2 or more")
         if self.batch_size % self.samples:
