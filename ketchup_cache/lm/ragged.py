@@ -290,8 +290,8 @@ class _Bias:
         if self._causal:
             every = every.masked_fill(torch.arange(1 - n, n, device=states.device) > 0, -torch.inf)
         full = every.to(states.dtype).unfold(2, n, 1)
-        # a GPU's fused kernels refuse masks whose rows overlap
-        self._full = full.contiguous() if full.device.type == "cuda" else full
+        # the fused kernels of GPUs refuse masks whose rows overlap
+        self._full = full if full.device.type == "cpu" else full.contiguous()
         self._masked.clear()
 
     def corner(self, number: int, group: Group) -> Tensor:
