@@ -20,7 +20,7 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 from ketchup_cache.config import LearnConfig
 from ketchup_cache.errors import CacheError, ConfigError, MismatchError, NumericsError
 from ketchup_cache.learn.loop import cut_warning, learn, tail_warning
-from ketchup_cache.learn.step import learning_signal, train_step
+from ketchup_cache.learn.step import learning_signal, score_weights, train_step
 from ketchup_cache.learn.stream import Stream, plan_batches
 from ketchup_cache.lm.head import Head
 from ketchup_cache.lm.load import load_model
@@ -152,6 +152,15 @@ def test_bfloat16_rounds_the_gradient_and_nothing_else(cache, tmp_path, folders,
     assert_bfloat16_gradient(rounded, exact)
     assert metrics.return_mean == plain.return_mean
     assert metrics.loss == pytest.approx(plain.loss, rel=0.02)
+
+
+def test_bfloat16_rounds_what_the_min_variance_baseline_weighs_by(cache, tmp_path, folders):
+    model, batch = load_model(str(folders[0]), device="cpu"), whole_batch(cache)
+    exact, rounded = (
+        score_weights(model, Head.of(model, VOCAB), batch, config(tmp_path, folders, precision=precision))
+        for precision in ("float32", "bfloat16")
+    )
+    assert 2**-12 < np.linalg.norm(rounded - exact) / np.linalg.norm(exact) < 2**-3
 
 
 def test_metrics_are_those_of_the_batch(cache, tmp_path, folders):

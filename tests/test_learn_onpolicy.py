@@ -128,6 +128,11 @@ def test_rollouts_may_be_used_several_times(words, tmp_path, monkeypatch):
     assert min(later) > 1e-7  # and the ratio corrects for it
 
 
+def test_an_epoch_over_the_prompts_has_a_step_for_each_use(words, tmp_path):
+    assert main(flat(words | {"--steps": 0, "--reuse": 3})) == 0
+    assert len(metrics(tmp_path / "run")) == 22  # 30 prompts x 2 samples x 3 uses, in batches of 8
+
+
 def test_prompts_that_were_stored_twice_count_once(words, tmp_path):
     """As two processes do that start at the same moment."""
     cache = open_cache(tmp_path / "cache")
