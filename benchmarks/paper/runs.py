@@ -14,7 +14,7 @@ import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,8 @@ class Run:
         """Of everything that decides its result, but for the program and the weights."""
         parts = [self.task, self.name, self.seed, self.row.learning(TASKS[self.task], self.seed) if self.row else {}]
         if self.row:
-            parts.append(self.row.student)
+            made = STUDENTS.get(self.row.student)
+            parts.append(asdict(made) if made else self.row.student)
         if self.split != "test":
             parts.append(self.split)
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
@@ -107,7 +108,7 @@ def _make_student(task: Task, student: Student, out: Path, work: Path) -> None:
     tool = Tool(out.with_suffix(".log"))
     outputs = teacher_outputs(task, work)
     tool("pretrain", model=start, cache=outputs, policy=DATA / task.name / "teacher", out=out,
-         **{**task.pretrain, "epochs": round(task.pretrain["epochs"] * student.share)})  # fmt: skip
+         **{**task.pretrain, "epochs": round(task.pretrain["epochs"] * student.share), **student.pretrain})  # fmt: skip
 
 
 def _resized(student: Path, size: Options, out: Path) -> Path:
