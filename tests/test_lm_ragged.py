@@ -98,6 +98,17 @@ def test_the_bias_is_the_models_and_takes_no_memory_of_its_own(causal):
         assert torch.isneginf(mine[:, ~seen]).all()
 
 
+def test_no_square_of_positions_is_ever_held():
+    """What torch allocates within a pass: a copy of the window that the bias is would be heads × n × n floats."""
+    n, model = 384, make_t5("1.0")
+    prompts = Ragged.from_rows([np.arange(n) % 20 + 3], np.int32)
+    batch = Batch(prompts, np.zeros(1, np.int64), Ragged.from_rows([np.array([5, 6, 1])], np.int32))
+    with torch.no_grad(), torch.profiler.profile(profile_memory=True) as profile:
+        completion_states(model, batch)
+    held = [event.nbytes() for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    assert model.config.num_heads * 2 * n * 4 < max(held) < model.config.num_heads * n * n * 4 / 4
+
+
 def test_long_rows_reach_every_bucket_of_the_position_bias():
     """Distances beyond the largest bucket, in both directions, and a batch whose longest row is not alone."""
     model = make_t5("1.0")

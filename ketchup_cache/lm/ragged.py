@@ -289,7 +289,8 @@ class _Bias:
         every = attention.compute_bias(1, 2 * n - 1, device=states.device, past_seen_tokens=n - 1)[:, :, 0]
         if self._causal:
             every = every.masked_fill(torch.arange(1 - n, n, device=states.device) > 0, -torch.inf)
-        full = every.to(states.dtype).unfold(2, n, 1)
+        # heads come last in it: in any other order than this, attention would make a copy of the whole window
+        full = every.to(states.dtype).contiguous().unfold(2, n, 1)
         # the fused kernels of GPUs refuse masks whose rows overlap
         self._full = full if full.device.type == "cpu" else full.contiguous()
         self._masked.clear()
