@@ -132,8 +132,8 @@ class ReturnOptions(Config):
     """The last K steps: one-step (Algorithm 1) or jump over the end (Eq. 7)."""
     normalization: Normalization = "logprob"
     """Subtracted from all logits of a state: nothing (raw), their mean (centred), their logsumexp (logprob)."""
-    unfinished: Unfinished = "drop"
-    """Rollouts cut at the length limit: drop, bootstrap from the teacher's value there, or zero after the cut."""
+    unfinished: Unfinished = "bootstrap"
+    """Rollouts cut at the length limit: bootstrap from the teacher's value there, zero after the cut, or drop."""
 
 
 class StepOptions(Config):
@@ -377,8 +377,8 @@ class AnalyzeConfig(Config):
     """The last K steps: one-step (Algorithm 1) or jump (Eq. 7)."""
     normalization: Normalization = "logprob"
     """Subtracted from all logits of a state."""
-    unfinished: Unfinished = "drop"
-    """Rollouts cut at the length limit: drop, bootstrap or zero."""
+    unfinished: Unfinished = "bootstrap"
+    """Rollouts cut at the length limit: bootstrap, zero or drop."""
     out: Path | None = None
     """Folder for analysis.json and analysis.png."""
 

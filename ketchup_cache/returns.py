@@ -35,7 +35,7 @@ def k_step_returns(
     mean_q: Array | None = None,
     logsumexp: Array | None = None,
     finished: Any | None = None,
-    unfinished: Literal["drop", "bootstrap", "zero"] = "drop",
+    unfinished: Literal["drop", "bootstrap", "zero"] = "bootstrap",
     final_max_q: Any | None = None,
 ) -> Array:
     """K-step return of every token of every rollout (KETCHUP, Algorithm 1). K = 1 is LLMR.
@@ -53,9 +53,9 @@ def k_step_returns(
             ("centred") or `logsumexp` ("logprob"). It equals normalising all logits beforehand.
         mean_q, logsumexp: [B, T] float, needed by "centred" and "logprob".
         finished: [B] bool, whether each rollout ended by itself. Without it, all did.
-        unfinished: value V of the state where a rollout was cut. "drop": the row's returns are zero, leave it out
-            of the loss; "bootstrap": V = final_max_q, the teacher's own value, which cancels against the m_{T+1}
-            that the last reward subtracts, so that Ĝ_T = q_T; "zero": V = 0, so that Ĝ_T = q_T − m_{T+1}.
+        unfinished: value V of the state where a rollout was cut. "bootstrap": V = final_max_q, the teacher's own
+            value, which cancels against the m_{T+1} that the last reward subtracts, so that Ĝ_T = q_T; "zero":
+            V = 0, so that Ĝ_T = q_T − m_{T+1}; "drop": the row's returns are zero, leave it out of the loss.
         final_max_q: [B] float, m_{T+1} of unfinished rollouts; needed by "zero".
 
     Returns:

@@ -130,7 +130,7 @@ class Builder:
         return analyze(AnalyzeConfig(cache=self.path, **options))
 
 
-def literal_return(one: One, k: int, tail: str = "one-step", normalization: str = "raw", unfinished: str = "drop"):
+def literal_return(one: One, k: int, tail: str = "one-step", normalization: str = "raw", unfinished: str = "bootstrap"):
     """Ĝ_1 by the recursion of Algorithm 1 or Eq. 7, on normalised logits, 1-based as in the paper."""
     offset = {"raw": [0.0] * len(one.q), "centred": one.mean_q, "logprob": one.logsumexp}[normalization]
     q = [None] + [a - b for a, b in zip(one.q, offset, strict=True)]
@@ -152,7 +152,7 @@ def literal_return(one: One, k: int, tail: str = "one-step", normalization: str 
 
 def literal(rows: list[One], k: int, **options) -> dict[str, float]:
     """Variance and bias with their standard errors, by the definitions, with Python's statistics."""
-    kept = [one for one in rows if one.finished or options.get("unfinished", "drop") != "drop"]
+    kept = [one for one in rows if one.finished or options.get("unfinished", "bootstrap") != "drop"]
     prompts = [[one for one in kept if one.prompt == p] for p in sorted({one.prompt for one in kept})]
     estimates = [[literal_return(one, k, **options) for one in prompt] for prompt in prompts]
     truths = [[literal_return(one, 1, **options) for one in prompt] for prompt in prompts]
@@ -183,6 +183,7 @@ def rows() -> list[One]:
         {},
         {"tail": "jump", "unfinished": "bootstrap"},
         {"normalization": "raw", "unfinished": "zero"},
+        {"normalization": "raw", "unfinished": "drop"},
         {"normalization": "centred", "tail": "jump"},
     ],
     ids=str,
@@ -199,7 +200,7 @@ def test_equals_the_definitions(tmp_path: Path, rows: list[One], options: dict[s
             assert getattr(point, name) == pytest.approx(expected[name], rel=1e-9, abs=1e-9), (point.k, name)
     assert policy.return_mean == pytest.approx(expected["return_mean"], rel=1e-9)
     assert policy.return_sd == pytest.approx(expected["return_sd"], rel=1e-9)
-    kept = rows if options.get("unfinished", "drop") != "drop" else [one for one in rows if one.finished]
+    kept = rows if options.get("unfinished", "bootstrap") != "drop" else [one for one in rows if one.finished]
     assert [p.k for p in policy.by_k] == [1, 2, 4, 8, 16]
     assert [p.short for p in policy.by_k] == [
         pytest.approx(sum(len(one.q) <= k for one in kept) / len(kept)) for k in (1, 2, 4, 8, 16)
@@ -310,7 +311,7 @@ def test_one_rollout_per_prompt_has_no_variance_and_says_so(tmp_path: Path, rows
 
 def test_a_policy_that_never_stops_leaves_nothing_to_use_and_says_so(tmp_path: Path, rows: list[One]):
     endless = [replace(one, finished=False, final_max_q=11.0) for one in rows]
-    result = Builder(tmp_path, 6).add(endless).analyze(out=tmp_path / "out")
+    result = Builder(tmp_path, 6).add(endless).analyze(out=tmp_path / "out", unfinished="drop")
     (policy,) = result.policies
     assert (policy.prompts, policy.dropped, policy.finished) == (0, 30, 0)
     assert (policy.return_mean, policy.by_k[0].bias) == (None, None)
@@ -323,7 +324,8 @@ def test_result_is_written_as_json_and_picture(tmp_path: Path, rows: list[One]):
     result = builder.analyze(out=tmp_path / "out" / "deep", ks="1,3")
     written = json.loads((tmp_path / "out" / "deep" / "analysis.json").read_text(encoding="utf-8"))
     assert written == json.loads(json.dumps(result.to_dict()))
-    assert written["settings"] == {"ks": [1, 3], "tail": "one-step", "normalization": "logprob", "unfinished": "drop"}
+    settings = {"ks": [1, 3], "tail": "one-step", "normalization": "logprob", "unfinished": "bootstrap"}
+    assert written["settings"] == settings
     assert written["segments"] == [i for i, m in open_cache(tmp_path / "cache").manifests("scores")]
     assert written["teacher"]["name"] == "teacher"
     assert (tmp_path / "out" / "deep" / "analysis.png").read_bytes().startswith(b"\x89PNG")

@@ -123,7 +123,8 @@ def literal_gradient(folders, batch, options):
     [
         {"k": 1},
         {"k": 2, "unfinished": "zero", "normalization": "raw", "clip_return": 4.0},
-        {"k": 4, "baseline": "mean", "unfinished": "bootstrap"},
+        {"k": 4, "baseline": "mean"},
+        {"k": 4, "baseline": "mean", "unfinished": "drop"},
         {"k": 3, "importance": False},
         {"k": 2, "max_ratio": 1.1, "micro_batch_tokens": 40},
         {"k": 2, "max_ratio": 1.1, "micro_batch_tokens": 1},
@@ -165,7 +166,7 @@ def test_bfloat16_rounds_what_the_min_variance_baseline_weighs_by(cache, tmp_pat
 
 def test_metrics_are_those_of_the_batch(cache, tmp_path, folders):
     batch = whole_batch(cache)
-    _, metrics = captured_gradient(folders, batch, config(tmp_path, folders, k=2))
+    _, metrics = captured_gradient(folders, batch, config(tmp_path, folders, k=2, unfinished="drop"))
     rollouts, scores = batch.rollouts, batch.scores
     returns, ratios = [], []
     student = make_t5("1.0", seed=1)
@@ -339,11 +340,11 @@ def test_a_k_that_most_completions_are_too_short_for(tmp_path, folders, k, tail,
 @pytest.mark.parametrize(
     ("options", "finished", "warned"),
     [
-        ({}, [True, False, False, True], "50%"),
-        ({"method": "llmr"}, [False, True, True, True], "25%"),
-        ({}, [True] * 9 + [False], None),
-        ({"unfinished": "bootstrap"}, [False] * 4, None),
-        ({"method": "seqkd", "teacher_outputs": "t"}, [False] * 4, None),
+        ({"unfinished": "drop"}, [True, False, False, True], "50%"),
+        ({"unfinished": "drop", "method": "llmr"}, [False, True, True, True], "25%"),
+        ({"unfinished": "drop"}, [True] * 9 + [False], None),
+        ({}, [False] * 4, None),
+        ({"unfinished": "drop", "method": "seqkd", "teacher_outputs": "t"}, [False] * 4, None),
     ],
 )
 def test_rollouts_that_are_mostly_cut_and_dropped(tmp_path, folders, options, finished, warned):
@@ -353,7 +354,7 @@ def test_rollouts_that_are_mostly_cut_and_dropped(tmp_path, folders, options, fi
 
 def test_each_warning_is_printed_once(cache, tmp_path, folders, capsys, monkeypatch):
     monkeypatch.setattr("ketchup_cache.learn.loop.OFTEN_CUT", 0.01)  # some of the made-up student's rollouts are cut
-    learn(config(tmp_path, folders, k=50, batch_size=len(whole_batch(cache))))
+    learn(config(tmp_path, folders, k=50, unfinished="drop", batch_size=len(whole_batch(cache))))
     printed = capsys.readouterr().err
     assert printed.count("--tail jump") == printed.count("--unfinished bootstrap") == 1
 
