@@ -399,6 +399,22 @@ def test_another_runs_folder_is_refused(cache, tmp_path, folders):
         learn(config(tmp_path, folders, k=4))
 
 
+def test_a_run_of_an_earlier_version_goes_on_where_later_options_are_at_their_defaults(cache, tmp_path, folders):
+    options = config(tmp_path, folders)
+    learn(options)
+    written = options.out / "config.json"
+    record = json.loads(written.read_text())
+    assert {record["options"].pop("reuse"), record["options"].pop("precision")} == {1, "float32"}
+    written.write_text(json.dumps(record))
+    learn(options)
+    with pytest.raises(ConfigError, match="--precision None, not bfloat16"):
+        learn(config(tmp_path, folders, precision="bfloat16"))
+    del record["options"]["student"]  # has no default
+    written.write_text(json.dumps(record))
+    with pytest.raises(ConfigError, match="--student None"):
+        learn(options)
+
+
 def test_two_at_once_in_one_folder(cache, tmp_path, folders):
     import fcntl
 

@@ -65,7 +65,11 @@ class Run:
         begun = self.metrics_path.exists() and self.metrics_path.stat().st_size > 0
         if path.exists() and begun:
             before = _read_json(path).get("options", {})
-            changed = sorted(k for k in before.keys() | options.keys() if before.get(k) != options.get(k))
+            fields = type(self.config).model_fields
+            # an option that the run does not know came with a later version; its default does what was done before
+            later = {k for k in options.keys() - before.keys() if getattr(self.config, k) == fields[k].default}
+            known = (before.keys() | options.keys()) - later
+            changed = sorted(k for k in known if before.get(k) != options.get(k))
             if problems := [
                 f"{self.out} holds a run with {flag(k)} {before.get(k)}, not {options.get(k)}: "
                 "repeat its options to continue it, or choose another --out"
