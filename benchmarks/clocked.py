@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -44,44 +45,82 @@ def together(*measured: dict[str, Any]) -> dict[str, Any]:
     return total
 
 
-def refreshed(
-    folder: Path, way: str, teacher: Path, other: Path, data: dict[str, Any], learning: dict[str, Any]
-) -> tuple[dict[str, Any], Path]:
-    """`learn` with new, live-scored rollouts at every so many steps; and the student's folder.
+@dataclass(frozen=True)
+class Way:
+    """How a student learns: `live`, `offline`, or steps between new rollouts; `x16`: each is used so often; `@1e-4`: at
+    that learning rate. `offlinex16@1e-4` goes 16 times over a cache of a sixteenth of the rollouts."""
 
-    way: `live`, steps between new rollouts, or these and how often each is used: `16x4`. data, learning: options of
-    `rollout` and `learn`. other: a model that is not the student; `rollout` puts prompts into a cache only together
-    with rollouts, and `learn` leaves those of another policy aside.
+    every: int | None
+    """None: offline."""
+    uses: int = 1
+    lr: float | None = None
+
+    @classmethod
+    def of(cls, word: str) -> Way:
+        way, _, lr = word.partition("@")
+        base, _, uses = way.partition("x")
+        every = {"live": 1, "offline": None}[base] if base in ("live", "offline") else int(base)
+        return cls(every, int(uses or 1), float(lr) if lr else None)
+
+    @property
+    def name(self) -> str:
+        base = {None: "offline", 1: "live"}.get(self.every, f"every {self.every} steps")
+        used = f", each rollout {self.uses} times" if self.uses > 1 else ""
+        return base + used + (f", lr {self.lr:g}" if self.lr else "")
+
+    def learning(self, learning: dict[str, Any]) -> dict[str, Any]:
+        return learning | ({"lr": self.lr} if self.lr else {})
+
+
+def by(
+    way: Way, folder: Path, teacher: Path, other: Path, data: dict[str, Any], learning: dict[str, Any]
+) -> tuple[dict[str, Any], Path]:
+    """One run, measured; and the student's folder. data, learning: options of `rollout` (with `limit`) and `learn`.
+    other: as `refreshed` wants it."""
+    if way.every is None:
+        return offline(way, folder, teacher, data, learning)
+    return refreshed(way, folder, teacher, other, data, learning)
+
+
+def refreshed(
+    way: Way, folder: Path, teacher: Path, other: Path, data: dict[str, Any], learning: dict[str, Any]
+) -> tuple[dict[str, Any], Path]:
+    """`learn` with new, live-scored rollouts at every so many steps.
+
+    other: a model that is not the student; `rollout` puts prompts into a cache only together with rollouts, and `learn`
+    leaves those of another policy aside.
     """
-    every, reuse = map(int, f"{way}x1".split("x")[:2]) if way != "live" else (1, 1)
-    cache, out = folder / f"cache-{way}", folder / f"every-{way}"
+    cache, out = folder / f"cache, {way.name}", folder / f"out, {way.name}"
     limits = {key: learning[key] for key in ("max_new_tokens", "rollout_batch")}
     in_parts("rollout", student=other, cache=cache, first=1, **data, **limits)
-    found = in_parts("learn", cache=cache, out=out, teacher=teacher, refresh_every=every, reuse=reuse, **learning)
-    name = "live" if every == 1 else f"every {every} steps" + (f", each {reuse} times" if reuse > 1 else "")
-    return {"name": name, **found}, out / "student"
+    found = in_parts("learn", cache=cache, out=out, teacher=teacher, refresh_every=way.every, reuse=way.uses,
+                     **way.learning(learning))  # fmt: skip
+    return {"name": way.name, **found}, out / "student"
 
 
-def offline(folder: Path, teacher: Path, data: dict[str, Any], learning: dict[str, Any]) -> tuple[dict[str, Any], Path]:
-    """`rollout`, `score` and `learn` together, and each in `parts`; and the student's folder."""
-    cache, out = folder / "cache-offline", folder / "offline"
+def offline(
+    way: Way, folder: Path, teacher: Path, data: dict[str, Any], learning: dict[str, Any]
+) -> tuple[dict[str, Any], Path]:
+    """`rollout`, `score` and `learn` together, and each in `parts`."""
+    cache, out = folder / f"cache, {way.name}", folder / f"out, {way.name}"
     sampling = {key: learning[key] for key in ("student", "samples", "max_new_tokens", "rollout_batch")}
     scoring = {key: learning[key] for key in ("batch_tokens",) if key in learning}
+    fewer = data | {"limit": data["limit"] // way.uses}
     parts = {
-        "rollout": in_parts("rollout", cache=cache, seed=learning.get("seed", 0), **data, **sampling),
+        "rollout": in_parts("rollout", cache=cache, seed=learning.get("seed", 0), **fewer, **sampling),
         "score": in_parts("score", cache=cache, teacher=teacher, **scoring),
-        "learn": in_parts("learn", cache=cache, out=out, **learning),
+        "learn": in_parts("learn", cache=cache, out=out, **way.learning(learning)),
     }
-    return {"name": "offline", **together(*parts.values()), "parts": parts}, out / "student"
+    return {"name": way.name, **together(*parts.values()), "parts": parts}, out / "student"
 
 
 def rows(runs: list[dict[str, Any]], rollouts: int) -> list[list[str]]:
-    """Of each run, its cells under `HEAD`; offline has a second row for its `learn` alone."""
+    """Of each run, its cells under `HEAD`; offline ones have a second row for their `learn` alone."""
     shown = []
     for entry in runs:
         shown.append(entry)
         if "parts" in entry:
-            shown.append({**entry, **entry["parts"]["learn"], "name": "offline, learning alone"})
+            shown.append({**entry, **entry["parts"]["learn"], "name": f"{entry['name']}, learning alone"})
     live = next((entry["work"] for entry in shown if entry["name"] == "live"), None)
     cells = []
     for entry in shown:

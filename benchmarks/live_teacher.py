@@ -1,14 +1,15 @@
 """Offline, refreshed, and live: wall time, memory and return at equal optimizer steps on equal data.
 
-    python benchmarks/live_teacher.py [--only task,proportion,memory] [--ways live,16,16x4,offline] [--add]
+    python benchmarks/live_teacher.py [--only task,proportion,memory] [--ways live,16x4,offlinex16@1e-4] [--add]
 
-Offline is charged with `rollout` and `score` too; `learning alone` is what a second run on the same cache costs. Times
-are without start-up and reading models (clocked.py); a live teacher stays in memory. `--add --dev 0` takes the times
-again and keeps the returns.
+Ways: clocked.py. A learning rate is of `task` alone; it was chosen on the dev split (docs/log.md). Offline is charged
+with `rollout` and `score` too; `learning alone` is what a second run on the same cache costs. Times are without
+start-up and reading models (clocked.py); a live teacher stays in memory. `--add --test 0` takes the times again and
+keeps the returns.
 
 1. `task`: the shipped task `translate`, where a return means something but the teacher (1.0M parameters) is only five
-   times the student. Return: mean G₁ of greedy outputs on the dev split, under the teacher, ± the standard error over
-   seeds; times are of the first seed.
+   times the student. Return: mean G₁ of greedy outputs on the test split, under the teacher, ± the standard error over
+   seeds; times are of the seed that took the median time.
 2. `proportion`: a teacher of T5-base's shape and a student of a twelfth of its cost, as FLAN-T5-XL has with T5-base
    (13); random weights, prompts log-normal around 180 tokens, 4 completions of 25 tokens each.
 3. `memory`: peak memory where models are large enough to show: T5-small-shaped student, T5-base-shaped teacher, random
@@ -25,11 +26,12 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from clocked import HEAD, offline, refreshed, rows
+from clocked import HEAD, Way, by, rows
 from common import (
     ROOT,
     T5_BASE,
@@ -48,11 +50,12 @@ from common import (
 
 TASK = ROOT / "data" / "translate"
 DECODING = {"max_new_tokens": 36, "rollout_batch": 256}
+WAYS = "live,live@1e-4,4,4x4,16x4,offline,offline@1e-4,offlinex4@1e-4,offlinex16@1e-4"
 STUDENT = {"d_model": 320, "d_kv": 64, "d_ff": 1280, "num_layers": 4, "num_heads": 5}
 """Of the part `proportion`."""
 
 
-def dev_return(model: Path, teacher: Path, data: Path, limit: int) -> float:
+def test_return(model: Path, teacher: Path, data: Path, limit: int) -> float:
     words = ["evaluate", "--model", model, "--data", data, "--teacher", teacher, "--metrics", "exact", "--limit", limit]
     decoding = ["--max-new-tokens", DECODING["max_new_tokens"], "--rollout-batch", DECODING["rollout_batch"]]
     command = [sys.executable, "-m", "ketchup_cache", *map(str, [*words, *decoding, "--json"])]
@@ -61,21 +64,18 @@ def dev_return(model: Path, teacher: Path, data: Path, limit: int) -> float:
 
 
 def by_each_way(
-    folder: Path, ways: list[str], teacher: Path, other: Path, data: dict[str, Any], learning: dict[str, Any]
+    folder: Path, ways: list[Way], teacher: Path, other: Path, data: dict[str, Any], learning: dict[str, Any]
 ) -> list[tuple[dict[str, Any], Path]]:
     made = []
     for way in ways:
-        if way == "offline":
-            made.append(offline(folder, teacher, data, learning))
-        else:
-            made.append(refreshed(folder, way, teacher, other, data, learning))
+        made.append(by(way, folder, teacher, other, data, learning))
         print(f"{made[-1][0]['name']}: {made[-1][0]['work']['seconds']:.1f} s", file=sys.stderr, flush=True)
     return made
 
 
-def on_the_task(folder: Path, steps: int, batch: int, ways: list[str], dev: int, seeds: int) -> list[dict[str, Any]]:
-    """Times of the first seed, returns of all. The settings are those of the paper's table (benchmarks/paper), but for
-    smaller batches: one sample of many prompts, and what LLMR and KETCHUP gained most with there, a mean baseline."""
+def on_the_task(folder: Path, steps: int, batch: int, ways: list[Way], test: int, seeds: int) -> list[dict[str, Any]]:
+    """Times of the run in the middle, returns of all seeds. The settings are those of the paper's table
+    (benchmarks/paper), but for smaller batches: one sample of many prompts, and a mean baseline."""
     teacher, student = TASK / "teacher", TASK / "predistilled"
     data = {"data": TASK / "prompts.jsonl", "skip": 1500, "limit": steps * batch}
     learning = {
@@ -91,18 +91,24 @@ def on_the_task(folder: Path, steps: int, batch: int, ways: list[str], dev: int,
         "checkpoint_every": 0,
         **DECODING,
     }
-    runs: list[dict[str, Any]] = []
+    runs: list[list[dict[str, Any]]] = [[] for _ in ways]
+    returns: list[list[float]] = [[] for _ in ways]
     for seed in range(seeds):
         made = by_each_way(folder / str(seed), ways, teacher, TASK / "student", data, learning | {"seed": seed})
-        if not seed:
-            runs = [{**found, "dev_returns": []} if dev else found for found, _ in made]
-        for found, (_, trained) in zip(runs, made, strict=True):
-            if dev:
-                found["dev_returns"].append(dev_return(trained, teacher, TASK / "dev.jsonl", dev))
-    return runs
+        for (found, trained), measured, values in zip(made, runs, returns, strict=True):
+            measured.append(found)
+            if test:
+                values.append(test_return(trained, teacher, TASK / "test.jsonl", test))
+    middle = [sorted(measured, key=lambda one: one["work"]["seconds"])[len(measured) // 2] for measured in runs]
+    return [
+        one
+        | {"work_seconds": [each["work"]["seconds"] for each in measured]}
+        | ({"test_returns": values} if test else {})
+        for one, measured, values in zip(middle, runs, returns, strict=True)
+    ]
 
 
-def in_proportion(folder: Path, steps: int, batch: int, ways: list[str], short: bool) -> list[dict[str, Any]]:
+def in_proportion(folder: Path, steps: int, batch: int, ways: list[Way], short: bool) -> list[dict[str, Any]]:
     rng = np.random.default_rng(0)
     small = {"d_model": 128, "d_kv": 32, "d_ff": 256, "num_layers": 2, "num_heads": 4}
     shapes = {"teacher": T5_BASE, "student": STUDENT, "other": small} if not short else {
@@ -127,7 +133,7 @@ def in_proportion(folder: Path, steps: int, batch: int, ways: list[str], short: 
         "batch_tokens": 4096,
         "micro_batch_tokens": 4096,
     }
-    data = {"data": folder / "data.jsonl"}
+    data = {"data": folder / "data.jsonl", "limit": prompts}
     made = by_each_way(folder, ways, folder / "teacher", folder / "other", data, learning)
     return [found for found, _ in made]
 
@@ -199,12 +205,12 @@ def report_task(chosen: argparse.Namespace, record: dict[str, Any]) -> None:
     lines = rows(record["runs"], count)
     returns = {}
     for entry in record["runs"]:
-        if found := entry.get("dev_returns"):
+        if found := entry.get("test_returns"):
             error = f" ± {statistics.stdev(found) / len(found) ** 0.5:.2f}" if len(found) > 1 else ""
             returns[entry["name"]] = f"{statistics.mean(found):.2f}{error}"
     for line in lines:
         line.append(returns.get(line[0].removesuffix(", learning alone"), ""))
-    print(table((*HEAD, "return on dev"), lines))
+    print(table((*HEAD, "return on test"), lines))
     print(f"\n{chosen.steps} steps of {chosen.batch_size} rollouts; student before: {record['return_before']:.2f}")
 
 
@@ -231,28 +237,28 @@ def main() -> None:
         batch_size=(256, "rollouts per step of `task`"),
         seeds=(3, "seeds of `task`, for its returns"),
         large_steps=(16, "optimizer steps of `proportion`, of 8 rollouts each"),
-        ways=("live,4,16,16x4,16x16,offline", "what to run; a number: steps between new rollouts; x: uses of each"),
-        dev=(500, "dev sentences for the return; 0: times alone"),
+        ways=(WAYS, "what to run; a number: steps between new rollouts; x: uses of each; @: learning rate"),
+        test=(500, "test sentences for the return; 0: times alone"),
         add=(False, "add to the results file, or replace in it what is run again"),
         alone=("", "(used by the script itself)"),
     )
     if chosen.alone:
         student_alone(Path(chosen.alone), chosen.steps, chosen.batch_size)
         return
-    ways, few = chosen.ways.split(","), (chosen.large_steps, 8)
+    ways, few = [Way.of(word) for word in chosen.ways.split(",")], (chosen.large_steps, 8)
     if chosen.short:
-        chosen.steps, chosen.batch_size, chosen.seeds, chosen.dev = 4, 64, 1, 50
-        ways, few = ["live", "4x2", "offline"], (4, 8)
+        chosen.steps, chosen.batch_size, chosen.seeds, chosen.test = 4, 64, 1, 50
+        ways, few = [Way.of(word) for word in ("live", "4x2", "offlinex4@1e-4")], (4, 8)
     record = held("live_teacher", chosen) if chosen.add else {}
     parts = {key: record[key] for key in ("task", "proportion", "memory") if key in record}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         if "task" in chosen.only:
-            new = on_the_task(folder / "task", chosen.steps, chosen.batch_size, ways, chosen.dev, chosen.seeds)
+            new = on_the_task(folder / "task", chosen.steps, chosen.batch_size, ways, chosen.test, chosen.seeds)
             before = parts.get("task") or {
                 "runs": [],
-                "return_before": dev_return(
-                    TASK / "predistilled", TASK / "teacher", TASK / "dev.jsonl", chosen.dev or 500
+                "return_before": test_return(
+                    TASK / "predistilled", TASK / "teacher", TASK / "test.jsonl", chosen.test or 500
                 ),
             }
             sizes = {"steps": chosen.steps, "batch_size": chosen.batch_size}
@@ -260,7 +266,8 @@ def main() -> None:
             report_task(chosen, parts["task"])
         if "proportion" in chosen.only:
             (folder / "proportion").mkdir()
-            new = in_proportion(folder / "proportion", *few, ways, chosen.short)
+            costly = list(dict.fromkeys(replace(way, lr=None) for way in ways))
+            new = in_proportion(folder / "proportion", *few, costly, chosen.short)
             cost = costs()
             runs = merged(parts.get("proportion", {}).get("runs", []), new)
             parts["proportion"] = {"steps": few[0], "batch_size": few[1], "multiplications": cost, "runs": runs}

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from clocked import HEAD, offline, refreshed, rows
+from clocked import HEAD, Way, by, rows
 from common import ROOT, held, merged, options, publish, run, table
 from decoder_pair import FOLDER, MAX_NEW_TOKENS, PREDISTILLED_ON, TASK, TEMPLATE, Pair, pair
 
@@ -88,7 +88,7 @@ def runs_of(folder: Path, models: Pair, chosen: argparse.Namespace, seed: int, w
     count = chosen.steps * chosen.batch_size
     prompts = prompts_for(seed, count)
     few = prompts[: count // SAMPLES]
-    data = {"data": written(folder / "prompts.jsonl", few)}
+    data = {"data": written(folder / "prompts.jsonl", few), "limit": len(few)}
     learning = {
         "student": models.student,
         "seed": seed,
@@ -109,10 +109,8 @@ def runs_of(folder: Path, models: Pair, chosen: argparse.Namespace, seed: int, w
             repeated = written(folder / "same prompts", [prompt for prompt in few for _ in range(SAMPLES)])
             different = written(folder / "one sample each", prompts)
             made = [trl(folder, models, chosen, seed, file) for file in (repeated, different)]
-        elif way == "offline":
-            made = [offline(folder, models.teacher, data, learning)]
         else:
-            made = [refreshed(folder, way, models.teacher, models.untrained, data, learning)]
+            made = [by(Way.of(way), folder, models.teacher, models.untrained, data, learning)]
         for found, student in made:
             print(f"seed {seed}, {found['name']}: {found['work']['seconds']:.1f} s", file=sys.stderr, flush=True)
             measured = quality(student, models.teacher, chosen.dev) if chosen.dev else {}

@@ -18,6 +18,8 @@ import decoder_pair  # noqa: E402
 import trl_live  # noqa: E402
 from common import forget_peak, merged, peak, run, sample  # noqa: E402
 
+from ketchup_cache import open_cache  # noqa: E402
+
 
 def test_gpu_script_runs_without_a_gpu(tmp_path):
     out = tmp_path / "gpu.json"
@@ -81,8 +83,10 @@ def test_the_parts_of_a_timed_command_are_its_own(tmp_path):
     learning = {"student": task / "predistilled", "steps": 2, "batch_size": 8, "samples": 4, "max_new_tokens": 12,
                 "rollout_batch": 64}  # fmt: skip
     data = {"data": task / "prompts.jsonl", "limit": 4}
-    live, _ = clocked.refreshed(tmp_path, "live", task / "teacher", task / "student", data, learning)
-    alone, _ = clocked.offline(tmp_path, task / "teacher", data, learning)
+    ways = [clocked.Way.of(word) for word in ("live@1e-3", "offlinex2")]
+    (live, trained), (alone, _) = (
+        clocked.by(way, tmp_path, task / "teacher", task / "student", data, learning) for way in ways
+    )
     for run_ in (live, *alone["parts"].values()):
         assert run_["load"]["cpu_seconds"] > 0
         assert run_["load"]["seconds"] + run_["work"]["seconds"] < run_["seconds"]
@@ -90,17 +94,41 @@ def test_the_parts_of_a_timed_command_are_its_own(tmp_path):
     assert live["score"]["seconds"] > 0
     assert live["train"]["seconds"] > 0
     assert alone["parts"]["learn"]["score"]["seconds"] == 0
-    steps = [json.loads(line) for line in (tmp_path / "every-live" / "metrics.jsonl").read_text().splitlines()]
+    steps = [json.loads(line) for line in (trained.parent / "metrics.jsonl").read_text().splitlines()]
     # the loop's own clock of its steps, in another place
     assert live["train"]["seconds"] == pytest.approx(sum(step["seconds"] for step in steps), abs=0.05)
     assert [step["refreshed"] for step in steps] == [True, True]
+    assert max(step["lr"] for step in steps) == 1e-3
+    cache = tmp_path / "cache, offline, each rollout 2 times"
+    assert len(list(open_cache(cache).rows())) == 2 * 8 / 2  # of two steps of eight
     assert alone["work"]["seconds"] == pytest.approx(sum(p["work"]["seconds"] for p in alone["parts"].values()))
     assert alone["peak_bytes"] == max(part["peak_bytes"] for part in alone["parts"].values())
     rows = clocked.rows([{"name": "live", **{k: v for k, v in live.items() if k != "name"}}, alone], 16)
-    assert [row[0] for row in rows] == ["live", "offline", "offline, learning alone"]
+    assert [row[0] for row in rows] == [
+        "live",
+        "offline, each rollout 2 times",
+        "offline, each rollout 2 times, learning alone",
+    ]
     assert all(len(row) == len(clocked.HEAD) for row in rows)
     faster = live["work"]["seconds"] / alone["parts"]["learn"]["work"]["seconds"]
     assert float(rows[2][clocked.HEAD.index("× live (wall)")]) == pytest.approx(faster, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("word", "name", "every", "uses", "lr"),
+    [
+        ("live", "live", 1, 1, None),
+        ("live@1e-4", "live, lr 0.0001", 1, 1, 1e-4),
+        ("4", "every 4 steps", 4, 1, None),
+        ("16x4@2e-4", "every 16 steps, each rollout 4 times, lr 0.0002", 16, 4, 2e-4),
+        ("offline", "offline", None, 1, None),
+        ("offlinex16@1e-4", "offline, each rollout 16 times, lr 0.0001", None, 16, 1e-4),
+    ],
+)
+def test_ways(word, name, every, uses, lr):
+    way = clocked.Way.of(word)
+    assert (way.name, way.every, way.uses, way.lr) == (name, every, uses, lr)
+    assert way.learning({"lr": 1}) == {"lr": lr or 1}
 
 
 def test_without_trl_the_rest_is_said_to_run(tmp_path, capsys):
