@@ -5,8 +5,8 @@
 Qwen2 architecture, the task's words as tokens. The teacher (3.1M parameters) learns the references by
 `ketchup-cache pretrain`, then goes on with half of them disturbed as `data/translate/make_task.py` does it, so that
 stopping early is not the cheapest way out of an error. The student (0.25M) is pre-distilled on the teacher's greedy
-outputs for the first 400 prompts: on 1,500 it learnt all that there is (99.6 % exact on dev), on 200 nearly nothing. Everything goes to
-benchmarks/work, which git ignores.
+outputs for the first 400 prompts (56 % exact on dev; 1,500: 99.6, 200: 3). Everything goes to benchmarks/work, which
+git ignores.
 """
 
 from __future__ import annotations
