@@ -6,16 +6,17 @@ PATH: the Python of an environment with TRL (`python -m venv trl && trl/bin/pip 
 this project. Without it the rest is run. The models are made first, which takes minutes, and kept (decoder_pair.py).
 
 - TRL: on-policy distillation with a live teacher; the student's samples, reverse KL to the teacher's distribution of
-  every token. `same prompts`: 8 samples of each of 8 prompts a step, as the others have. `one sample each`: of 64
-  prompts, which is what it is made for.
+  every token.
 - live, every N: `learn` with K = 4, new rollouts at every N-th step, scored by a teacher that stays in memory.
-- offline: `rollout`, `score`, `learn`, on as many rollouts of the start policy. `learning alone` is what a second run
-  on the same cache costs.
+- offline: `rollout`, `score`, `learn`, on as many rollouts of the start policy, or on fewer that are used several
+  times. `learning alone` is what a second run on the same cache costs.
 
-Equal for all: student, teacher, prompts, optimizer steps, rollouts per step, length limit, AdamW and its schedule.
-Times are without start-up and reading models. Return: mean G₁ of greedy outputs on the dev split under the teacher,
+Equal for all: student, teacher, optimizer steps, rollouts per step, length limit, AdamW and its schedule. Each with
+what did best for it on the dev split with other prompts (log.md): TRL with one sample of each prompt, ours with eight
+and a leave-one-out baseline; learning rates (clocked.py).
+Times are without start-up and reading models. Return: mean G₁ of greedy outputs on the test split under the teacher,
 from `evaluate`. Times are of the first seed, returns of all. `--add --seeds 1,2 --ways trl,live` adds runs to the
-results file; `--add --dev 0` takes the times again and keeps the returns.
+results file; `--add --test 0` takes the times again and keeps the returns.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from clocked import HEAD, Way, by, rows
 from common import ROOT, held, merged, options, publish, run, table
 from decoder_pair import FOLDER, MAX_NEW_TOKENS, PREDISTILLED_ON, TASK, TEMPLATE, Pair, pair
 
+WAYS = "trl@5e-4,trl@2e-3,live,4,16x4,offline@1e-4,offlinex4@1e-4,offlinex16@1e-4"
 SAMPLES = 8
 OPTIMIZER = {"lr": 5e-4, "warmup": 4, "weight_decay": 0.01}
 
@@ -54,10 +56,10 @@ def written(path: Path, prompts: list[str]) -> Path:
     return path
 
 
-def quality(model: Path, teacher: Path, limit: int) -> dict[str, float]:
-    words = ("evaluate", "--model", model, "--teacher", teacher, "--data", TASK / "dev.jsonl", "--template", TEMPLATE,
-             "--metrics", "exact", "--limit", limit, "--max-new-tokens", MAX_NEW_TOKENS, "--rollout-batch", 256,
-             "--json")  # fmt: skip
+def quality(model: Path, teacher: Path, limit: int, split: str) -> dict[str, float]:
+    words = ("evaluate", "--model", model, "--teacher", teacher, "--data", TASK / f"{split}.jsonl",
+             "--template", TEMPLATE, "--metrics", "exact", "--limit", limit, "--max-new-tokens", MAX_NEW_TOKENS,
+             "--rollout-batch", 256, "--json")  # fmt: skip
     command = [sys.executable, "-m", "ketchup_cache", *map(str, words)]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
     found = json.loads(done.stdout)
@@ -69,26 +71,28 @@ def quality(model: Path, teacher: Path, limit: int) -> dict[str, float]:
     }
 
 
-def trl(folder: Path, models: Pair, chosen: argparse.Namespace, seed: int, prompts: Path) -> tuple[dict, Path]:
-    out, times = folder / f"trl, {prompts.stem}", folder / "times.json"
+def trl(
+    word: str, folder: Path, models: Pair, chosen: argparse.Namespace, seed: int, prompts: Path
+) -> tuple[dict[str, Any], Path]:
+    lr = float(word.partition("@")[2] or OPTIMIZER["lr"])
+    out, times = folder / word, folder / "times.json"
     found: dict[str, Any] = run(
         *(chosen.trl_python, Path(__file__).parent / "trl_runner.py", "--student", models.student),
         *("--teacher", models.teacher, "--prompts", prompts, "--out", out, "--times", times, "--beta", 1.0),
         *("--steps", chosen.steps, "--batch-size", chosen.batch_size, "--max-new-tokens", MAX_NEW_TOKENS),
-        *("--lr", chosen.trl_lr, "--warmup", OPTIMIZER["warmup"], "--weight-decay", OPTIMIZER["weight_decay"]),
+        *("--lr", lr, "--warmup", OPTIMIZER["warmup"], "--weight-decay", OPTIMIZER["weight_decay"]),
         *("--seed", seed),
     )
     found |= json.loads(times.read_text())
     if found["steps"] != chosen.steps:
         raise SystemExit(f"TRL took {found['steps']} optimizer steps instead of {chosen.steps}")
-    return {"name": f"TRL {found['trl']}, {prompts.stem}", "lr": chosen.trl_lr, **found}, out / "student"
+    return {"name": f"TRL {found['trl']}, lr {lr:g}", **found}, out / "student"
 
 
 def runs_of(folder: Path, models: Pair, chosen: argparse.Namespace, seed: int, ways: list[str]) -> list[dict[str, Any]]:
     count = chosen.steps * chosen.batch_size
-    prompts = prompts_for(seed, count)
-    few = prompts[: count // SAMPLES]
-    data = {"data": written(folder / "prompts.jsonl", few), "limit": len(few)}
+    prompts = written(folder / "prompts.jsonl", prompts_for(seed, count))
+    data = {"data": prompts, "limit": count // SAMPLES}
     learning = {
         "student": models.student,
         "seed": seed,
@@ -105,16 +109,13 @@ def runs_of(folder: Path, models: Pair, chosen: argparse.Namespace, seed: int, w
     }
     runs = []
     for way in ways:
-        if way == "trl":
-            repeated = written(folder / "same prompts", [prompt for prompt in few for _ in range(SAMPLES)])
-            different = written(folder / "one sample each", prompts)
-            made = [trl(folder, models, chosen, seed, file) for file in (repeated, different)]
+        if way.startswith("trl"):
+            found, student = trl(way, folder, models, chosen, seed, prompts)
         else:
-            made = [by(Way.of(way), folder, models.teacher, models.untrained, data, learning)]
-        for found, student in made:
-            print(f"seed {seed}, {found['name']}: {found['work']['seconds']:.1f} s", file=sys.stderr, flush=True)
-            measured = quality(student, models.teacher, chosen.dev) if chosen.dev else {}
-            runs.append({**found, "seed": seed, **measured})
+            found, student = by(Way.of(way), folder, models.teacher, models.untrained, data, learning)
+        print(f"seed {seed}, {found['name']}: {found['work']['seconds']:.1f} s", file=sys.stderr, flush=True)
+        measured = quality(student, models.teacher, chosen.test, chosen.split) if chosen.test else {}
+        runs.append({**found, "seed": seed, **measured})
     return runs
 
 
@@ -156,14 +157,14 @@ def parameters(model: Path) -> int:
 
 
 def compare(chosen: argparse.Namespace, models: Pair) -> None:
-    ways = [way for way in chosen.ways.split(",") if way != "trl" or has_trl(chosen.trl_python)]
+    ways = [way for way in chosen.ways.split(",") if not way.startswith("trl") or has_trl(chosen.trl_python)]
     record = held("trl_live", chosen) if chosen.add else {}
     runs: list[dict[str, Any]] = record.get("runs", [])
     for seed in map(int, chosen.seeds.split(",")):
         with tempfile.TemporaryDirectory() as temporary:
             new = runs_of(Path(temporary), models, chosen, seed, ways)
         runs = merged(runs, new, ("name", "seed"))
-    before = record.get("before") or quality(models.student, models.teacher, chosen.dev or 500)
+    before = record.get("before") or quality(models.student, models.teacher, chosen.test or 500, chosen.split)
     print(report(runs, chosen.steps * chosen.batch_size))
     print(f"\n{chosen.steps} steps of {chosen.batch_size} rollouts; student before: return {before['return']:.2f}, "
           f"exact {before['exact']:.1f} %", flush=True)  # fmt: skip
@@ -176,19 +177,19 @@ def main() -> None:
     chosen = options(
         __doc__,
         trl_python=("", "Python of an environment with TRL"),
-        trl_lr=(OPTIMIZER["lr"], "TRL's learning rate"),
         steps=(64, "optimizer steps"),
         batch_size=(64, "rollouts per step"),
-        dev=(500, "dev sentences for the return; 0: times alone"),
+        test=(500, "sentences for the return; 0: times alone"),
+        split=("test", "of which split they are; dev: to choose settings"),
         seeds=("0", "seeds, with commas"),
-        ways=("trl,live,4,16,16x4,offline", "what to run; a number: steps between new rollouts; x: uses of each"),
+        ways=(WAYS, "what to run; a number: steps between new rollouts; x: uses of each; @: learning rate"),
         models=(str(FOLDER), "where the models are, or go"),
         add=(False, "add to the results file, or replace in it what is run again"),
     )
     if not chosen.short:
         compare(chosen, pair(Path(chosen.models)))
         return
-    chosen.steps, chosen.dev, chosen.ways = 4, 50, "trl,live,4,offline"
+    chosen.steps, chosen.test, chosen.ways = 4, 50, "trl,live,4,offlinex4"
     with tempfile.TemporaryDirectory() as temporary:
         compare(chosen, pair(Path(temporary), 1, 5, short=True))
 

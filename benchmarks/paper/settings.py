@@ -193,6 +193,10 @@ ABLATIONS = (
         ),
     ),
     Ablation(
+        "refresh period N at a quarter of the learning rate",
+        (DEFAULT, *(Row(f"N = {n}, lr 5e-5", {"k": 4, "refresh_every": n, "lr": 5e-5}) for n in (4, 16, 48))),
+    ),
+    Ablation(
         "each rollout used several times",
         (
             DEFAULT,

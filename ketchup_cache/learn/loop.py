@@ -165,7 +165,7 @@ def tail_warning(config: LearnConfig, lengths: NDArray[np.int64]) -> str | None:
 def cut_warning(config: LearnConfig, finished: NDArray[np.bool_]) -> str | None:
     """Where many rollouts are dropped because they were cut: the others are the short ones, and to learn from them
     alone is to learn their length. On the shipped task `reason`, cut at 20 of its 26 tokens, accuracy fell from 42 %
-    to 4 %, with bootstrap it did not (benchmarks/results/ablations.md)."""
+    to 14 %, with bootstrap it did not (benchmarks/results/ablations.md)."""
     if config.method not in ("ketchup", "llmr") or config.unfinished != "drop":
         return None
     share = 1 - finished.mean()
