@@ -50,6 +50,7 @@ def main() -> None:
             *("--cache", folder / "cache", "--dtype", "bfloat16", "--device", "cpu", "--json"),
         )
         scored = json.loads(found.pop("output"))
+        del scored["teacher"]  # a temporary folder
         weights = sum(file.stat().st_size for file in shards)
     print(f"{parameters / 1e6:,.1f}M parameters in {len(shards)} shards, {weights / 2**30:.2f} GiB\n")
     row = (len(batch), f"{found['peak_bytes'] / 2**30:.2f}", f"{found['peak_bytes'] / weights:.2f}",
