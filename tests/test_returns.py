@@ -123,6 +123,7 @@ def test_unfinished_rollouts(case, seed):
         k_step_returns(q, max_q, lengths, k, unfinished="drop", **options), everything * finished[:, None]
     )
     np.testing.assert_array_equal(k_step_returns(q, max_q, lengths, k, unfinished="bootstrap", **options), everything)
+    np.testing.assert_array_equal(k_step_returns(q, max_q, lengths, k, **options), everything)  # the default
     zero = k_step_returns(q, max_q, lengths, k, unfinished="zero", **options)
     for row, n in enumerate(lengths):
         # a literal K = 1 chain whose last reward is q_T − m_{T+1}, and no value after it
