@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 DRIVERS = {"pretrain", "rollout", "score", "learn.loop", "evaluate", "analyze", "compact", "demo", "judge.driver"}
 DRIVERS |= {"export", "watch"}
-FOUNDATION = {"types", "errors", "config", "config_base", "config_caches", "config_watch"}
+FOUNDATION = {"types", "errors", "config", "config_base", "config_caches", "config_groups", "config_watch"}
 
 
 def modules() -> dict[str, Path]:
