@@ -240,12 +240,17 @@ class Watcher:
         for _, claim in newest.values():
             if claim and claim.scorer in alive and claim.start < rows.stop and rows.start < claim.stop:
                 return False
-        number = max(numbers, default=-1) + 1
-        own = self._claim_name(rollouts_id, rows, number)
-        claim = ClaimNote(scorer=self._me.id, start=rows.start, stop=rows.stop)
-        if not self._board.create(own, claim.model_dump_json().encode()):
+        last, dead = newest.get(rows.start, (-1, None))
+        number = last + 1
+        over = [number]
+        own = ClaimNote(scorer=self._me.id, start=rows.start, stop=rows.stop)
+        if not self._board.create(self._claim_name(rollouts_id, rows, number), own.model_dump_json().encode()):
             return False
         try:
+            # the one that we took for dead may have given its claim up before it went, and a living one made it anew
+            if number and parse(self._board.read(self._claim_name(rollouts_id, rows, last)), ClaimNote) != dead:
+                return False
+            over += numbers
             # it may have been scored, and its claim be gone, since we looked
             if not any(id_ == rollouts_id and a <= rows.start and rows.stop <= b for id_, a, b in self._missing()):
                 return False
@@ -254,7 +259,7 @@ class Watcher:
                 self._report = replace(self._report, taken_over=self._report.taken_over + 1)
             return done
         finally:
-            for n in [*numbers, number]:
+            for n in over:
                 forget(self._board, self._claim_name(rollouts_id, rows, n))
 
     def _score(self, rollouts_id: str, rows: range) -> bool:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from caches import make_cache, plain_logits
-from test_learn import CapturedGradient
+from learning import CapturedGradient
 from tiny import WORDS, assert_bfloat16_gradient, save_model
 from transformers import AutoModelForSeq2SeqLM
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from caches import make_cache, plain_logits
-from learning import config, whole_batch
+from learning import CapturedGradient, config, whole_batch
 from tiny import WORDS, assert_bfloat16_gradient, make_t5, save_model
 from transformers import AutoModelForSeq2SeqLM
 
@@ -26,22 +26,6 @@ def folders(tmp_path_factory):
 @pytest.fixture
 def cache(tmp_path, folders):
     return make_cache(tmp_path / "cache", *folders, forced=True, stale=0.7)
-
-
-class CapturedGradient:
-    """In the optimizer's place: keeps the gradient instead of stepping."""
-
-    def __init__(self, model):
-        self.model, self.gradient = model, {}
-
-    def step(self, step):
-        for name, p in self.model.named_parameters():
-            self.gradient[name] = p.grad.clone() if p.grad is not None else torch.zeros_like(p)
-            p.grad = None
-        return 0.0
-
-    def lr(self, step):
-        return 0.0
 
 
 def captured_gradient(folders, batch, options):

@@ -33,7 +33,7 @@ from ketchup_cache.watch import Watcher, watch
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch, tmp_path):
     monkeypatch.setattr(base, "FIRST_PAUSE_S", 0.001)
-    monkeypatch.setattr(presence, "BEAT_S", 0.1)
+    monkeypatch.setattr(presence, "BEAT_S", 0.3)  # dead after 1.8 s: a busy machine must not look like death
     monkeypatch.setattr(waiting, "LAST_POLL_S", 0.1)
     monkeypatch.setenv(view.HOME_VARIABLE, str(tmp_path / "home"))
 
@@ -110,7 +110,7 @@ def test_work_of_a_killed_watcher_is_taken_over(cache, kind, monkeypatch):
         scorer = MadeUp()
         with watching(cache.path, scorer, idle_exit=0.1) as running:
             until(lambda: len(scored_rows(cache)) == 8)
-            time.sleep(1)  # many beats: the claim of the living one holds, and what it claims is not done
+            time.sleep(3)  # many beats: the claim of the living one holds, and what it claims is not done
             assert len(scored_rows(cache)) == 8
             assert not running.done()
             os.kill(pid, signal.SIGKILL)
@@ -159,18 +159,38 @@ def test_a_claim_on_overlapping_rows_is_respected(cache):
     assert set(scored_rows(cache).values()) == {1}
 
 
-def test_a_claim_that_was_given_up_and_made_again_is_another_one(cache):
+@pytest.mark.parametrize("between", [False, True], ids=["before a look", "within a look"])
+def test_a_claim_that_was_given_up_and_made_again_is_another_one(cache, monkeypatch, between):
+    """Also where the old claim was read, and then the scorers, of which its owner is not one any more."""
     (id_,) = add_rollouts(cache, 1)
     board, scorer = open_board(cache.path), MadeUp()
     name = f"claims/{made_up().fingerprint[:12]}-{id_}-0.0.json"
-    with Presence(board, "scorers", scorer_note()) as first, Presence(board, "scorers", scorer_note()) as second:
-        board.write(name, ClaimNote(scorer=first.id, start=0, stop=4).model_dump_json().encode())
-        with watching(cache.path, scorer):
-            time.sleep(0.3)
-            board.write(name, ClaimNote(scorer=second.id, start=0, stop=4).model_dump_json().encode())
-            first.__exit__(None, None, None)
-            time.sleep(0.5)
-            assert scorer.asked == []
+    old, new = "a" * 32, "b" * 32
+
+    def claim(owner):
+        board.write(f"scorers/{owner}.json", scorer_note(beat_s=60.0))
+        board.write(name, ClaimNote(scorer=owner, start=0, stop=4).model_dump_json().encode())
+
+    calls, work_on = [], Watcher._work_on
+
+    def late(watcher, rollouts_id, rows, claimed, alive):
+        calls.append(alive)
+        if len(calls) == 2:
+            claim(new)
+            board.delete(f"scorers/{old}.json")
+            if between:
+                alive = alive - {old}
+        return work_on(watcher, rollouts_id, rows, claimed, alive)
+
+    monkeypatch.setattr(Watcher, "_work_on", late)
+    claim(old)
+    with watching(cache.path, scorer):
+        until(lambda: len(calls) >= 5)
+        held = notes(cache.path)
+    assert (calls[0], calls[-1]) == ({old}, {new})
+    assert scorer.asked == []
+    assert name in held
+    assert f"{name.removesuffix('.0.json')}.1.json" not in held
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -317,8 +337,8 @@ def test_notes_are_no_part_of_the_cache(cache, tmp_path, capsys):
     assert collect(lab).removed == ()
     with Presence(open_board(lab.path), "scorers", scorer_note()) as me:
         (lab.path / "watch" / "linked").symlink_to(lab.path / "manifests")
-        time.sleep(0.8)
-        removed = collect(lab, hours=0.5 / 3600).removed
+        time.sleep(1.2)
+        removed = collect(lab, hours=0.9 / 3600).removed
         assert me.now() is not None
     assert len(removed) > 50
     assert not any(name.startswith("watch/linked/") for name in removed)

@@ -14,6 +14,7 @@ from store_samples import make_prompts, make_rollouts, make_scores, prompts_info
 from store_samples import teacher as made_up
 
 from ketchup_cache.config import ScoreConfig
+from ketchup_cache.remote import presence
 from ketchup_cache.remote.board import ScorerNote
 from ketchup_cache.remote.local import LocalBoard
 from ketchup_cache.shipped import task
@@ -101,5 +102,11 @@ class Shifted(LocalBoard):
 
 
 def scorer_note(**more) -> bytes:
-    values = {"teacher": made_up(), "tokenizer": tokenizer().fingerprint, "keep_top": 0, "beat_s": 0.1, **more}
+    values = {
+        "teacher": made_up(),
+        "tokenizer": tokenizer().fingerprint,
+        "keep_top": 0,
+        "beat_s": presence.BEAT_S,
+        **more,
+    }
     return ScorerNote(**values).model_dump_json().encode()
