@@ -173,6 +173,7 @@ def main() -> None:
         (loop, "load_model", "load"),
         (score.Teacher, "load", "load"),
         (loop, "train_step", "train"),
+        (loop, "divergence_step", "train"),
     ):
         clock.watch(module, name, part)
 

@@ -1,4 +1,4 @@
-"""How many of the teacher's logits are enough for KL, JS and TVD: `python benchmarks/keep_top.py [--prompts N]`.
+"""How many of the teacher's logits are enough for the divergences: `python benchmarks/keep_top.py [--prompts N]`.
 
 Against the divergences over full distributions, for each N: the relative error of their mean, the relative error of the
 gradient with respect to the student's logits (‖g_N − g‖ / ‖g‖ over all tokens), and what the kept logits take on disk.
@@ -34,7 +34,7 @@ from ketchup_cache.store.cache import open_cache
 from ketchup_cache.training.optim import Optimizer
 from ketchup_cache.types import Scores
 
-METHODS = ("kl", "js", "tvd")
+METHODS = ("kl", "reverse-kl", "js", "tvd")
 ENOUGH = (0.1, 0.01)
 """Largest relative errors, of value and gradient alike, for which the smallest N that keeps them is named."""
 CHUNK = 64
@@ -104,6 +104,8 @@ def exact(method: str, part: Part, rows: slice, logits: Tensor) -> Tensor:
     p, s = log_p.exp(), log_s.exp()
     if method == "kl":
         return (p * (log_p - log_s)).sum(1)
+    if method == "reverse-kl":
+        return (s * (log_s - log_p)).sum(1)
     if method == "tvd":
         return (p - s).abs().sum(1) / 2
     log_m = torch.logaddexp(log_p, log_s) - np.log(2)
@@ -116,7 +118,12 @@ def lumped(method: str, part: Part, rows: slice, logits: Tensor, few: Scores) ->
         torch.tensor(few.top_q[rows]), torch.tensor(few.rest_logsumexp[rows]), logits.shape[1]
     )
     student = divergences.student_buckets(logits, torch.tensor(few.top_ids[rows]).long())
-    return (ON_TEACHER if part.from_teacher else ON_STUDENT)[method](teacher, student)
+    return terms_on(part)[method](teacher, student)
+
+
+def terms_on(part: Part) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
+    """Of each method that learns from such states."""
+    return ON_TEACHER if part.from_teacher else ON_STUDENT
 
 
 def value_and_gradient(part: Part, rows: slice, terms: Callable[[Tensor], Tensor]) -> tuple[float, Tensor]:
@@ -134,7 +141,7 @@ def measure(parts: list[Part]) -> dict:
     exact_value, norm, value, difference = ({} for _ in range(4))
     for method in METHODS:
         for part, rows in rows_of:
-            if method == "kl" and not part.from_teacher:
+            if method not in terms_on(part):
                 continue
             v, g = value_and_gradient(part, rows, lambda x: exact(method, part, rows, x))  # noqa: B023
             exact_value[method] = exact_value.get(method, 0) + v
@@ -144,7 +151,7 @@ def measure(parts: list[Part]) -> dict:
                 v, h = value_and_gradient(part, rows, lambda x: lumped(method, part, rows, x, few))  # noqa: B023
                 value[method, n] = value.get((method, n), 0) + v
                 difference[method, n] = difference.get((method, n), 0) + float((h - g).square().sum())
-    count = {m: sum(len(p.logits) for p in parts if m != "kl" or p.from_teacher) for m in METHODS}
+    count = {m: sum(len(p.logits) for p in parts if m in terms_on(p)) for m in METHODS}
     rows = [
         {
             "keep_top": n,

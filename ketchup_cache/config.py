@@ -39,7 +39,7 @@ from ketchup_cache.config_groups import (
 from ketchup_cache.config_watch import ScorerOptions, WatchOptions
 
 Baseline = Literal["none", "mean", "min-variance", "leave-one-out"]
-Method = Literal["ketchup", "llmr", "seqkd", "kl", "js", "tvd"]
+Method = Literal["ketchup", "llmr", "seqkd", "kl", "reverse-kl", "js", "tvd"]
 Metric = Literal["rouge", "bleu", "chrf", "ter", "exact", "gsm8k"]
 Aspect = Literal["quality", "informativeness", "coherence"]
 
@@ -109,15 +109,16 @@ class ScoreConfig(WatchOptions, DeviceOptions, ScoringOptions):
     commit_tokens: Positive = 262144
     """Completion tokens per committed segment: the most that a killed run has to do again."""
     keep_top: int = Field(default=0, ge=0)
-    """Also store the teacher's so many largest logits per token, for `learn --method kl, js, tvd`. 0: none."""
+    """Also store the teacher's so many largest logits per token, for `learn --method kl, reverse-kl, js,
+    tvd`. 0: none."""
 
 
 class LearnConfig(ScorerOptions, DeviceOptions, ReturnOptions, SamplingOptions, ScoringOptions, StepOptions):
     """Options of `ketchup-cache learn`."""
 
     method: Method = "ketchup"
-    """ketchup (K-step), llmr (K = 1), seqkd or kl (on teacher outputs), js or tvd (half of
-    them on the student's samples)."""
+    """ketchup (K-step), llmr (K = 1), reverse-kl (on the student's samples), seqkd or kl (on teacher outputs), js or
+    tvd (half on the ones, half on the others)."""
     student: str
     """Policy to train: a folder or a Hub id, best pre-distilled."""
     cache: CacheAddress
@@ -134,7 +135,8 @@ class LearnConfig(ScorerOptions, DeviceOptions, ReturnOptions, SamplingOptions, 
     """seqkd, kl, js, tvd: policy whose rollouts are teacher outputs (name, or start of its fingerprint), if not the
     teacher itself."""
     keep_top: Positive = 64
-    """kl, js, tvd: compute with so many of the teacher's largest logits, which scores must hold; the rest is lumped."""
+    """kl, reverse-kl, js, tvd: compute with so many of the teacher's largest logits, which scores must hold; the rest
+    is lumped."""
     refresh_every: Positive = 16
     """With a teacher or scorer: optimizer steps between new rollouts of the current student."""
     reuse: Positive = 1
@@ -193,7 +195,7 @@ class LearnConfig(ScorerOptions, DeviceOptions, ReturnOptions, SamplingOptions, 
     @property
     def top_needed(self) -> int:
         """How many of the teacher's largest logits scores must hold for this run."""
-        return self.keep_top if self.method in ("kl", "js", "tvd") else 0
+        return self.keep_top if self.method in ("kl", "reverse-kl", "js", "tvd") else 0
 
     @model_validator(mode="after")
     def _batches_fit(self) -> LearnConfig:

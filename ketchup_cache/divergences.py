@@ -15,6 +15,9 @@ import math
 import torch
 from torch import Tensor
 
+FLOOR = -1000.0
+"""Nats. Lower log-probabilities than any that a teacher means."""
+
 
 def teacher_buckets(top_q: Tensor, rest_logsumexp: Tensor, vocab_size: int) -> Tensor:
     """Log-probabilities of the teacher's buckets.
@@ -45,6 +48,13 @@ def student_buckets(logits: Tensor, top_ids: Tensor) -> Tensor:
 def forward_kl(teacher: Tensor, student: Tensor) -> Tensor:
     """KL(p‖π) = Σ p (log p − log π), → [n]. What sequence-level KL distillation sums over teacher outputs."""
     return _weighted(teacher, teacher - student)
+
+
+def reverse_kl(teacher: Tensor, student: Tensor) -> Tensor:
+    """KL(π‖p) = Σ π (log π − log p), → [n], on student samples: the loss of on-policy distillation (GKD, Agarwal et al.
+    2024, with β = 1). Below `FLOOR`, log p counts as that, so that what the teacher rules out (-inf) has a price too.
+    """
+    return _weighted(student, student - teacher.clamp(min=FLOOR))
 
 
 def js_teacher_half(teacher: Tensor, student: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ NOT_OF_METHOD = {
     "llmr": ("k",),
     "seqkd": ("teacher", "scorer", "policy", "baseline"),
     "kl": ("teacher", "scorer", "policy", "baseline"),
+    "reverse-kl": ("baseline",),
     "js": ("baseline",),
     "tvd": ("baseline",),
 }

@@ -91,6 +91,7 @@ def test_rules(flags, message):
         ({"method": "js", "batch_size": "9"}, "takes half of the 9 rollouts from the teacher"),
         ({"method": "tvd", "batch_size": "12", "samples": "4"}, "make half of --batch-size a multiple of --samples 4"),
         ({"method": "kl", "baseline": "mean"}, "method kl has no returns, so no baseline: leave --baseline out"),
+        ({"method": "reverse-kl", "baseline": "mean"}, "method reverse-kl has no returns, so no baseline"),
         ({"method": "kl", "keep_top": "0"}, "--keep-top must be 1 or more"),
         ({"method": "ppo"}, "--method must be one of"),
     ],
@@ -120,12 +121,14 @@ def test_what_a_method_has_no_use_for_may_stand_in_a_file(tmp_path):
     assert (kl.teacher, kl.policy, kl.baseline) == (None, None, "none")
     js = resolve("learn", file, {**LEARN, "method": "js"})
     assert (js.teacher, js.policy, js.baseline) == ("T", "p", "none")
+    reverse = resolve("learn", file, {**LEARN, "method": "reverse-kl"})
+    assert (reverse.teacher, reverse.policy, reverse.baseline) == ("T", "p", "none")
     assert "leave --teacher out" in problems("learn", file, **LEARN, method="kl", teacher="T")[0]
 
 
 def test_how_many_logits_a_method_needs():
     needed = {m: LearnConfig(**LEARN, method=m, keep_top=7).top_needed for m in get_args(Method)}
-    assert needed == {"ketchup": 0, "llmr": 0, "seqkd": 0, "kl": 7, "js": 7, "tvd": 7}
+    assert needed == {"ketchup": 0, "llmr": 0, "seqkd": 0, "kl": 7, "reverse-kl": 7, "js": 7, "tvd": 7}
 
 
 def test_pretrain_takes_one_source():

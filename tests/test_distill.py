@@ -22,7 +22,8 @@ from ketchup_cache.store.cache import open_cache
 from ketchup_cache.types import Ragged
 
 VOCAB = len(WORDS) + 3
-METHODS = ("seqkd", "kl", "js", "tvd")
+METHODS = ("seqkd", "kl", "reverse-kl", "js", "tvd")
+ON_SAMPLES = ("reverse-kl", "js", "tvd")
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +70,7 @@ def literal(base, drawn, method):
         term = {
             "seqkd": lambda s=s, tokens=tokens: -s[range(len(tokens)), tokens],
             "kl": lambda s=s, p=p: (p.exp() * (p - s)).sum(1),
+            "reverse-kl": lambda s=s, p=p: (s.exp() * (s - p)).sum(1),
             "js": lambda s=s, p=p, m=m, kind=kind: ((p.exp() * (p - m)) if kind else (s.exp() * (s - m))).sum(1),
             "tvd": lambda s=s, p=p: (p.exp() - s.exp()).abs().sum(1) / 2,
         }[method]()
@@ -86,7 +88,7 @@ def test_gradient_equals_the_literal_one(base, method, micro):
     options = config(base, method=method, micro_batch_tokens=micro)
     got, metrics, drawn = step_of(base, options)
     expected, loss, counts = literal(base, drawn, method)
-    assert set(counts) == ({True} if method in ("seqkd", "kl") else {True, False})
+    assert set(counts) == {"seqkd": {True}, "kl": {True}, "reverse-kl": {False}}.get(method, {True, False})
     assert drawn.rollouts.rollouts.forced.any()
     assert not drawn.rollouts.rollouts.finished.all()
     assert metrics.action_tokens == sum(counts.values())
@@ -112,14 +114,14 @@ def test_chunks_of_states_change_nothing(base, method, monkeypatch):
     for micro in (16384, 60):
         parts, of_parts, _ = step_of(base, config(base, method=method, micro_batch_tokens=micro))
         assert of_parts.loss == pytest.approx(metrics.loss, rel=1e-6)
-        for name in ("ratio_mean", "ess", "behavior_kl") if method in ("js", "tvd") else ():
+        for name in ("ratio_mean", "ess", "behavior_kl") if method in ON_SAMPLES else ():
             assert getattr(of_parts, name) == pytest.approx(getattr(metrics, name), rel=1e-5), name
         for name, gradient in whole.items():
             bound = 2e-5 * gradient.abs().max().item() + 1e-8
             np.testing.assert_allclose(parts[name].numpy(), gradient.numpy(), rtol=0, atol=bound, err_msg=name)
 
 
-@pytest.mark.parametrize("method", ["kl", "js", "tvd"])
+@pytest.mark.parametrize("method", ["kl", *ON_SAMPLES])
 def test_kept_and_used_numbers_may_differ(base, method, tmp_path):
     """`learn --keep-top 4` over scores that keep all is the run over scores that keep 4."""
     student, teacher = base / "s", base / "t"
@@ -164,7 +166,7 @@ def test_metrics_are_of_the_students_samples_or_null(base, method):
         names = ("return_mean", "return_sd", "teacher_kl", "ratio_mean", "ess", "behavior_kl")
         assert {getattr(metrics, name) for name in names} == {None}
         return
-    assert len(mine) == options.batch_size / 2
+    assert len(mine) == options.batch_size / (1 if method == "reverse-kl" else 2)
     returns, ratios, kls = [], [], []
     student = AutoModelForSeq2SeqLM.from_pretrained(base / "s").eval()
     for row in mine:
@@ -196,6 +198,7 @@ def exact_divergence(base, folder, method) -> float:
         value = {
             "seqkd": -np.log(s[range(len(tokens)), tokens]),
             "kl": (p * np.log(p / s)).sum(1),
+            "reverse-kl": (s * np.log(s / p)).sum(1),
             "js": (p * np.log(p / m)).sum(1) if kind else (s * np.log(s / m)).sum(1),
             "tvd": np.abs(p - s).sum(1) / 2,
         }[method]
@@ -256,7 +259,7 @@ def test_what_a_method_lacks_is_said_in_one_line(base, tmp_path):
             Offline(open_cache(tmp_path / "cache"), config(base, cache=tmp_path / "cache", **options))
         assert "\n" not in str(caught.value)
 
-    for method in METHODS:
+    for method in ("seqkd", "kl", "js", "tvd"):
         refused(
             f"--method {method} learns from teacher outputs.*rollout --student", method=method, teacher_outputs=None
         )
@@ -267,6 +270,7 @@ def test_what_a_method_lacks_is_said_in_one_line(base, tmp_path):
     )
     assert found.batch(0, None).from_teacher.all()
     refused("--keep-top 8", method="kl", keep_top=8)
+    refused("--keep-top 8", method="reverse-kl", keep_top=8)
     refused("no policy `nobody`", method="kl", teacher_outputs="nobody")
 
 

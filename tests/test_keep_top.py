@@ -179,7 +179,7 @@ def words(tmp_path, models, name: str, method: str) -> list[str]:
     return ["learn", *(str(part) for pair in options.items() for part in pair)]
 
 
-@pytest.mark.parametrize("method", ["js", "tvd"])
+@pytest.mark.parametrize("method", ["js", "tvd", "reverse-kl"])
 def test_on_policy_and_killed_it_ends_with_the_same_bits(tmp_path, models, method):
     assert main(words(tmp_path, models, "whole", method)) == 0
     lines = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
@@ -194,8 +194,9 @@ def test_on_policy_and_killed_it_ends_with_the_same_bits(tmp_path, models, metho
     cache = open_cache(tmp_path / "whole-cache")
     refreshed = [m.info for _, m in cache.manifests("rollouts") if m.info.policy.step in (0, 3, 6)]
     assert {info.policy.step for info in refreshed} == {0, 3, 6}
-    # 4 of 8 rollouts of a step are the student's: 3 × 4 / 2 prompts a phase
-    assert sum(info.prompt_stop - info.prompt_start for info in refreshed) == 3 * 6
+    # 4 of 8 rollouts of a step are the student's, or all: 3 × 4 / 2 prompts a phase
+    prompts = 12 if method == "reverse-kl" else 6
+    assert sum(info.prompt_stop - info.prompt_start for info in refreshed) == 3 * prompts
     assert all(m.info.keep_top == 5 for _, m in cache.manifests("scores"))
 
     command = words(tmp_path, models, "killed", method)

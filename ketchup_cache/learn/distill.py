@@ -1,4 +1,5 @@
-"""One optimizer step of the methods that match distributions: SeqKD, KL, JS and TVD, off the cached largest logits."""
+"""One optimizer step of the methods that match distributions, off the cached largest logits: SeqKD, KL, reverse KL, JS
+and TVD."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ from ketchup_cache.training.optim import Optimizer
 from ketchup_cache.types import Ragged, ScoredRollouts
 
 ON_TEACHER = {"kl": divergences.forward_kl, "js": divergences.js_teacher_half, "tvd": divergences.tvd}
-ON_STUDENT = {"js": divergences.js_student_half, "tvd": divergences.tvd}
+ON_STUDENT = {"reverse-kl": divergences.reverse_kl, "js": divergences.js_student_half, "tvd": divergences.tvd}
+"""Each method's term on teacher outputs, and on student samples, where it learns from those."""
 
 
 def divergence_step(
@@ -86,10 +88,9 @@ def token_terms(
         return -logprob, logprob
     teacher = divergences.teacher_buckets(top_q, rest_logsumexp, logits.shape[1])
     student = divergences.student_buckets(logits, top_ids)
-    on_teacher = ON_TEACHER[method](teacher, student)
-    if method not in ON_STUDENT or ON_STUDENT[method] is ON_TEACHER[method]:
-        return on_teacher, logprob
-    return torch.where(from_teacher, on_teacher, ON_STUDENT[method](teacher, student)), logprob
+    functions = dict.fromkeys(of[method] for of in (ON_TEACHER, ON_STUDENT) if method in of)
+    terms = [function(teacher, student) for function in functions]
+    return (terms[0] if len(terms) == 1 else torch.where(from_teacher, terms[0], terms[1])), logprob
 
 
 def _micro_batch_loss(

@@ -10,7 +10,7 @@ from ketchup_cache.store.cache import Cache
 from ketchup_cache.store.coverage import ScoredRef, original_id
 from ketchup_cache.store.manifest import PolicyInfo, RolloutsInfo, TeacherInfo, in_precision
 
-ON_SAMPLES = ("ketchup", "llmr", "js", "tvd")
+ON_SAMPLES = ("ketchup", "llmr", "reverse-kl", "js", "tvd")
 """Methods that learn from the student's own samples."""
 ON_OUTPUTS = ("seqkd", "kl", "js", "tvd")
 """Methods that learn from teacher outputs."""
