@@ -26,6 +26,8 @@ from common import run
 
 PARTS = ("load", "work", "score", "train")
 UNITS = ("seconds", "cpu_seconds")
+KEEP_TOP = 64
+"""Logits per token, for ways that have a method of their own: the default of `learn`."""
 
 
 def in_parts(command: str, **options: Any) -> dict[str, Any]:
@@ -48,35 +50,47 @@ def together(*measured: dict[str, Any]) -> dict[str, Any]:
 @dataclass(frozen=True)
 class Way:
     """How a student learns: `live`, `offline`, or steps between new rollouts; `x16`: each is used so often; `@1e-4`: at
-    that learning rate. `offlinex16@1e-4` goes 16 times over a cache of a sixteenth of the rollouts."""
+    that learning rate. `offlinex16@1e-4` goes 16 times over a cache of a sixteenth of the rollouts. `reverse-kl:live`:
+    by that method, which has no K and no baseline, from one sample of each prompt."""
 
     every: int | None
     """None: offline."""
     uses: int = 1
     lr: float | None = None
+    method: str | None = None
 
     @classmethod
     def of(cls, word: str) -> Way:
         way, _, lr = word.partition("@")
+        method, _, way = way.rpartition(":")
         base, _, uses = way.partition("x")
         every = {"live": 1, "offline": None}[base] if base in ("live", "offline") else int(base)
-        return cls(every, int(uses or 1), float(lr) if lr else None)
+        return cls(every, int(uses or 1), float(lr) if lr else None, method or None)
 
     @property
     def name(self) -> str:
         base = {None: "offline", 1: "live"}.get(self.every, f"every {self.every} steps")
         used = f", each rollout {self.uses} times" if self.uses > 1 else ""
-        return base + used + (f", lr {self.lr:g}" if self.lr else "")
+        by = f"{self.method}, " if self.method else ""
+        return by + base + used + (f", lr {self.lr:g}" if self.lr else "")
 
     def learning(self, learning: dict[str, Any]) -> dict[str, Any]:
-        return learning | ({"lr": self.lr} if self.lr else {})
+        changed = dict(learning)
+        if self.lr:
+            changed["lr"] = self.lr
+        if self.method:
+            changed = {key: value for key, value in changed.items() if key not in ("k", "baseline")}
+            changed |= {"method": self.method, "samples": 1, "keep_top": KEEP_TOP}
+        return changed
 
 
 def by(
     way: Way, folder: Path, teacher: Path, other: Path, data: dict[str, Any], learning: dict[str, Any]
 ) -> tuple[dict[str, Any], Path]:
-    """One run, measured; and the student's folder. data, learning: options of `rollout` (with `limit`) and `learn`.
-    other: as `refreshed` wants it."""
+    """One run, measured; and the student's folder. data, learning: options of `rollout` (`limit` is the number of
+    rollouts) and `learn`. other: as `refreshed` wants it."""
+    learning = way.learning(learning)
+    data = data | {"limit": data["limit"] // learning["samples"]}
     if way.every is None:
         return offline(way, folder, teacher, data, learning)
     return refreshed(way, folder, teacher, other, data, learning)
@@ -94,8 +108,8 @@ def refreshed(
     limits = {key: learning[key] for key in ("max_new_tokens", "rollout_batch")}
     in_parts("rollout", student=other, cache=cache, first=1, **data, **limits)
     found = in_parts("learn", cache=cache, out=out, teacher=teacher, refresh_every=way.every, reuse=way.uses,
-                     **way.learning(learning))  # fmt: skip
-    return {"name": way.name, **found}, out / "student"
+                     **learning)  # fmt: skip
+    return {"name": way.name, "method": way.method, **found}, out / "student"
 
 
 def offline(
@@ -104,27 +118,29 @@ def offline(
     """`rollout`, `score` and `learn` together, and each in `parts`."""
     cache, out = folder / f"cache, {way.name}", folder / f"out, {way.name}"
     sampling = {key: learning[key] for key in ("student", "samples", "max_new_tokens", "rollout_batch")}
-    scoring = {key: learning[key] for key in ("batch_tokens",) if key in learning}
+    scoring = {key: learning[key] for key in ("batch_tokens", "keep_top") if key in learning}
     fewer = data | {"limit": data["limit"] // way.uses}
     parts = {
         "rollout": in_parts("rollout", cache=cache, seed=learning.get("seed", 0), **fewer, **sampling),
         "score": in_parts("score", cache=cache, teacher=teacher, **scoring),
-        "learn": in_parts("learn", cache=cache, out=out, **way.learning(learning)),
+        "learn": in_parts("learn", cache=cache, out=out, **learning),
     }
-    return {"name": way.name, **together(*parts.values()), "parts": parts}, out / "student"
+    return {"name": way.name, "method": way.method, **together(*parts.values()), "parts": parts}, out / "student"
 
 
 def rows(runs: list[dict[str, Any]], rollouts: int) -> list[list[str]]:
-    """Of each run, its cells under `HEAD`; offline ones have a second row for their `learn` alone."""
+    """Of each run, its cells under `HEAD`; offline ones have a second row for their `learn` alone. `× live` is against
+    the live run of the same method, where there is one, else against that of KETCHUP."""
     shown = []
     for entry in runs:
         shown.append(entry)
         if "parts" in entry:
             shown.append({**entry, **entry["parts"]["learn"], "name": f"{entry['name']}, learning alone"})
-    live = next((entry["work"] for entry in shown if entry["name"] == "live"), None)
+    lives = {entry.get("method"): entry["work"] for entry in shown if entry["name"].split(", ")[-1] == "live"}
     cells = []
     for entry in shown:
         work, known = entry["work"], "score" in entry
+        live = lives.get(entry.get("method"), lives.get(None))
         cells.append([entry["name"], f"{work['seconds']:.1f}", f"{work['cpu_seconds']:.1f}"])
         if known:
             teacher, training = (entry[part]["seconds"] for part in ("score", "train"))

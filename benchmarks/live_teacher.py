@@ -133,7 +133,7 @@ def in_proportion(folder: Path, steps: int, batch: int, ways: list[Way], short: 
         "batch_tokens": 4096,
         "micro_batch_tokens": 4096,
     }
-    data = {"data": folder / "data.jsonl", "limit": prompts}
+    data = {"data": folder / "data.jsonl", "limit": steps * batch}
     made = by_each_way(folder, ways, folder / "teacher", folder / "other", data, learning)
     return [found for found, _ in made]
 

@@ -92,7 +92,7 @@ def trl(
 def runs_of(folder: Path, models: Pair, chosen: argparse.Namespace, seed: int, ways: list[str]) -> list[dict[str, Any]]:
     count = chosen.steps * chosen.batch_size
     prompts = written(folder / "prompts.jsonl", prompts_for(seed, count))
-    data = {"data": prompts, "limit": count // SAMPLES}
+    data = {"data": prompts, "limit": count}
     learning = {
         "student": models.student,
         "seed": seed,

@@ -82,16 +82,19 @@ def test_the_parts_of_a_timed_command_are_its_own(tmp_path):
     task = ROOT / "data" / "translate"
     learning = {"student": task / "predistilled", "steps": 2, "batch_size": 8, "samples": 4, "max_new_tokens": 12,
                 "rollout_batch": 64}  # fmt: skip
-    data = {"data": task / "prompts.jsonl", "limit": 4}
-    ways = [clocked.Way.of(word) for word in ("live@1e-3", "offlinex2")]
-    (live, trained), (alone, _) = (
+    data = {"data": task / "prompts.jsonl", "limit": 16}
+    ways = [clocked.Way.of(word) for word in ("live@1e-3", "offlinex2", "reverse-kl:4x2")]
+    (live, trained), (alone, _), (reverse, _) = (
         clocked.by(way, tmp_path, task / "teacher", task / "student", data, learning) for way in ways
     )
     for run_ in (live, *alone["parts"].values()):
         assert run_["load"]["cpu_seconds"] > 0
         assert run_["load"]["seconds"] + run_["work"]["seconds"] < run_["seconds"]
         assert run_["score"]["seconds"] + run_["train"]["seconds"] < run_["work"]["seconds"] + 1e-3
-    assert live["score"]["seconds"] > 0
+    assert min(live["score"]["seconds"], reverse["score"]["seconds"], reverse["train"]["seconds"]) > 0
+    kept = open_cache(tmp_path / "cache, reverse-kl, every 4 steps, each rollout 2 times")
+    assert {m.info.keep_top for _, m in kept.manifests("scores")} == {clocked.KEEP_TOP}
+    assert sum(m.rows for _, m in kept.manifests("scores")) == 2 * 8
     assert live["train"]["seconds"] > 0
     assert alone["parts"]["learn"]["score"]["seconds"] == 0
     steps = [json.loads(line) for line in (trained.parent / "metrics.jsonl").read_text().splitlines()]
@@ -129,6 +132,18 @@ def test_ways(word, name, every, uses, lr):
     way = clocked.Way.of(word)
     assert (way.name, way.every, way.uses, way.lr) == (name, every, uses, lr)
     assert way.learning({"lr": 1}) == {"lr": lr or 1}
+
+
+def test_a_way_with_a_method_of_its_own():
+    way = clocked.Way.of("reverse-kl:4x2@1e-4")
+    assert (way.name, way.every, way.uses) == ("reverse-kl, every 4 steps, each rollout 2 times, lr 0.0001", 4, 2)
+    learning = way.learning({"lr": 1, "k": 4, "baseline": "mean", "samples": 8, "steps": 3})
+    assert learning == {"lr": 1e-4, "samples": 1, "steps": 3, "method": "reverse-kl", "keep_top": clocked.KEEP_TOP}
+    runs = [{"name": f"{by}{way}", "method": method, "work": {"seconds": s, "cpu_seconds": s}, "peak_bytes": 1}
+            for by, method in (("", None), ("reverse-kl, ", "reverse-kl"))
+            for way, s in (("live", 4 if method else 9), ("every 4 steps", 2 if method else 3))]  # fmt: skip
+    place = clocked.HEAD.index("× live (wall)")
+    assert [row[place] for row in clocked.rows(runs, 8)] == ["1.00", "3.00", "1.00", "2.00"]
 
 
 def test_without_trl_the_rest_is_said_to_run(tmp_path, capsys):
