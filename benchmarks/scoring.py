@@ -2,7 +2,8 @@
 
     python benchmarks/scoring.py [--model small|base|decoder] [--gsm8k FOLDER] [--only time|memory|overlap]
 
-`--only` measures a part again and keeps what the results file holds of the others.
+`--only` measures a part again and keeps what the results file holds of the others, of times too: those of other text,
+numbers of rollouts, and completions a prompt (`--samples`).
 
 The plain way is what public code does: every rollout a row of its own with an encoder pass of its own, random batches
 of 8 padded to their longest, logits [B, T, V], then gather and max. Random weights of T5's shapes; the values of both
@@ -37,6 +38,7 @@ from common import (
     forget_peak,
     held,
     made_up_rollouts,
+    merged,
     needed_operations,
     options,
     peak,
@@ -151,6 +153,8 @@ def speed(chosen: Any, model: Any, name: str, samples: int, repeats: int) -> dic
     found = {
         "data": name,
         "samples": samples,
+        "rollouts": chosen.rollouts,
+        "repeats": repeats,
         "tokens": tokens,
         "prompt_tokens": int(prompts.lengths.sum()),
         "ours_seconds": statistics.median(ours),
@@ -233,6 +237,7 @@ def main() -> None:
         batch_tokens=(4096, "largest batch of Teacher.score"),
         model=("small", "small, base (T5) or decoder (Qwen2)"),
         gsm8k=("", "folder with GSM8K's test.jsonl"),
+        samples=("1,4", "completions a prompt, with commas"),
         only=("", "time, memory or overlap"),
         repeats=(3, "measurements of each"),
     )
@@ -244,20 +249,21 @@ def main() -> None:
     name = f"scoring_{chosen.model}"
     before = held(name, chosen) if chosen.only else {}
     results: dict[str, Any] = {key: before[key] for key in ("speed", "memory", "overlap") if key in before}
-    results |= {"model": chosen.model, "rollouts": chosen.rollouts, "batch_tokens": chosen.batch_tokens}
+    results |= {"model": chosen.model, "batch_tokens": chosen.batch_tokens}
     print(f"{chosen.model}: {model.num_parameters() / 1e6:.0f}M weights, {torch.get_num_threads()} threads\n")
     if "time" in wanted:
         kinds = ["made up", *(["gsm8k"] if chosen.gsm8k else [])]
         found = [
             speed(chosen, model, kind, samples, 1 if chosen.short else chosen.repeats)
             for kind in kinds
-            for samples in (1, 4)
+            for samples in map(int, chosen.samples.split(","))
         ]
-        results["speed"] = found
-        head = ("data", "n", "tokens/s", "plain", "times plain", "of matrix rate", "largest difference")
+        results["speed"] = merged(results.get("speed", []), found, ("data", "samples", "rollouts"))
+        head = ("data", "rollouts", "n", "tokens/s", "plain", "times plain", "of matrix rate", "largest difference")
         rows = [
             (
                 f["data"],
+                f["rollouts"],
                 f["samples"],
                 f"{f['tokens'] / f['ours_seconds']:,.0f}",
                 f"{f['tokens'] / f['plain_seconds']:,.0f}",

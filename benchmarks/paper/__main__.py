@@ -153,7 +153,7 @@ def save(records: list[dict[str, Any]], figures: list[dict[str, Any]]) -> None:
 
 def draw() -> None:
     from benchmarks.paper.pictures import figure_1, figure_2, figure_3
-    from benchmarks.paper.tables import ablation_tables, paper_table
+    from benchmarks.paper.tables import ablation_tables, paper_table, summary_table
 
     if not PAPER.exists():
         sys.exit(f"{PAPER}: not there yet; make it with `python -m benchmarks.paper run`")
@@ -164,6 +164,7 @@ def draw() -> None:
     (RESULTS / "paper-table.md").write_text(
         f"# The paper's Table 1 on the shipped tasks\n\n{head}\n{paper_table(records)}"
     )
+    (RESULTS / "paper-summary.md").write_text(f"# All methods on all tasks\n\n{head}\n{summary_table(records)}\n")
     (RESULTS / "ablations.md").write_text(f"# What the paper leaves open\n\n{head}\n{ablation_tables(records)}")
     figure_1(records, RESULTS / "figure-1.png")
     for analysis in results["figure_2"]:

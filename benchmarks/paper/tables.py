@@ -51,6 +51,26 @@ def paper_table(records: Iterable[Record]) -> str:
     return "\n".join(parts)
 
 
+def summary_table(records: Iterable[Record]) -> str:
+    """All methods on all tasks in one table, to one decimal; README and docs/results.md copy lines of it."""
+    records = list(records)
+    columns = [(task, metric) for task in TASKS.values() for metric in (RETURN, task.headline, LENGTH)]
+    titles = [f"{t.name}: {m.title}" if m == RETURN else m.title for t, m in columns]
+    before, after = [("predistilled", "student before")], [("teacher", "teacher")]
+    lines = ["| | " + " | ".join(titles) + " |", "|" + " --- |" * (len(columns) + 1)]
+    for name, title in [*before, *((row.name, row.name) for row in TABLE), *after]:
+        values = [list(by_seed(records, task.name, name, metric).values()) for task, metric in columns]
+        if any(values):
+            cells = [_short(Mean.of(v), m) if v else "–" for v, (_, m) in zip(values, columns, strict=True)]
+            lines.append(f"| {title} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _short(mean: Mean, metric: Metric) -> str:
+    error = f" ± {mean.se:.1f}" if mean.se is not None and metric != LENGTH else ""
+    return f"{mean.mean:.1f}{error}".replace("-", "−")
+
+
 def _table(records: list[Record], task: Task, names: Iterable[str], titles: Mapping[str, str]) -> list[str]:
     metrics = [RETURN, *task.metrics, LENGTH]
     lines = [
