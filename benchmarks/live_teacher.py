@@ -50,7 +50,11 @@ from common import (
 
 TASK = ROOT / "data" / "translate"
 DECODING = {"max_new_tokens": 36, "rollout_batch": 256}
-WAYS = "live,live@1e-4,4,4x4,16x4,offline,offline@1e-4,offlinex4@1e-4,offlinex16@1e-4"
+WAYS = (
+    "live,live@1e-4,4,4x4,16x4,offline,offline@1e-4,offlinex4@1e-4,offlinex16@1e-4,"
+    "reverse-kl:live@4e-3,reverse-kl:4@4e-3,reverse-kl:4x4@4e-3,reverse-kl:16x4@4e-3,reverse-kl:offlinex4@4e-3,"
+    "reverse-kl:offlinex16@4e-3"
+)
 STUDENT = {"d_model": 320, "d_kv": 64, "d_ff": 1280, "num_layers": 4, "num_heads": 5}
 """Of the part `proportion`."""
 
@@ -248,7 +252,7 @@ def main() -> None:
     ways, few = [Way.of(word) for word in chosen.ways.split(",")], (chosen.large_steps, 8)
     if chosen.short:
         chosen.steps, chosen.batch_size, chosen.seeds, chosen.test = 4, 64, 1, 50
-        ways, few = [Way.of(word) for word in ("live", "4x2", "offlinex4@1e-4")], (4, 8)
+        ways, few = [Way.of(word) for word in ("live", "reverse-kl:4x2", "offlinex4@1e-4")], (4, 8)
     record = held("live_teacher", chosen) if chosen.add else {}
     parts = {key: record[key] for key in ("task", "proportion", "memory") if key in record}
     with tempfile.TemporaryDirectory() as temporary:

@@ -7,13 +7,14 @@ this project. Without it the rest is run. The models are made first, which takes
 
 - TRL: on-policy distillation with a live teacher; the student's samples, reverse KL to the teacher's distribution of
   every token.
-- live, every N: `learn` with K = 4, new rollouts at every N-th step, scored by a teacher that stays in memory.
+- live, every N: `learn` with K = 4, new rollouts at every N-th step, scored by a teacher that stays in memory;
+  `reverse-kl`: `learn --method reverse-kl`, the same loss as TRL's, off 64 logits of every token.
 - offline: `rollout`, `score`, `learn`, on as many rollouts of the start policy, or on fewer that are used several
   times. `learning alone` is what a second run on the same cache costs.
 
 Equal for all: student, teacher, optimizer steps, rollouts per step, length limit, AdamW and its schedule. Each with
-what did best for it on the dev split with other prompts (log.md): TRL with one sample of each prompt, ours with eight
-and a leave-one-out baseline; learning rates (clocked.py).
+what did best for it on the dev split with other prompts (log.md): TRL and reverse KL with one sample of each prompt,
+K = 4 with eight and a leave-one-out baseline; learning rates (clocked.py).
 Times are without start-up and reading models. Return: mean G₁ of greedy outputs on the test split under the teacher,
 from `evaluate`. Times are of the first seed, returns of all. `--add --seeds 1,2 --ways trl,live` adds runs to the
 results file; `--add --test 0` takes the times again and keeps the returns.
@@ -34,7 +35,10 @@ from clocked import HEAD, Way, by, rows
 from common import ROOT, held, merged, options, publish, run, table
 from decoder_pair import FOLDER, MAX_NEW_TOKENS, PREDISTILLED_ON, TASK, TEMPLATE, Pair, pair
 
-WAYS = "trl@5e-4,trl@2e-3,live,4,16x4,offline@1e-4,offlinex4@1e-4,offlinex16@1e-4"
+WAYS = (
+    "trl@5e-4,trl@2e-3,reverse-kl:live@2e-3,reverse-kl:4@2e-3,reverse-kl:16x4@2e-3,reverse-kl:offline@2e-3,"
+    "reverse-kl:offlinex4@2e-3,live,4,16x4,offline@1e-4,offlinex4@1e-4,offlinex16@1e-4"
+)
 SAMPLES = 8
 OPTIMIZER = {"lr": 5e-4, "warmup": 4, "weight_decay": 0.01}
 
@@ -189,7 +193,7 @@ def main() -> None:
     if not chosen.short:
         compare(chosen, pair(Path(chosen.models)))
         return
-    chosen.steps, chosen.test, chosen.ways = 4, 50, "trl,live,4,offlinex4"
+    chosen.steps, chosen.test, chosen.ways = 4, 50, "trl,live,reverse-kl:4,offlinex4"
     with tempfile.TemporaryDirectory() as temporary:
         compare(chosen, pair(Path(temporary), 1, 5, short=True))
 

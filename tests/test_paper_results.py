@@ -1,6 +1,8 @@
 """The arithmetic behind benchmarks/results: against SciPy, published examples and tables worked out by hand."""
 
+import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -176,3 +178,35 @@ def test_words_of_a_command():
     assert list(words_of({"lr": 1e-3, "batch_size": 8, "greedy": True, "importance": False})) == [
         "--lr", "0.001", "--batch-size", "8", "--greedy", "--no-importance",
     ]  # fmt: skip
+
+
+def test_a_row_learns_by_its_method_and_at_its_rate():
+    by_name = {row.name: row for row in TABLE}
+    assert [(r.needs_outputs, r.needs_samples) for r in (by_name["KL"], by_name["JS"], by_name["reverse KL"])] == [
+        (True, False),
+        (True, True),
+        (False, True),
+    ]
+    for task in TASKS.values():
+        ours, reverse = (by_name[name].learning(task, 1) for name in ("KETCHUP, K = 4", "reverse KL"))
+        same = ("steps", "batch_size", "samples", "refresh_every", "seed")
+        assert [ours[key] for key in same] == [reverse[key] for key in same]
+        assert "keep_top" not in ours
+        assert (reverse["keep_top"], reverse["lr"]) == (64, task.rates["reverse-kl"])
+        assert by_name["JS"].learning(task, 0)["lr"] == task.rates["js"]
+        assert Row("JS", {"method": "js", "lr": 1.0}).learning(task, 0)["lr"] == 1.0
+
+
+def test_the_pages_tables_are_those_of_the_results():
+    """Every line of a table of README and docs/results.md that names a method of the table."""
+    root = Path(__file__).parents[1]
+    records = json.loads((root / "benchmarks/results/paper.json").read_text())["records"]
+    drawn = tables.summary_table(records).splitlines()
+    assert (root / "benchmarks/results/paper-summary.md").read_text().rstrip().endswith("\n".join(drawn))
+    assert [line for line in (root / "docs/results.md").read_text().splitlines() if line.startswith("|")] == drawn
+    readme = (root / "README.md").read_text()
+    part = readme[readme.index("## What comes out of it") : readme.index("## How fast")].splitlines()
+    shown = [line for line in part if line.startswith("|")]
+    assert shown[:2] == drawn[:2]
+    assert set(shown) < set(drawn)
+    assert len(shown) > 6

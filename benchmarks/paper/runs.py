@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.paper.settings import DIVERGENCE, LENGTHS, SIZES, TASKS, Options, Row, Student, Task
+from benchmarks.paper.settings import KEEP_TOP, LENGTHS, SIZES, TASKS, Options, Row, Student, Task
 
 DATA = Path("data")
 TAILS = ("one-step", "jump")
@@ -26,7 +26,6 @@ TAILS = ("one-step", "jump")
 CURVE = ("step", "return_mean", "return_sd", "k_return_sd", "length_mean", "teacher_kl", "ess")
 """What is kept of each optimizer step."""
 STUDENTS = {student.name: student for student in (*LENGTHS, *SIZES)}
-KEEP_TOP = DIVERGENCE["keep_top"]
 
 
 @dataclass(frozen=True)
@@ -157,7 +156,9 @@ def begun_cache(task: Task, row: Row, seed: int, work: Path) -> Path:
     options = row.learning(task, seed)
     sampling = {key: options[key] for key in ("samples", "greedy", "seed", "max_new_tokens") if key in options}
     first = row.fresh_rollouts(options) // options["samples"]
+    kept = options.get("keep_top", 0)
     marks = [*(f"{key}={value}" for key, value in sorted(sampling.items())), f"first={first}"]
+    marks += [f"keep_top={kept}"] if kept and not row.needs_outputs else []
     cache = work / task.name / "begun" / "-".join([row.student, *marks, *(["outputs"] if row.needs_outputs else [])])
     with _once(cache) as missing:
         if missing:
@@ -166,7 +167,7 @@ def begun_cache(task: Task, row: Row, seed: int, work: Path) -> Path:
                 shutil.copytree(scored_outputs(task, work), cache)
             tool("rollout", student=student_folder(task, row.student, work), data=folder / "prompts.jsonl",
                  skip=task.labelled, first=first, cache=cache, **{**task.decoding, **sampling})  # fmt: skip
-            tool("score", teacher=folder / "teacher", cache=cache, keep_top=KEEP_TOP if row.needs_outputs else 0)
+            tool("score", teacher=folder / "teacher", cache=cache, keep_top=kept)
     return cache
 
 
