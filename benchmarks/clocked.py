@@ -136,7 +136,10 @@ def rows(runs: list[dict[str, Any]], rollouts: int) -> list[list[str]]:
         shown.append(entry)
         if "parts" in entry:
             shown.append({**entry, **entry["parts"]["learn"], "name": f"{entry['name']}, learning alone"})
-    lives = {entry.get("method"): entry["work"] for entry in shown if entry["name"].split(", ")[-1] == "live"}
+    lives: dict[str | None, dict[str, float]] = {}
+    for entry in sorted(shown, key=lambda entry: "lr" in entry["name"]):  # one at the common rate before others
+        if "live" in entry["name"].split(", "):
+            lives.setdefault(entry.get("method"), entry["work"])
     cells = []
     for entry in shown:
         work, known = entry["work"], "score" in entry

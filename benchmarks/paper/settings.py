@@ -236,7 +236,7 @@ ABLATIONS = (
     ),
     Ablation(
         "distances of distributions at a learning rate like reinforcement's (the table's: 8e-3, TVD 4e-3)",
-        tuple(Row(f"{m.upper()}, lr 5e-4", {"method": m, "lr": 5e-4}) for m in ("seqkd", "kl", "js", "tvd")),
+        tuple(Row(f"{row.name}, lr 5e-4", {**row.options, "lr": 5e-4}) for row in TABLE if row.needs_outputs),
     ),
     Ablation(
         "pre-distillation",
