@@ -15,6 +15,15 @@ settings.register_profile("deterministic", derandomize=True, deadline=None)
 settings.load_profile("deterministic")
 
 
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A tiny student and a tiny teacher."""
+    from tiny import save_model
+
+    base = tmp_path_factory.mktemp("models")
+    return save_model(base / "student", "1.0", seed=1), save_model(base / "teacher", "1.1", seed=2)
+
+
 @pytest.fixture
 def one_thread():
     """Whatever OMP_NUM_THREADS says: two threads would only wait for each other on tiny models."""

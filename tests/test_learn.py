@@ -27,12 +27,6 @@ from ketchup_cache.lm.head import Head
 VOCAB = len(WORDS) + 3
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    base = tmp_path_factory.mktemp("models")
-    return save_model(base / "student", "1.0", seed=1), save_model(base / "teacher", "1.1", seed=2)
-
-
 @pytest.fixture
 def cache(tmp_path, folders):
     return make_cache(tmp_path / "cache", *folders, forced=True, stale=0.7)

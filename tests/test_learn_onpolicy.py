@@ -30,12 +30,6 @@ LEARN = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    base = tmp_path_factory.mktemp("models")
-    return save_model(base / "student", "1.0", seed=1), save_model(base / "teacher", "1.1", seed=2)
-
-
 @pytest.fixture
 def words(tmp_path, folders):
     """A cache with prompts and two rollouts, and the words of a `learn` command."""

@@ -7,7 +7,7 @@ import pytest
 import torch
 from caches import make_cache, plain_logits
 from learning import CapturedGradient, config, whole_batch
-from tiny import WORDS, assert_bfloat16_gradient, make_t5, save_model
+from tiny import WORDS, assert_bfloat16_gradient, make_t5
 from transformers import AutoModelForSeq2SeqLM
 
 from ketchup_cache.learn.step import learning_signal, score_weights, train_step
@@ -15,12 +15,6 @@ from ketchup_cache.lm.head import Head
 from ketchup_cache.lm.load import load_model
 
 VOCAB = len(WORDS) + 3
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    base = tmp_path_factory.mktemp("models")
-    return save_model(base / "student", "1.0", seed=1), save_model(base / "teacher", "1.1", seed=2)
 
 
 @pytest.fixture
