@@ -31,7 +31,7 @@ KEEP_TOP = 64
 
 
 def in_parts(command: str, **options: Any) -> dict[str, Any]:
-    """One command, measured. options: as in ketchup_cache.config."""
+    """One command, measured. options: as in ketchup_cache.config.commands."""
     with tempfile.TemporaryDirectory() as temporary:
         times = Path(temporary) / "times.json"
         found: dict[str, Any] = run(sys.executable, __file__, command, json.dumps(options, default=str), times)
@@ -183,7 +183,7 @@ def main() -> None:
     command, options, times = sys.argv[1], json.loads(sys.argv[2]), Path(sys.argv[3])
     # all imports before the clock starts
     from ketchup_cache import rollout, score
-    from ketchup_cache.config import LearnConfig, RolloutConfig, ScoreConfig
+    from ketchup_cache.config.commands import LearnConfig, RolloutConfig, ScoreConfig
     from ketchup_cache.learn import loop
 
     clock = Clock()

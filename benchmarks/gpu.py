@@ -43,7 +43,7 @@ from common import (
 )
 from scoring import plain_way
 
-from ketchup_cache.config import LearnConfig
+from ketchup_cache.config.commands import LearnConfig
 from ketchup_cache.learn.step import train_step
 from ketchup_cache.lm.head import Head
 from ketchup_cache.lm.load import fuse_gelu

@@ -20,7 +20,7 @@ from common import in_turn, options, publish, sample, t5, table
 from torch import Tensor
 
 from ketchup_cache import divergences
-from ketchup_cache.config import LearnConfig, RolloutConfig, ScoreConfig
+from ketchup_cache.config.commands import LearnConfig, RolloutConfig, ScoreConfig
 from ketchup_cache.learn.distill import ON_STUDENT, ON_TEACHER
 from ketchup_cache.learn.step import train_step
 from ketchup_cache.lm.forward import Batch, completion_states

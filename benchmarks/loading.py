@@ -96,7 +96,7 @@ def gather_alone(folder: Path, repeats: int = 50) -> float:
 
 def waiting(folder: Path, steps: int, batch_size: int) -> dict[str, float]:
     """Seconds of waiting and of stepping in a loop like learn's, a segment boundary included."""
-    from ketchup_cache.config import LearnConfig
+    from ketchup_cache.config.commands import LearnConfig
     from ketchup_cache.learn.step import train_step
     from ketchup_cache.lm.head import Head
     from ketchup_cache.training.optim import Optimizer

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from common import T5_SMALL, VOCAB, forget_peak, options, peak, publish, sample, t5, table, timed
 
-from ketchup_cache.config import LearnConfig
+from ketchup_cache.config.commands import LearnConfig
 from ketchup_cache.lm.batching import token_budget_batches
 from ketchup_cache.lm.forward import Batch, completion_states
 from ketchup_cache.lm.head import Head

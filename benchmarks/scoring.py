@@ -52,7 +52,7 @@ from common import (
     word_tokenizer,
 )
 
-from ketchup_cache.config import ScoreConfig
+from ketchup_cache.config.commands import ScoreConfig
 from ketchup_cache.store.cache import open_cache
 from ketchup_cache.store.manifest import TeacherInfo, TokenizerInfo
 from ketchup_cache.teacher import Teacher

@@ -1,4 +1,4 @@
-"""The command line: `ketchup-cache`. One file per command; all options come from `ketchup_cache.config`."""
+"""The command line: `ketchup-cache`. One file per command; all options come from `ketchup_cache.config.commands`."""
 
 from .app import app, main
 

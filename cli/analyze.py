@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from ketchup_cache.config import AnalyzeConfig
+from ketchup_cache.config.commands import AnalyzeConfig
 
 from .app import Result, command
 

@@ -15,10 +15,10 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from ketchup_cache import __version__
-from ketchup_cache.config import COMMANDS
-from ketchup_cache.config_base import Config, Positive
+from ketchup_cache.config.base import Config, Positive
+from ketchup_cache.config.commands import COMMANDS
+from ketchup_cache.config.resolve import choices, flag, resolve
 from ketchup_cache.errors import KetchupError
-from ketchup_cache.resolve import choices, flag, resolve
 from ketchup_cache.shipped import recipe
 
 app = typer.Typer(

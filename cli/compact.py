@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from ketchup_cache.config_caches import CompactConfig
+from ketchup_cache.config.caches import CompactConfig
 
 from .app import Result, command
 

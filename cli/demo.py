@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from ketchup_cache.config import DemoConfig
+from ketchup_cache.config.commands import DemoConfig
 
 from .app import Result, command, main
 

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from ketchup_cache.config import EvaluateConfig
+from ketchup_cache.config.commands import EvaluateConfig
 
 from .app import Result, command
 

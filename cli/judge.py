@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from ketchup_cache.config import JudgeConfig
+from ketchup_cache.config.commands import JudgeConfig
 
 from .app import Result, command
 

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from ketchup_cache.config import PretrainConfig
+from ketchup_cache.config.commands import PretrainConfig
 
 from .app import Result, command
 

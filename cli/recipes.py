@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from ketchup_cache.config import RecipesConfig
+from ketchup_cache.config.commands import RecipesConfig
 
 from .app import Result, command
 
@@ -11,6 +11,6 @@ from .app import Result, command
 )
 def recipes(config: RecipesConfig) -> Result:
     """List the published settings that --recipe takes, or print one with the commands to run."""
-    from ketchup_cache.recipes.catalogue import catalogue, one_recipe
+    from ketchup_cache.config.catalogue import catalogue, one_recipe
 
     return catalogue() if config.name is None else one_recipe(config.name)

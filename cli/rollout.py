@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from ketchup_cache.config import RolloutConfig
+from ketchup_cache.config.commands import RolloutConfig
 
 from .app import Result, command
 

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from ketchup_cache.config import ScoreConfig
+from ketchup_cache.config.commands import ScoreConfig
 
 from .app import Result, command
 

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from ketchup_cache.config_caches import VerifyConfig
+from ketchup_cache.config.caches import VerifyConfig
 
 from .app import Result, command
 

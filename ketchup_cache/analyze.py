@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ketchup_cache.config import AnalyzeConfig
+from ketchup_cache.config.commands import AnalyzeConfig
 from ketchup_cache.errors import CacheError
 from ketchup_cache.files import write_file
 from ketchup_cache.progress import progress

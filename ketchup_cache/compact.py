@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from ketchup_cache.config_caches import CompactConfig
+from ketchup_cache.config.caches import CompactConfig
 from ketchup_cache.errors import ConfigError, CorruptError
 from ketchup_cache.progress import Bar, progress
 from ketchup_cache.store import coverage, durable, reading

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ketchup_cache.config import DemoConfig
+from ketchup_cache.config.commands import DemoConfig
 from ketchup_cache.errors import KetchupError
 from ketchup_cache.files import write_file
 from ketchup_cache.plots import Panel, plot_learning_curves

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from ketchup_cache.config import EvaluateConfig
+from ketchup_cache.config.commands import EvaluateConfig
 from ketchup_cache.errors import DataError, MismatchError
 from ketchup_cache.files import write_file
 from ketchup_cache.lm.calculator import Calculator

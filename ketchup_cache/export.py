@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ketchup_cache
-from ketchup_cache.config_caches import ExportConfig
+from ketchup_cache.config.caches import ExportConfig
 from ketchup_cache.errors import CacheError, ConfigError
 from ketchup_cache.files import publishing
 from ketchup_cache.progress import progress

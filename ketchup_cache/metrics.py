@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Sequence
 
-from ketchup_cache.config import Metric
+from ketchup_cache.config.commands import Metric
 from ketchup_cache.errors import DataError
 
 Values = dict[str, float | str]

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ketchup_cache.config import PretrainConfig
+from ketchup_cache.config.commands import PretrainConfig
 from ketchup_cache.errors import CacheError, MismatchError, ModelError, NumericsError
 from ketchup_cache.lm.batching import token_budget_batches
 from ketchup_cache.lm.fingerprint import state_fingerprint, tokenizer_info

@@ -26,7 +26,7 @@ import huggingface_hub
 import numpy as np
 
 from ketchup_cache.chat import user_turn
-from ketchup_cache.config_groups import DataOptions
+from ketchup_cache.config.options import DataOptions
 from ketchup_cache.errors import ConfigError, DataError
 from ketchup_cache.store.manifest import DataInfo
 from ketchup_cache.types import TOKEN_DTYPE, Prompts, Ragged

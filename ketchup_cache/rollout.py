@@ -6,7 +6,7 @@ import time
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ketchup_cache.config import RolloutConfig
+from ketchup_cache.config.commands import RolloutConfig
 from ketchup_cache.lm.calculator import Calculator
 from ketchup_cache.lm.fingerprint import tokenizer_info, weights_fingerprint
 from ketchup_cache.lm.load import load_model, load_tokenizer, resolve_folder

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ketchup_cache.config_groups import SamplingOptions
+from ketchup_cache.config.options import SamplingOptions
 from ketchup_cache.errors import MismatchError
 from ketchup_cache.lm.calculator import Calculator
 from ketchup_cache.lm.sample import sample_completions

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ketchup_cache.config import EvaluateConfig, LearnConfig, ScoreConfig
+from ketchup_cache.config.commands import EvaluateConfig, LearnConfig, ScoreConfig
 from ketchup_cache.errors import MismatchError, NumericsError
 from ketchup_cache.lm.fingerprint import first_difference, tokenizer_info
 from ketchup_cache.lm.load import load_tokenizer

@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, replace
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from ketchup_cache.config import ScoreConfig
+from ketchup_cache.config.commands import ScoreConfig
 from ketchup_cache.errors import (
     CacheError,
     CorruptError,

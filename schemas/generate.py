@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic.json_schema import GenerateJsonSchema
 
-from ketchup_cache.config import COMMANDS
+from ketchup_cache.config.commands import COMMANDS
 from ketchup_cache.store.manifest import Manifest
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ketchup_cache.config import LearnConfig
+from ketchup_cache.config.commands import LearnConfig
 from ketchup_cache.learn.stream import Stream
 
 

@@ -15,7 +15,7 @@ import pytest
 
 from ketchup_cache import open_cache
 from ketchup_cache.analyze import analyze
-from ketchup_cache.config import AnalyzeConfig
+from ketchup_cache.config.commands import AnalyzeConfig
 from ketchup_cache.errors import CacheError
 from ketchup_cache.store.manifest import (
     DataInfo,

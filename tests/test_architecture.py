@@ -107,7 +107,7 @@ def test_files_hold_one_idea():
     "code",
     [
         "import ketchup_cache.store.cache, ketchup_cache.store.inspect",
-        "import ketchup_cache.config, ketchup_cache.types, ketchup_cache.errors",
+        "import ketchup_cache.config.commands, ketchup_cache.types, ketchup_cache.errors",
         "import ketchup_cache.returns, ketchup_cache.analyze, ketchup_cache.judge.driver",
         "import ketchup_cache.cli",
         "from ketchup_cache import k_step_returns, open_cache",

@@ -29,7 +29,7 @@ from test_store_hostile import forge, refused, replaced
 
 from ketchup_cache.cli import main
 from ketchup_cache.compact import compact
-from ketchup_cache.config import CompactConfig
+from ketchup_cache.config.commands import CompactConfig
 from ketchup_cache.errors import ConfigError, NumericsError
 from ketchup_cache.store import halves
 from ketchup_cache.store.cache import Cache, open_cache

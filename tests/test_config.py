@@ -9,9 +9,9 @@ from typing import get_args
 
 import pytest
 
-from ketchup_cache.config import COMMANDS, LearnConfig, Method
+from ketchup_cache.config.commands import COMMANDS, LearnConfig, Method
+from ketchup_cache.config.resolve import resolve
 from ketchup_cache.errors import ConfigError
-from ketchup_cache.resolve import resolve
 
 LEARN = {"student": "s", "cache": "c", "out": "o"}
 

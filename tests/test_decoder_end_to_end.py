@@ -13,8 +13,8 @@ from tiny import WORDS
 
 from ketchup_cache import open_cache
 from ketchup_cache.cli import main
-from ketchup_cache.config import EvaluateConfig, PretrainConfig, RolloutConfig
-from ketchup_cache.config_groups import DataOptions
+from ketchup_cache.config.commands import EvaluateConfig, PretrainConfig, RolloutConfig
+from ketchup_cache.config.options import DataOptions
 from ketchup_cache.errors import ConfigError, DataError, ModelError
 from ketchup_cache.evaluate import evaluate
 from ketchup_cache.lm.load import load_model, load_tokenizer

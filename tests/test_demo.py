@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import pytest
 
 from ketchup_cache.cli import main
-from ketchup_cache.config import DemoConfig
+from ketchup_cache.config.commands import DemoConfig
 from ketchup_cache.demo import demo
 from ketchup_cache.shipped import task
 

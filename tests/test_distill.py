@@ -10,7 +10,7 @@ from learning import CapturedGradient
 from tiny import WORDS, assert_bfloat16_gradient, save_model
 from transformers import AutoModelForSeq2SeqLM
 
-from ketchup_cache.config import LearnConfig, ScoreConfig
+from ketchup_cache.config.commands import LearnConfig, ScoreConfig
 from ketchup_cache.errors import CacheError, NumericsError
 from ketchup_cache.learn.distill import divergence_step, token_weights
 from ketchup_cache.learn.loop import learn

@@ -12,7 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from ketchup_cache.cli import main
-from ketchup_cache.config import JudgeConfig
+from ketchup_cache.config.commands import JudgeConfig
 from ketchup_cache.errors import ConfigError, DataError, JudgeError
 from ketchup_cache.judge.driver import judge, wilson
 from ketchup_cache.judge.queries import Query, queries, verdict

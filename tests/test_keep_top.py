@@ -13,7 +13,7 @@ from tiny import WORDS, save_model, write_prompts
 from transformers import AutoModelForSeq2SeqLM
 
 from ketchup_cache.cli import main
-from ketchup_cache.config import LearnConfig, ScoreConfig
+from ketchup_cache.config.commands import LearnConfig, ScoreConfig
 from ketchup_cache.learn.source import Offline
 from ketchup_cache.score import score
 from ketchup_cache.store.cache import open_cache

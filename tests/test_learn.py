@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from tiny import WORDS, make_t5, save_model
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
-from ketchup_cache.config import LearnConfig
+from ketchup_cache.config.commands import LearnConfig
 from ketchup_cache.errors import CacheError, ConfigError, MismatchError, NumericsError
 from ketchup_cache.learn.loop import cut_warning, learn, tail_warning
 from ketchup_cache.learn.stream import Stream, plan_batches

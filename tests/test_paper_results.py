@@ -15,7 +15,7 @@ from benchmarks.paper.__main__ import PARTS, chosen, missing
 from benchmarks.paper.runs import Run, words_of
 from benchmarks.paper.settings import ABLATIONS, TABLE, TASKS, Row, ablation_runs, table_runs
 from benchmarks.paper.statistics import Comparison, Mean, holm
-from ketchup_cache.config import LearnConfig
+from ketchup_cache.config.commands import LearnConfig
 
 VALUES = st.lists(st.floats(-1e3, 1e3), min_size=2, max_size=9)
 

@@ -9,7 +9,7 @@ from caches import make_cache
 from tiny import save_model, write_prompts
 
 from ketchup_cache.cli import main
-from ketchup_cache.config import LearnConfig
+from ketchup_cache.config.commands import LearnConfig
 from ketchup_cache.errors import MismatchError
 from ketchup_cache.learn.loop import learn
 from ketchup_cache.store.cache import open_cache

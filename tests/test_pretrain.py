@@ -11,7 +11,7 @@ from caches import make_cache, plain_logits
 from safetensors.torch import load_file
 from tiny import assert_bfloat16_gradient, make_t5, make_tokenizer, save_model, write_prompts
 
-from ketchup_cache.config import PretrainConfig
+from ketchup_cache.config.commands import PretrainConfig
 from ketchup_cache.errors import CacheError, DataError, KetchupError
 from ketchup_cache.pretrain import _target_ids, pretrain
 from ketchup_cache.training.optim import Optimizer

@@ -10,10 +10,10 @@ import yaml
 from typer.main import get_command
 
 from ketchup_cache.cli import app, main
-from ketchup_cache.config import COMMANDS, RecipesConfig
+from ketchup_cache.config.catalogue import catalogue, one_recipe
+from ketchup_cache.config.commands import COMMANDS, RecipesConfig
+from ketchup_cache.config.resolve import find_recipe, load_yaml, resolve
 from ketchup_cache.errors import ConfigError
-from ketchup_cache.recipes.catalogue import catalogue, one_recipe
-from ketchup_cache.resolve import find_recipe, load_yaml, resolve
 from ketchup_cache.shipped import recipe_names
 
 # Tables 4 and 5, Section 3.1: input, output, RL epochs, batch x accumulation, metrics, training and test examples
@@ -158,8 +158,8 @@ def test_extends_names_a_recipe(tmp_path, text, message):
 def test_a_circle_is_refused(tmp_path, monkeypatch):
     for name, below in (("a", "b"), ("b", "a")):
         (tmp_path / f"{name}.yaml").write_text(f"extends: {below}\n")
-    monkeypatch.setattr("ketchup_cache.resolve.recipe_names", lambda: ["a", "b"])
-    monkeypatch.setattr("ketchup_cache.resolve.recipe", lambda name: tmp_path / f"{name}.yaml")
+    monkeypatch.setattr("ketchup_cache.config.resolve.recipe_names", lambda: ["a", "b"])
+    monkeypatch.setattr("ketchup_cache.config.resolve.recipe", lambda name: tmp_path / f"{name}.yaml")
     with pytest.raises(ConfigError, match="circle"):
         resolve("learn", None, {}, "a")
 

@@ -16,7 +16,7 @@ from tiny import WORDS, make_t5, make_tokenizer, save_model, write_prompts
 
 from ketchup_cache import rollout as rollout_module
 from ketchup_cache import sampling as sampling_module
-from ketchup_cache.config import RolloutConfig
+from ketchup_cache.config.commands import RolloutConfig
 from ketchup_cache.errors import DataError, KetchupError, MismatchError
 from ketchup_cache.lm.fingerprint import weights_fingerprint
 from ketchup_cache.prompts import read_examples
@@ -213,7 +213,7 @@ def test_duplicates_and_long_prompts_are_counted(tmp_path, student):
 KILLED = """
 import sys, time, torch
 from ketchup_cache import rollout, sampling
-from ketchup_cache.config import RolloutConfig
+from ketchup_cache.config.commands import RolloutConfig
 from ketchup_cache.store.cache import Cache
 
 torch.set_num_threads(1)

@@ -11,7 +11,7 @@ import yaml
 from caches import make_cache
 from tiny import save_model
 
-from ketchup_cache.config import LearnConfig
+from ketchup_cache.config.commands import LearnConfig
 from ketchup_cache.learn.loop import learn
 from ketchup_cache.schemas.generate import FOLDER
 

@@ -11,7 +11,7 @@ import pytest
 from oracle import assert_same_scores, make_rollouts, plain_scores, random_rollouts
 from tiny import WORDS, make_t5, make_tokenizer, save_model
 
-from ketchup_cache.config import ScoreConfig
+from ketchup_cache.config.commands import ScoreConfig
 from ketchup_cache.errors import CacheError, KetchupError, MismatchError, NumericsError
 from ketchup_cache.lm.fingerprint import tokenizer_info
 from ketchup_cache.score import Scorer, commit_ranges, score
@@ -225,7 +225,7 @@ def test_the_weights_are_gone_after_scoring(cache, teacher, monkeypatch):
 
 KILLED = """
 import sys, time
-from ketchup_cache.config import ScoreConfig
+from ketchup_cache.config.commands import ScoreConfig
 from ketchup_cache.score import score
 from ketchup_cache.teacher import Teacher
 

@@ -13,7 +13,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from ketchup_cache.calculator import calculate
-from ketchup_cache.config import EvaluateConfig
+from ketchup_cache.config.commands import EvaluateConfig
 from ketchup_cache.evaluate import Evaluation, evaluate
 from ketchup_cache.metrics import final_answer
 from ketchup_cache.shipped import task

@@ -11,7 +11,7 @@ import sys
 
 import pytest
 
-from ketchup_cache.config import EvaluateConfig
+from ketchup_cache.config.commands import EvaluateConfig
 from ketchup_cache.evaluate import evaluate
 from ketchup_cache.shipped import task
 

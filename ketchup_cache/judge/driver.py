@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ketchup_cache.config import JudgeConfig
+from ketchup_cache.config.commands import JudgeConfig
 from ketchup_cache.errors import ConfigError, DataError, JudgeError
 from ketchup_cache.judge.answers import Answers, key
 from ketchup_cache.judge.queries import queries, verdict

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from ketchup_cache import divergences
-from ketchup_cache.config import LearnConfig
+from ketchup_cache.config.commands import LearnConfig
 from ketchup_cache.learn.metrics import StepMetrics
 from ketchup_cache.learn.step import CHUNK, Signal, backward, micro_batches
 from ketchup_cache.lm.forward import Batch, training_states

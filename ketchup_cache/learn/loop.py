@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ketchup_cache.config import LearnConfig
+from ketchup_cache.config.commands import LearnConfig
 from ketchup_cache.errors import MismatchError
 from ketchup_cache.learn import pins
 from ketchup_cache.learn.distill import divergence_step

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from ketchup_cache.config import LearnConfig
+from ketchup_cache.config.commands import LearnConfig
 from ketchup_cache.errors import CacheError
 from ketchup_cache.store.cache import Cache
 from ketchup_cache.store.coverage import ScoredRef, original_id

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
-from ketchup_cache.config import LearnConfig
+from ketchup_cache.config.commands import LearnConfig
 from ketchup_cache.errors import CacheError
 from ketchup_cache.learn.pick import ON_OUTPUTS, ON_SAMPLES, student_samples, teacher_outputs
 from ketchup_cache.learn.stream import Stream, concatenate

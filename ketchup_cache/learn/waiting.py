@@ -14,7 +14,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from ketchup_cache.config import LearnConfig
+from ketchup_cache.config.commands import LearnConfig
 from ketchup_cache.errors import CacheError, ConfigError, CorruptError, WriteError
 from ketchup_cache.files import write_file
 from ketchup_cache.progress import Bar, progress

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from ketchup_cache.config_base import Config, Positive, TokensOrAuto
+from ketchup_cache.config.base import Config, Positive, TokensOrAuto
 
 Normalization = Literal["raw", "centred", "logprob"]
 Tail = Literal["one-step", "jump"]

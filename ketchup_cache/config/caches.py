@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from ketchup_cache.config_base import CacheAddress, Config, Positive
+from ketchup_cache.config.base import CacheAddress, Config, Positive
 
 
 class InfoConfig(Config):

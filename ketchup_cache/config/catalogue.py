@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ketchup_cache.resolve import find_recipe, load_yaml
+from ketchup_cache.config.resolve import find_recipe, load_yaml
 from ketchup_cache.shipped import recipe_names
 
 

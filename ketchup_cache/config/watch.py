@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field, model_validator
 
-from ketchup_cache.config_base import CacheAddress, Config
+from ketchup_cache.config.base import CacheAddress, Config
 
 
 class WatchOptions(Config):

@@ -12,8 +12,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from ketchup_cache.config_base import CacheAddress, Config, Positive
-from ketchup_cache.config_caches import (
+from ketchup_cache.config.base import CacheAddress, Config, Positive
+from ketchup_cache.config.caches import (
     CompactConfig,
     DiffConfig,
     ExportConfig,
@@ -25,7 +25,7 @@ from ketchup_cache.config_caches import (
     PushConfig,
     VerifyConfig,
 )
-from ketchup_cache.config_groups import (
+from ketchup_cache.config.options import (
     DataOptions,
     DeviceOptions,
     Normalization,
@@ -36,7 +36,7 @@ from ketchup_cache.config_groups import (
     Tail,
     Unfinished,
 )
-from ketchup_cache.config_watch import ScorerOptions, WatchOptions
+from ketchup_cache.config.watch import ScorerOptions, WatchOptions
 
 Baseline = Literal["none", "mean", "min-variance", "leave-one-out"]
 Method = Literal["ketchup", "llmr", "seqkd", "kl", "reverse-kl", "js", "tvd"]

@@ -11,8 +11,8 @@ import yaml
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from ketchup_cache.config import COMMANDS
-from ketchup_cache.config_base import Config
+from ketchup_cache.config.base import Config
+from ketchup_cache.config.commands import COMMANDS
 from ketchup_cache.errors import ConfigError
 from ketchup_cache.shipped import recipe, recipe_names
 
