@@ -23,10 +23,10 @@ from ketchup_cache.lm.load import load_model, load_tokenizer
 from ketchup_cache.lm.sample import sample_completions
 from ketchup_cache.metrics import Values, check_targets, compute
 from ketchup_cache.progress import progress
-from ketchup_cache.prompts import Example, as_chat, kept_examples, read_examples, tokenize_prompts
 from ketchup_cache.returns import rollout_returns
 from ketchup_cache.store.manifest import Sampling, TokenizerInfo
 from ketchup_cache.teacher import Teacher
+from ketchup_cache.text.prompts import Example, as_chat, kept_examples, read_examples, tokenize_prompts
 from ketchup_cache.types import Ragged, Rollouts
 
 

@@ -22,9 +22,9 @@ from ketchup_cache.lm.load import is_encoder_decoder, load_model, load_tokenizer
 from ketchup_cache.lm.sample import eos_ids
 from ketchup_cache.losses import cross_entropy_loss
 from ketchup_cache.progress import progress
-from ketchup_cache.prompts import as_chat, kept_examples, read_examples, tokenize_prompts
 from ketchup_cache.remote.view import open_cache
 from ketchup_cache.store.manifest import PolicyInfo, TokenizerInfo
+from ketchup_cache.text.prompts import as_chat, kept_examples, read_examples, tokenize_prompts
 from ketchup_cache.training.optim import Optimizer
 from ketchup_cache.training.origin import Origin
 from ketchup_cache.training.run import Run

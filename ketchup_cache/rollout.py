@@ -11,7 +11,10 @@ from ketchup_cache.lm.calculator import Calculator
 from ketchup_cache.lm.fingerprint import tokenizer_info, weights_fingerprint
 from ketchup_cache.lm.load import load_model, load_tokenizer, resolve_folder
 from ketchup_cache.progress import progress
-from ketchup_cache.prompts import (
+from ketchup_cache.remote.view import open_cache
+from ketchup_cache.sampling import ensure_prompts, held_rollouts, rollout_chunks, rollout_range, sampling_of
+from ketchup_cache.store.manifest import PolicyInfo
+from ketchup_cache.text.prompts import (
     as_chat,
     data_info,
     kept_examples,
@@ -19,9 +22,6 @@ from ketchup_cache.prompts import (
     tokenize_prompts,
     without_duplicates,
 )
-from ketchup_cache.remote.view import open_cache
-from ketchup_cache.sampling import ensure_prompts, held_rollouts, rollout_chunks, rollout_range, sampling_of
-from ketchup_cache.store.manifest import PolicyInfo
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from ketchup_cache.config.options import DataOptions
-from ketchup_cache.prompts import read_examples, without_duplicates
+from ketchup_cache.text.prompts import read_examples, without_duplicates
 
 GSM8K = Path(__file__).resolve().parents[2] / "shared" / "data" / "gsm8k"
 

@@ -17,10 +17,10 @@ import pyarrow.parquet as pq
 import pytest
 from tiny import WORDS, make_tokenizer
 
-from ketchup_cache import prompts as prompts_module
 from ketchup_cache.config.options import DataOptions
 from ketchup_cache.errors import ConfigError, DataError
-from ketchup_cache.prompts import (
+from ketchup_cache.text import prompts as prompts_module
+from ketchup_cache.text.prompts import (
     Example,
     data_info,
     kept_examples,
@@ -119,7 +119,7 @@ def test_a_changed_file_is_seen_and_nothing_is_left_behind(tmp_path):
     program = (
         "import sys, json, tempfile; from pathlib import Path\n"
         "from ketchup_cache.errors import DataError\n"
-        "from ketchup_cache.prompts import read_examples; from ketchup_cache.config.options import DataOptions\n"
+        "from ketchup_cache.text.prompts import read_examples; from ketchup_cache.config.options import DataOptions\n"
         "for text in ('one', 'two'):\n"  # same length, and within the resolution of a time stamp
         "    for name, content in (('d.jsonl', json.dumps({'prompt': text})), ('d.csv', 'prompt\\n' + text + '\\n')):\n"
         "        Path(name).write_text(content)\n"

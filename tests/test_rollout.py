@@ -19,11 +19,11 @@ from ketchup_cache import sampling as sampling_module
 from ketchup_cache.config.commands import RolloutConfig
 from ketchup_cache.errors import DataError, KetchupError, MismatchError
 from ketchup_cache.lm.fingerprint import weights_fingerprint
-from ketchup_cache.prompts import read_examples
 from ketchup_cache.rollout import rollout
 from ketchup_cache.sampling import rollout_chunks, rollout_range, sampling_of
 from ketchup_cache.store.cache import Cache, open_cache
 from ketchup_cache.store.manifest import Sampling
+from ketchup_cache.text.prompts import read_examples
 from ketchup_cache.types import Rollouts
 
 SMALL = {"ROLLOUTS_PER_SEGMENT": 8, "PROMPTS_PER_SEGMENT": 10, "PROMPT_TOKENS_PER_SEGMENT": 60}
