@@ -23,9 +23,9 @@ from ketchup_cache import divergences
 from ketchup_cache.config.commands import LearnConfig, RolloutConfig, ScoreConfig
 from ketchup_cache.learn.distill import ON_STUDENT, ON_TEACHER
 from ketchup_cache.learn.step import train_step
-from ketchup_cache.lm.forward import Batch, completion_states
-from ketchup_cache.lm.head import Head
-from ketchup_cache.lm.load import load_model
+from ketchup_cache.models.forward import Batch, completion_states
+from ketchup_cache.models.head import Head
+from ketchup_cache.models.load import load_model
 from ketchup_cache.rollout import rollout
 from ketchup_cache.score import score
 from ketchup_cache.shipped import task

@@ -184,7 +184,7 @@ def student_alone(folder: Path, steps: int, batch: int) -> None:
     import torch
     from transformers import AutoModelForSeq2SeqLM
 
-    from ketchup_cache.lm.head import Head
+    from ketchup_cache.models.head import Head
 
     model = AutoModelForSeq2SeqLM.from_pretrained(folder / "student").eval()
     Head.of(model, 32_100)

@@ -98,7 +98,7 @@ def waiting(folder: Path, steps: int, batch_size: int) -> dict[str, float]:
     """Seconds of waiting and of stepping in a loop like learn's, a segment boundary included."""
     from ketchup_cache.config.commands import LearnConfig
     from ketchup_cache.learn.step import train_step
-    from ketchup_cache.lm.head import Head
+    from ketchup_cache.models.head import Head
     from ketchup_cache.training.optim import Optimizer
 
     model = t5({"d_model": 512, "d_kv": 64, "d_ff": 2048, "num_layers": 6, "num_heads": 8})

@@ -20,9 +20,9 @@ import torch
 from common import T5_SMALL, VOCAB, forget_peak, options, peak, publish, sample, t5, table, timed
 
 from ketchup_cache.config.commands import LearnConfig
-from ketchup_cache.lm.batching import token_budget_batches
-from ketchup_cache.lm.forward import Batch, completion_states
-from ketchup_cache.lm.head import Head
+from ketchup_cache.models.batching import token_budget_batches
+from ketchup_cache.models.forward import Batch, completion_states
+from ketchup_cache.models.head import Head
 from ketchup_cache.types import ScoredRollouts
 
 BUDGET = LearnConfig.model_fields["micro_batch_tokens"].default

@@ -215,8 +215,8 @@ def overlap(model: Any, rollouts: int) -> dict[str, float]:
         folder = Path(temporary)
         model.save_pretrained(folder / "teacher")
         word_tokenizer().save_pretrained(folder / "teacher")
-        from ketchup_cache.lm.fingerprint import tokenizer_info
-        from ketchup_cache.lm.load import load_tokenizer
+        from ketchup_cache.models.fingerprint import tokenizer_info
+        from ketchup_cache.models.load import load_tokenizer
 
         tokenizer = tokenizer_info(load_tokenizer(str(folder / "teacher")), "t5")
         commit_rollouts(open_cache(folder / "cache", create=True), sample(0, rollouts), tokenizer=tokenizer)

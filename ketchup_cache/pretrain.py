@@ -14,13 +14,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ketchup_cache.config.commands import PretrainConfig
 from ketchup_cache.errors import CacheError, MismatchError, ModelError, NumericsError
-from ketchup_cache.lm.batching import token_budget_batches
-from ketchup_cache.lm.fingerprint import state_fingerprint, tokenizer_info
-from ketchup_cache.lm.forward import Batch, computes_prompts_once, training_states
-from ketchup_cache.lm.head import Head
-from ketchup_cache.lm.load import is_encoder_decoder, load_model, load_tokenizer
 from ketchup_cache.lm.sample import eos_ids
 from ketchup_cache.losses import cross_entropy_loss
+from ketchup_cache.models.batching import token_budget_batches
+from ketchup_cache.models.fingerprint import state_fingerprint, tokenizer_info
+from ketchup_cache.models.forward import Batch, computes_prompts_once, training_states
+from ketchup_cache.models.head import Head
+from ketchup_cache.models.load import is_encoder_decoder, load_model, load_tokenizer
 from ketchup_cache.progress import progress
 from ketchup_cache.remote.view import open_cache
 from ketchup_cache.store.manifest import PolicyInfo, TokenizerInfo

@@ -16,9 +16,9 @@ import torch
 
 from ketchup_cache.config.commands import EvaluateConfig, LearnConfig, ScoreConfig
 from ketchup_cache.errors import MismatchError, NumericsError
-from ketchup_cache.lm.fingerprint import first_difference, tokenizer_info
-from ketchup_cache.lm.load import load_tokenizer
-from ketchup_cache.lm.memory import TokenBudget
+from ketchup_cache.models.fingerprint import first_difference, tokenizer_info
+from ketchup_cache.models.load import load_tokenizer
+from ketchup_cache.models.memory import TokenBudget
 from ketchup_cache.progress import Bar, progress
 from ketchup_cache.remote.view import open_cache
 from ketchup_cache.store.cache import Cache

@@ -10,7 +10,7 @@ import torch
 from tiny import WORDS, make_tokenizer
 from transformers import AutoModelForSeq2SeqLM
 
-from ketchup_cache.lm.fingerprint import tokenizer_info, weights_fingerprint
+from ketchup_cache.models.fingerprint import tokenizer_info, weights_fingerprint
 from ketchup_cache.store.cache import open_cache
 from ketchup_cache.store.manifest import (
     DataInfo,

@@ -191,7 +191,7 @@ def test_what_is_run_again_replaces_and_the_rest_stays():
 
 
 def test_the_decoder_pair_shares_words_and_the_teacher_is_larger(tmp_path):
-    from ketchup_cache.lm.load import load_model, load_tokenizer
+    from ketchup_cache.models.load import load_model, load_tokenizer
 
     sizes = []
     for name, shape in (("teacher", decoder_pair.TEACHER), ("student", decoder_pair.STUDENT)):

@@ -15,8 +15,8 @@ from ketchup_cache.errors import CacheError, NumericsError
 from ketchup_cache.learn.distill import divergence_step, token_weights
 from ketchup_cache.learn.loop import learn
 from ketchup_cache.learn.source import Offline
-from ketchup_cache.lm.head import Head
-from ketchup_cache.lm.load import load_model
+from ketchup_cache.models.head import Head
+from ketchup_cache.models.load import load_model
 from ketchup_cache.score import score
 from ketchup_cache.store.cache import open_cache
 from ketchup_cache.types import Ragged

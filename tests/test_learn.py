@@ -22,7 +22,7 @@ from ketchup_cache.config.commands import LearnConfig
 from ketchup_cache.errors import CacheError, ConfigError, MismatchError, NumericsError
 from ketchup_cache.learn.loop import cut_warning, learn, tail_warning
 from ketchup_cache.learn.stream import Stream, plan_batches
-from ketchup_cache.lm.head import Head
+from ketchup_cache.models.head import Head
 
 VOCAB = len(WORDS) + 3
 

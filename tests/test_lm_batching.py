@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ketchup_cache.lm.batching import token_budget_batches
+from ketchup_cache.models.batching import token_budget_batches
 
 rows = st.lists(st.tuples(st.integers(1, 40), st.integers(0, 30), st.integers(0, 4)), max_size=40)
 

@@ -9,8 +9,8 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from transformers import PreTrainedTokenizerFast
 
 from ketchup_cache.errors import ModelError
-from ketchup_cache.lm.fingerprint import first_difference, state_fingerprint, tokenizer_info, weights_fingerprint
-from ketchup_cache.lm.load import load_model
+from ketchup_cache.models.fingerprint import first_difference, state_fingerprint, tokenizer_info, weights_fingerprint
+from ketchup_cache.models.load import load_model
 from ketchup_cache.store.manifest import in_precision
 from ketchup_cache.teacher import Teacher
 
@@ -77,7 +77,7 @@ def test_a_teacher_is_weights_and_precision(tmp_path):
 def test_weights_are_read_without_torch(tmp_path):
     make_t5().save_pretrained(tmp_path)
     program = (
-        "import sys; from pathlib import Path; from ketchup_cache.lm.fingerprint import weights_fingerprint;"
+        "import sys; from pathlib import Path; from ketchup_cache.models.fingerprint import weights_fingerprint;"
         f"print(weights_fingerprint(Path({str(tmp_path)!r}))); assert 'torch' not in sys.modules"
     )
     printed = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout

@@ -8,7 +8,7 @@ from oracle import random_rollouts
 from tiny import make_t5
 
 from ketchup_cache.errors import DataError, ModelError
-from ketchup_cache.lm.forward import Batch, completion_states, decoder_start, training_states
+from ketchup_cache.models.forward import Batch, completion_states, decoder_start, training_states
 from ketchup_cache.types import Ragged
 
 VERSIONS = ("1.0", "1.1")

@@ -5,9 +5,9 @@ from oracle import assert_same_scores, plain_scores, random_rollouts
 from tiny import make_t5
 
 from ketchup_cache.errors import ModelError
-from ketchup_cache.lm import forward
-from ketchup_cache.lm.forward import Batch, completion_states
-from ketchup_cache.lm.head import Head
+from ketchup_cache.models import forward
+from ketchup_cache.models.forward import Batch, completion_states
+from ketchup_cache.models.head import Head
 from ketchup_cache.types import Scores
 
 
@@ -157,8 +157,8 @@ def test_blocks_of_the_vocabulary_change_nothing(block, offset, monkeypatch):
     model.final_logits_bias = torch.full((1, 80), offset)  # as BART has one
     head = Head.of(make_t5("1.1", scale=20), 60)
     head._bias = model.final_logits_bias
-    monkeypatch.setattr("ketchup_cache.lm.head.BLOCK_ELSEWHERE", block * 5)
-    monkeypatch.setattr("ketchup_cache.lm.head.STATES_AT_ONCE_ELSEWHERE", 5)
+    monkeypatch.setattr("ketchup_cache.models.head.BLOCK_ELSEWHERE", block * 5)
+    monkeypatch.setattr("ketchup_cache.models.head.STATES_AT_ONCE_ELSEWHERE", 5)
     states = torch.randn(33, 32, generator=torch.Generator().manual_seed(1)) * 3
     targets = torch.arange(33) % 60
     logits = head.logits(states).double()

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from transformers.activations import NewGELUActivation
 
 from ketchup_cache.errors import ModelError
-from ketchup_cache.lm.load import load_model, load_tokenizer, pick_device, resolve_folder
+from ketchup_cache.models.load import load_model, load_tokenizer, pick_device, resolve_folder
 
 
 @pytest.fixture(scope="module")

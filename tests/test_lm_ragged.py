@@ -16,9 +16,10 @@ from transformers import (
     UMT5ForConditionalGeneration,
 )
 
-from ketchup_cache.lm import forward, ragged
-from ketchup_cache.lm.forward import Batch, completion_states
-from ketchup_cache.lm.ragged import groups_of, is_ragged
+from ketchup_cache.models import forward
+from ketchup_cache.models import t5_unpadded as ragged
+from ketchup_cache.models.forward import Batch, completion_states
+from ketchup_cache.models.t5_unpadded import groups_of, is_ragged
 from ketchup_cache.types import Ragged
 
 

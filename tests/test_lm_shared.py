@@ -7,9 +7,10 @@ from decoders import FAMILIES, make_decoder
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ketchup_cache.lm import forward, shared
-from ketchup_cache.lm.forward import Batch, completion_states
-from ketchup_cache.lm.shared import SharedRows, can_share
+from ketchup_cache.models import forward
+from ketchup_cache.models import shared_prompt as shared
+from ketchup_cache.models.forward import Batch, completion_states
+from ketchup_cache.models.shared_prompt import SharedRows, can_share
 from ketchup_cache.types import Ragged
 
 SHARED = ("qwen2", "qwen2-tied", "qwen3", "gpt2", "llama", "cohere", "granite", "wide")

@@ -16,8 +16,8 @@ from oracle import assert_same_scores, plain_scores, random_rollouts
 from test_teacher import MODELS, TEACHERS
 
 from ketchup_cache.errors import ModelError
-from ketchup_cache.lm import memory
-from ketchup_cache.lm.memory import PROBE, TokenBudget, Watch, free_ram, out_of_memory
+from ketchup_cache.models import memory
+from ketchup_cache.models.memory import PROBE, TokenBudget, Watch, free_ram, out_of_memory
 from ketchup_cache.teacher import Teacher
 
 TEACHER, MODEL = TEACHERS["1.0"], MODELS["1.0"]
@@ -240,7 +240,7 @@ import numpy as np, torch
 torch.set_num_threads(1)
 from oracle import make_rollouts
 from test_teacher import TEACHERS
-from ketchup_cache.lm.memory import TokenBudget
+from ketchup_cache.models.memory import TokenBudget
 from ketchup_cache.types import Ragged
 rng = np.random.default_rng(0)
 prompts = Ragged.from_rows([[*rng.integers(3, 60, size=300), 1] for _ in range(400)], np.int32)

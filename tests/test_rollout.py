@@ -18,7 +18,7 @@ from ketchup_cache import rollout as rollout_module
 from ketchup_cache import sampling as sampling_module
 from ketchup_cache.config.commands import RolloutConfig
 from ketchup_cache.errors import DataError, KetchupError, MismatchError
-from ketchup_cache.lm.fingerprint import weights_fingerprint
+from ketchup_cache.models.fingerprint import weights_fingerprint
 from ketchup_cache.rollout import rollout
 from ketchup_cache.sampling import rollout_chunks, rollout_range, sampling_of
 from ketchup_cache.store.cache import Cache, open_cache

@@ -19,9 +19,9 @@ from ketchup_cache.learn.metrics import StepMetrics
 from ketchup_cache.learn.source import Offline, OnPolicy, ScoreRollouts, Source
 from ketchup_cache.learn.step import train_step
 from ketchup_cache.lm.calculator import Calculator
-from ketchup_cache.lm.fingerprint import state_fingerprint, tokenizer_info
-from ketchup_cache.lm.head import Head
-from ketchup_cache.lm.load import load_model, load_tokenizer
+from ketchup_cache.models.fingerprint import state_fingerprint, tokenizer_info
+from ketchup_cache.models.head import Head
+from ketchup_cache.models.load import load_model, load_tokenizer
 from ketchup_cache.progress import progress
 from ketchup_cache.remote.view import open_cache
 from ketchup_cache.store.cache import Cache

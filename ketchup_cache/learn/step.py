@@ -14,10 +14,10 @@ from ketchup_cache.baselines import leave_one_out_baseline, mean_baseline, min_v
 from ketchup_cache.config.commands import LearnConfig
 from ketchup_cache.errors import CacheError, NumericsError
 from ketchup_cache.learn.metrics import StepMetrics
-from ketchup_cache.lm.batching import token_budget_batches
-from ketchup_cache.lm.forward import Batch, computes_prompts_once, training_states
-from ketchup_cache.lm.head import Head
 from ketchup_cache.losses import Staleness, importance_ratio, policy_gradient_loss, squared_score
+from ketchup_cache.models.batching import token_budget_batches
+from ketchup_cache.models.forward import Batch, computes_prompts_once, training_states
+from ketchup_cache.models.head import Head
 from ketchup_cache.returns import rollout_returns
 from ketchup_cache.training.optim import Optimizer
 from ketchup_cache.types import Ragged, ScoredRollouts

@@ -32,8 +32,8 @@ from ketchup_cache.errors import ConfigError, DataError, ModelError, NumericsErr
 from ketchup_cache.lm.calculator import Calculator, ForcedResults
 from ketchup_cache.lm.decode import can_decode, decode
 from ketchup_cache.lm.draw import draw, number_type, uniforms
-from ketchup_cache.lm.forward import check_positions, decoder_start
-from ketchup_cache.lm.load import input_device
+from ketchup_cache.models.forward import check_positions, decoder_start
+from ketchup_cache.models.load import input_device
 from ketchup_cache.store.manifest import Sampling
 from ketchup_cache.types import TOKEN_DTYPE, Ragged, Rollouts
 

@@ -18,8 +18,8 @@ from torch.nn import functional as F
 from transformers import MT5ForConditionalGeneration, PreTrainedModel, T5ForConditionalGeneration
 from transformers.modeling_outputs import BaseModelOutput
 
-from ketchup_cache.lm.forward import decoder_start
-from ketchup_cache.lm.load import input_device
+from ketchup_cache.models.forward import decoder_start
+from ketchup_cache.models.load import input_device
 
 LEAVE = 0.25
 """Share of the prompts that have no sample left when they leave: the others' keys and values have to be copied then."""

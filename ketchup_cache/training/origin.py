@@ -14,8 +14,8 @@ from pathlib import Path
 import ketchup_cache
 from ketchup_cache.errors import ModelError
 from ketchup_cache.files import write_file
-from ketchup_cache.lm.fingerprint import weights_fingerprint
-from ketchup_cache.lm.load import resolve_folder
+from ketchup_cache.models.fingerprint import weights_fingerprint
+from ketchup_cache.models.load import resolve_folder
 from ketchup_cache.store.inspect import printable
 from ketchup_cache.store.manifest import PolicyInfo
 

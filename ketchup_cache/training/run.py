@@ -29,7 +29,7 @@ from ketchup_cache.config.base import Config
 from ketchup_cache.config.resolve import flag
 from ketchup_cache.errors import ConfigError, WriteError
 from ketchup_cache.files import publishing, write_file, writing
-from ketchup_cache.lm.load import quiet
+from ketchup_cache.models.load import quiet
 from ketchup_cache.training.optim import Optimizer
 from ketchup_cache.training.origin import Origin
 

@@ -31,7 +31,7 @@ from transformers.activations import NewGELUActivation
 from transformers.utils import logging as transformers_logging
 
 from ketchup_cache.errors import ModelError
-from ketchup_cache.lm.fingerprint import PROBES, WeightEntry, weight_entries
+from ketchup_cache.models.fingerprint import PROBES, WeightEntry, weight_entries
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 """Without float16: T5's feed-forward layers overflow it and give NaN."""

@@ -19,8 +19,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from ketchup_cache.errors import ModelError
-from ketchup_cache.lm.forward import Batch, completion_states, decoder_start
-from ketchup_cache.lm.load import input_device
+from ketchup_cache.models.forward import Batch, completion_states, decoder_start
+from ketchup_cache.models.load import input_device
 from ketchup_cache.types import Ragged
 
 STATES_AT_ONCE = {"cuda": 4096}

@@ -18,9 +18,9 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
 from ketchup_cache.errors import DataError, ModelError
-from ketchup_cache.lm.load import input_device
-from ketchup_cache.lm.ragged import is_ragged, t5_states
-from ketchup_cache.lm.shared import SharedRows, can_share
+from ketchup_cache.models.load import input_device
+from ketchup_cache.models.shared_prompt import SharedRows, can_share
+from ketchup_cache.models.t5_unpadded import is_ragged, t5_states
 from ketchup_cache.types import Ragged, offsets_of
 
 
