@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from transformers import AutoTokenizer, T5Config, T5ForConditionalGeneration
 
+from ketchup_cache.cache.manifest import Sampling
 from ketchup_cache.lm.calculator import Calculator, ForcedResults
 from ketchup_cache.lm.sample import sample_completions
-from ketchup_cache.store.manifest import Sampling
 from ketchup_cache.types import Ragged
 
 TASK = Path(__file__).resolve().parents[1] / "data" / "reason"

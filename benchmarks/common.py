@@ -25,8 +25,8 @@ from typing import Any
 import numpy as np
 
 from ketchup_cache import __version__
-from ketchup_cache.store.cache import Cache, open_cache
-from ketchup_cache.store.manifest import (
+from ketchup_cache.cache.cache import Cache, open_cache
+from ketchup_cache.cache.manifest import (
     DataInfo,
     PolicyInfo,
     PromptsInfo,

@@ -34,8 +34,8 @@ from common import (
     timed,
 )
 
+from ketchup_cache.cache.cache import open_cache
 from ketchup_cache.learn.stream import Stream
-from ketchup_cache.store.cache import open_cache
 
 
 def epoch(path: Path) -> int:
@@ -49,7 +49,7 @@ def epoch(path: Path) -> int:
 
 def scoring_rate(rollouts: int) -> tuple[float, float]:
     """Completion tokens per wall second and per CPU second."""
-    from ketchup_cache.store.manifest import TeacherInfo, TokenizerInfo
+    from ketchup_cache.cache.manifest import TeacherInfo, TokenizerInfo
     from ketchup_cache.teacher import Teacher
 
     info = TeacherInfo(name="random", fingerprint=fingerprint("t"), dtype="float32")

@@ -20,6 +20,8 @@ from common import in_turn, options, publish, sample, t5, table
 from torch import Tensor
 
 from ketchup_cache import divergences
+from ketchup_cache.cache.cache import open_cache
+from ketchup_cache.cache.zarr_files import encode
 from ketchup_cache.config.commands import LearnConfig, RolloutConfig, ScoreConfig
 from ketchup_cache.learn.distill import ON_STUDENT, ON_TEACHER
 from ketchup_cache.learn.step import train_step
@@ -29,8 +31,6 @@ from ketchup_cache.models.load import load_model
 from ketchup_cache.rollout import rollout
 from ketchup_cache.score import score
 from ketchup_cache.shipped import task
-from ketchup_cache.store.arrays import encode
-from ketchup_cache.store.cache import open_cache
 from ketchup_cache.training.optim import Optimizer
 from ketchup_cache.types import Scores
 

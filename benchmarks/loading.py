@@ -22,8 +22,8 @@ from pathlib import Path
 import numpy as np
 from common import forget_peak, made_up_cache, options, peak, publish, sample, t5, table
 
+from ketchup_cache.cache.cache import open_cache
 from ketchup_cache.learn.stream import Stream, gather
-from ketchup_cache.store.cache import open_cache
 
 BATCH = 256
 

@@ -52,9 +52,9 @@ from common import (
     word_tokenizer,
 )
 
+from ketchup_cache.cache.cache import open_cache
+from ketchup_cache.cache.manifest import TeacherInfo, TokenizerInfo
 from ketchup_cache.config.commands import ScoreConfig
-from ketchup_cache.store.cache import open_cache
-from ketchup_cache.store.manifest import TeacherInfo, TokenizerInfo
 from ketchup_cache.teacher import Teacher
 from ketchup_cache.types import Ragged, Rollouts
 

@@ -30,7 +30,7 @@ from trust_s3 import KEYS, SameKeys, emulated_s3, families, kill_copies, make_bu
 
 import ketchup_cache.learn.loop
 import ketchup_cache.score  # noqa: F401  (loaded here once, not in every child)
-from ketchup_cache.store.cache import open_cache
+from ketchup_cache.cache.cache import open_cache
 
 NONE = "lost partial torn silent false_acknowledgements unclear two_creators early"
 GOOD = dict.fromkeys(NONE.split(), 0)

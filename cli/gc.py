@@ -8,10 +8,10 @@ from .app import Result, command
 @command(examples=["ketchup-cache gc cache --dry-run", "ketchup-cache gc cache --older-than 48"], positional=["cache"])
 def gc(config: GcConfig) -> Result:
     """Delete what crashes have left in a cache; segments are never touched."""
+    from ketchup_cache.cache.cache import open_cache
+    from ketchup_cache.cache.garbage import collect
     from ketchup_cache.errors import CacheError
     from ketchup_cache.remote.opening import is_url, open_remote
-    from ketchup_cache.store.cache import open_cache
-    from ketchup_cache.store.garbage import collect
 
     if is_url(str(config.cache)):
         where = open_remote(config.cache).url

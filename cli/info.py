@@ -8,7 +8,7 @@ from .app import Result, command
 @command(examples=["ketchup-cache info cache", "ketchup-cache info cache --json"], positional=["cache"])
 def info(config: InfoConfig) -> Result:
     """Describe what a cache holds and who made it."""
+    from ketchup_cache.cache.inspect import describe
     from ketchup_cache.remote.view import open_cache
-    from ketchup_cache.store.inspect import describe
 
     return describe(open_cache(config.cache))

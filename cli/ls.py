@@ -8,7 +8,7 @@ from .app import Result, command
 @command(examples=["ketchup-cache ls cache", "ketchup-cache ls s3://lab/xsum --json"], positional=["cache"])
 def ls(config: LsConfig) -> Result:
     """List the segments of a cache, one a line."""
+    from ketchup_cache.cache.listing import listing
     from ketchup_cache.remote.view import open_cache
-    from ketchup_cache.store.listing import listing
 
     return listing(open_cache(config.cache))

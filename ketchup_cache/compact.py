@@ -14,13 +14,15 @@ from typing import Any
 
 import numpy as np
 
+from ketchup_cache.cache import disk as durable
+from ketchup_cache.cache import index as coverage
+from ketchup_cache.cache import segment_bytes as reading
+from ketchup_cache.cache.cache import Cache, open_cache
+from ketchup_cache.cache.index import ScoredRef
+from ketchup_cache.cache.manifest import Manifest, RolloutsInfo, ScoresInfo, Storage
 from ketchup_cache.config.caches import CompactConfig
 from ketchup_cache.errors import ConfigError, CorruptError
 from ketchup_cache.progress import Bar, progress
-from ketchup_cache.store import coverage, durable, reading
-from ketchup_cache.store.cache import Cache, open_cache
-from ketchup_cache.store.coverage import ScoredRef
-from ketchup_cache.store.manifest import Manifest, RolloutsInfo, ScoresInfo, Storage
 from ketchup_cache.types import Scores
 
 Run = list[ScoredRef]

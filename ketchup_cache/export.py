@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ketchup_cache
+from ketchup_cache.cache.cache import Cache
+from ketchup_cache.cache.inspect import printable, size_text
 from ketchup_cache.config.caches import ExportConfig
 from ketchup_cache.errors import CacheError, ConfigError
 from ketchup_cache.files import publishing
 from ketchup_cache.progress import progress
 from ketchup_cache.remote.view import open_cache
-from ketchup_cache.store.cache import Cache
-from ketchup_cache.store.inspect import printable, size_text
 from ketchup_cache.store.tables import schema, scored_tables, unscored_tables
 
 if TYPE_CHECKING:

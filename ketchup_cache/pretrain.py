@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ketchup_cache.cache.manifest import PolicyInfo, TokenizerInfo
 from ketchup_cache.config.commands import PretrainConfig
 from ketchup_cache.errors import CacheError, MismatchError, ModelError, NumericsError
 from ketchup_cache.lm.sample import eos_ids
@@ -23,7 +24,6 @@ from ketchup_cache.models.head import Head
 from ketchup_cache.models.load import is_encoder_decoder, load_model, load_tokenizer
 from ketchup_cache.progress import progress
 from ketchup_cache.remote.view import open_cache
-from ketchup_cache.store.manifest import PolicyInfo, TokenizerInfo
 from ketchup_cache.text.prompts import as_chat, kept_examples, read_examples, tokenize_prompts
 from ketchup_cache.training.optim import Optimizer
 from ketchup_cache.training.origin import Origin

@@ -6,6 +6,7 @@ import time
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ketchup_cache.cache.manifest import PolicyInfo
 from ketchup_cache.config.commands import RolloutConfig
 from ketchup_cache.lm.calculator import Calculator
 from ketchup_cache.models.fingerprint import tokenizer_info, weights_fingerprint
@@ -13,7 +14,6 @@ from ketchup_cache.models.load import load_model, load_tokenizer, resolve_folder
 from ketchup_cache.progress import progress
 from ketchup_cache.remote.view import open_cache
 from ketchup_cache.sampling import ensure_prompts, held_rollouts, rollout_chunks, rollout_range, sampling_of
-from ketchup_cache.store.manifest import PolicyInfo
 from ketchup_cache.text.prompts import (
     as_chat,
     data_info,

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ketchup_cache.cache.cache import Cache
+from ketchup_cache.cache.manifest import DataInfo, PolicyInfo, PromptsInfo, RolloutsInfo, Sampling, TokenizerInfo
 from ketchup_cache.config.options import SamplingOptions
 from ketchup_cache.errors import MismatchError
 from ketchup_cache.lm.calculator import Calculator
 from ketchup_cache.lm.sample import sample_completions
 from ketchup_cache.progress import Bar
-from ketchup_cache.store.cache import Cache
-from ketchup_cache.store.manifest import DataInfo, PolicyInfo, PromptsInfo, RolloutsInfo, Sampling, TokenizerInfo
 from ketchup_cache.types import Prompts, Ragged
 
 if TYPE_CHECKING:

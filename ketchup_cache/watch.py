@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass, replace
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+from ketchup_cache.cache.inspect import printable
 from ketchup_cache.config.commands import ScoreConfig
 from ketchup_cache.errors import (
     CacheError,
@@ -42,7 +43,6 @@ from ketchup_cache.remote.board import (
 )
 from ketchup_cache.remote.presence import Living, Patience, Presence, forget, tidy
 from ketchup_cache.remote.view import open_cache
-from ketchup_cache.store.inspect import printable
 
 if TYPE_CHECKING:
     from ketchup_cache.score import Scorer

@@ -9,8 +9,8 @@ from typing import Any
 
 from pydantic.json_schema import GenerateJsonSchema
 
+from ketchup_cache.cache.manifest import Manifest
 from ketchup_cache.config.commands import COMMANDS
-from ketchup_cache.store.manifest import Manifest
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 FOLDER = Path(__file__).parent

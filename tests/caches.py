@@ -10,9 +10,8 @@ import torch
 from tiny import WORDS, make_tokenizer
 from transformers import AutoModelForSeq2SeqLM
 
-from ketchup_cache.models.fingerprint import tokenizer_info, weights_fingerprint
-from ketchup_cache.store.cache import open_cache
-from ketchup_cache.store.manifest import (
+from ketchup_cache.cache.cache import open_cache
+from ketchup_cache.cache.manifest import (
     DataInfo,
     PolicyInfo,
     PromptsInfo,
@@ -22,6 +21,7 @@ from ketchup_cache.store.manifest import (
     TeacherInfo,
     in_precision,
 )
+from ketchup_cache.models.fingerprint import tokenizer_info, weights_fingerprint
 from ketchup_cache.types import Prompts, Ragged, Rollouts, Scores
 
 EOS = 1

@@ -9,8 +9,8 @@ from dataclasses import fields
 
 import numpy as np
 
-from ketchup_cache.store.cache import Cache
-from ketchup_cache.store.manifest import (
+from ketchup_cache.cache.cache import Cache
+from ketchup_cache.cache.manifest import (
     DataInfo,
     PolicyInfo,
     PromptsInfo,

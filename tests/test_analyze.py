@@ -15,9 +15,7 @@ import pytest
 
 from ketchup_cache import open_cache
 from ketchup_cache.analyze import analyze
-from ketchup_cache.config.commands import AnalyzeConfig
-from ketchup_cache.errors import CacheError
-from ketchup_cache.store.manifest import (
+from ketchup_cache.cache.manifest import (
     DataInfo,
     PolicyInfo,
     PromptsInfo,
@@ -27,6 +25,8 @@ from ketchup_cache.store.manifest import (
     TeacherInfo,
     TokenizerInfo,
 )
+from ketchup_cache.config.commands import AnalyzeConfig
+from ketchup_cache.errors import CacheError
 from ketchup_cache.types import Prompts, Ragged, Rollouts, Scores
 
 TOKENIZER = TokenizerInfo(name="words", fingerprint="a" * 64, vocab_size=50)

@@ -106,7 +106,7 @@ def test_files_hold_one_idea():
 @pytest.mark.parametrize(
     "code",
     [
-        "import ketchup_cache.store.cache, ketchup_cache.store.inspect",
+        "import ketchup_cache.cache.cache, ketchup_cache.cache.inspect",
         "import ketchup_cache.config.commands, ketchup_cache.types, ketchup_cache.errors",
         "import ketchup_cache.returns, ketchup_cache.analyze, ketchup_cache.judge.driver",
         "import ketchup_cache.cli",

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from watchers import TASK, Shifted, scorer_note, until
 
+from ketchup_cache.cache.cache import open_cache as open_folder
 from ketchup_cache.cli import main
 from ketchup_cache.errors import CacheError, WriteError
 from ketchup_cache.learn import waiting
@@ -18,7 +19,6 @@ from ketchup_cache.remote import base, presence, view
 from ketchup_cache.remote.board import MAX_NOTE_BYTES, ScorerNote, open_board, parse
 from ketchup_cache.remote.local import LocalBoard
 from ketchup_cache.remote.presence import Living, Patience, Presence
-from ketchup_cache.store.cache import open_cache as open_folder
 
 
 @pytest.fixture(autouse=True)

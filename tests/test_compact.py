@@ -27,13 +27,13 @@ from store_samples import (
 )
 from test_store_hostile import forge, refused, replaced
 
+from ketchup_cache.cache import float16 as halves
+from ketchup_cache.cache.cache import Cache, open_cache
+from ketchup_cache.cache.inspect import describe, verify
 from ketchup_cache.cli import main
 from ketchup_cache.compact import compact
 from ketchup_cache.config.commands import CompactConfig
 from ketchup_cache.errors import ConfigError, NumericsError
-from ketchup_cache.store import halves
-from ketchup_cache.store.cache import Cache, open_cache
-from ketchup_cache.store.inspect import describe, verify
 from ketchup_cache.types import Scores
 
 LENGTHS = (5, 2, 7, 0, 4, 3)
@@ -304,7 +304,7 @@ def test_killed_anywhere_it_goes_on(tmp_path: Path) -> None:
         def work(into: Path = into, after: int = after) -> None:
             import os
 
-            from ketchup_cache.store import durable
+            from ketchup_cache.cache import disk as durable
 
             real, done = durable.Stage.commit, []
 

@@ -10,6 +10,7 @@ from learning import CapturedGradient
 from tiny import WORDS, assert_bfloat16_gradient, save_model
 from transformers import AutoModelForSeq2SeqLM
 
+from ketchup_cache.cache.cache import open_cache
 from ketchup_cache.config.commands import LearnConfig, ScoreConfig
 from ketchup_cache.errors import CacheError, NumericsError
 from ketchup_cache.learn.distill import divergence_step, token_weights
@@ -18,7 +19,6 @@ from ketchup_cache.learn.source import Offline
 from ketchup_cache.models.head import Head
 from ketchup_cache.models.load import load_model
 from ketchup_cache.score import score
-from ketchup_cache.store.cache import open_cache
 from ketchup_cache.types import Ragged
 
 VOCAB = len(WORDS) + 3

@@ -12,12 +12,12 @@ from safetensors.torch import load_file
 from tiny import WORDS, save_model, write_prompts
 from transformers import AutoModelForSeq2SeqLM
 
+from ketchup_cache.cache.cache import open_cache
+from ketchup_cache.cache.manifest import ScoresInfo
 from ketchup_cache.cli import main
 from ketchup_cache.config.commands import LearnConfig, ScoreConfig
 from ketchup_cache.learn.source import Offline
 from ketchup_cache.score import score
-from ketchup_cache.store.cache import open_cache
-from ketchup_cache.store.manifest import ScoresInfo
 from ketchup_cache.teacher import Teacher
 from ketchup_cache.training.optim import Optimizer
 
@@ -131,7 +131,7 @@ def test_a_part_of_the_rows_with_and_a_part_without(tmp_path, models, monkeypatc
     """A run that was killed between two commits goes on with the rows that are left."""
     add(tmp_path, models)
     common = {"teacher": str(models[1]), "cache": tmp_path, "device": "cpu", "keep_top": 3, "commit_tokens": 12}
-    from ketchup_cache.store.cache import Cache
+    from ketchup_cache.cache.cache import Cache
 
     commit, commits = Cache.commit_scores, []
 

@@ -18,10 +18,10 @@ from tiny import WORDS, make_t5, save_model, write_prompts
 
 import ketchup_cache.learn.loop
 import ketchup_cache.score
+from ketchup_cache.cache.cache import open_cache
 from ketchup_cache.cli import main
 from ketchup_cache.learn.step import train_step
 from ketchup_cache.models.fingerprint import weights_fingerprint
-from ketchup_cache.store.cache import open_cache
 
 VOCAB = len(WORDS) + 3
 LEARN = {

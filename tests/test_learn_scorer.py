@@ -15,6 +15,7 @@ from store_samples import teacher as made_up
 from tiny import save_model
 from watchers import TASK, options, watching
 
+from ketchup_cache.cache.cache import open_cache as open_folder
 from ketchup_cache.cli import main
 from ketchup_cache.config.resolve import resolve
 from ketchup_cache.errors import CacheError, ConfigError, NumericsError
@@ -22,7 +23,6 @@ from ketchup_cache.learn import waiting
 from ketchup_cache.remote import base, presence, view
 from ketchup_cache.remote.board import RefusalNote, ScorerNote, open_board
 from ketchup_cache.remote.presence import Presence
-from ketchup_cache.store.cache import open_cache as open_folder
 from ketchup_cache.watch import watch
 
 SAMPLING = ["--student", str(TASK / "predistilled"), "--samples", "2", "--max-new-tokens", "16", "--device", "cpu"]

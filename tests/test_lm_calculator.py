@@ -14,13 +14,13 @@ from tiny import make_tokenizer as make_word_tokenizer
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast, T5ForConditionalGeneration
 
+from ketchup_cache.cache.cache import open_cache
+from ketchup_cache.cache.manifest import Sampling
 from ketchup_cache.calculator import calculate
 from ketchup_cache.cli import main
 from ketchup_cache.errors import ModelError
 from ketchup_cache.lm.calculator import Calculator, ForcedResults
 from ketchup_cache.lm.sample import sample_completions
-from ketchup_cache.store.cache import open_cache
-from ketchup_cache.store.manifest import Sampling
 from ketchup_cache.types import Ragged, Rollouts
 
 PIECES = ["<pad>", "</s>", "<unk>", *"0123456789.-+*/=", "<<", "<", ">>", " x", " ####"]

@@ -8,10 +8,10 @@ from tiny import WORDS, make_t5, make_tokenizer, save_model
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from ketchup_cache.cache.manifest import in_precision
 from ketchup_cache.errors import ModelError
 from ketchup_cache.models.fingerprint import first_difference, state_fingerprint, tokenizer_info, weights_fingerprint
 from ketchup_cache.models.load import load_model
-from ketchup_cache.store.manifest import in_precision
 from ketchup_cache.teacher import Teacher
 
 VERSIONS = ("1.0", "1.1")

@@ -8,11 +8,11 @@ import pytest
 from caches import make_cache
 from tiny import save_model, write_prompts
 
+from ketchup_cache.cache.cache import open_cache
 from ketchup_cache.cli import main
 from ketchup_cache.config.commands import LearnConfig
 from ketchup_cache.errors import MismatchError
 from ketchup_cache.learn.loop import learn
-from ketchup_cache.store.cache import open_cache
 from ketchup_cache.types import Prompts
 
 

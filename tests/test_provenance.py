@@ -12,12 +12,12 @@ from caches import make_cache
 from store_samples import fill, make_prompts, prompts_info
 from tiny import save_model
 
+from ketchup_cache.cache.cache import open_cache
+from ketchup_cache.cache.inspect import verify
+from ketchup_cache.cache.segment_bytes import parse_manifest
 from ketchup_cache.cli import main
 from ketchup_cache.errors import CorruptError
 from ketchup_cache.schemas.generate import FOLDER
-from ketchup_cache.store.cache import open_cache
-from ketchup_cache.store.inspect import verify
-from ketchup_cache.store.reading import parse_manifest
 
 
 def manifest_bytes(cache, segment_id):

@@ -16,13 +16,13 @@ from tiny import WORDS, make_t5, make_tokenizer, save_model, write_prompts
 
 from ketchup_cache import rollout as rollout_module
 from ketchup_cache import sampling as sampling_module
+from ketchup_cache.cache.cache import Cache, open_cache
+from ketchup_cache.cache.manifest import Sampling
 from ketchup_cache.config.commands import RolloutConfig
 from ketchup_cache.errors import DataError, KetchupError, MismatchError
 from ketchup_cache.models.fingerprint import weights_fingerprint
 from ketchup_cache.rollout import rollout
 from ketchup_cache.sampling import rollout_chunks, rollout_range, sampling_of
-from ketchup_cache.store.cache import Cache, open_cache
-from ketchup_cache.store.manifest import Sampling
 from ketchup_cache.text.prompts import read_examples
 from ketchup_cache.types import Rollouts
 
@@ -214,7 +214,7 @@ KILLED = """
 import sys, time, torch
 from ketchup_cache import rollout, sampling
 from ketchup_cache.config.commands import RolloutConfig
-from ketchup_cache.store.cache import Cache
+from ketchup_cache.cache.cache import Cache
 
 torch.set_num_threads(1)
 for name, value in {small}.items():

@@ -11,12 +11,12 @@ import pytest
 from oracle import assert_same_scores, make_rollouts, plain_scores, random_rollouts
 from tiny import WORDS, make_t5, make_tokenizer, save_model
 
+from ketchup_cache.cache.cache import Cache, open_cache
+from ketchup_cache.cache.manifest import DataInfo, PolicyInfo, PromptsInfo, RolloutsInfo, Sampling
 from ketchup_cache.config.commands import ScoreConfig
 from ketchup_cache.errors import CacheError, KetchupError, MismatchError, NumericsError
 from ketchup_cache.models.fingerprint import tokenizer_info
 from ketchup_cache.score import Scorer, commit_ranges, score
-from ketchup_cache.store.cache import Cache, open_cache
-from ketchup_cache.store.manifest import DataInfo, PolicyInfo, PromptsInfo, RolloutsInfo, Sampling
 from ketchup_cache.teacher import Teacher
 from ketchup_cache.types import Prompts, Ragged, Rollouts
 

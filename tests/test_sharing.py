@@ -18,15 +18,15 @@ import pytest
 from store_samples import exit_code, fill, in_child, make_prompts, prompts_info
 from trust_s3 import same_keys
 
+from ketchup_cache.cache.cache import open_cache as open_folder
+from ketchup_cache.cache.garbage import collect
+from ketchup_cache.cache.inspect import describe, verify
+from ketchup_cache.cache.segment_bytes import segment_ids
 from ketchup_cache.cli import main
 from ketchup_cache.errors import CacheError, CorruptError, KetchupError, MismatchError, WriteError
 from ketchup_cache.remote import base, view
 from ketchup_cache.remote.object import ObjectRemote
 from ketchup_cache.remote.opening import open_remote
-from ketchup_cache.store.cache import open_cache as open_folder
-from ketchup_cache.store.garbage import collect
-from ketchup_cache.store.inspect import describe, verify
-from ketchup_cache.store.reading import segment_ids
 from ketchup_cache.transfer import copy, diff
 
 

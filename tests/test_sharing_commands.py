@@ -81,7 +81,7 @@ def test_a_profile_of_aws_is_read_by_boto3(tmp_path, monkeypatch, bucket, capsys
     """As `aws configure` writes it. Without it, one line."""
     from store_samples import fill
 
-    from ketchup_cache.store.cache import open_cache as open_folder
+    from ketchup_cache.cache.cache import open_cache as open_folder
 
     fill(open_folder(tmp_path / "c", create=True))
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
@@ -101,7 +101,7 @@ def test_a_profile_of_aws_is_read_by_boto3(tmp_path, monkeypatch, bucket, capsys
 def test_a_bucket_that_is_not_there_is_one_line(tmp_path, bucket, capsys):
     from store_samples import fill
 
-    from ketchup_cache.store.cache import open_cache as open_folder
+    from ketchup_cache.cache.cache import open_cache as open_folder
 
     fill(open_folder(tmp_path / "c", create=True))
     assert main(["push", str(tmp_path / "c"), f"s3://not-{bucket}/cache"]) == 2

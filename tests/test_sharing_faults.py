@@ -20,13 +20,13 @@ import numpy as np
 import pytest
 from store_samples import exit_code, fill, in_child, make_prompts, make_rollouts, prompts_info, rollouts_info
 
+from ketchup_cache.cache.cache import open_cache
+from ketchup_cache.cache.garbage import collect
+from ketchup_cache.cache.inspect import verify
 from ketchup_cache.cli import main
 from ketchup_cache.errors import KetchupError
 from ketchup_cache.remote import base, view
 from ketchup_cache.remote.opening import open_remote
-from ketchup_cache.store.cache import open_cache
-from ketchup_cache.store.garbage import collect
-from ketchup_cache.store.inspect import verify
 from ketchup_cache.transfer import copy, merge
 
 KILLS = 50 if os.environ.get("KETCHUP_SOAK") else 3

@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from store_samples import same
 
+from ketchup_cache.cache import zarr_files as arrays
+from ketchup_cache.cache.manifest import ArrayEntry
+from ketchup_cache.cache.zarr_files import zstd_content_size
 from ketchup_cache.errors import CorruptError
-from ketchup_cache.store import arrays
-from ketchup_cache.store.arrays import zstd_content_size
-from ketchup_cache.store.manifest import ArrayEntry
 
 examples = settings(derandomize=True, deadline=None, max_examples=100)
 ZSTD = numcodecs.Zstd(level=1)

@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 from store_samples import exit_code, fill, in_child, make_prompts, prompts_info, same
 
+from ketchup_cache.cache import disk as durable
+from ketchup_cache.cache.cache import Cache, open_cache
+from ketchup_cache.cache.inspect import verify
 from ketchup_cache.errors import WriteError
-from ketchup_cache.store import durable
-from ketchup_cache.store.cache import Cache, open_cache
-from ketchup_cache.store.inspect import verify
 
 STEPS = ("mkdir", "makedirs", "open", "write", "fsync", "close", "rename")
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES)

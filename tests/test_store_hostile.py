@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 from store_samples import exit_code, fill, fingerprint, in_child, make_prompts, prompts_info, same
 
+from ketchup_cache.cache import zarr_files as arrays
+from ketchup_cache.cache.cache import Cache, open_cache
+from ketchup_cache.cache.inspect import verify
 from ketchup_cache.errors import CacheError, CorruptError, KetchupError, MismatchError
-from ketchup_cache.store import arrays
-from ketchup_cache.store.cache import Cache, open_cache
-from ketchup_cache.store.inspect import verify
 
 
 @pytest.fixture

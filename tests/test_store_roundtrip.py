@@ -28,10 +28,11 @@ from store_samples import (
 from zarr.buffer import default_buffer_prototype
 from zarr.storage import MemoryStore
 
+from ketchup_cache.cache import rules as segments
+from ketchup_cache.cache import zarr_files as arrays
+from ketchup_cache.cache.cache import Cache, open_cache
 from ketchup_cache.errors import CacheError, MismatchError, NumericsError
 from ketchup_cache.schemas.generate import SCHEMAS, render
-from ketchup_cache.store import arrays, segments
-from ketchup_cache.store.cache import Cache, open_cache
 from ketchup_cache.types import Ragged, Rollouts, Scores
 
 examples = settings(derandomize=True, deadline=None, max_examples=25)

@@ -22,10 +22,10 @@ from store_samples import (
     scores_info,
 )
 
+from ketchup_cache.cache.cache import Cache, open_cache
+from ketchup_cache.cache.index import gaps
+from ketchup_cache.cache.inspect import describe
 from ketchup_cache.errors import CacheError
-from ketchup_cache.store.cache import Cache, open_cache
-from ketchup_cache.store.coverage import gaps
-from ketchup_cache.store.inspect import describe
 from ketchup_cache.types import Rollouts, Scores
 
 examples = settings(derandomize=True, deadline=None, max_examples=200)

@@ -21,10 +21,10 @@ from store_samples import (
 )
 from test_store_hostile import forge, refused, replaced, stored
 
+from ketchup_cache.cache.cache import Cache, open_cache
+from ketchup_cache.cache.inspect import describe, verify
+from ketchup_cache.cache.sizes import array_sizes
 from ketchup_cache.errors import CacheError, CorruptError, KetchupError, NumericsError
-from ketchup_cache.store.cache import Cache, open_cache
-from ketchup_cache.store.inspect import describe, verify
-from ketchup_cache.store.sizes import array_sizes
 from ketchup_cache.types import Scores
 
 NAN, INF = np.float32("nan"), np.float32("inf")

@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 from oracle import assert_same_scores, make_rollouts, plain_scores, random_rollouts
 from tiny import make_t5, make_tokenizer, save_model
 
+from ketchup_cache.cache.manifest import TeacherInfo
 from ketchup_cache.errors import MismatchError, ModelError, NumericsError
 from ketchup_cache.models.fingerprint import tokenizer_info
 from ketchup_cache.models.forward import completion_states
-from ketchup_cache.store.manifest import TeacherInfo
 from ketchup_cache.teacher import Teacher
 from ketchup_cache.types import Ragged
 

@@ -14,9 +14,9 @@ from test_store_hostile import PROMPTS_8_TOKENS
 from trust import ERRORS, fail_every_step, flips, kill_command, kill_gc, kill_writers, write_at_once
 from trust_s3 import KEYS, kill_copies
 
+from ketchup_cache.cache.cache import open_cache
 from ketchup_cache.errors import WriteError
 from ketchup_cache.remote import view
-from ketchup_cache.store.cache import open_cache
 
 
 def test_killed_writers(tmp_path: Path) -> None:

@@ -16,6 +16,9 @@ from store_samples import exit_code, in_child
 from store_samples import teacher as made_up
 from watchers import MadeUp, Shifted, add_rollouts, options, scorer_note, until, watching
 
+from ketchup_cache.cache.cache import open_cache as open_folder
+from ketchup_cache.cache.garbage import collect
+from ketchup_cache.cache.inspect import verify
 from ketchup_cache.cli import main
 from ketchup_cache.errors import CacheError, NumericsError
 from ketchup_cache.learn import waiting
@@ -23,9 +26,6 @@ from ketchup_cache.remote import base, presence, view
 from ketchup_cache.remote.board import MAX_NOTE_BYTES, ClaimNote, ScorerNote, open_board, parse
 from ketchup_cache.remote.local import LocalBoard
 from ketchup_cache.remote.presence import Patience, Presence
-from ketchup_cache.store.cache import open_cache as open_folder
-from ketchup_cache.store.garbage import collect
-from ketchup_cache.store.inspect import verify
 from ketchup_cache.transfer import copy
 from ketchup_cache.watch import Watcher, watch
 

@@ -32,11 +32,11 @@ from store_samples import (
 )
 from test_store_crash import Interrupted, count_steps
 
+from ketchup_cache.cache import disk as durable
+from ketchup_cache.cache.cache import Cache, open_cache
+from ketchup_cache.cache.inspect import verify
 from ketchup_cache.cli import main
 from ketchup_cache.errors import KetchupError, WriteError
-from ketchup_cache.store import durable
-from ketchup_cache.store.cache import Cache, open_cache
-from ketchup_cache.store.inspect import verify
 
 ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES, errno.EFBIG)
 

@@ -22,12 +22,12 @@ from pathlib import Path
 from store_samples import make_prompts, make_rollouts, prompts_info, rollouts_info
 from trust import Kills, load
 
+from ketchup_cache.cache.cache import Cache, open_cache
+from ketchup_cache.cache.inspect import verify
 from ketchup_cache.errors import KetchupError
 from ketchup_cache.remote import base, view
 from ketchup_cache.remote.object import ObjectRemote
 from ketchup_cache.remote.opening import open_remote
-from ketchup_cache.store.cache import Cache, open_cache
-from ketchup_cache.store.inspect import verify
 from ketchup_cache.transfer import copy
 
 KEYS = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "SECRET"}

@@ -13,12 +13,12 @@ import numpy as np
 from store_samples import make_prompts, make_rollouts, make_scores, prompts_info, rollouts_info, scores_info, tokenizer
 from store_samples import teacher as made_up
 
+from ketchup_cache.cache.cache import Cache
 from ketchup_cache.config.commands import ScoreConfig
 from ketchup_cache.remote import presence
 from ketchup_cache.remote.board import ScorerNote
 from ketchup_cache.remote.local import LocalBoard
 from ketchup_cache.shipped import task
-from ketchup_cache.store.cache import Cache
 from ketchup_cache.watch import Watcher, WatchReport
 
 TASK = task("translate")

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ketchup_cache.cache.cache import Cache
+from ketchup_cache.cache.manifest import TokenizerInfo
 from ketchup_cache.config.commands import LearnConfig
 from ketchup_cache.errors import MismatchError
 from ketchup_cache.learn import pins
@@ -24,8 +26,6 @@ from ketchup_cache.models.head import Head
 from ketchup_cache.models.load import load_model, load_tokenizer
 from ketchup_cache.progress import progress
 from ketchup_cache.remote.view import open_cache
-from ketchup_cache.store.cache import Cache
-from ketchup_cache.store.manifest import TokenizerInfo
 from ketchup_cache.training.optim import Optimizer
 from ketchup_cache.training.origin import Origin
 from ketchup_cache.training.run import Run

@@ -7,9 +7,9 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from ketchup_cache.cache.cache import Cache
 from ketchup_cache.errors import MismatchError
 from ketchup_cache.files import write_file
-from ketchup_cache.store.cache import Cache
 
 NAME = "pins.json"
 

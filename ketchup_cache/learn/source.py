@@ -10,6 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
+from ketchup_cache.cache.cache import Cache
+from ketchup_cache.cache.index import ScoredRef
+from ketchup_cache.cache.manifest import PolicyInfo, TokenizerInfo
 from ketchup_cache.config.commands import LearnConfig
 from ketchup_cache.errors import CacheError
 from ketchup_cache.learn.pick import ON_OUTPUTS, ON_SAMPLES, student_samples, teacher_outputs
@@ -19,9 +22,6 @@ from ketchup_cache.models.fingerprint import state_fingerprint, weights_fingerpr
 from ketchup_cache.models.load import resolve_folder
 from ketchup_cache.progress import progress
 from ketchup_cache.sampling import rollout_chunks, rollout_range, sampling_of
-from ketchup_cache.store.cache import Cache
-from ketchup_cache.store.coverage import ScoredRef
-from ketchup_cache.store.manifest import PolicyInfo, TokenizerInfo
 from ketchup_cache.types import ScoredRollouts
 
 ScoreRollouts = Callable[[Cache, Sequence[str]], str]

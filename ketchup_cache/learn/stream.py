@@ -17,8 +17,8 @@ from itertools import chain, islice
 import numpy as np
 from numpy.typing import NDArray
 
-from ketchup_cache.store.cache import Cache
-from ketchup_cache.store.coverage import ScoredRef
+from ketchup_cache.cache.cache import Cache
+from ketchup_cache.cache.index import ScoredRef
 from ketchup_cache.types import Prompts, Ragged, Rollouts, ScoredRollouts, Scores
 
 Part = tuple[int, NDArray[np.int64]]

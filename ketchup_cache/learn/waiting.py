@@ -14,6 +14,9 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+from ketchup_cache.cache.cache import Cache
+from ketchup_cache.cache.inspect import printable
+from ketchup_cache.cache.manifest import RolloutsInfo, TeacherInfo
 from ketchup_cache.config.commands import LearnConfig
 from ketchup_cache.errors import CacheError, ConfigError, CorruptError, WriteError
 from ketchup_cache.files import write_file
@@ -33,9 +36,6 @@ from ketchup_cache.remote.board import (
 from ketchup_cache.remote.opening import open_remote
 from ketchup_cache.remote.presence import Living, Patience, Presence
 from ketchup_cache.remote.view import open_cache
-from ketchup_cache.store.cache import Cache
-from ketchup_cache.store.inspect import printable
-from ketchup_cache.store.manifest import RolloutsInfo, TeacherInfo
 from ketchup_cache.training.origin import Origin
 
 IN_CACHE = "watch"

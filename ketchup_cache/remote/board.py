@@ -16,11 +16,11 @@ from typing import Annotated, Literal, Protocol, TypeVar
 
 from pydantic import Field, StringConstraints, ValidationError
 
+from ketchup_cache.cache.manifest import Record, Sha256, TeacherInfo
 from ketchup_cache.errors import CacheError
 from ketchup_cache.remote.local import LocalBoard, LocalRemote
 from ketchup_cache.remote.object import ObjectBoard, ObjectRemote
 from ketchup_cache.remote.opening import open_remote
-from ketchup_cache.store.manifest import Record, Sha256, TeacherInfo
 
 MAX_NOTE_BYTES = 2**17
 MAX_WAITING = 1500

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ketchup_cache.store.manifest import Manifest, PromptsInfo, RolloutsInfo, ScoresInfo
+from ketchup_cache.cache.manifest import Manifest, PromptsInfo, RolloutsInfo, ScoresInfo
 
 MARK = "<!-- written by ketchup-cache: it is replaced at the next push; without this line it stays as it is -->"
 

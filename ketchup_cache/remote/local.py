@@ -9,10 +9,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from ketchup_cache.cache import disk as durable
+from ketchup_cache.cache import segment_bytes as reading
+from ketchup_cache.cache.cache import open_cache
 from ketchup_cache.errors import CacheError, WriteError
 from ketchup_cache.remote.base import Packed
-from ketchup_cache.store import durable, reading
-from ketchup_cache.store.cache import open_cache
 
 
 class LocalRemote:

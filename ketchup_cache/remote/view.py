@@ -20,14 +20,16 @@ from pathlib import Path
 
 from numpy.typing import NDArray
 
+from ketchup_cache.cache import disk as durable
+from ketchup_cache.cache import segment_bytes as reading
+from ketchup_cache.cache import zarr_files as arrays
+from ketchup_cache.cache.cache import Cache, Written
+from ketchup_cache.cache.cache import open_cache as open_folder
+from ketchup_cache.cache.manifest import Kind, Manifest
 from ketchup_cache.errors import CacheError, ConfigError, WriteError
 from ketchup_cache.files import write_file
 from ketchup_cache.remote.base import Packed, Remote, in_parallel, read_files, read_segment
 from ketchup_cache.remote.opening import is_url, open_remote
-from ketchup_cache.store import arrays, durable, reading
-from ketchup_cache.store.cache import Cache, Written
-from ketchup_cache.store.cache import open_cache as open_folder
-from ketchup_cache.store.manifest import Kind, Manifest
 
 HOME_VARIABLE, SIZE_VARIABLE = "KETCHUP_CACHE_HOME", "KETCHUP_CACHE_SIZE"
 DEFAULT_BYTES = 20 * 10**9

@@ -8,9 +8,9 @@ import urllib.error
 import urllib.request
 from collections.abc import Sequence
 
+from ketchup_cache.cache import segment_bytes as reading
 from ketchup_cache.errors import CacheError, WriteError
 from ketchup_cache.remote.base import KeyedRemote, Packed, persistently
-from ketchup_cache.store import reading
 
 TIMEOUT_S = 30.0
 MAX_LISTING_BYTES = 2**26

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from ketchup_cache.store.cache import Cache
-from ketchup_cache.store.coverage import ScoredRef
-from ketchup_cache.store.manifest import RolloutsInfo, TeacherInfo
+from ketchup_cache.cache.cache import Cache
+from ketchup_cache.cache.index import ScoredRef
+from ketchup_cache.cache.manifest import RolloutsInfo, TeacherInfo
 from ketchup_cache.types import Prompts, Ragged, Rollouts, Scores
 
 if TYPE_CHECKING:

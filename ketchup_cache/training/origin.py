@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import ketchup_cache
+from ketchup_cache.cache.inspect import printable
+from ketchup_cache.cache.manifest import PolicyInfo
 from ketchup_cache.errors import ModelError
 from ketchup_cache.files import write_file
 from ketchup_cache.models.fingerprint import weights_fingerprint
 from ketchup_cache.models.load import resolve_folder
-from ketchup_cache.store.inspect import printable
-from ketchup_cache.store.manifest import PolicyInfo
 
 NAME = "ketchup-cache-origin.json"
 

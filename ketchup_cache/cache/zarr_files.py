@@ -18,9 +18,9 @@ from numcodecs import Zstd
 from numpy.typing import DTypeLike, NDArray
 from pydantic_core import from_json
 
+from ketchup_cache.cache.manifest import ArrayEntry, canonical_json
+from ketchup_cache.cache.threads import each, one_by_one
 from ketchup_cache.errors import CorruptError
-from ketchup_cache.store.manifest import ArrayEntry, canonical_json
-from ketchup_cache.store.threads import each, one_by_one
 
 CHUNK_ELEMENTS = 2**20
 """Most elements in a chunk. Smaller arrays are one chunk."""

@@ -9,11 +9,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ketchup_cache.cache import index as coverage
+from ketchup_cache.cache import segment_bytes as reading
+from ketchup_cache.cache.cache import Cache
+from ketchup_cache.cache.manifest import Manifest, RolloutsInfo, ScoresInfo
+from ketchup_cache.cache.sizes import ArraySizes, array_sizes
 from ketchup_cache.errors import KetchupError
-from ketchup_cache.store import coverage, reading
-from ketchup_cache.store.cache import Cache
-from ketchup_cache.store.manifest import Manifest, RolloutsInfo, ScoresInfo
-from ketchup_cache.store.sizes import ArraySizes, array_sizes
 
 KINDS = ("prompts", "rollouts", "scores")
 

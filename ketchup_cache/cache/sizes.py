@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ketchup_cache.store.manifest import Manifest, PromptsInfo, ScoresInfo
+from ketchup_cache.cache.manifest import Manifest, PromptsInfo, ScoresInfo
 
 
 @dataclass(frozen=True)

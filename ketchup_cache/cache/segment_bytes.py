@@ -11,10 +11,12 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails, from_json
 
+from ketchup_cache.cache import disk as durable
+from ketchup_cache.cache import rules as segments
+from ketchup_cache.cache import zarr_files as arrays
+from ketchup_cache.cache.disk import Bytes
+from ketchup_cache.cache.manifest import FORMAT, FORMAT_VERSION, FileEntry, Manifest, ScoresInfo
 from ketchup_cache.errors import CacheError, CorruptError
-from ketchup_cache.store import arrays, durable, segments
-from ketchup_cache.store.durable import Bytes
-from ketchup_cache.store.manifest import FORMAT, FORMAT_VERSION, FileEntry, Manifest, ScoresInfo
 
 MAX_MARKER_BYTES = 2**16
 MAX_MANIFEST_BYTES = 2**22

@@ -22,8 +22,8 @@ from pathlib import Path
 
 import numpy as np
 
+from ketchup_cache.cache.threads import PROCESSORS, THREADS, each
 from ketchup_cache.errors import CacheError, CorruptError, WriteError
-from ketchup_cache.store.threads import PROCESSORS, THREADS, each
 
 MARKER = "ketchup-cache.json"
 FOLDERS = ("manifests", "segments", "tmp")

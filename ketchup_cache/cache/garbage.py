@@ -12,10 +12,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ketchup_cache.cache import disk as durable
+from ketchup_cache.cache import segment_bytes as reading
+from ketchup_cache.cache.cache import Cache
+from ketchup_cache.cache.inspect import printable, size_text
 from ketchup_cache.errors import WriteError
-from ketchup_cache.store import durable, reading
-from ketchup_cache.store.cache import Cache
-from ketchup_cache.store.inspect import printable, size_text
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ketchup_cache.store.coverage import ScoredRef
+from ketchup_cache.cache.index import ScoredRef
 from ketchup_cache.types import Prompts, Rollouts, Row, ScoredRollouts, Scores
 
 

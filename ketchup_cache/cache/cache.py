@@ -12,11 +12,14 @@ from typing import TypeVar
 from numpy.typing import NDArray
 
 import ketchup_cache
-from ketchup_cache.errors import CacheError, ConfigError, CorruptError, MismatchError, NumericsError
-from ketchup_cache.store import arrays, coverage, durable, reading, segments
-from ketchup_cache.store.coverage import ScoredRef
-from ketchup_cache.store.join import join, rows_of
-from ketchup_cache.store.manifest import (
+from ketchup_cache.cache import disk as durable
+from ketchup_cache.cache import index as coverage
+from ketchup_cache.cache import rules as segments
+from ketchup_cache.cache import segment_bytes as reading
+from ketchup_cache.cache import zarr_files as arrays
+from ketchup_cache.cache.index import ScoredRef
+from ketchup_cache.cache.join import join, rows_of
+from ketchup_cache.cache.manifest import (
     FORMAT,
     FORMAT_VERSION,
     FileEntry,
@@ -30,6 +33,7 @@ from ketchup_cache.store.manifest import (
     TeacherInfo,
     canonical_json,
 )
+from ketchup_cache.errors import CacheError, ConfigError, CorruptError, MismatchError, NumericsError
 from ketchup_cache.types import Prompts, Rollouts, Row, ScoredRollouts, Scores
 
 AUTHOR_VARIABLE = "KETCHUP_CACHE_AUTHOR"

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ketchup_cache.store import coverage
-from ketchup_cache.store.cache import Cache
-from ketchup_cache.store.inspect import data_bytes, printable, size_text
-from ketchup_cache.store.manifest import Manifest, PromptsInfo, RolloutsInfo
+from ketchup_cache.cache import index as coverage
+from ketchup_cache.cache.cache import Cache
+from ketchup_cache.cache.inspect import data_bytes, printable, size_text
+from ketchup_cache.cache.manifest import Manifest, PromptsInfo, RolloutsInfo
 
 
 @dataclass(frozen=True)
