@@ -19,8 +19,8 @@ import numpy as np
 from common import commit_rollouts, options, publish, sample, table, timed
 
 from ketchup_cache.cache.cache import Cache, open_cache
-from ketchup_cache.compact import compact
 from ketchup_cache.config.commands import CompactConfig
+from ketchup_cache.sharing.compact import compact
 from ketchup_cache.types import ScoredRollouts, Scores
 
 LENGTH = 100

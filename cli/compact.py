@@ -14,6 +14,6 @@ from .app import Result, command
 )
 def compact(config: CompactConfig) -> Result:
     """Rewrite a cache in float16, or in fewer segments, into another one."""
-    from ketchup_cache.compact import compact
+    from ketchup_cache.sharing.compact import compact
 
     return compact(config)

@@ -11,6 +11,6 @@ from .app import Result, command
 )
 def diff(config: DiffConfig) -> Result:
     """Say what each of two caches has that the other lacks."""
-    from ketchup_cache.transfer import diff as diff_caches
+    from ketchup_cache.sharing.transfer import diff as diff_caches
 
     return diff_caches(config.a, config.b)

@@ -11,7 +11,7 @@ def gc(config: GcConfig) -> Result:
     from ketchup_cache.cache.cache import open_cache
     from ketchup_cache.cache.garbage import collect
     from ketchup_cache.errors import CacheError
-    from ketchup_cache.remote.opening import is_url, open_remote
+    from ketchup_cache.sharing.stores import is_url, open_remote
 
     if is_url(str(config.cache)):
         where = open_remote(config.cache).url

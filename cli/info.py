@@ -9,6 +9,6 @@ from .app import Result, command
 def info(config: InfoConfig) -> Result:
     """Describe what a cache holds and who made it."""
     from ketchup_cache.cache.inspect import describe
-    from ketchup_cache.remote.view import open_cache
+    from ketchup_cache.sharing.remote_cache import open_cache
 
     return describe(open_cache(config.cache))

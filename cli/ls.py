@@ -9,6 +9,6 @@ from .app import Result, command
 def ls(config: LsConfig) -> Result:
     """List the segments of a cache, one a line."""
     from ketchup_cache.cache.listing import listing
-    from ketchup_cache.remote.view import open_cache
+    from ketchup_cache.sharing.remote_cache import open_cache
 
     return listing(open_cache(config.cache))

@@ -11,6 +11,6 @@ from .app import Result, command
 )
 def merge(config: MergeConfig) -> Result:
     """Bring the segments of two caches together in one."""
-    from ketchup_cache.transfer import merge as merge_caches
+    from ketchup_cache.sharing.transfer import merge as merge_caches
 
     return merge_caches([config.a, config.b], config.into, dry_run=config.dry_run)

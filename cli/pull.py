@@ -11,6 +11,6 @@ from .app import Result, command
 )
 def pull(config: PullConfig) -> Result:
     """Copy the segments that a cache lacks from another place. Every byte is checked on arrival."""
-    from ketchup_cache.transfer import copy
+    from ketchup_cache.sharing.transfer import copy
 
     return copy(config.url, config.cache, dry_run=config.dry_run)

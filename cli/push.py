@@ -14,6 +14,6 @@ from .app import Result, command
 )
 def push(config: PushConfig) -> Result:
     """Copy the segments that another place lacks to it. Interrupted and run again, it goes on."""
-    from ketchup_cache.transfer import copy
+    from ketchup_cache.sharing.transfer import copy
 
     return copy(config.cache, config.url, dry_run=config.dry_run, license_id=config.license)

@@ -9,6 +9,6 @@ from .app import Result, command
 def verify(config: VerifyConfig) -> Result:
     """Check every byte of a cache, on disk or at an address; exit code 2 if one is wrong."""
     from ketchup_cache.cache.inspect import verify
-    from ketchup_cache.remote.view import open_cache
+    from ketchup_cache.sharing.remote_cache import open_cache
 
     return verify(open_cache(config.cache), deep=config.deep)

@@ -23,7 +23,7 @@ from ketchup_cache.models.forward import Batch, computes_prompts_once, training_
 from ketchup_cache.models.head import Head
 from ketchup_cache.models.load import is_encoder_decoder, load_model, load_tokenizer
 from ketchup_cache.progress import progress
-from ketchup_cache.remote.view import open_cache
+from ketchup_cache.sharing.remote_cache import open_cache
 from ketchup_cache.text.prompts import as_chat, kept_examples, read_examples, tokenize_prompts
 from ketchup_cache.training.optim import Optimizer
 from ketchup_cache.training.origin import Origin

@@ -31,8 +31,8 @@ from ketchup_cache.errors import (
     WriteError,
 )
 from ketchup_cache.progress import Bar, progress
-from ketchup_cache.remote import presence
-from ketchup_cache.remote.board import (
+from ketchup_cache.sharing import presence
+from ketchup_cache.sharing.board import (
     TEACHER_DIGITS,
     ClaimNote,
     RefusalNote,
@@ -41,8 +41,8 @@ from ketchup_cache.remote.board import (
     open_board,
     parse,
 )
-from ketchup_cache.remote.presence import Living, Patience, Presence, forget, tidy
-from ketchup_cache.remote.view import open_cache
+from ketchup_cache.sharing.presence import Living, Patience, Presence, forget, tidy
+from ketchup_cache.sharing.remote_cache import open_cache
 
 if TYPE_CHECKING:
     from ketchup_cache.score import Scorer

@@ -15,10 +15,11 @@ from ketchup_cache.cache.cache import open_cache as open_folder
 from ketchup_cache.cli import main
 from ketchup_cache.errors import CacheError, WriteError
 from ketchup_cache.learn import waiting
-from ketchup_cache.remote import base, presence, view
-from ketchup_cache.remote.board import MAX_NOTE_BYTES, ScorerNote, open_board, parse
-from ketchup_cache.remote.local import LocalBoard
-from ketchup_cache.remote.presence import Living, Patience, Presence
+from ketchup_cache.sharing import base, presence
+from ketchup_cache.sharing import remote_cache as view
+from ketchup_cache.sharing.board import MAX_NOTE_BYTES, ScorerNote, open_board, parse
+from ketchup_cache.sharing.folder import LocalBoard
+from ketchup_cache.sharing.presence import Living, Patience, Presence
 
 
 @pytest.fixture(autouse=True)

@@ -31,9 +31,9 @@ from ketchup_cache.cache import float16 as halves
 from ketchup_cache.cache.cache import Cache, open_cache
 from ketchup_cache.cache.inspect import describe, verify
 from ketchup_cache.cli import main
-from ketchup_cache.compact import compact
 from ketchup_cache.config.commands import CompactConfig
 from ketchup_cache.errors import ConfigError, NumericsError
+from ketchup_cache.sharing.compact import compact
 from ketchup_cache.types import Scores
 
 LENGTHS = (5, 2, 7, 0, 4, 3)

@@ -20,9 +20,10 @@ from ketchup_cache.cli import main
 from ketchup_cache.config.resolve import resolve
 from ketchup_cache.errors import CacheError, ConfigError, NumericsError
 from ketchup_cache.learn import waiting
-from ketchup_cache.remote import base, presence, view
-from ketchup_cache.remote.board import RefusalNote, ScorerNote, open_board
-from ketchup_cache.remote.presence import Presence
+from ketchup_cache.sharing import base, presence
+from ketchup_cache.sharing import remote_cache as view
+from ketchup_cache.sharing.board import RefusalNote, ScorerNote, open_board
+from ketchup_cache.sharing.presence import Presence
 from ketchup_cache.watch import watch
 
 SAMPLING = ["--student", str(TASK / "predistilled"), "--samples", "2", "--max-new-tokens", "16", "--device", "cpu"]

@@ -20,9 +20,9 @@ from store_samples import make_prompts, make_rollouts, make_scores, prompts_info
 from ketchup_cache.cache.cache import open_cache
 from ketchup_cache.cache.inspect import verify
 from ketchup_cache.cache.segment_bytes import segment_ids
-from ketchup_cache.remote.base import Packed, read_manifest, read_segment
-from ketchup_cache.remote.opening import open_remote
-from ketchup_cache.transfer import copy, merge
+from ketchup_cache.sharing.base import Packed, read_manifest, read_segment
+from ketchup_cache.sharing.stores import open_remote
+from ketchup_cache.sharing.transfer import copy, merge
 
 EXAMPLES, STEPS = (200, 50) if os.environ.get("KETCHUP_SOAK") else (5, 20)
 CACHES = range(3)

@@ -24,10 +24,11 @@ from ketchup_cache.cache.inspect import describe, verify
 from ketchup_cache.cache.segment_bytes import segment_ids
 from ketchup_cache.cli import main
 from ketchup_cache.errors import CacheError, CorruptError, KetchupError, MismatchError, WriteError
-from ketchup_cache.remote import base, view
-from ketchup_cache.remote.object import ObjectRemote
-from ketchup_cache.remote.opening import open_remote
-from ketchup_cache.transfer import copy, diff
+from ketchup_cache.sharing import base
+from ketchup_cache.sharing import remote_cache as view
+from ketchup_cache.sharing.object_store import ObjectRemote
+from ketchup_cache.sharing.stores import open_remote
+from ketchup_cache.sharing.transfer import copy, diff
 
 
 @pytest.fixture(autouse=True)

@@ -9,8 +9,8 @@ import pytest
 from tiny import save_model, write_prompts
 
 from ketchup_cache.cli import main
-from ketchup_cache.remote.opening import open_remote
-from ketchup_cache.remote.view import open_cache
+from ketchup_cache.sharing.remote_cache import open_cache
+from ketchup_cache.sharing.stores import open_remote
 
 
 @pytest.fixture(scope="module")

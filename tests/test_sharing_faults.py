@@ -25,9 +25,10 @@ from ketchup_cache.cache.garbage import collect
 from ketchup_cache.cache.inspect import verify
 from ketchup_cache.cli import main
 from ketchup_cache.errors import KetchupError
-from ketchup_cache.remote import base, view
-from ketchup_cache.remote.opening import open_remote
-from ketchup_cache.transfer import copy, merge
+from ketchup_cache.sharing import base
+from ketchup_cache.sharing import remote_cache as view
+from ketchup_cache.sharing.stores import open_remote
+from ketchup_cache.sharing.transfer import copy, merge
 
 KILLS = 50 if os.environ.get("KETCHUP_SOAK") else 3
 
@@ -124,7 +125,7 @@ def test_processes_that_copy_the_same_segments_to_one_folder_all_succeed(big, tm
 
 
 READ = """
-from ketchup_cache.remote import view
+from ketchup_cache.sharing import remote_cache as view
 cache = view.open_cache(sys.argv[1])
 for _ in range(2):
     for id_, _ in cache.manifests("prompts"):
@@ -209,7 +210,7 @@ def test_a_lost_connection_is_one_line_and_the_next_push_goes_on(big, flaky, tmp
         return put(id_, manifest, files)
 
     monkeypatch.setattr(base, "Packed", lost_after_ten)
-    monkeypatch.setattr("ketchup_cache.remote.object.RETRIES", {"max_retries": 0})
+    monkeypatch.setattr("ketchup_cache.sharing.object_store.RETRIES", {"max_retries": 0})
     assert main(["push", str(big.path), url]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "can't be reached" in line

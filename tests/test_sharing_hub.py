@@ -11,11 +11,11 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from store_samples import fill
 
-from ketchup_cache import transfer
 from ketchup_cache.cache.cache import open_cache
 from ketchup_cache.cache.inspect import verify
 from ketchup_cache.errors import CacheError, WriteError
-from ketchup_cache.remote import base, hub, opening
+from ketchup_cache.sharing import base, hub, transfer
+from ketchup_cache.sharing import stores as opening
 
 URL = "hf://datasets/lab/xsum"
 

@@ -16,7 +16,7 @@ from trust_s3 import KEYS, kill_copies
 
 from ketchup_cache.cache.cache import open_cache
 from ketchup_cache.errors import WriteError
-from ketchup_cache.remote import view
+from ketchup_cache.sharing import remote_cache as view
 
 
 def test_killed_writers(tmp_path: Path) -> None:

@@ -22,11 +22,12 @@ from ketchup_cache.cache.inspect import verify
 from ketchup_cache.cli import main
 from ketchup_cache.errors import CacheError, NumericsError
 from ketchup_cache.learn import waiting
-from ketchup_cache.remote import base, presence, view
-from ketchup_cache.remote.board import MAX_NOTE_BYTES, ClaimNote, ScorerNote, open_board, parse
-from ketchup_cache.remote.local import LocalBoard
-from ketchup_cache.remote.presence import Patience, Presence
-from ketchup_cache.transfer import copy
+from ketchup_cache.sharing import base, presence
+from ketchup_cache.sharing import remote_cache as view
+from ketchup_cache.sharing.board import MAX_NOTE_BYTES, ClaimNote, ScorerNote, open_board, parse
+from ketchup_cache.sharing.folder import LocalBoard
+from ketchup_cache.sharing.presence import Patience, Presence
+from ketchup_cache.sharing.transfer import copy
 from ketchup_cache.watch import Watcher, watch
 
 
@@ -101,7 +102,7 @@ def test_a_range_that_was_scored_while_we_looked_is_not_scored_again(cache, monk
 
 @pytest.mark.parametrize("kind", [LocalBoard, Shifted])
 def test_work_of_a_killed_watcher_is_taken_over(cache, kind, monkeypatch):
-    monkeypatch.setattr("ketchup_cache.remote.board.LocalBoard", kind)
+    monkeypatch.setattr("ketchup_cache.sharing.board.LocalBoard", kind)
     ids = add_rollouts(cache, 3)
     pid = in_child(lambda: watch(options(cache.path), MadeUp(lambda id_: time.sleep(60))))
     try:

@@ -25,10 +25,11 @@ from trust import Kills, load
 from ketchup_cache.cache.cache import Cache, open_cache
 from ketchup_cache.cache.inspect import verify
 from ketchup_cache.errors import KetchupError
-from ketchup_cache.remote import base, view
-from ketchup_cache.remote.object import ObjectRemote
-from ketchup_cache.remote.opening import open_remote
-from ketchup_cache.transfer import copy
+from ketchup_cache.sharing import base
+from ketchup_cache.sharing import remote_cache as view
+from ketchup_cache.sharing.object_store import ObjectRemote
+from ketchup_cache.sharing.stores import open_remote
+from ketchup_cache.sharing.transfer import copy
 
 KEYS = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "SECRET"}
 
@@ -63,8 +64,8 @@ def families(root: Path, count: int = 10) -> Cache:
 
 COPY = """
 import sys
-from ketchup_cache import transfer
-from ketchup_cache.remote.opening import open_remote
+from ketchup_cache.sharing import transfer
+from ketchup_cache.sharing.stores import open_remote
 open_remote(sys.argv[1]), open_remote(sys.argv[2])
 print("go", flush=True)
 transfer.copy(sys.argv[1], sys.argv[2])

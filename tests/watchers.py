@@ -15,9 +15,9 @@ from store_samples import teacher as made_up
 
 from ketchup_cache.cache.cache import Cache
 from ketchup_cache.config.commands import ScoreConfig
-from ketchup_cache.remote import presence
-from ketchup_cache.remote.board import ScorerNote
-from ketchup_cache.remote.local import LocalBoard
+from ketchup_cache.sharing import presence
+from ketchup_cache.sharing.board import ScorerNote
+from ketchup_cache.sharing.folder import LocalBoard
 from ketchup_cache.shipped import task
 from ketchup_cache.watch import Watcher, WatchReport
 

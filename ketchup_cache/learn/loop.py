@@ -25,7 +25,7 @@ from ketchup_cache.models.fingerprint import state_fingerprint, tokenizer_info
 from ketchup_cache.models.head import Head
 from ketchup_cache.models.load import load_model, load_tokenizer
 from ketchup_cache.progress import progress
-from ketchup_cache.remote.view import open_cache
+from ketchup_cache.sharing.remote_cache import open_cache
 from ketchup_cache.training.optim import Optimizer
 from ketchup_cache.training.origin import Origin
 from ketchup_cache.training.run import Run

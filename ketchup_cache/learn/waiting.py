@@ -21,9 +21,9 @@ from ketchup_cache.config.commands import LearnConfig
 from ketchup_cache.errors import CacheError, ConfigError, CorruptError, WriteError
 from ketchup_cache.files import write_file
 from ketchup_cache.progress import Bar, progress
-from ketchup_cache.remote import presence
-from ketchup_cache.remote.base import read_manifest, read_segment
-from ketchup_cache.remote.board import (
+from ketchup_cache.sharing import presence
+from ketchup_cache.sharing.base import read_manifest, read_segment
+from ketchup_cache.sharing.board import (
     MAX_WAITING,
     TEACHER_DIGITS,
     Board,
@@ -33,9 +33,9 @@ from ketchup_cache.remote.board import (
     open_board,
     parse,
 )
-from ketchup_cache.remote.opening import open_remote
-from ketchup_cache.remote.presence import Living, Patience, Presence
-from ketchup_cache.remote.view import open_cache
+from ketchup_cache.sharing.presence import Living, Patience, Presence
+from ketchup_cache.sharing.remote_cache import open_cache
+from ketchup_cache.sharing.stores import open_remote
 from ketchup_cache.training.origin import Origin
 
 IN_CACHE = "watch"

@@ -18,9 +18,9 @@ from pydantic import Field, StringConstraints, ValidationError
 
 from ketchup_cache.cache.manifest import Record, Sha256, TeacherInfo
 from ketchup_cache.errors import CacheError
-from ketchup_cache.remote.local import LocalBoard, LocalRemote
-from ketchup_cache.remote.object import ObjectBoard, ObjectRemote
-from ketchup_cache.remote.opening import open_remote
+from ketchup_cache.sharing.folder import LocalBoard, LocalRemote
+from ketchup_cache.sharing.object_store import ObjectBoard, ObjectRemote
+from ketchup_cache.sharing.stores import open_remote
 
 MAX_NOTE_BYTES = 2**17
 MAX_WAITING = 1500

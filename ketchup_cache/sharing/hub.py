@@ -15,8 +15,8 @@ from ketchup_cache.cache import disk as durable
 from ketchup_cache.cache import segment_bytes as reading
 from ketchup_cache.cache.manifest import Manifest
 from ketchup_cache.errors import CacheError, WriteError
-from ketchup_cache.remote.base import MARKER_BYTES, KeyedRemote, Packed, persistently, read_manifest
-from ketchup_cache.remote.card import MARK, card
+from ketchup_cache.sharing.base import MARKER_BYTES, KeyedRemote, Packed, persistently, read_manifest
+from ketchup_cache.sharing.card import MARK, card
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi

@@ -13,7 +13,7 @@ from ketchup_cache.cache import disk as durable
 from ketchup_cache.cache import segment_bytes as reading
 from ketchup_cache.cache.cache import open_cache
 from ketchup_cache.errors import CacheError, WriteError
-from ketchup_cache.remote.base import Packed
+from ketchup_cache.sharing.base import Packed
 
 
 class LocalRemote:

@@ -28,8 +28,8 @@ from ketchup_cache.cache.cache import open_cache as open_folder
 from ketchup_cache.cache.manifest import Kind, Manifest
 from ketchup_cache.errors import CacheError, ConfigError, WriteError
 from ketchup_cache.files import write_file
-from ketchup_cache.remote.base import Packed, Remote, in_parallel, read_files, read_segment
-from ketchup_cache.remote.opening import is_url, open_remote
+from ketchup_cache.sharing.base import Packed, Remote, in_parallel, read_files, read_segment
+from ketchup_cache.sharing.stores import is_url, open_remote
 
 HOME_VARIABLE, SIZE_VARIABLE = "KETCHUP_CACHE_HOME", "KETCHUP_CACHE_SIZE"
 DEFAULT_BYTES = 20 * 10**9

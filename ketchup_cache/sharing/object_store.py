@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from ketchup_cache.cache import disk as durable
 from ketchup_cache.cache import segment_bytes as reading
 from ketchup_cache.errors import CacheError, WriteError
-from ketchup_cache.remote.base import MARKER_BYTES, KeyedRemote, Packed, in_parallel, persistently
+from ketchup_cache.sharing.base import MARKER_BYTES, KeyedRemote, Packed, in_parallel, persistently
 
 if TYPE_CHECKING:
     from obstore.store import ObjectStore

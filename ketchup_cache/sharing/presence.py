@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import Generic, TypeVar, get_args
 
 from ketchup_cache.errors import CacheError, KetchupError, WriteError
-from ketchup_cache.remote.board import Board, Folder, ScorerNote, WaitingNote, parse
+from ketchup_cache.sharing.board import Board, Folder, ScorerNote, WaitingNote, parse
 
 BEAT_S = 5.0
 """Between two writes of a note that says that its owner lives."""

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from ketchup_cache.cache import segment_bytes as reading
 from ketchup_cache.errors import CacheError, WriteError
-from ketchup_cache.remote.base import KeyedRemote, Packed, persistently
+from ketchup_cache.sharing.base import KeyedRemote, Packed, persistently
 
 TIMEOUT_S = 30.0
 MAX_LISTING_BYTES = 2**26

@@ -6,11 +6,11 @@ import os
 from pathlib import Path
 
 from ketchup_cache.errors import CacheError
-from ketchup_cache.remote.base import Remote
-from ketchup_cache.remote.hub import HubRemote
-from ketchup_cache.remote.local import LocalRemote, folder_of
-from ketchup_cache.remote.object import SCHEMES, ObjectRemote
-from ketchup_cache.remote.web import WebRemote
+from ketchup_cache.sharing.base import Remote
+from ketchup_cache.sharing.folder import LocalRemote, folder_of
+from ketchup_cache.sharing.hub import HubRemote
+from ketchup_cache.sharing.object_store import SCHEMES, ObjectRemote
+from ketchup_cache.sharing.web import WebRemote
 
 
 def is_url(address: str | os.PathLike[str]) -> bool:

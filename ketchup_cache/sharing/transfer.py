@@ -16,8 +16,8 @@ from ketchup_cache.cache import index as coverage
 from ketchup_cache.cache.inspect import KINDS, data_bytes, printable, size_text
 from ketchup_cache.cache.manifest import Manifest, RolloutsInfo, ScoresInfo
 from ketchup_cache.progress import Bar, progress
-from ketchup_cache.remote.base import Packed, Remote, in_parallel, read_manifest, read_segment
-from ketchup_cache.remote.opening import open_existing, open_remote
+from ketchup_cache.sharing.base import Packed, Remote, in_parallel, read_manifest, read_segment
+from ketchup_cache.sharing.stores import open_existing, open_remote
 
 Segments = dict[str, tuple[Manifest, bytes]]
 """Id → manifest, and its bytes as stored; parents before their children."""
