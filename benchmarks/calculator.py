@@ -17,8 +17,8 @@ import torch
 from transformers import AutoTokenizer, T5Config, T5ForConditionalGeneration
 
 from ketchup_cache.cache.manifest import Sampling
-from ketchup_cache.lm.calculator import Calculator, ForcedResults
-from ketchup_cache.lm.sample import sample_completions
+from ketchup_cache.rollouts.calculator import Calculator, ForcedResults
+from ketchup_cache.rollouts.sample import sample_completions
 from ketchup_cache.types import Ragged
 
 TASK = Path(__file__).resolve().parents[1] / "data" / "reason"

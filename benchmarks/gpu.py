@@ -46,10 +46,10 @@ from scoring import plain_way
 from ketchup_cache.cache.manifest import Sampling, TeacherInfo, TokenizerInfo
 from ketchup_cache.config.commands import LearnConfig
 from ketchup_cache.learn.step import train_step
-from ketchup_cache.lm.sample import sample_completions
 from ketchup_cache.models.head import Head
 from ketchup_cache.models.load import fuse_gelu
 from ketchup_cache.models.memory import TokenBudget
+from ketchup_cache.rollouts.sample import sample_completions
 from ketchup_cache.teacher import Teacher
 from ketchup_cache.training.optim import Optimizer
 from ketchup_cache.types import Ragged, ScoredRollouts

@@ -36,14 +36,14 @@ import numpy as np
 import torch
 from common import ROOT, T5_SMALL, VOCAB, options, publish, sample, t5, table, timed
 
-import ketchup_cache.lm.decode as decode_module
-import ketchup_cache.lm.sample as sample_module
+import ketchup_cache.rollouts.decode as decode_module
+import ketchup_cache.rollouts.sample as sample_module
 from ketchup_cache.cache.manifest import Sampling
-from ketchup_cache.lm.calculator import Calculator
-from ketchup_cache.lm.sample import sample_completions
 from ketchup_cache.models.forward import Batch, completion_states
 from ketchup_cache.models.head import Head
 from ketchup_cache.models.load import load_model, load_tokenizer
+from ketchup_cache.rollouts.calculator import Calculator
+from ketchup_cache.rollouts.sample import sample_completions
 from ketchup_cache.types import Ragged, Rollouts
 
 LIMIT = 64

@@ -19,7 +19,7 @@ from common import ROOT, options, publish, table, timed
 from ketchup_cache.cli.learn import _scorer
 from ketchup_cache.config.commands import LearnConfig, RolloutConfig, ScoreConfig
 from ketchup_cache.learn.loop import learn
-from ketchup_cache.rollout import rollout
+from ketchup_cache.rollouts.rollout import rollout
 from ketchup_cache.score import score
 
 TASK = ROOT / "data" / "translate"

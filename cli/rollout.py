@@ -16,6 +16,6 @@ from .app import Result, command
 )
 def rollout(config: RolloutConfig) -> Result:
     """Sample completions from a policy into a cache."""
-    from ketchup_cache.rollout import rollout
+    from ketchup_cache.rollouts.rollout import rollout
 
     return rollout(config)

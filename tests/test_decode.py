@@ -9,10 +9,10 @@ import transformers
 from decoders import FAMILIES, VOCAB, make_decoder, plain_row_logits
 from tiny import make_t5
 
-import ketchup_cache.lm.sample as sample_module
+import ketchup_cache.rollouts.sample as sample_module
 from ketchup_cache.cache.manifest import Sampling
-from ketchup_cache.lm.decode import LEAVE, can_decode
-from ketchup_cache.lm.sample import sample_completions
+from ketchup_cache.rollouts.decode import LEAVE, can_decode
+from ketchup_cache.rollouts.sample import sample_completions
 from ketchup_cache.types import Ragged, Rollouts
 
 ENDS = [1, 7, 11, 23, 40, 51]

@@ -13,11 +13,11 @@ from safetensors.torch import load_file, save_file
 
 from ketchup_cache.cache.manifest import Sampling, TeacherInfo
 from ketchup_cache.errors import DataError, ModelError, NumericsError
-from ketchup_cache.lm.sample import sample_completions
 from ketchup_cache.models.fingerprint import state_fingerprint, tokenizer_info, weights_fingerprint
 from ketchup_cache.models.forward import Batch, completion_states
 from ketchup_cache.models.head import Head
 from ketchup_cache.models.load import is_encoder_decoder, load_model, load_tokenizer
+from ketchup_cache.rollouts.sample import sample_completions
 from ketchup_cache.teacher import Teacher
 from ketchup_cache.types import Ragged, Rollouts
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from ketchup_cache.lm.draw import BLOCK, FEW, draw, uniforms
+from ketchup_cache.rollouts.draw import BLOCK, FEW, draw, uniforms
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

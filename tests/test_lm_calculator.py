@@ -16,11 +16,11 @@ from transformers import PreTrainedTokenizerFast, T5ForConditionalGeneration
 
 from ketchup_cache.cache.cache import open_cache
 from ketchup_cache.cache.manifest import Sampling
-from ketchup_cache.calculator import calculate
 from ketchup_cache.cli import main
 from ketchup_cache.errors import ModelError
-from ketchup_cache.lm.calculator import Calculator, ForcedResults
-from ketchup_cache.lm.sample import sample_completions
+from ketchup_cache.rollouts.arithmetic import calculate
+from ketchup_cache.rollouts.calculator import Calculator, ForcedResults
+from ketchup_cache.rollouts.sample import sample_completions
 from ketchup_cache.types import Ragged, Rollouts
 
 PIECES = ["<pad>", "</s>", "<unk>", *"0123456789.-+*/=", "<<", "<", ">>", " x", " ####"]

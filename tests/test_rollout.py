@@ -14,15 +14,15 @@ import pytest
 import torch
 from tiny import WORDS, make_t5, make_tokenizer, save_model, write_prompts
 
-from ketchup_cache import rollout as rollout_module
-from ketchup_cache import sampling as sampling_module
 from ketchup_cache.cache.cache import Cache, open_cache
 from ketchup_cache.cache.manifest import Sampling
 from ketchup_cache.config.commands import RolloutConfig
 from ketchup_cache.errors import DataError, KetchupError, MismatchError
 from ketchup_cache.models.fingerprint import weights_fingerprint
-from ketchup_cache.rollout import rollout
-from ketchup_cache.sampling import rollout_chunks, rollout_range, sampling_of
+from ketchup_cache.rollouts import rollout as rollout_module
+from ketchup_cache.rollouts import segments as sampling_module
+from ketchup_cache.rollouts.rollout import rollout
+from ketchup_cache.rollouts.segments import rollout_chunks, rollout_range, sampling_of
 from ketchup_cache.text.prompts import read_examples
 from ketchup_cache.types import Rollouts
 
@@ -212,7 +212,8 @@ def test_duplicates_and_long_prompts_are_counted(tmp_path, student):
 
 KILLED = """
 import sys, time, torch
-from ketchup_cache import rollout, sampling
+from ketchup_cache.rollouts import rollout
+from ketchup_cache.rollouts import segments as sampling
 from ketchup_cache.config.commands import RolloutConfig
 from ketchup_cache.cache.cache import Cache
 

@@ -11,7 +11,7 @@ from tiny import WORDS, make_t5
 
 from ketchup_cache.cache.manifest import Sampling
 from ketchup_cache.errors import ConfigError, ModelError, NumericsError
-from ketchup_cache.lm.sample import sample_completions
+from ketchup_cache.rollouts.sample import sample_completions
 from ketchup_cache.types import Ragged, Rollouts
 
 VOCAB = len(WORDS) + 3

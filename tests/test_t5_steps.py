@@ -9,11 +9,11 @@ import transformers
 from tiny import make_t5
 from torch import nn
 
-import ketchup_cache.lm.decode as decode_module
-import ketchup_cache.lm.t5 as t5_module
+import ketchup_cache.rollouts.decode as decode_module
+import ketchup_cache.rollouts.t5_decode as t5_module
 from ketchup_cache.cache.manifest import Sampling
-from ketchup_cache.lm.sample import sample_completions
-from ketchup_cache.lm.t5 import ROOM, T5Rows, can_step
+from ketchup_cache.rollouts.sample import sample_completions
+from ketchup_cache.rollouts.t5_decode import ROOM, T5Rows, can_step
 from ketchup_cache.types import Ragged
 
 pytestmark = pytest.mark.usefixtures("one_thread")

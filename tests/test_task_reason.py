@@ -12,10 +12,10 @@ import sys
 import pytest
 from transformers import AutoTokenizer
 
-from ketchup_cache.calculator import calculate
 from ketchup_cache.config.commands import EvaluateConfig
 from ketchup_cache.evaluate import Evaluation, evaluate
 from ketchup_cache.metrics import final_answer
+from ketchup_cache.rollouts.arithmetic import calculate
 from ketchup_cache.shipped import task
 
 TASK = task("reason")

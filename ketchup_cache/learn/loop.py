@@ -20,11 +20,11 @@ from ketchup_cache.learn.distill import divergence_step
 from ketchup_cache.learn.metrics import StepMetrics
 from ketchup_cache.learn.source import Offline, OnPolicy, ScoreRollouts, Source
 from ketchup_cache.learn.step import train_step
-from ketchup_cache.lm.calculator import Calculator
 from ketchup_cache.models.fingerprint import state_fingerprint, tokenizer_info
 from ketchup_cache.models.head import Head
 from ketchup_cache.models.load import load_model, load_tokenizer
 from ketchup_cache.progress import progress
+from ketchup_cache.rollouts.calculator import Calculator
 from ketchup_cache.sharing.remote_cache import open_cache
 from ketchup_cache.training.optim import Optimizer
 from ketchup_cache.training.origin import Origin

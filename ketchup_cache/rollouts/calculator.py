@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import LogitsProcessor, PreTrainedTokenizerBase
 
-from ketchup_cache.calculator import LONGEST, calculate
 from ketchup_cache.errors import ModelError
+from ketchup_cache.rollouts.arithmetic import LONGEST, calculate
 
 OPEN, CLOSE = "<<", ">>"
 

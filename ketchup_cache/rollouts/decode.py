@@ -22,11 +22,11 @@ from transformers import (
 )
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from ketchup_cache.lm.draw import draw
-from ketchup_cache.lm.t5 import T5Rows, can_step
 from ketchup_cache.models.batching import token_budget_batches
 from ketchup_cache.models.forward import decoder_start
 from ketchup_cache.models.load import input_device
+from ketchup_cache.rollouts.draw import draw
+from ketchup_cache.rollouts.t5_decode import T5Rows, can_step
 from ketchup_cache.types import Ragged
 
 LEAVE = 0.25

@@ -30,11 +30,11 @@ from transformers import (
 
 from ketchup_cache.cache.manifest import Sampling
 from ketchup_cache.errors import ConfigError, DataError, ModelError, NumericsError
-from ketchup_cache.lm.calculator import Calculator, ForcedResults
-from ketchup_cache.lm.decode import can_decode, decode
-from ketchup_cache.lm.draw import draw, number_type, uniforms
 from ketchup_cache.models.forward import check_positions, decoder_start
 from ketchup_cache.models.load import input_device
+from ketchup_cache.rollouts.calculator import Calculator, ForcedResults
+from ketchup_cache.rollouts.decode import can_decode, decode
+from ketchup_cache.rollouts.draw import draw, number_type, uniforms
 from ketchup_cache.types import TOKEN_DTYPE, Ragged, Rollouts
 
 
