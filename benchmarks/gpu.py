@@ -50,7 +50,7 @@ from ketchup_cache.models.head import Head
 from ketchup_cache.models.load import fuse_gelu
 from ketchup_cache.models.memory import TokenBudget
 from ketchup_cache.rollouts.sample import sample_completions
-from ketchup_cache.teacher import Teacher
+from ketchup_cache.scoring.teacher import Teacher
 from ketchup_cache.training.optim import Optimizer
 from ketchup_cache.types import Ragged, ScoredRollouts
 

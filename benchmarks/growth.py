@@ -50,7 +50,7 @@ def epoch(path: Path) -> int:
 def scoring_rate(rollouts: int) -> tuple[float, float]:
     """Completion tokens per wall second and per CPU second."""
     from ketchup_cache.cache.manifest import TeacherInfo, TokenizerInfo
-    from ketchup_cache.teacher import Teacher
+    from ketchup_cache.scoring.teacher import Teacher
 
     info = TeacherInfo(name="random", fingerprint=fingerprint("t"), dtype="float32")
     teacher = Teacher(t5(T5_SMALL), info, TokenizerInfo(name="t5", fingerprint=fingerprint("w"), vocab_size=VOCAB))

@@ -29,7 +29,7 @@ from ketchup_cache.models.forward import Batch, completion_states
 from ketchup_cache.models.head import Head
 from ketchup_cache.models.load import load_model
 from ketchup_cache.rollouts.rollout import rollout
-from ketchup_cache.score import score
+from ketchup_cache.scoring.score import score
 from ketchup_cache.shipped import task
 from ketchup_cache.training.optim import Optimizer
 from ketchup_cache.types import Scores

@@ -55,7 +55,7 @@ from common import (
 from ketchup_cache.cache.cache import open_cache
 from ketchup_cache.cache.manifest import TeacherInfo, TokenizerInfo
 from ketchup_cache.config.commands import ScoreConfig
-from ketchup_cache.teacher import Teacher
+from ketchup_cache.scoring.teacher import Teacher
 from ketchup_cache.types import Ragged, Rollouts
 
 MODELS = {
@@ -201,7 +201,7 @@ def memory(shape: str) -> dict[str, int]:
 
 def overlap(model: Any, rollouts: int) -> dict[str, float]:
     """A cache of rollouts scored by `Scorer`, with the time inside the teacher's passes measured beside it."""
-    from ketchup_cache.score import Scorer
+    from ketchup_cache.scoring.score import Scorer
 
     inside: list[float] = []
     plain_score = Teacher.score

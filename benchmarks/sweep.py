@@ -20,7 +20,7 @@ from ketchup_cache.cli.learn import _scorer
 from ketchup_cache.config.commands import LearnConfig, RolloutConfig, ScoreConfig
 from ketchup_cache.learn.loop import learn
 from ketchup_cache.rollouts.rollout import rollout
-from ketchup_cache.score import score
+from ketchup_cache.scoring.score import score
 
 TASK = ROOT / "data" / "translate"
 SAMPLES = 8

@@ -41,7 +41,7 @@ def learn(config: LearnConfig) -> Result:
 
 def _scorer(config: LearnConfig) -> ScoreRollouts:
     """The teacher enters here and nowhere else, so that offline learning never imports it."""
-    from ketchup_cache.score import Scorer
+    from ketchup_cache.scoring.score import Scorer
 
     assert config.teacher is not None
     scorer = Scorer(config, config.teacher)

@@ -20,10 +20,10 @@ def score(config: ScoreConfig) -> Result:
     With --watch it stays loaded and scores what appears, until Ctrl-C. Several of them share the work, and take over
     that of one that died.
     """
-    from ketchup_cache.score import Scorer, score
+    from ketchup_cache.scoring.score import Scorer, score
 
     if config.watch is not None:
-        from ketchup_cache.watch import watch
+        from ketchup_cache.scoring.watch import watch
 
         return watch(config, Scorer(config, config.teacher, commit_tokens=config.commit_tokens))
     return score(config)

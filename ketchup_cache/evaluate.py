@@ -25,7 +25,7 @@ from ketchup_cache.progress import progress
 from ketchup_cache.returns import rollout_returns
 from ketchup_cache.rollouts.calculator import Calculator
 from ketchup_cache.rollouts.sample import sample_completions
-from ketchup_cache.teacher import Teacher
+from ketchup_cache.scoring.teacher import Teacher
 from ketchup_cache.text.prompts import Example, as_chat, kept_examples, read_examples, tokenize_prompts
 from ketchup_cache.types import Ragged, Rollouts
 

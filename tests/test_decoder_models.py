@@ -18,7 +18,7 @@ from ketchup_cache.models.forward import Batch, completion_states
 from ketchup_cache.models.head import Head
 from ketchup_cache.models.load import is_encoder_decoder, load_model, load_tokenizer
 from ketchup_cache.rollouts.sample import sample_completions
-from ketchup_cache.teacher import Teacher
+from ketchup_cache.scoring.teacher import Teacher
 from ketchup_cache.types import Ragged, Rollouts
 
 TOKENIZER = tokenizer_info(make_decoder_tokenizer(), "tiny")

@@ -18,7 +18,7 @@ from ketchup_cache.learn.loop import learn
 from ketchup_cache.learn.source import Offline
 from ketchup_cache.models.head import Head
 from ketchup_cache.models.load import load_model
-from ketchup_cache.score import score
+from ketchup_cache.scoring.score import score
 from ketchup_cache.types import Ragged
 
 VOCAB = len(WORDS) + 3

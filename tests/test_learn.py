@@ -193,7 +193,7 @@ import gc, sys
 from torch.nn import Module
 from ketchup_cache.cli import main
 assert main({[*flags, "--steps", "2", "--batch-size", "4"]!r}) == 0
-assert not {{"ketchup_cache.teacher", "ketchup_cache.score"}} & set(sys.modules), sorted(sys.modules)
+assert not {{"ketchup_cache.scoring.teacher", "ketchup_cache.scoring.score"}} & set(sys.modules), sorted(sys.modules)
 whole = [o for o in gc.get_objects() if isinstance(o, Module) and type(o).__name__ == "T5ForConditionalGeneration"]
 assert len(whole) <= 1
 """

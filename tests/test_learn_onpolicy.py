@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from tiny import WORDS, make_t5, save_model, write_prompts
 
 import ketchup_cache.learn.loop
-import ketchup_cache.score
+import ketchup_cache.scoring.score
 from ketchup_cache.cache.cache import open_cache
 from ketchup_cache.cli import main
 from ketchup_cache.learn.step import train_step
@@ -146,7 +146,7 @@ def test_teacher_is_in_memory_only_while_it_scores(words, monkeypatch):
     from ketchup_cache.training.optim import Optimizer
 
     original, alive, loaded = Optimizer.step, [], []
-    load = ketchup_cache.score.Teacher.load
+    load = ketchup_cache.scoring.score.Teacher.load
 
     def remembering(*arguments, **options):
         before = {id(o) for o in gc.get_objects()}
@@ -162,7 +162,7 @@ def test_teacher_is_in_memory_only_while_it_scores(words, monkeypatch):
         return original(self, number)
 
     monkeypatch.setattr(Optimizer, "step", step)
-    monkeypatch.setattr(ketchup_cache.score.Teacher, "load", remembering)
+    monkeypatch.setattr(ketchup_cache.scoring.score.Teacher, "load", remembering)
     assert main(flat(words)) == 0
     assert alive == [0] * 9
     assert len(loaded) == 3

@@ -20,11 +20,11 @@ from ketchup_cache.cli import main
 from ketchup_cache.config.resolve import resolve
 from ketchup_cache.errors import CacheError, ConfigError, NumericsError
 from ketchup_cache.learn import waiting
+from ketchup_cache.scoring.watch import watch
 from ketchup_cache.sharing import base, presence
 from ketchup_cache.sharing import remote_cache as view
 from ketchup_cache.sharing.board import RefusalNote, ScorerNote, open_board
 from ketchup_cache.sharing.presence import Presence
-from ketchup_cache.watch import watch
 
 SAMPLING = ["--student", str(TASK / "predistilled"), "--samples", "2", "--max-new-tokens", "16", "--device", "cpu"]
 LEARNING = ["--steps", "4", "--refresh-every", "2", "--batch-size", "8", "--lr", "1e-3", "--unfinished", "bootstrap"]
@@ -81,7 +81,7 @@ def counts(cache: Path | str) -> dict[str, int]:
 
 
 def test_in_a_shared_folder_with_another_process(cache, resident, tmp_path):
-    from ketchup_cache.score import Scorer
+    from ketchup_cache.scoring.score import Scorer
 
     config = options(cache, teacher=str(TASK / "teacher"))
     refused = RefusalNote(scorer="0" * 32, message="of a scorer that is dead").model_dump_json().encode()
@@ -236,8 +236,8 @@ def test_scores_that_keep_too_few_logits_do_not_count(cache, tmp_path, capsys):
 
 @pytest.mark.parametrize("why", ["nan", "tokenizer"])
 def test_rollouts_that_can_not_be_scored_end_the_wait(cache, tmp_path, capsys, why, monkeypatch):
-    from ketchup_cache.score import Scorer
-    from ketchup_cache.teacher import Teacher
+    from ketchup_cache.scoring.score import Scorer
+    from ketchup_cache.scoring.teacher import Teacher
 
     def broken(self, prompts, rollouts, **options):
         raise NumericsError(f"rollout row 3: teacher {self.info.name} gives NaN or infinite logits")

@@ -12,7 +12,7 @@ from ketchup_cache.cache.manifest import in_precision
 from ketchup_cache.errors import ModelError
 from ketchup_cache.models.fingerprint import first_difference, state_fingerprint, tokenizer_info, weights_fingerprint
 from ketchup_cache.models.load import load_model
-from ketchup_cache.teacher import Teacher
+from ketchup_cache.scoring.teacher import Teacher
 
 VERSIONS = ("1.0", "1.1")
 

@@ -18,7 +18,7 @@ from test_teacher import MODELS, TEACHERS
 from ketchup_cache.errors import ModelError
 from ketchup_cache.models import memory
 from ketchup_cache.models.memory import PROBE, TokenBudget, Watch, free_ram, out_of_memory
-from ketchup_cache.teacher import Teacher
+from ketchup_cache.scoring.teacher import Teacher
 
 TEACHER, MODEL = TEACHERS["1.0"], MODELS["1.0"]
 PROMPTS, ROLLOUTS = random_rollouts(7, 12)

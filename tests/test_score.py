@@ -16,8 +16,8 @@ from ketchup_cache.cache.manifest import DataInfo, PolicyInfo, PromptsInfo, Roll
 from ketchup_cache.config.commands import ScoreConfig
 from ketchup_cache.errors import CacheError, KetchupError, MismatchError, NumericsError
 from ketchup_cache.models.fingerprint import tokenizer_info
-from ketchup_cache.score import Scorer, commit_ranges, score
-from ketchup_cache.teacher import Teacher
+from ketchup_cache.scoring.score import Scorer, commit_ranges, score
+from ketchup_cache.scoring.teacher import Teacher
 from ketchup_cache.types import Prompts, Ragged, Rollouts
 
 
@@ -226,8 +226,8 @@ def test_the_weights_are_gone_after_scoring(cache, teacher, monkeypatch):
 KILLED = """
 import sys, time
 from ketchup_cache.config.commands import ScoreConfig
-from ketchup_cache.score import score
-from ketchup_cache.teacher import Teacher
+from ketchup_cache.scoring.score import score
+from ketchup_cache.scoring.teacher import Teacher
 
 score_batch = Teacher._score_batch
 

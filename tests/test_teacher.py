@@ -12,7 +12,7 @@ from ketchup_cache.cache.manifest import TeacherInfo
 from ketchup_cache.errors import MismatchError, ModelError, NumericsError
 from ketchup_cache.models.fingerprint import tokenizer_info
 from ketchup_cache.models.forward import completion_states
-from ketchup_cache.teacher import Teacher
+from ketchup_cache.scoring.teacher import Teacher
 from ketchup_cache.types import Ragged
 
 VERSIONS = ("1.0", "1.1")
@@ -138,7 +138,7 @@ def test_a_state_after_the_end_is_checked_too(monkeypatch):
         next_states[-1] = float("nan")
         return states, next_states
 
-    monkeypatch.setattr("ketchup_cache.teacher.completion_states", spoiled)
+    monkeypatch.setattr("ketchup_cache.scoring.teacher.completion_states", spoiled)
     rollouts = make_rollouts([0, 0, 0], [[7, 8], [7, 9], [7, 1]], [False, False, True])
     with pytest.raises(NumericsError, match="rollout row 1"):
         TEACHERS["1.1"].score(Ragged.from_rows([[5, 1]], np.int32), rollouts, batch_tokens=1000)

@@ -15,11 +15,11 @@ from store_samples import teacher as made_up
 
 from ketchup_cache.cache.cache import Cache
 from ketchup_cache.config.commands import ScoreConfig
+from ketchup_cache.scoring.watch import Watcher, WatchReport
 from ketchup_cache.sharing import presence
 from ketchup_cache.sharing.board import ScorerNote
 from ketchup_cache.sharing.folder import LocalBoard
 from ketchup_cache.shipped import task
-from ketchup_cache.watch import Watcher, WatchReport
 
 TASK = task("translate")
 
@@ -71,7 +71,7 @@ def watching(url: str | Path, scorer=None, **more) -> Iterator[Future[WatchRepor
     """A watcher in a thread while the block runs; its report comes after."""
     config = options(url, **more)
     if scorer is None:
-        from ketchup_cache.score import Scorer
+        from ketchup_cache.scoring.score import Scorer
 
         scorer = Scorer(config, config.teacher, commit_tokens=config.commit_tokens)
     stop = threading.Event()

@@ -23,8 +23,8 @@ from ketchup_cache.models.fingerprint import first_difference, tokenizer_info
 from ketchup_cache.models.load import load_tokenizer
 from ketchup_cache.models.memory import TokenBudget
 from ketchup_cache.progress import Bar, progress
+from ketchup_cache.scoring.teacher import Teacher
 from ketchup_cache.sharing.remote_cache import open_cache
-from ketchup_cache.teacher import Teacher
 from ketchup_cache.types import Ragged, Rollouts, Scores
 
 COMMIT_TOKENS: int = ScoreConfig.model_fields["commit_tokens"].default

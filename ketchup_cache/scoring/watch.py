@@ -45,7 +45,7 @@ from ketchup_cache.sharing.presence import Living, Patience, Presence, forget, t
 from ketchup_cache.sharing.remote_cache import open_cache
 
 if TYPE_CHECKING:
-    from ketchup_cache.score import Scorer
+    from ketchup_cache.scoring.score import Scorer
 
 SAY_EVERY_S = 60.0
 """Between two lines on what was done."""
