@@ -19,12 +19,12 @@ import torch
 from common import in_turn, options, publish, sample, t5, table
 from torch import Tensor
 
-from ketchup_cache import divergences
 from ketchup_cache.cache.cache import open_cache
 from ketchup_cache.cache.zarr_files import encode
 from ketchup_cache.config.commands import LearnConfig, RolloutConfig, ScoreConfig
 from ketchup_cache.learn.distill import ON_STUDENT, ON_TEACHER
 from ketchup_cache.learn.step import train_step
+from ketchup_cache.method import divergences
 from ketchup_cache.models.forward import Batch, completion_states
 from ketchup_cache.models.head import Head
 from ketchup_cache.models.load import load_model

@@ -8,10 +8,10 @@ __version__ = "0.1.0"
 __all__ = ["__version__", "k_step_returns", "open_cache"]
 
 if TYPE_CHECKING:
-    from ketchup_cache.returns import k_step_returns
+    from ketchup_cache.method.returns import k_step_returns
     from ketchup_cache.sharing.remote_cache import open_cache
 
-_HOME = {"k_step_returns": "ketchup_cache.returns", "open_cache": "ketchup_cache.sharing.remote_cache"}
+_HOME = {"k_step_returns": "ketchup_cache.method.returns", "open_cache": "ketchup_cache.sharing.remote_cache"}
 
 
 def __getattr__(name: str) -> Any:

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ketchup_cache.cache.manifest import PolicyInfo, TokenizerInfo
 from ketchup_cache.config.commands import PretrainConfig
 from ketchup_cache.errors import CacheError, MismatchError, ModelError, NumericsError
-from ketchup_cache.losses import cross_entropy_loss
+from ketchup_cache.method.losses import cross_entropy_loss
 from ketchup_cache.models.batching import token_budget_batches
 from ketchup_cache.models.fingerprint import state_fingerprint, tokenizer_info
 from ketchup_cache.models.forward import Batch, computes_prompts_once, training_states

@@ -8,7 +8,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ketchup_cache.baselines import leave_one_out_baseline, mean_baseline
+from ketchup_cache.method.baselines import leave_one_out_baseline, mean_baseline
 
 settings.register_profile("deterministic", derandomize=True, deadline=None)
 settings.load_profile("deterministic")

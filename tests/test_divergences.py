@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from ketchup_cache import divergences as d
-from ketchup_cache.baselines import min_variance_baseline
-from ketchup_cache.losses import squared_score
+from ketchup_cache.method import divergences as d
+from ketchup_cache.method.baselines import min_variance_baseline
+from ketchup_cache.method.losses import squared_score
 
 V = 9
 

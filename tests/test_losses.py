@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from ketchup_cache.losses import Staleness, cross_entropy_loss, importance_ratio, policy_gradient_loss
+from ketchup_cache.method.losses import Staleness, cross_entropy_loss, importance_ratio, policy_gradient_loss
 
 
 def test_policy_gradient_of_a_softmax_by_hand():

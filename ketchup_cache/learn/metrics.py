@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-from ketchup_cache.losses import Staleness
+from ketchup_cache.method.losses import Staleness
 from ketchup_cache.types import ScoredRollouts
 
 if TYPE_CHECKING:
