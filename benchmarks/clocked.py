@@ -183,9 +183,9 @@ def main() -> None:
     command, options, times = sys.argv[1], json.loads(sys.argv[2]), Path(sys.argv[3])
     # all imports before the clock starts
     from ketchup_cache.config.commands import LearnConfig, RolloutConfig, ScoreConfig
-    from ketchup_cache.learn import loop
     from ketchup_cache.rollouts import rollout
     from ketchup_cache.scoring import score
+    from ketchup_cache.training import learn as loop
 
     clock = Clock()
     for module, name, part in (

@@ -45,13 +45,13 @@ from scoring import plain_way
 
 from ketchup_cache.cache.manifest import Sampling, TeacherInfo, TokenizerInfo
 from ketchup_cache.config.commands import LearnConfig
-from ketchup_cache.learn.step import train_step
 from ketchup_cache.models.head import Head
 from ketchup_cache.models.load import fuse_gelu
 from ketchup_cache.models.memory import TokenBudget
 from ketchup_cache.rollouts.sample import sample_completions
 from ketchup_cache.scoring.teacher import Teacher
-from ketchup_cache.training.optim import Optimizer
+from ketchup_cache.training.optimizer import Optimizer
+from ketchup_cache.training.policy_gradient import train_step
 from ketchup_cache.types import Ragged, ScoredRollouts
 
 TINY = {"d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4}

@@ -35,7 +35,7 @@ from common import (
 )
 
 from ketchup_cache.cache.cache import open_cache
-from ketchup_cache.learn.stream import Stream
+from ketchup_cache.training.batches import Stream
 
 
 def epoch(path: Path) -> int:

@@ -22,8 +22,6 @@ from torch import Tensor
 from ketchup_cache.cache.cache import open_cache
 from ketchup_cache.cache.zarr_files import encode
 from ketchup_cache.config.commands import LearnConfig, RolloutConfig, ScoreConfig
-from ketchup_cache.learn.distill import ON_STUDENT, ON_TEACHER
-from ketchup_cache.learn.step import train_step
 from ketchup_cache.method import divergences
 from ketchup_cache.models.forward import Batch, completion_states
 from ketchup_cache.models.head import Head
@@ -31,7 +29,9 @@ from ketchup_cache.models.load import load_model
 from ketchup_cache.rollouts.rollout import rollout
 from ketchup_cache.scoring.score import score
 from ketchup_cache.shipped import task
-from ketchup_cache.training.optim import Optimizer
+from ketchup_cache.training.divergence import ON_STUDENT, ON_TEACHER
+from ketchup_cache.training.optimizer import Optimizer
+from ketchup_cache.training.policy_gradient import train_step
 from ketchup_cache.types import Scores
 
 METHODS = ("kl", "reverse-kl", "js", "tvd")

@@ -23,7 +23,7 @@ import numpy as np
 from common import forget_peak, made_up_cache, options, peak, publish, sample, t5, table
 
 from ketchup_cache.cache.cache import open_cache
-from ketchup_cache.learn.stream import Stream, gather
+from ketchup_cache.training.batches import Stream, gather
 
 BATCH = 256
 
@@ -97,9 +97,9 @@ def gather_alone(folder: Path, repeats: int = 50) -> float:
 def waiting(folder: Path, steps: int, batch_size: int) -> dict[str, float]:
     """Seconds of waiting and of stepping in a loop like learn's, a segment boundary included."""
     from ketchup_cache.config.commands import LearnConfig
-    from ketchup_cache.learn.step import train_step
     from ketchup_cache.models.head import Head
-    from ketchup_cache.training.optim import Optimizer
+    from ketchup_cache.training.optimizer import Optimizer
+    from ketchup_cache.training.policy_gradient import train_step
 
     model = t5({"d_model": 512, "d_kv": 64, "d_ff": 2048, "num_layers": 6, "num_heads": 8})
     config = LearnConfig(student="", cache=folder, batch_size=batch_size)

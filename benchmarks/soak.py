@@ -28,8 +28,6 @@ from tiny import save_model
 from trust import ERRORS, Kills, fail_every_step, flips, kill_command, kill_gc, kill_writers, write_at_once
 from trust_s3 import KEYS, SameKeys, emulated_s3, families, kill_copies, make_bucket, same_keys
 
-import ketchup_cache.learn.loop
-import ketchup_cache.scoring.score  # noqa: F401  (loaded here once, not in every child)
 from ketchup_cache.cache.cache import open_cache
 
 NONE = "lost partial torn silent false_acknowledgements unclear two_creators early"

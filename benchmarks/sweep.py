@@ -18,9 +18,9 @@ from common import ROOT, options, publish, table, timed
 
 from ketchup_cache.cli.learn import _scorer
 from ketchup_cache.config.commands import LearnConfig, RolloutConfig, ScoreConfig
-from ketchup_cache.learn.loop import learn
 from ketchup_cache.rollouts.rollout import rollout
 from ketchup_cache.scoring.score import score
+from ketchup_cache.training.learn import learn
 
 TASK = ROOT / "data" / "translate"
 SAMPLES = 8

@@ -7,7 +7,7 @@ from ketchup_cache.config.commands import LearnConfig
 from .app import Result, command
 
 if TYPE_CHECKING:
-    from ketchup_cache.learn.source import ScoreRollouts
+    from ketchup_cache.training.source import ScoreRollouts
 
 
 @command(
@@ -30,10 +30,10 @@ def learn(config: LearnConfig) -> Result:
     With a teacher, here or elsewhere, new rollouts of the student are sampled and scored every N optimizer steps.
     Killed and run again with the same options, it goes on from the last checkpoint to the same weights.
     """
-    from ketchup_cache.learn.loop import learn
+    from ketchup_cache.training.learn import learn
 
     if config.scorer is not None:
-        from ketchup_cache.learn.waiting import WaitForScores
+        from ketchup_cache.training.waiting import WaitForScores
 
         return learn(config, WaitForScores(config))
     return learn(config, _scorer(config) if config.teacher else None)

@@ -17,6 +17,6 @@ from .app import Result, command
 )
 def pretrain(config: PretrainConfig) -> Result:
     """Train by cross-entropy, on references or on a teacher's outputs."""
-    from ketchup_cache.pretrain import pretrain
+    from ketchup_cache.training.pretrain import pretrain
 
     return pretrain(config)

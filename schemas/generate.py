@@ -38,7 +38,7 @@ class _NothingRequired(GenerateJsonSchema):
 
 
 def metrics_schema() -> dict[str, Any]:
-    from ketchup_cache.learn.metrics import StepMetrics  # imports torch
+    from ketchup_cache.training.metrics import StepMetrics  # imports torch
 
     return {"$schema": DIALECT} | StepMetrics.model_json_schema(schema_generator=_EveryFieldRequired)
 

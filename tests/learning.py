@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ketchup_cache.config.commands import LearnConfig
-from ketchup_cache.learn.stream import Stream
+from ketchup_cache.training.batches import Stream
 
 
 def config(tmp_path, folders, **options) -> LearnConfig:

@@ -14,12 +14,12 @@ from watchers import TASK, Shifted, scorer_note, until
 from ketchup_cache.cache.cache import open_cache as open_folder
 from ketchup_cache.cli import main
 from ketchup_cache.errors import CacheError, WriteError
-from ketchup_cache.learn import waiting
 from ketchup_cache.sharing import base, presence
 from ketchup_cache.sharing import remote_cache as view
 from ketchup_cache.sharing.board import MAX_NOTE_BYTES, ScorerNote, open_board, parse
 from ketchup_cache.sharing.folder import LocalBoard
 from ketchup_cache.sharing.presence import Living, Patience, Presence
+from ketchup_cache.training import waiting
 
 
 @pytest.fixture(autouse=True)

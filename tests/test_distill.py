@@ -13,12 +13,12 @@ from transformers import AutoModelForSeq2SeqLM
 from ketchup_cache.cache.cache import open_cache
 from ketchup_cache.config.commands import LearnConfig, ScoreConfig
 from ketchup_cache.errors import CacheError, NumericsError
-from ketchup_cache.learn.distill import divergence_step, token_weights
-from ketchup_cache.learn.loop import learn
-from ketchup_cache.learn.source import Offline
 from ketchup_cache.models.head import Head
 from ketchup_cache.models.load import load_model
 from ketchup_cache.scoring.score import score
+from ketchup_cache.training.divergence import divergence_step, token_weights
+from ketchup_cache.training.learn import learn
+from ketchup_cache.training.source import Offline
 from ketchup_cache.types import Ragged
 
 VOCAB = len(WORDS) + 3
@@ -110,7 +110,7 @@ def test_bfloat16_rounds_the_gradient(base, method):
 def test_chunks_of_states_change_nothing(base, method, monkeypatch):
     """Three states at once instead of a thousand, in one micro-batch and in several."""
     whole, metrics, _ = step_of(base, config(base, method=method))
-    monkeypatch.setattr("ketchup_cache.learn.distill.CHUNK", 3)
+    monkeypatch.setattr("ketchup_cache.training.divergence.CHUNK", 3)
     for micro in (16384, 60):
         parts, of_parts, _ = step_of(base, config(base, method=method, micro_batch_tokens=micro))
         assert of_parts.loss == pytest.approx(metrics.loss, rel=1e-6)
@@ -220,8 +220,8 @@ def test_each_method_lowers_its_own_divergence(base, tmp_path, method):
 
 def test_min_variance_learns_from_start_to_end(base, tmp_path, monkeypatch):
     """The baseline of a whole run's first step is the one of plain forward passes."""
-    from ketchup_cache.learn.step import learning_signal, score_weights
-    from ketchup_cache.learn.stream import Stream
+    from ketchup_cache.training.batches import Stream
+    from ketchup_cache.training.policy_gradient import learning_signal, score_weights
 
     options = config(base, method="ketchup", baseline="min-variance", k=2, unfinished="bootstrap", keep_top=64)
     options = options.model_copy(update={"policy": str(base / "s"), "batch_size": 10, "out": tmp_path / "run"})
@@ -231,7 +231,7 @@ def test_min_variance_learns_from_start_to_end(base, tmp_path, monkeypatch):
     batch = next(Stream(cache, cache.scored(policy=str(base / "s")), 10, seed=0))
     model = load_model(str(base / "s"), device="cpu")
     for micro, chunk in ((16384, 1024), (30, 1024), (16384, 3)):
-        monkeypatch.setattr("ketchup_cache.learn.step.CHUNK", chunk)
+        monkeypatch.setattr("ketchup_cache.training.policy_gradient.CHUNK", chunk)
         some = options.model_copy(update={"micro_batch_tokens": micro})
         weight = score_weights(model, Head.of(model, VOCAB), batch, some)
         expected = []

@@ -16,10 +16,10 @@ from ketchup_cache.cache.cache import open_cache
 from ketchup_cache.cache.manifest import ScoresInfo
 from ketchup_cache.cli import main
 from ketchup_cache.config.commands import LearnConfig, ScoreConfig
-from ketchup_cache.learn.source import Offline
 from ketchup_cache.scoring.score import score
 from ketchup_cache.scoring.teacher import Teacher
-from ketchup_cache.training.optim import Optimizer
+from ketchup_cache.training.optimizer import Optimizer
+from ketchup_cache.training.source import Offline
 
 VOCAB = len(WORDS) + 3
 

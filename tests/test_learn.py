@@ -20,9 +20,9 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from ketchup_cache.config.commands import LearnConfig
 from ketchup_cache.errors import CacheError, ConfigError, MismatchError, NumericsError
-from ketchup_cache.learn.loop import cut_warning, learn, tail_warning
-from ketchup_cache.learn.stream import Stream, plan_batches
 from ketchup_cache.models.head import Head
+from ketchup_cache.training.batches import Stream, plan_batches
+from ketchup_cache.training.learn import cut_warning, learn, tail_warning
 
 VOCAB = len(WORDS) + 3
 
@@ -166,7 +166,9 @@ def test_rollouts_that_are_mostly_cut_and_dropped(tmp_path, folders, options, fi
 
 
 def test_each_warning_is_printed_once(cache, tmp_path, folders, capsys, monkeypatch):
-    monkeypatch.setattr("ketchup_cache.learn.loop.OFTEN_CUT", 0.01)  # some of the made-up student's rollouts are cut
+    monkeypatch.setattr(
+        "ketchup_cache.training.learn.OFTEN_CUT", 0.01
+    )  # some of the made-up student's rollouts are cut
     learn(config(tmp_path, folders, k=50, unfinished="drop", batch_size=len(whole_batch(cache))))
     printed = capsys.readouterr().err
     assert printed.count("--tail jump") == printed.count("--unfinished bootstrap") == 1

@@ -16,12 +16,12 @@ from caches import plain_logits, plain_scores
 from safetensors.torch import load_file
 from tiny import WORDS, make_t5, save_model, write_prompts
 
-import ketchup_cache.learn.loop
 import ketchup_cache.scoring.score
+import ketchup_cache.training.learn
 from ketchup_cache.cache.cache import open_cache
 from ketchup_cache.cli import main
-from ketchup_cache.learn.step import train_step
 from ketchup_cache.models.fingerprint import weights_fingerprint
+from ketchup_cache.training.policy_gradient import train_step
 
 VOCAB = len(WORDS) + 3
 LEARN = {
@@ -108,7 +108,7 @@ def test_rollouts_may_be_used_several_times(words, tmp_path, monkeypatch):
         batches.append([(batch.prompts.tokens[index].tobytes(), row.tobytes()) for index, row in rows])
         return train_step(model, head, optimizer, batch, config, step)
 
-    monkeypatch.setattr(ketchup_cache.learn.loop, "train_step", watched)
+    monkeypatch.setattr(ketchup_cache.training.learn, "train_step", watched)
     assert main(flat(words | {"--refresh-every": 6, "--steps": 18, "--reuse": 3})) == 0
     cache = open_cache(tmp_path / "cache")
     assert [m["step"] for m in metrics(tmp_path / "run") if m["refreshed"]] == [0, 6, 12]
@@ -143,7 +143,7 @@ def test_teacher_is_in_memory_only_while_it_scores(words, monkeypatch):
     import gc
     import weakref
 
-    from ketchup_cache.training.optim import Optimizer
+    from ketchup_cache.training.optimizer import Optimizer
 
     original, alive, loaded = Optimizer.step, [], []
     load = ketchup_cache.scoring.score.Teacher.load

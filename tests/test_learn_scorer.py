@@ -19,12 +19,12 @@ from ketchup_cache.cache.cache import open_cache as open_folder
 from ketchup_cache.cli import main
 from ketchup_cache.config.resolve import resolve
 from ketchup_cache.errors import CacheError, ConfigError, NumericsError
-from ketchup_cache.learn import waiting
 from ketchup_cache.scoring.watch import watch
 from ketchup_cache.sharing import base, presence
 from ketchup_cache.sharing import remote_cache as view
 from ketchup_cache.sharing.board import RefusalNote, ScorerNote, open_board
 from ketchup_cache.sharing.presence import Presence
+from ketchup_cache.training import waiting
 
 SAMPLING = ["--student", str(TASK / "predistilled"), "--samples", "2", "--max-new-tokens", "16", "--device", "cpu"]
 LEARNING = ["--steps", "4", "--refresh-every", "2", "--batch-size", "8", "--lr", "1e-3", "--unfinished", "bootstrap"]

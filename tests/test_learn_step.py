@@ -10,9 +10,9 @@ from learning import CapturedGradient, config, whole_batch
 from tiny import WORDS, assert_bfloat16_gradient, make_t5
 from transformers import AutoModelForSeq2SeqLM
 
-from ketchup_cache.learn.step import learning_signal, score_weights, train_step
 from ketchup_cache.models.head import Head
 from ketchup_cache.models.load import load_model
+from ketchup_cache.training.policy_gradient import learning_signal, score_weights, train_step
 
 VOCAB = len(WORDS) + 3
 

@@ -12,7 +12,7 @@ from ketchup_cache.cache.cache import open_cache
 from ketchup_cache.cli import main
 from ketchup_cache.config.commands import LearnConfig
 from ketchup_cache.errors import MismatchError
-from ketchup_cache.learn.loop import learn
+from ketchup_cache.training.learn import learn
 from ketchup_cache.types import Prompts
 
 

@@ -146,7 +146,7 @@ def test_pyplot_with_its_global_state_is_not_touched():
 
 
 def test_default_panels_are_figures_that_learn_reports():
-    from ketchup_cache.learn.metrics import StepMetrics
+    from ketchup_cache.training.metrics import StepMetrics
 
     wanted = {key for panel in LEARNING for key in (panel.key, panel.band) if key} | {"step", "refreshed"}
     assert wanted <= set(StepMetrics.model_fields)

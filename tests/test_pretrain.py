@@ -13,8 +13,8 @@ from tiny import assert_bfloat16_gradient, make_t5, make_tokenizer, save_model, 
 
 from ketchup_cache.config.commands import PretrainConfig
 from ketchup_cache.errors import CacheError, DataError, KetchupError
-from ketchup_cache.pretrain import _target_ids, pretrain
-from ketchup_cache.training.optim import Optimizer
+from ketchup_cache.training.optimizer import Optimizer
+from ketchup_cache.training.pretrain import _target_ids, pretrain
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,8 @@ from caches import make_cache
 from tiny import save_model
 
 from ketchup_cache.config.commands import LearnConfig
-from ketchup_cache.learn.loop import learn
 from ketchup_cache.schemas.generate import FOLDER
+from ketchup_cache.training.learn import learn
 
 RECIPES = sorted((Path(__file__).parents[1] / "ketchup_cache" / "recipes").glob("*.yaml"))
 

@@ -312,7 +312,7 @@ def test_a_place_without_a_cache_is_one_clear_line(tmp_path, capsys):
 
 
 def test_pins_show_the_pinned_segments_alone(cache, tmp_path):
-    from ketchup_cache.learn import pins
+    from ketchup_cache.training import pins
 
     used = [id_ for id_, _ in cache.manifests()]
     record = pins.Pins(tmp_path / "run", cache, resumed=False)

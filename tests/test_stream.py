@@ -16,8 +16,8 @@ from store_samples import make_prompts, make_rollouts, make_scores
 
 from ketchup_cache.cache.cache import Cache
 from ketchup_cache.errors import CorruptError
-from ketchup_cache.learn import stream as module
-from ketchup_cache.learn.stream import Stream, gather, plan_batches
+from ketchup_cache.training import batches as module
+from ketchup_cache.training.batches import Stream, gather, plan_batches
 from ketchup_cache.types import ScoredRollouts
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))

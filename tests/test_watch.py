@@ -21,7 +21,6 @@ from ketchup_cache.cache.garbage import collect
 from ketchup_cache.cache.inspect import verify
 from ketchup_cache.cli import main
 from ketchup_cache.errors import CacheError, NumericsError
-from ketchup_cache.learn import waiting
 from ketchup_cache.scoring.watch import Watcher, watch
 from ketchup_cache.sharing import base, presence
 from ketchup_cache.sharing import remote_cache as view
@@ -29,6 +28,7 @@ from ketchup_cache.sharing.board import MAX_NOTE_BYTES, ClaimNote, ScorerNote, o
 from ketchup_cache.sharing.folder import LocalBoard
 from ketchup_cache.sharing.presence import Patience, Presence
 from ketchup_cache.sharing.transfer import copy
+from ketchup_cache.training import waiting
 
 
 @pytest.fixture(autouse=True)

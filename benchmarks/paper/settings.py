@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from ketchup_cache.learn import pick
+from ketchup_cache.training import pick
 
 Options = dict[str, Any]
 """Options of a command, by their YAML names."""

@@ -30,7 +30,7 @@ from ketchup_cache.config.resolve import flag
 from ketchup_cache.errors import ConfigError, WriteError
 from ketchup_cache.files import publishing, write_file, writing
 from ketchup_cache.models.load import quiet
-from ketchup_cache.training.optim import Optimizer
+from ketchup_cache.training.optimizer import Optimizer
 from ketchup_cache.training.origin import Origin
 
 MAY_CHANGE = {"checkpoint_every", "trust_remote_code", "scorer_timeout"}

@@ -15,20 +15,20 @@ from ketchup_cache.cache.cache import Cache
 from ketchup_cache.cache.manifest import TokenizerInfo
 from ketchup_cache.config.commands import LearnConfig
 from ketchup_cache.errors import MismatchError
-from ketchup_cache.learn import pins
-from ketchup_cache.learn.distill import divergence_step
-from ketchup_cache.learn.metrics import StepMetrics
-from ketchup_cache.learn.source import Offline, OnPolicy, ScoreRollouts, Source
-from ketchup_cache.learn.step import train_step
 from ketchup_cache.models.fingerprint import state_fingerprint, tokenizer_info
 from ketchup_cache.models.head import Head
 from ketchup_cache.models.load import load_model, load_tokenizer
 from ketchup_cache.progress import progress
 from ketchup_cache.rollouts.calculator import Calculator
 from ketchup_cache.sharing.remote_cache import open_cache
-from ketchup_cache.training.optim import Optimizer
+from ketchup_cache.training import pins
+from ketchup_cache.training.divergence import divergence_step
+from ketchup_cache.training.metrics import StepMetrics
+from ketchup_cache.training.optimizer import Optimizer
 from ketchup_cache.training.origin import Origin
+from ketchup_cache.training.policy_gradient import train_step
 from ketchup_cache.training.run import Run
+from ketchup_cache.training.source import Offline, OnPolicy, ScoreRollouts, Source
 
 OFTEN_CUT = 0.2
 """Share of rollouts that were cut at the length limit."""

@@ -12,14 +12,14 @@ from transformers import PreTrainedModel
 
 from ketchup_cache.config.commands import LearnConfig
 from ketchup_cache.errors import CacheError, NumericsError
-from ketchup_cache.learn.metrics import StepMetrics
 from ketchup_cache.method.baselines import leave_one_out_baseline, mean_baseline, min_variance_baseline
 from ketchup_cache.method.losses import Staleness, importance_ratio, policy_gradient_loss, squared_score
 from ketchup_cache.method.returns import rollout_returns
 from ketchup_cache.models.batching import token_budget_batches
 from ketchup_cache.models.forward import Batch, computes_prompts_once, training_states
 from ketchup_cache.models.head import Head
-from ketchup_cache.training.optim import Optimizer
+from ketchup_cache.training.metrics import StepMetrics
+from ketchup_cache.training.optimizer import Optimizer
 from ketchup_cache.types import Ragged, ScoredRollouts
 
 CHUNK = 1024

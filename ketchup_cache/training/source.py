@@ -15,13 +15,13 @@ from ketchup_cache.cache.index import ScoredRef
 from ketchup_cache.cache.manifest import PolicyInfo, TokenizerInfo
 from ketchup_cache.config.commands import LearnConfig
 from ketchup_cache.errors import CacheError
-from ketchup_cache.learn.pick import ON_OUTPUTS, ON_SAMPLES, student_samples, teacher_outputs
-from ketchup_cache.learn.stream import Stream, concatenate
 from ketchup_cache.models.fingerprint import state_fingerprint, weights_fingerprint
 from ketchup_cache.models.load import resolve_folder
 from ketchup_cache.progress import progress
 from ketchup_cache.rollouts.calculator import Calculator
 from ketchup_cache.rollouts.segments import rollout_chunks, rollout_range, sampling_of
+from ketchup_cache.training.batches import Stream, concatenate
+from ketchup_cache.training.pick import ON_OUTPUTS, ON_SAMPLES, student_samples, teacher_outputs
 from ketchup_cache.types import ScoredRollouts
 
 ScoreRollouts = Callable[[Cache, Sequence[str]], str]

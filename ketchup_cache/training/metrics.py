@@ -12,7 +12,7 @@ from ketchup_cache.method.losses import Staleness
 from ketchup_cache.types import ScoredRollouts
 
 if TYPE_CHECKING:
-    from ketchup_cache.learn.step import Signal
+    from ketchup_cache.training.policy_gradient import Signal
 
 
 class StepMetrics(BaseModel):

@@ -25,7 +25,7 @@ from ketchup_cache.progress import progress
 from ketchup_cache.rollouts.sample import eos_ids
 from ketchup_cache.sharing.remote_cache import open_cache
 from ketchup_cache.text.prompts import as_chat, kept_examples, read_examples, tokenize_prompts
-from ketchup_cache.training.optim import Optimizer
+from ketchup_cache.training.optimizer import Optimizer
 from ketchup_cache.training.origin import Origin
 from ketchup_cache.training.run import Run
 from ketchup_cache.types import TOKEN_DTYPE, Ragged
