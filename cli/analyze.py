@@ -13,6 +13,6 @@ from .app import Result, command
 )
 def analyze(config: AnalyzeConfig) -> Result:
     """Variance and bias against K, from a cache alone (Figure 2)."""
-    from ketchup_cache.analyze import analyze
+    from ketchup_cache.report.analyze import analyze
 
     return analyze(config)

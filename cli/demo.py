@@ -8,6 +8,6 @@ from .app import Result, command, main
 @command(examples=["ketchup-cache demo", "ketchup-cache demo --out /tmp/demo"])
 def demo(config: DemoConfig) -> Result:
     """Distil a shipped teacher into a small student, from start to end."""
-    from ketchup_cache.demo import demo
+    from ketchup_cache.report.demo import demo
 
     return demo(config, main)

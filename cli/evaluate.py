@@ -14,6 +14,6 @@ from .app import Result, command
 )
 def evaluate(config: EvaluateConfig) -> Result:
     """Decode greedily; report task metrics and the mean return."""
-    from ketchup_cache.evaluate import evaluate
+    from ketchup_cache.report.evaluate import evaluate
 
     return evaluate(config)

@@ -17,6 +17,6 @@ def export(config: ExportConfig) -> Result:
 
     docs/sharing.md names the columns. What the cache guarantees of its bytes ends here: other tools check nothing.
     """
-    from ketchup_cache.export import export
+    from ketchup_cache.report.export import export
 
     return export(config)

@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 
 from ketchup_cache import open_cache
-from ketchup_cache.analyze import analyze
 from ketchup_cache.cache.manifest import (
     DataInfo,
     PolicyInfo,
@@ -27,6 +26,7 @@ from ketchup_cache.cache.manifest import (
 )
 from ketchup_cache.config.commands import AnalyzeConfig
 from ketchup_cache.errors import CacheError
+from ketchup_cache.report.analyze import analyze
 from ketchup_cache.types import Prompts, Ragged, Rollouts, Scores
 
 TOKENIZER = TokenizerInfo(name="words", fingerprint="a" * 64, vocab_size=50)

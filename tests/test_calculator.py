@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ketchup_cache.metrics import compute
+from ketchup_cache.report.task_metrics import compute
 from ketchup_cache.rollouts.arithmetic import DEEPEST, LONGEST, LONGEST_RESULT, calculate
 
 GSM8K = Path(__file__).resolve().parents[2] / "shared" / "data" / "gsm8k"

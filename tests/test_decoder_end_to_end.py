@@ -16,8 +16,8 @@ from ketchup_cache.cli import main
 from ketchup_cache.config.commands import EvaluateConfig, PretrainConfig, RolloutConfig
 from ketchup_cache.config.options import DataOptions
 from ketchup_cache.errors import ConfigError, DataError, ModelError
-from ketchup_cache.evaluate import evaluate
 from ketchup_cache.models.load import load_model, load_tokenizer
+from ketchup_cache.report.evaluate import evaluate
 from ketchup_cache.rollouts.rollout import rollout
 from ketchup_cache.text.prompts import as_chat, data_info, read_examples, tokenize_prompts
 from ketchup_cache.training.pretrain import pretrain

@@ -13,7 +13,7 @@ import pytest
 
 from ketchup_cache.cli import main
 from ketchup_cache.config.commands import DemoConfig
-from ketchup_cache.demo import demo
+from ketchup_cache.report.demo import demo
 from ketchup_cache.shipped import task
 
 TASK = task("translate")

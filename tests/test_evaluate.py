@@ -13,10 +13,10 @@ import torch
 from tiny import WORDS, make_tokenizer, save_model, write_prompts
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
-from ketchup_cache import evaluate as module
 from ketchup_cache.config.commands import EvaluateConfig
 from ketchup_cache.errors import DataError, MismatchError, WriteError
-from ketchup_cache.evaluate import evaluate
+from ketchup_cache.report import evaluate as module
+from ketchup_cache.report.evaluate import evaluate
 
 LONGEST = 12
 VOCABULARY = len(WORDS) + 3

@@ -13,10 +13,10 @@ import pyarrow.parquet as pq
 import pytest
 from store_samples import VOCAB, make_prompts, make_rollouts, prompts_info, rollouts_info, scores_info
 
-from ketchup_cache import export as exporting
 from ketchup_cache.cache.cache import open_cache
 from ketchup_cache.cli import main
-from ketchup_cache.store import tables
+from ketchup_cache.report import export as exporting
+from ketchup_cache.report import tables
 from ketchup_cache.types import Scores
 
 LISTS = ("prompt_tokens", "completion_tokens", "forced", "behavior_logprob", "q", "max_q", "logsumexp", "mean_q")

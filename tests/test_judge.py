@@ -14,8 +14,8 @@ import pytest
 from ketchup_cache.cli import main
 from ketchup_cache.config.commands import JudgeConfig
 from ketchup_cache.errors import ConfigError, DataError, JudgeError
-from ketchup_cache.judge.driver import judge, wilson
-from ketchup_cache.judge.queries import Query, queries, verdict
+from ketchup_cache.report.judge.driver import judge, wilson
+from ketchup_cache.report.judge.queries import Query, queries, verdict
 
 pytest.importorskip("openai")
 SECRET = "sk-very-secret"

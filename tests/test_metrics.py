@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from ketchup_cache.errors import DataError
-from ketchup_cache.metrics import compute, final_answer
+from ketchup_cache.report.task_metrics import compute, final_answer
 
 MAT = "the cat sat on the mat"
 GSM8K = Path(__file__).parents[2] / "shared" / "data" / "gsm8k" / "test.jsonl"

@@ -11,7 +11,7 @@ import pytest
 from matplotlib.image import imread
 
 from ketchup_cache.errors import WriteError
-from ketchup_cache.plots import (
+from ketchup_cache.report.plots import (
     LEARNING,
     Panel,
     learning_curves_figure,
@@ -141,7 +141,7 @@ def test_files_are_png_of_150_dpi(tmp_path: Path):
 
 
 def test_pyplot_with_its_global_state_is_not_touched():
-    code = "import sys, ketchup_cache.plots; sys.exit('matplotlib.pyplot' in sys.modules)"
+    code = "import sys, ketchup_cache.report.plots; sys.exit('matplotlib.pyplot' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from ketchup_cache.method.returns import k_step_returns
-from ketchup_cache.suggest import AVERAGED, suggest_k
+from ketchup_cache.report.suggest import AVERAGED, suggest_k
 
 KS = (1, 2, 3)
 

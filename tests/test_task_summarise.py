@@ -12,7 +12,7 @@ import sys
 import pytest
 
 from ketchup_cache.config.commands import EvaluateConfig
-from ketchup_cache.evaluate import evaluate
+from ketchup_cache.report.evaluate import evaluate
 from ketchup_cache.shipped import task
 
 TASK = task("summarise")

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from benchmarks.paper.settings import FIGURE_3_KS, FIGURE_3_TASK, TABLE, TASKS
 from benchmarks.paper.statistics import Mean
 from benchmarks.paper.tables import RETURN, Record, by_seed
-from ketchup_cache.plots import COLOURS, DASHES, MARKERS, running_mean, variance_bias_figure
+from ketchup_cache.report.plots import COLOURS, DASHES, MARKERS, running_mean, variance_bias_figure
 
 WINDOW = 5
 

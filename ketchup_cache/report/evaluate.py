@@ -19,10 +19,10 @@ from ketchup_cache.config.commands import EvaluateConfig
 from ketchup_cache.errors import DataError, MismatchError
 from ketchup_cache.files import write_file
 from ketchup_cache.method.returns import rollout_returns
-from ketchup_cache.metrics import Values, check_targets, compute
 from ketchup_cache.models.fingerprint import first_difference, tokenizer_info
 from ketchup_cache.models.load import load_model, load_tokenizer
 from ketchup_cache.progress import progress
+from ketchup_cache.report.task_metrics import Values, check_targets, compute
 from ketchup_cache.rollouts.calculator import Calculator
 from ketchup_cache.rollouts.sample import sample_completions
 from ketchup_cache.scoring.teacher import Teacher

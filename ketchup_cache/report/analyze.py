@@ -23,8 +23,8 @@ from ketchup_cache.errors import CacheError
 from ketchup_cache.files import write_file
 from ketchup_cache.method.returns import rollout_returns
 from ketchup_cache.progress import progress
+from ketchup_cache.report.suggest import Suggestion, suggest_k
 from ketchup_cache.sharing.remote_cache import open_cache
-from ketchup_cache.suggest import Suggestion, suggest_k
 from ketchup_cache.types import ScoredRollouts
 
 ROWS_AT_ONCE = 4096
@@ -164,7 +164,7 @@ def analyze(config: AnalyzeConfig) -> Analysis:
         policies=tuple(map(_Group.result, groups.values(), _labels(groups))),
     )
     if config.out:
-        from ketchup_cache.plots import plot_variance_bias  # slow to import
+        from ketchup_cache.report.plots import plot_variance_bias  # slow to import
 
         content = json.dumps(analysis.to_dict(), indent=2, ensure_ascii=False) + "\n"
         write_file(config.out / "analysis.json", content.encode())

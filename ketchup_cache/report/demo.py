@@ -16,7 +16,7 @@ from typing import Any
 from ketchup_cache.config.commands import DemoConfig
 from ketchup_cache.errors import KetchupError
 from ketchup_cache.files import write_file
-from ketchup_cache.plots import Panel, plot_learning_curves
+from ketchup_cache.report.plots import Panel, plot_learning_curves
 from ketchup_cache.shipped import task
 
 RunCommand = Callable[[Sequence[str]], int]

@@ -20,8 +20,8 @@ from ketchup_cache.config.caches import ExportConfig
 from ketchup_cache.errors import CacheError, ConfigError
 from ketchup_cache.files import publishing
 from ketchup_cache.progress import progress
+from ketchup_cache.report.tables import schema, scored_tables, unscored_tables
 from ketchup_cache.sharing.remote_cache import open_cache
-from ketchup_cache.store.tables import schema, scored_tables, unscored_tables
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -15,9 +15,9 @@ from typing import Any
 
 from ketchup_cache.config.commands import JudgeConfig
 from ketchup_cache.errors import ConfigError, DataError, JudgeError
-from ketchup_cache.judge.answers import Answers, key
-from ketchup_cache.judge.queries import queries, verdict
 from ketchup_cache.progress import progress
+from ketchup_cache.report.judge.answers import Answers, key
+from ketchup_cache.report.judge.queries import queries, verdict
 
 
 @dataclass(frozen=True)
