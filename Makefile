@@ -27,23 +27,23 @@ format: .venv/.installed
 	$(BIN)/ruff format .
 
 bench: .venv/.installed
-	$(BIN)/python benchmarks/returns.py
-	$(BIN)/python benchmarks/store.py --short
-	$(BIN)/python benchmarks/scoring.py
-	$(BIN)/python benchmarks/loading.py --short
-	$(BIN)/python benchmarks/growth.py --short
-	$(BIN)/python benchmarks/sweep.py --short
-	$(BIN)/python benchmarks/live_teacher.py --short
-	$(BIN)/python benchmarks/trl_live.py --short --trl-python "$(TRL)"
-	$(BIN)/python benchmarks/micro_batches.py --short
-	$(BIN)/python benchmarks/rollouts.py --short
-	$(BIN)/python benchmarks/keep_top.py --short
-	$(BIN)/python benchmarks/large_checkpoint.py --short
-	$(BIN)/python benchmarks/gpu.py --short
+	$(BIN)/python -m benchmarks.returns
+	$(BIN)/python -m benchmarks.store --short
+	$(BIN)/python -m benchmarks.scoring
+	$(BIN)/python -m benchmarks.loading --short
+	$(BIN)/python -m benchmarks.growth --short
+	$(BIN)/python -m benchmarks.sweep --short
+	$(BIN)/python -m benchmarks.live_teacher --short
+	$(BIN)/python -m benchmarks.trl_live --short --trl-python "$(TRL)"
+	$(BIN)/python -m benchmarks.micro_batches --short
+	$(BIN)/python -m benchmarks.rollouts --short
+	$(BIN)/python -m benchmarks.keep_top --short
+	$(BIN)/python -m benchmarks.large_checkpoint --short
+	$(BIN)/python -m benchmarks.gpu --short
 
 # about half an hour; `make test` has a short form
 soak: .venv/.installed
-	$(BIN)/python benchmarks/soak.py --out benchmarks/results/soak.json
+	$(BIN)/python -m benchmarks.soak --out benchmarks/results/soak.json
 
 # hours; stopped at any moment, it goes on
 paper-table: .venv/.installed

@@ -1,6 +1,6 @@
 """What the calculator costs in decoding: seconds per decoding step with it and without it.
 
-    python benchmarks/calculator.py [--batch 64] [--steps 64]
+    python -m benchmarks.calculator [--batch 64] [--steps 64]
 
 A T5 of T5-small's shape and one of the shipped task's student, random weights, sampling to a fixed length. The extra
 time of the processor is also taken on its own, on rows that write an annotation again and again: the worst case.
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from transformers import AutoTokenizer, T5Config, T5ForConditionalGeneration
 
-from ketchup_cache.cache.manifest import Sampling
+from ketchup_cache.provenance import Sampling
 from ketchup_cache.rollouts.calculator import Calculator, ForcedResults
 from ketchup_cache.rollouts.sample import sample_completions
 from ketchup_cache.types import Ragged

@@ -24,19 +24,11 @@ from typing import Any
 
 import numpy as np
 
-from ketchup_cache import __version__
 from ketchup_cache.cache.cache import Cache, open_cache
-from ketchup_cache.cache.manifest import (
-    DataInfo,
-    PolicyInfo,
-    PromptsInfo,
-    RolloutsInfo,
-    Sampling,
-    ScoresInfo,
-    TeacherInfo,
-    TokenizerInfo,
-)
+from ketchup_cache.cache.manifest import PromptsInfo, RolloutsInfo, ScoresInfo
+from ketchup_cache.provenance import DataInfo, PolicyInfo, Sampling, TeacherInfo, TokenizerInfo
 from ketchup_cache.types import Prompts, Ragged, Rollouts, ScoredRollouts, Scores
+from ketchup_cache.version import __version__
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).parent / "results"

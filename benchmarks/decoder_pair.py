@@ -1,6 +1,6 @@
 """A decoder-only teacher and student for `translate`, made on the spot, for what needs such a pair (trl_live.py).
 
-    python benchmarks/decoder_pair.py [--epochs 1]        # 10 minutes; what is finished is not made again
+    python -m benchmarks.decoder_pair [--epochs 1]        # 10 minutes; what is finished is not made again
 
 Qwen2 architecture, the task's words as tokens. The teacher (3.1M parameters) learns the references by
 `ketchup-cache pretrain`, then goes on with half of them disturbed as `data/translate/make_task.py` does it, so that
@@ -19,10 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common import ROOT, options
-
-sys.path.append(str(ROOT / "data" / "translate"))
-from make_task import Language
+from benchmarks.common import ROOT, options
+from data.translate.make_task import Language
 
 TASK = ROOT / "data" / "translate"
 FOLDER = ROOT / "benchmarks" / "work" / "decoder-pair"

@@ -1,7 +1,7 @@
 """Scoring, sampling and learning at the size of the paper's models, on a GPU. Makes its own random weights.
 
-    python benchmarks/gpu.py            # FLAN-T5-XL-shaped teacher (3B, bfloat16), T5-base-shaped student (float32)
-    python benchmarks/gpu.py --tiny     # the same on toy sizes, on any machine
+    python -m benchmarks.gpu            # FLAN-T5-XL-shaped teacher (3B, bfloat16), T5-base-shaped student (float32)
+    python -m benchmarks.gpu --tiny     # the same on toy sizes, on any machine
 
 Nothing is downloaded. Prompts log-normal around 180 tokens, completions 25 ± 8, 4 of each prompt. In one process:
 
@@ -25,7 +25,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import (
+from scoring import plain_way
+
+from benchmarks.common import (
     FLAN_T5_XL,
     T5_BASE,
     T5_SMALL,
@@ -41,13 +43,11 @@ from common import (
     t5,
     table,
 )
-from scoring import plain_way
-
-from ketchup_cache.cache.manifest import Sampling, TeacherInfo, TokenizerInfo
 from ketchup_cache.config.commands import LearnConfig
 from ketchup_cache.models.head import Head
 from ketchup_cache.models.load import fuse_gelu
 from ketchup_cache.models.memory import TokenBudget
+from ketchup_cache.provenance import Sampling, TeacherInfo, TokenizerInfo
 from ketchup_cache.rollouts.sample import sample_completions
 from ketchup_cache.scoring.teacher import Teacher
 from ketchup_cache.training.optimizer import Optimizer

@@ -1,6 +1,6 @@
 """The commands on a GPU, on the shipped task `translate`: that they do there what they do on a CPU.
 
-    python benchmarks/gpu_commands.py [--device cuda]
+    python -m benchmarks.gpu_commands [--device cuda]
 
 `rollout`, `score`, `learn` and `evaluate` as a user runs them, in processes of their own. Prints the largest difference
 between scores of the same rollouts made on the device and on the CPU (both float32), and what the same on-policy run
@@ -20,8 +20,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import ROOT, machine, options, publish, table
 
+from benchmarks.common import ROOT, machine, options, publish, table
 from ketchup_cache.cache.cache import open_cache
 
 TASK = ROOT / "data" / "translate"

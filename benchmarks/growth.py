@@ -1,7 +1,7 @@
 """How time, memory and disk grow with the number of completion tokens, and what the paper's data sets would cost.
 
-    python benchmarks/growth.py [--largest 10000000]
-    python benchmarks/growth.py --full-size        # the second half alone, from results/gpu.json
+    python -m benchmarks.growth [--largest 10000000]
+    python -m benchmarks.growth --full-size        # the second half alone, from results/gpu.json
 
 Measured at 10³, 10⁴, … tokens in the realistic mix of lengths: commit of prompts, rollouts and scores; one epoch
 through the loader; bytes on the disk. Scoring (T5-small-shaped, random weights) is measured on `--score-rollouts`
@@ -17,7 +17,7 @@ import json
 import tempfile
 from pathlib import Path
 
-from common import (
+from benchmarks.common import (
     FLAN_T5_XL,
     RESULTS,
     T5_SMALL,
@@ -33,7 +33,6 @@ from common import (
     table,
     timed,
 )
-
 from ketchup_cache.cache.cache import open_cache
 from ketchup_cache.training.batches import Stream
 
@@ -49,7 +48,7 @@ def epoch(path: Path) -> int:
 
 def scoring_rate(rollouts: int) -> tuple[float, float]:
     """Completion tokens per wall second and per CPU second."""
-    from ketchup_cache.cache.manifest import TeacherInfo, TokenizerInfo
+    from ketchup_cache.provenance import TeacherInfo, TokenizerInfo
     from ketchup_cache.scoring.teacher import Teacher
 
     info = TeacherInfo(name="random", fingerprint=fingerprint("t"), dtype="float32")

@@ -1,4 +1,4 @@
-"""How many of the teacher's logits are enough for the divergences: `python benchmarks/keep_top.py [--prompts N]`.
+"""How many of the teacher's logits are enough for the divergences: `python -m benchmarks.keep_top [--prompts N]`.
 
 Against the divergences over full distributions, for each N: the relative error of their mean, the relative error of the
 gradient with respect to the student's logits (‖g_N − g‖ / ‖g‖ over all tokens), and what the kept logits take on disk.
@@ -16,9 +16,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import in_turn, options, publish, sample, t5, table
 from torch import Tensor
 
+from benchmarks.common import in_turn, options, publish, sample, t5, table
 from ketchup_cache.cache.cache import open_cache
 from ketchup_cache.cache.zarr_files import encode
 from ketchup_cache.config.commands import LearnConfig, RolloutConfig, ScoreConfig

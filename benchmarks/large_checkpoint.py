@@ -1,7 +1,7 @@
 """A FLAN-T5-XL-shaped checkpoint (3B parameters, bfloat16, sharded safetensors) through `score`, on a CPU.
 
-    python benchmarks/large_checkpoint.py [--rollouts 8]        # 6 GB of disk, 15 minutes
-    python benchmarks/large_checkpoint.py --short               # a small model in as many shards
+    python -m benchmarks.large_checkpoint [--rollouts 8]        # 6 GB of disk, 15 minutes
+    python -m benchmarks.large_checkpoint --short               # a small model in as many shards
 
 Random weights, made here. `score` runs in a process of its own, with its defaults apart from `--dtype bfloat16`, on
 made-up prompts (log-normal around 180 tokens) and completions (25 ± 8), 4 of each prompt. Prints its peak memory beside
@@ -16,8 +16,8 @@ import tempfile
 from pathlib import Path
 
 import torch
-from common import FLAN_T5_XL, commit_rollouts, options, publish, run, sample, t5, table, word_tokenizer
 
+from benchmarks.common import FLAN_T5_XL, commit_rollouts, options, publish, run, sample, t5, table, word_tokenizer
 from ketchup_cache.cache.cache import open_cache
 from ketchup_cache.models.fingerprint import tokenizer_info
 

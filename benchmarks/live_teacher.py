@@ -1,10 +1,10 @@
 """Offline, refreshed, and live: wall time, memory and return at equal optimizer steps on equal data.
 
-    python benchmarks/live_teacher.py [--only task,proportion,memory] [--ways live,16x4,offlinex16@1e-4] [--add]
+    python -m benchmarks.live_teacher [--only task,proportion,memory] [--ways live,16x4,offlinex16@1e-4] [--add]
 
-Ways: clocked.py. A learning rate is of `task` alone; it was chosen on the dev split (docs/log.md). Offline is charged
+Ways: timed_run.py. A learning rate is of `task` alone; it was chosen on the dev split (docs/log.md). Offline is charged
 with `rollout` and `score` too; `learning alone` is what a second run on the same cache costs. Times are without
-start-up and reading models (clocked.py); a live teacher stays in memory. `--add --test 0` takes the times again and
+start-up and reading models (timed_run.py); a live teacher stays in memory. `--add --test 0` takes the times again and
 keeps the returns.
 
 1. `task`: the shipped task `translate`, where a return means something but the teacher (1.0M parameters) is only five
@@ -31,8 +31,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from clocked import HEAD, Way, by, rows
-from common import (
+
+from benchmarks.common import (
     ROOT,
     T5_BASE,
     T5_SMALL,
@@ -47,6 +47,7 @@ from common import (
     tool,
     word_tokenizer,
 )
+from benchmarks.timed_run import HEAD, Way, by, rows
 
 TASK = ROOT / "data" / "translate"
 DECODING = {"max_new_tokens": 36, "rollout_batch": 256}

@@ -1,6 +1,6 @@
 """Does learning ever wait for data? Speed of the loader, memory while it streams, and its share of a step.
 
-    python benchmarks/loading.py [--tokens 100000000] [--folder DISK | --keep FOLDER]
+    python -m benchmarks.loading [--tokens 100000000] [--folder DISK | --keep FOLDER]
 
 With --keep the caches are made in FOLDER where they are missing, and left there: `--only-make` does no more than that,
 so that a busy machine can make them and a quiet one measure.
@@ -20,8 +20,8 @@ import time
 from pathlib import Path
 
 import numpy as np
-from common import forget_peak, made_up_cache, options, peak, publish, sample, t5, table
 
+from benchmarks.common import forget_peak, made_up_cache, options, peak, publish, sample, t5, table
 from ketchup_cache.cache.cache import open_cache
 from ketchup_cache.training.batches import Stream, gather
 

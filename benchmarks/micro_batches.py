@@ -1,6 +1,6 @@
 """Length-bucketed micro-batches against padded batches of 8 in random order, and what the log-probabilities hold.
 
-    python benchmarks/micro_batches.py [--rollouts 32]
+    python -m benchmarks.micro_batches [--rollouts 32]
 
 Random weights of T5-small's shape, the realistic mix of lengths. Both ways take the gradient of the same loss over
 the same rollouts: `train_step`'s way (token-budget micro-batches sorted by length, each prompt encoded once, head
@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import T5_SMALL, VOCAB, forget_peak, options, peak, publish, sample, t5, table, timed
 
+from benchmarks.common import T5_SMALL, VOCAB, forget_peak, options, peak, publish, sample, t5, table, timed
 from ketchup_cache.config.commands import LearnConfig
 from ketchup_cache.models.batching import token_budget_batches
 from ketchup_cache.models.forward import Batch, completion_states
@@ -29,7 +29,7 @@ BUDGET = LearnConfig.model_fields["micro_batch_tokens"].default
 
 
 def bucketed(model: Any, head: Head, batch: ScoredRollouts, weight: np.ndarray, budget: int = BUDGET) -> None:
-    """As in learn/step.py, without the metrics."""
+    """As in training/policy_gradient.py, without the metrics."""
     prompts, rollouts = batch.prompts.tokens, batch.rollouts
     lengths, index = rollouts.completions.lengths, rollouts.prompt_index
     weights = rollouts.completions.with_values(weight)

@@ -1,6 +1,6 @@
 """How much faster k_step_returns is than Algorithm 1 written out in Python. Prints a table.
 
-python benchmarks/returns.py
+python -m benchmarks.returns
 """
 
 from __future__ import annotations

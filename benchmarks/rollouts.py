@@ -1,17 +1,17 @@
 """Where the time of sampling goes, and what it could be: `generate` row by row, ours on `generate`, ours, CTranslate2.
 
-    python benchmarks/rollouts.py [--prompts 16] [--ways "on generate,ours"] [--tasks]
+    python -m benchmarks.rollouts [--prompts 16] [--ways "on generate,ours"] [--tasks]
 
 Random weights of T5-small's shape, realistic prompts, 4 samples of each. One in 25 ids ends a completion, so that
 lengths are geometric with a mean near 25, cut at 64: random weights alone would never stop.
 
 - plain: transformers' `generate`, every sample a row of its own with an encoder pass of its own, 8 at once, as
   they come.
-- on generate: `sample_completions` as it is for models that `lm/decode.py` does not know: each prompt encoded once for
-  its samples, 64 at once, every row computed until the last has ended.
-- on its own steps: `lm/decode.py` with the model's own forward pass, as it is for everything but T5: prompts sorted by
-  length, rows that have ended leave.
-- ours: `sample_completions` as a T5 gets it, with the steps of `lm/t5.py`.
+- on generate: `sample_completions` as it is for models that `rollouts/decode.py` does not know: each prompt encoded
+  once for its samples, 64 at once, every row computed until the last has ended.
+- on its own steps: `rollouts/decode.py` with the model's own forward pass, as it is for everything but T5: prompts
+  sorted by length, rows that have ended leave.
+- ours: `sample_completions` as a T5 gets it, with the steps of `rollouts/t5_decode.py`.
 - CTranslate2: float32 `Translator`, an engine of its own. It reports one score per completion, so the tokens' log-
   probabilities are recomputed by our model in one pass, which is part of its time. `converted` adds what each refresh
   of the policy would cost it: writing the weights, converting and loading them.
@@ -34,14 +34,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import ROOT, T5_SMALL, VOCAB, options, publish, sample, t5, table, timed
 
 import ketchup_cache.rollouts.decode as decode_module
 import ketchup_cache.rollouts.sample as sample_module
-from ketchup_cache.cache.manifest import Sampling
+from benchmarks.common import ROOT, T5_SMALL, VOCAB, options, publish, sample, t5, table, timed
 from ketchup_cache.models.forward import Batch, completion_states
 from ketchup_cache.models.head import Head
 from ketchup_cache.models.load import load_model, load_tokenizer
+from ketchup_cache.provenance import Sampling
 from ketchup_cache.rollouts.calculator import Calculator
 from ketchup_cache.rollouts.sample import sample_completions
 from ketchup_cache.types import Ragged, Rollouts
@@ -155,7 +155,8 @@ class Engine:
 
     def __init__(self, model: Any, folder: Path, threads: int) -> None:
         import ctranslate2
-        from common import word_tokenizer
+
+        from benchmarks.common import word_tokenizer
 
         self.model, self.head, tokenizer = model, Head.of(model, VOCAB + 28), word_tokenizer(VOCAB + 28)
         began = time.perf_counter(), time.process_time()

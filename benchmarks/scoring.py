@@ -1,6 +1,6 @@
 """Scoring speed, memory and exactness: `Teacher.score` against the plain way, in one run.
 
-    python benchmarks/scoring.py [--model small|base|decoder] [--gsm8k FOLDER] [--only time|memory|overlap]
+    python -m benchmarks.scoring [--model small|base|decoder] [--gsm8k FOLDER] [--only time|memory|overlap]
 
 `--only` measures a part again and keeps what the results file holds of the others, of times too: those of other text,
 numbers of rollouts, and completions a prompt (`--samples`).
@@ -28,7 +28,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import (
+
+from benchmarks.common import (
     QWEN2_SMALL,
     T5_BASE,
     T5_SMALL,
@@ -51,10 +52,9 @@ from common import (
     timed,
     word_tokenizer,
 )
-
 from ketchup_cache.cache.cache import open_cache
-from ketchup_cache.cache.manifest import TeacherInfo, TokenizerInfo
 from ketchup_cache.config.commands import ScoreConfig
+from ketchup_cache.provenance import TeacherInfo, TokenizerInfo
 from ketchup_cache.scoring.teacher import Teacher
 from ketchup_cache.types import Ragged, Rollouts
 

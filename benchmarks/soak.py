@@ -1,4 +1,4 @@
-"""The trust figures, in their long form: `make soak`, or `python benchmarks/soak.py [--share 0.1] [--out FILE]`.
+"""The trust figures, in their long form: `make soak`, or `python -m benchmarks.soak [--share 0.1] [--out FILE]`.
 
 Prints a line of counts for each kind of trouble, and fails where one is not as it must be (docs/trust.md).
 """
@@ -19,16 +19,24 @@ from pathlib import Path
 from typing import Any
 
 os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 import pytest
-from caches import make_cache
-from test_compact import small_segments
-from tiny import save_model
-from trust import ERRORS, Kills, fail_every_step, flips, kill_command, kill_gc, kill_writers, write_at_once
-from trust_s3 import KEYS, SameKeys, emulated_s3, families, kill_copies, make_bucket, same_keys
 
 from ketchup_cache.cache.cache import open_cache
+from tests.helpers.caches import make_cache
+from tests.helpers.tiny import save_model
+from tests.helpers.trust import (
+    ERRORS,
+    Kills,
+    fail_every_step,
+    flips,
+    kill_command,
+    kill_gc,
+    kill_writers,
+    write_at_once,
+)
+from tests.helpers.trust_s3 import KEYS, SameKeys, emulated_s3, families, kill_copies, make_bucket, same_keys
+from tests.sharing.test_compact import small_segments
 
 NONE = "lost partial torn silent false_acknowledgements unclear two_creators early"
 GOOD = dict.fromkeys(NONE.split(), 0)

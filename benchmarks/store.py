@@ -1,6 +1,6 @@
 """How fast the cache commits, loads and gathers, and how small it is.
 
-    python benchmarks/store.py [--folder DISK]
+    python -m benchmarks.store [--folder DISK]
 
 One scores segment of a million tokens, in rows of 100. Speeds are of the arrays as they are in memory, beside two
 yardsticks in the same run: the same numbers as plain .npy files, neither compressed nor hashed nor synced; and what the
@@ -16,8 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from common import commit_rollouts, options, publish, sample, table, timed
 
+from benchmarks.common import commit_rollouts, options, publish, sample, table, timed
 from ketchup_cache.cache.cache import Cache, open_cache
 from ketchup_cache.config.commands import CompactConfig
 from ketchup_cache.sharing.compact import compact

@@ -1,6 +1,6 @@
 """A sweep over K and baselines from one scored cache, against as many runs with a live teacher.
 
-    python benchmarks/sweep.py [--steps 8]
+    python -m benchmarks.sweep [--steps 8]
 
 K ∈ {1, 2, 4, 8, 16} × baseline ∈ {mean, leave-one-out} on the shipped task `translate`. From the cache: one
 `rollout`, one `score`, ten offline runs. Live: ten runs that sample and score at every step. Equal steps on
@@ -14,8 +14,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from common import ROOT, options, publish, table, timed
-
+from benchmarks.common import ROOT, options, publish, table, timed
 from ketchup_cache.cli.learn import _scorer
 from ketchup_cache.config.commands import LearnConfig, RolloutConfig, ScoreConfig
 from ketchup_cache.rollouts.rollout import rollout

@@ -1,6 +1,6 @@
 """This tool against TRL's DistillationTrainer, decoder-only: time, memory and return at equal steps on equal rollouts.
 
-    python benchmarks/trl_live.py --trl-python PATH [--seeds 0,1,2] [--add]
+    python -m benchmarks.trl_live --trl-python PATH [--seeds 0,1,2] [--add]
 
 PATH: the Python of an environment with TRL (`python -m venv trl && trl/bin/pip install trl`); TRL is no dependency of
 this project. Without it the rest is run. The models are made first, which takes minutes, and kept (decoder_pair.py).
@@ -14,7 +14,7 @@ this project. Without it the rest is run. The models are made first, which takes
 
 Equal for all: student, teacher, optimizer steps, rollouts per step, length limit, AdamW and its schedule. Each with
 what did best for it on the dev split with other prompts (log.md): TRL and reverse KL with one sample of each prompt,
-K = 4 with eight and a leave-one-out baseline; learning rates (clocked.py).
+K = 4 with eight and a leave-one-out baseline; learning rates (timed_run.py).
 Times are without start-up and reading models. Return: mean G₁ of greedy outputs on the test split under the teacher,
 from `evaluate`. Times are of the first seed, returns of all. `--add --seeds 1,2 --ways trl,live` adds runs to the
 results file; `--add --test 0` takes the times again and keeps the returns.
@@ -31,9 +31,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from clocked import HEAD, Way, by, rows
-from common import ROOT, held, merged, options, publish, run, table
 from decoder_pair import FOLDER, MAX_NEW_TOKENS, PREDISTILLED_ON, TASK, TEMPLATE, Pair, pair
+
+from benchmarks.common import ROOT, held, merged, options, publish, run, table
+from benchmarks.timed_run import HEAD, Way, by, rows
 
 WAYS = (
     "trl@5e-4,trl@2e-3,reverse-kl:live@2e-3,reverse-kl:4@2e-3,reverse-kl:16x4@2e-3,reverse-kl:offline@2e-3,"

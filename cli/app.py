@@ -14,12 +14,12 @@ import typer
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from ketchup_cache import __version__
 from ketchup_cache.config.base import Config, Positive
 from ketchup_cache.config.commands import COMMANDS
 from ketchup_cache.config.resolve import choices, flag, resolve
 from ketchup_cache.errors import KetchupError
 from ketchup_cache.shipped import recipe
+from ketchup_cache.version import __version__
 
 app = typer.Typer(
     name="ketchup-cache",

@@ -5,15 +5,17 @@ from __future__ import annotations
 from importlib.resources import files
 from pathlib import Path
 
+RECIPES = Path(str(files("ketchup_cache"))) / "config" / "recipes"
+
 
 def recipe(name: str) -> Path:
     """YAML file of a recipe; it need not exist."""
-    return Path(str(files("ketchup_cache.recipes"))) / f"{name}.yaml"
+    return RECIPES / f"{name}.yaml"
 
 
 def recipe_names() -> list[str]:
     """Names of all recipes, sorted."""
-    return sorted(path.stem for path in Path(str(files("ketchup_cache.recipes"))).glob("*.yaml"))
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
 
 def task(name: str) -> Path:

@@ -18,7 +18,7 @@ settings.load_profile("deterministic")
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """A tiny student and a tiny teacher."""
-    from tiny import save_model
+    from tests.helpers.tiny import save_model
 
     base = tmp_path_factory.mktemp("models")
     return save_model(base / "student", "1.0", seed=1), save_model(base / "teacher", "1.1", seed=2)
@@ -39,7 +39,7 @@ def one_thread():
 def s3_endpoint():
     """Address of an emulated S3 on loopback."""
     pytest.importorskip("moto.server", reason="moto is not installed: pip install 'ketchup-cache[dev]'")
-    from trust_s3 import emulated_s3
+    from tests.helpers.trust_s3 import emulated_s3
 
     with emulated_s3() as endpoint:
         yield endpoint
@@ -48,7 +48,7 @@ def s3_endpoint():
 @pytest.fixture
 def bucket(s3_endpoint, monkeypatch):
     """Name of a new, empty bucket; the environment leads to it."""
-    from trust_s3 import KEYS, make_bucket
+    from tests.helpers.trust_s3 import KEYS, make_bucket
 
     for key, value in {"AWS_ENDPOINT_URL": s3_endpoint, **KEYS}.items():
         monkeypatch.setenv(key, value)

@@ -11,9 +11,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-DRIVERS = {"pretrain", "rollout", "score", "learn.loop", "evaluate", "analyze", "compact", "demo", "judge.driver"}
-DRIVERS |= {"export", "watch"}
-FOUNDATION = {"types", "errors", "config", "config_base", "config_caches", "config_groups", "config_watch"}
+ROOMS = ["config", "method", "text", "models", "cache", "sharing", "rollouts", "scoring", "training", "report"]
+"""Folders, each of which imports only from those before it, and from the root."""
 
 
 def modules() -> dict[str, Path]:
@@ -26,18 +25,13 @@ def modules() -> dict[str, Path]:
     return found
 
 
-def imports(path: Path) -> set[str]:
-    """Modules of ours that a file imports, for types only left out."""
-    tree, found = ast.parse(path.read_text()), set()
-    typing_only = {
-        inner
-        for node in ast.walk(tree)
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
-        for inner in ast.walk(node)
-    }
+def imports(path: Path, *, at_import: bool = False) -> set[str]:
+    """Modules of ours that a file imports anywhere, for types too; `at_import`: only those loaded with it."""
+    tree, found, later = ast.parse(path.read_text()), set(), set()
     for node in ast.walk(tree):
-        if node in typing_only:
-            continue
+        if isinstance(node, ast.FunctionDef) or (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)):
+            later |= set(ast.walk(node)) if at_import else set()
+    for node in set(ast.walk(tree)) - later:
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
@@ -47,54 +41,58 @@ def imports(path: Path) -> set[str]:
 
 MODULES = modules()
 IMPORTS = {name: imports(path) for name, path in MODULES.items()}
+AT_IMPORT = {name: imports(path, at_import=True) for name, path in MODULES.items()}
 
 
-def reachable(name: str) -> set[str]:
+def reachable(name: str, of: dict[str, set[str]] = IMPORTS) -> set[str]:
     seen, todo = set(), [name]
     while todo:
-        for other in IMPORTS[todo.pop()] - seen:
+        for other in of[todo.pop()] - seen:
             seen.add(other)
             todo.append(other)
     return seen
 
 
+def room(name: str) -> str:
+    """The folder of a module; the root's files have none."""
+    return name.partition(".")[0] if "." in name else ""
+
+
 def test_the_reader_of_this_test_sees_real_modules():
-    assert {"returns", "store.cache", "learn.loop", "cli.app", "teacher"} <= set(MODULES)
-    assert "learn.stream" in IMPORTS["learn.source"]
+    assert {"method.returns", "cache.cache", "training.learn", "cli.app", "scoring.teacher"} <= set(MODULES)
+    assert "training.batches" in IMPORTS["training.source"]
+    assert {room(name) for name in MODULES} == {"", "cli", *ROOMS}
 
 
-def test_drivers_do_not_import_each_other_and_nobody_else_imports_them():
+def test_each_room_imports_only_from_those_before_it():
+    """Imports for types count, and those inside functions."""
     for name, found in IMPORTS.items():
-        if not name.startswith("cli"):
-            assert not found & (DRIVERS - {name}), f"{name} imports {found & DRIVERS}"
-
-
-def test_nothing_below_imports_the_command_line():
-    for name, found in IMPORTS.items():
-        if not name.startswith("cli") and name != "__main__":
-            assert not any(f.startswith("cli") for f in found), name
-
-
-def test_foundation_imports_nothing_above_it():
-    for name in FOUNDATION:
-        assert IMPORTS[name] <= FOUNDATION, name
-
-
-@pytest.mark.parametrize("name", ["returns", "baselines", "losses", "suggest"])
-def test_maths_is_pure(name):
-    """No I/O, no config, no model: arrays in, arrays out."""
-    assert IMPORTS[name] <= {"types"}
-
-
-def test_learning_never_reaches_the_teacher():
-    for name in MODULES:
-        if name.startswith(("learn", "training")):
-            assert not {"teacher", "score"} & reachable(name), name
+        if name in ("__init__", "__main__") or room(name) == "cli":
+            continue
+        allowed = {"", *(ROOMS[: ROOMS.index(room(name)) + 1] if room(name) else ())}
+        assert {room(other) for other in found} <= allowed, (name, sorted(found))
 
 
 def test_there_are_no_import_cycles():
     for name in MODULES:
-        assert name not in reachable(name) or name.endswith("__init__"), name
+        assert name not in reachable(name), name
+
+
+def test_the_root_has_at_most_nine_files():
+    assert len(list((ROOT / "ketchup_cache").glob("*.py"))) <= 9
+
+
+@pytest.mark.parametrize("name", ["returns", "baselines", "losses", "divergences"])
+def test_maths_is_pure(name):
+    """No I/O, no config, no model: arrays in, arrays out."""
+    assert IMPORTS[f"method.{name}"] <= {"types"}
+
+
+def test_learning_meets_the_teacher_only_where_it_has_one():
+    """Offline learning never imports what scores."""
+    for name in MODULES:
+        if room(name) == "training":
+            assert not any(room(other) == "scoring" for other in reachable(name, AT_IMPORT)), name
 
 
 def test_files_hold_one_idea():

@@ -9,7 +9,8 @@ import os
 import pytest
 from rich.console import Console
 
-from ketchup_cache import files, progress
+from ketchup_cache import console as progress
+from ketchup_cache import files
 from ketchup_cache.errors import WriteError
 
 

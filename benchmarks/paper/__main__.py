@@ -126,7 +126,7 @@ def load() -> dict[str, Any]:
 
 def save(records: list[dict[str, Any]], figures: list[dict[str, Any]]) -> None:
     """Into the results, in place of what is there of the same runs."""
-    from ketchup_cache import __version__
+    from ketchup_cache.version import __version__
 
     held = load()
     by_key = {r["key"]: r for r in [*held["records"], *records]}

@@ -11,7 +11,6 @@ from typing import TypeVar
 
 from numpy.typing import NDArray
 
-import ketchup_cache
 from ketchup_cache.cache import disk as durable
 from ketchup_cache.cache import index as coverage
 from ketchup_cache.cache import rules as segments
@@ -26,15 +25,14 @@ from ketchup_cache.cache.manifest import (
     Info,
     Kind,
     Manifest,
-    PolicyInfo,
     PromptsInfo,
     RolloutsInfo,
     ScoresInfo,
-    TeacherInfo,
-    canonical_json,
 )
 from ketchup_cache.errors import CacheError, ConfigError, CorruptError, MismatchError, NumericsError
+from ketchup_cache.provenance import PolicyInfo, TeacherInfo, canonical_json
 from ketchup_cache.types import Prompts, Rollouts, Row, ScoredRollouts, Scores
+from ketchup_cache.version import TOOL
 
 AUTHOR_VARIABLE = "KETCHUP_CACHE_AUTHOR"
 _KEEP_DECODED = 2
@@ -198,7 +196,7 @@ class Cache:
             manifest = Manifest(
                 format=FORMAT,
                 version=FORMAT_VERSION,
-                tool=f"ketchup-cache {ketchup_cache.__version__}",
+                tool=TOOL,
                 **({"author": self.author} if self.author else {}),
                 created=created or datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ"),
                 rows=rows,

@@ -6,8 +6,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
-from ketchup_cache.cache.manifest import Manifest, PolicyInfo, RolloutsInfo, ScoresInfo, TeacherInfo
+from ketchup_cache.cache.manifest import Manifest, RolloutsInfo, ScoresInfo
 from ketchup_cache.errors import CacheError, MismatchError
+from ketchup_cache.provenance import PolicyInfo, TeacherInfo
 
 Child = RolloutsInfo | ScoresInfo
 Model = TypeVar("Model", PolicyInfo, TeacherInfo)

@@ -12,9 +12,10 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from ketchup_cache.cache import float16 as halves
-from ketchup_cache.cache.manifest import ArrayEntry, Info, PromptsInfo, RolloutsInfo, ScoresInfo, TokenizerInfo
+from ketchup_cache.cache.manifest import ArrayEntry, Info, PromptsInfo, RolloutsInfo, ScoresInfo
 from ketchup_cache.cache.threads import PROCESSORS, each
 from ketchup_cache.errors import CacheError, NumericsError
+from ketchup_cache.provenance import TokenizerInfo
 from ketchup_cache.types import TOKEN_DTYPE, Prompts, Ragged, Rollouts, Scores
 
 Segment = Prompts | Rollouts | Scores

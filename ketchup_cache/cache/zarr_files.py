@@ -18,9 +18,10 @@ from numcodecs import Zstd
 from numpy.typing import DTypeLike, NDArray
 from pydantic_core import from_json
 
-from ketchup_cache.cache.manifest import ArrayEntry, canonical_json
+from ketchup_cache.cache.manifest import ArrayEntry
 from ketchup_cache.cache.threads import each, one_by_one
 from ketchup_cache.errors import CorruptError
+from ketchup_cache.provenance import canonical_json
 
 CHUNK_ELEMENTS = 2**20
 """Most elements in a chunk. Smaller arrays are one chunk."""

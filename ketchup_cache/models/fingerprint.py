@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ketchup_cache.cache.manifest import TokenizerInfo, canonical_json
 from ketchup_cache.errors import ModelError
+from ketchup_cache.provenance import TokenizerInfo, canonical_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

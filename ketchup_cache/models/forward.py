@@ -1,7 +1,7 @@
 """The teacher-forced forward pass, up to the input of the language-model head.
 
 The states are [N, D] for N completion tokens; logits would be [B, T, V] with the padding, a thousand times as much
-for T5. What needs logits takes them from `lm/head.py`, a chunk of states at a time.
+for T5. What needs logits takes them from `models/head.py`, a chunk of states at a time.
 """
 
 from __future__ import annotations
@@ -167,7 +167,7 @@ def _decoder_only_pass(model: PreTrainedModel, batch: Batch, read: NDArray[np.in
 
 
 def computes_prompts_once(model: PreTrainedModel) -> bool:
-    """Whether a batch of rollouts costs each of its prompts once, and is measured so (`lm/batching.py`)."""
+    """Whether a batch of rollouts costs each of its prompts once, and is measured so (`models/batching.py`)."""
     return is_ragged(model) or can_share(model)
 
 

@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 
 PROBE = 2048
-"""Tokens of the batches that `auto` looks at: they keep a machine busy already (`lm/batching.py`)."""
+"""Tokens of the batches that `auto` looks at: they keep a machine busy already (`models/batching.py`)."""
 MOST = {"cuda": 65_536}
 """Largest budget that `auto` takes, by kind of device; more than this gains nothing."""
 MOST_ELSEWHERE = 4096

@@ -17,12 +17,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ketchup_cache.cache.manifest import PolicyInfo, RolloutsInfo, Sampling
+from ketchup_cache.cache.manifest import RolloutsInfo
 from ketchup_cache.config.commands import AnalyzeConfig
+from ketchup_cache.console import progress
 from ketchup_cache.errors import CacheError
 from ketchup_cache.files import write_file
 from ketchup_cache.method.returns import rollout_returns
-from ketchup_cache.progress import progress
+from ketchup_cache.provenance import PolicyInfo, Sampling
 from ketchup_cache.report.suggest import Suggestion, suggest_k
 from ketchup_cache.sharing.remote_cache import open_cache
 from ketchup_cache.types import ScoredRollouts

@@ -14,14 +14,14 @@ import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from ketchup_cache.cache.manifest import Sampling, TokenizerInfo
 from ketchup_cache.config.commands import EvaluateConfig
+from ketchup_cache.console import progress
 from ketchup_cache.errors import DataError, MismatchError
 from ketchup_cache.files import write_file
 from ketchup_cache.method.returns import rollout_returns
 from ketchup_cache.models.fingerprint import first_difference, tokenizer_info
 from ketchup_cache.models.load import load_model, load_tokenizer
-from ketchup_cache.progress import progress
+from ketchup_cache.provenance import Sampling, TokenizerInfo
 from ketchup_cache.report.task_metrics import Values, check_targets, compute
 from ketchup_cache.rollouts.calculator import Calculator
 from ketchup_cache.rollouts.sample import sample_completions

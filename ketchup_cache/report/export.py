@@ -1,6 +1,6 @@
 """`export`: the rollouts of a cache as Parquet files or a Hugging Face dataset, for tools that do not know our format.
 
-Segments are read one after another, so memory does not grow with the cache. The columns are in store/tables.py.
+Segments are read one after another, so memory does not grow with the cache. The columns are in report/tables.py.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import ketchup_cache
 from ketchup_cache.cache.cache import Cache
 from ketchup_cache.cache.inspect import printable, size_text
 from ketchup_cache.config.caches import ExportConfig
+from ketchup_cache.console import progress
 from ketchup_cache.errors import CacheError, ConfigError
 from ketchup_cache.files import publishing
-from ketchup_cache.progress import progress
 from ketchup_cache.report.tables import schema, scored_tables, unscored_tables
 from ketchup_cache.sharing.remote_cache import open_cache
+from ketchup_cache.version import TOOL
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -142,7 +142,7 @@ def _about(cache: Cache) -> dict[str, Any]:
     """For the files' metadata: what the numbers are of."""
     tokenizers = {m.info.tokenizer.fingerprint: m.info.tokenizer.model_dump() for _, m in cache.manifests()}
     return {
-        "tool": f"ketchup-cache {ketchup_cache.__version__}",
+        "tool": TOOL,
         "cache": cache.address,
         "tokenizers": list(tokenizers.values()),
         "teachers": [teacher.model_dump() for teacher in cache.teachers()],

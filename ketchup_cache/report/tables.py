@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 
 from ketchup_cache.cache.cache import Cache
 from ketchup_cache.cache.index import ScoredRef
-from ketchup_cache.cache.manifest import RolloutsInfo, TeacherInfo
+from ketchup_cache.cache.manifest import RolloutsInfo
+from ketchup_cache.provenance import TeacherInfo
 from ketchup_cache.types import Prompts, Ragged, Rollouts, Scores
 
 if TYPE_CHECKING:

@@ -6,11 +6,11 @@ import time
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ketchup_cache.cache.manifest import PolicyInfo
 from ketchup_cache.config.commands import RolloutConfig
+from ketchup_cache.console import progress
 from ketchup_cache.models.fingerprint import tokenizer_info, weights_fingerprint
 from ketchup_cache.models.load import load_model, load_tokenizer, resolve_folder
-from ketchup_cache.progress import progress
+from ketchup_cache.provenance import PolicyInfo
 from ketchup_cache.rollouts.calculator import Calculator
 from ketchup_cache.rollouts.segments import ensure_prompts, held_rollouts, rollout_chunks, rollout_range, sampling_of
 from ketchup_cache.sharing.remote_cache import open_cache

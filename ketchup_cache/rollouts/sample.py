@@ -1,8 +1,8 @@
 """Completions sampled from a policy, each token with its log-probability under the distribution it was drawn from.
 
-Rows are decoded by `lm/decode.py`, which drops those that have ended; a model that needs more than it knows goes
+Rows are decoded by `rollouts/decode.py`, which drops those that have ended; a model that needs more than it knows goes
 through transformers' `generate`, to the same tokens. Prompts of similar length stand in one batch, for what a row draws
-depends on its prompt's place and on which of its samples it is (`lm/draw.py`), not on the batch.
+depends on its prompt's place and on which of its samples it is (`rollouts/draw.py`), not on the batch.
 
 The distribution is ours alone: a checkpoint's own generation defaults (temperature, repetition penalty, beams, minimum
 length) would silently make another policy of it, so they are set aside, and only the end-of-sequence and decoder start
@@ -28,10 +28,10 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from ketchup_cache.cache.manifest import Sampling
 from ketchup_cache.errors import ConfigError, DataError, ModelError, NumericsError
 from ketchup_cache.models.forward import check_positions, decoder_start
 from ketchup_cache.models.load import input_device
+from ketchup_cache.provenance import Sampling
 from ketchup_cache.rollouts.calculator import Calculator, ForcedResults
 from ketchup_cache.rollouts.decode import can_decode, decode
 from ketchup_cache.rollouts.draw import draw, number_type, uniforms

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ketchup_cache.cache.cache import Cache
-from ketchup_cache.cache.manifest import DataInfo, PolicyInfo, PromptsInfo, RolloutsInfo, Sampling, TokenizerInfo
+from ketchup_cache.cache.manifest import PromptsInfo, RolloutsInfo
 from ketchup_cache.config.options import SamplingOptions
+from ketchup_cache.console import Bar
 from ketchup_cache.errors import MismatchError
-from ketchup_cache.progress import Bar
+from ketchup_cache.provenance import DataInfo, PolicyInfo, Sampling, TokenizerInfo
 from ketchup_cache.rollouts.calculator import Calculator
 from ketchup_cache.rollouts.sample import sample_completions
 from ketchup_cache.types import Prompts, Ragged

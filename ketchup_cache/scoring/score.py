@@ -18,11 +18,11 @@ from ketchup_cache.cache.cache import Cache
 from ketchup_cache.cache.index import ScoredRef
 from ketchup_cache.cache.manifest import RolloutsInfo, ScoresInfo
 from ketchup_cache.config.commands import EvaluateConfig, LearnConfig, ScoreConfig
+from ketchup_cache.console import Bar, progress
 from ketchup_cache.errors import MismatchError, NumericsError
 from ketchup_cache.models.fingerprint import first_difference, tokenizer_info
 from ketchup_cache.models.load import load_tokenizer
 from ketchup_cache.models.memory import TokenBudget
-from ketchup_cache.progress import Bar, progress
 from ketchup_cache.scoring.teacher import Teacher
 from ketchup_cache.sharing.remote_cache import open_cache
 from ketchup_cache.types import Ragged, Rollouts, Scores

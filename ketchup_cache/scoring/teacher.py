@@ -10,7 +10,6 @@ import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
-from ketchup_cache.cache.manifest import TeacherInfo, TokenizerInfo, in_precision
 from ketchup_cache.errors import MismatchError, ModelError, NumericsError
 from ketchup_cache.models.batching import batch_size, token_budget_batches
 from ketchup_cache.models.fingerprint import tokenizer_info, weights_fingerprint
@@ -18,6 +17,7 @@ from ketchup_cache.models.forward import Batch, completion_states, computes_prom
 from ketchup_cache.models.head import Head
 from ketchup_cache.models.load import load_model, load_tokenizer, resolve_folder
 from ketchup_cache.models.memory import TokenBudget, out_of_memory, release
+from ketchup_cache.provenance import TeacherInfo, TokenizerInfo, in_precision
 from ketchup_cache.types import TOKEN_DTYPE, Ragged, Rollouts, Scores
 
 

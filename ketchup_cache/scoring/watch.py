@@ -1,6 +1,6 @@
 """`score --watch`: one teacher stays in memory and scores whatever rollouts appear in a shared cache.
 
-Any number of these share the work by notes beside the cache (remote/board.py), without a server. A claim on some rows
+Any number of these share the work by notes beside the cache (sharing/board.py), without a server. A claim on some rows
 counts while its owner lives. Of a dead one's claim number n, claim n + 1 takes over, and only one scorer can make it.
 Claims only save work: were they all wrong, rows would be scored twice, which the format allows.
 """
@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from ketchup_cache.cache.inspect import printable
 from ketchup_cache.config.commands import ScoreConfig
+from ketchup_cache.console import Bar, progress
 from ketchup_cache.errors import (
     CacheError,
     CorruptError,
@@ -30,7 +31,6 @@ from ketchup_cache.errors import (
     NumericsError,
     WriteError,
 )
-from ketchup_cache.progress import Bar, progress
 from ketchup_cache.sharing import presence
 from ketchup_cache.sharing.board import (
     TEACHER_DIGITS,

@@ -11,8 +11,9 @@ from typing import Protocol, TypeVar
 
 from ketchup_cache.cache import disk as durable
 from ketchup_cache.cache import segment_bytes as reading
-from ketchup_cache.cache.manifest import FORMAT, FORMAT_VERSION, Manifest, canonical_json
+from ketchup_cache.cache.manifest import FORMAT, FORMAT_VERSION, Manifest
 from ketchup_cache.errors import CacheError, CorruptError, KetchupError, WriteError
+from ketchup_cache.provenance import canonical_json
 
 MARKER_BYTES = canonical_json({"format": FORMAT, "version": FORMAT_VERSION})
 REQUESTS = 8

@@ -16,8 +16,8 @@ from typing import Annotated, Literal, Protocol, TypeVar
 
 from pydantic import Field, StringConstraints, ValidationError
 
-from ketchup_cache.cache.manifest import Record, Sha256, TeacherInfo
 from ketchup_cache.errors import CacheError
+from ketchup_cache.provenance import Record, Sha256, TeacherInfo
 from ketchup_cache.sharing.folder import LocalBoard, LocalRemote
 from ketchup_cache.sharing.object_store import ObjectBoard, ObjectRemote
 from ketchup_cache.sharing.stores import open_remote

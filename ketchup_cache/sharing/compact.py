@@ -21,8 +21,8 @@ from ketchup_cache.cache.cache import Cache, open_cache
 from ketchup_cache.cache.index import ScoredRef
 from ketchup_cache.cache.manifest import Manifest, RolloutsInfo, ScoresInfo, Storage
 from ketchup_cache.config.caches import CompactConfig
+from ketchup_cache.console import Bar, progress
 from ketchup_cache.errors import ConfigError, CorruptError
-from ketchup_cache.progress import Bar, progress
 from ketchup_cache.types import Scores
 
 Run = list[ScoredRef]

@@ -46,7 +46,7 @@ class LocalRemote:
 
 
 class LocalBoard:
-    """Notes (remote/board.py) as files under watch/. They are whole or absent, and need not survive a power cut."""
+    """Notes (sharing/board.py) as files under watch/. They are whole or absent, and need not survive a power cut."""
 
     def __init__(self, path: Path, limit: int) -> None:
         self.url, self._root, self._limit = str(path), path / "watch", limit

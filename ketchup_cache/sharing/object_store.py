@@ -105,7 +105,7 @@ class ObjectRemote(KeyedRemote):
 
 
 class ObjectBoard:
-    """Notes (remote/board.py) as objects under watch/."""
+    """Notes (sharing/board.py) as objects under watch/."""
 
     def __init__(self, remote: ObjectRemote, limit: int) -> None:
         self.url, self._remote, self._limit = remote.url, remote, limit

@@ -25,9 +25,9 @@ import datasets
 import huggingface_hub
 import numpy as np
 
-from ketchup_cache.cache.manifest import DataInfo
 from ketchup_cache.config.options import DataOptions
 from ketchup_cache.errors import ConfigError, DataError
+from ketchup_cache.provenance import DataInfo
 from ketchup_cache.text.chat import user_turn
 from ketchup_cache.types import TOKEN_DTYPE, Prompts, Ragged
 

@@ -18,9 +18,9 @@ from ketchup_cache.method.losses import Staleness
 from ketchup_cache.method.returns import rollout_returns
 from ketchup_cache.models.forward import Batch, training_states
 from ketchup_cache.models.head import Head
-from ketchup_cache.training.metrics import StepMetrics
+from ketchup_cache.training.metrics import Signal, StepMetrics
 from ketchup_cache.training.optimizer import Optimizer
-from ketchup_cache.training.policy_gradient import CHUNK, Signal, backward, micro_batches
+from ketchup_cache.training.policy_gradient import CHUNK, backward, micro_batches
 from ketchup_cache.types import Ragged, ScoredRollouts
 
 ON_TEACHER = {"kl": divergences.forward_kl, "js": divergences.js_teacher_half, "tvd": divergences.tvd}

@@ -12,13 +12,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ketchup_cache.cache.cache import Cache
-from ketchup_cache.cache.manifest import TokenizerInfo
 from ketchup_cache.config.commands import LearnConfig
+from ketchup_cache.console import progress
 from ketchup_cache.errors import MismatchError
 from ketchup_cache.models.fingerprint import state_fingerprint, tokenizer_info
 from ketchup_cache.models.head import Head
 from ketchup_cache.models.load import load_model, load_tokenizer
-from ketchup_cache.progress import progress
+from ketchup_cache.provenance import TokenizerInfo
 from ketchup_cache.rollouts.calculator import Calculator
 from ketchup_cache.sharing.remote_cache import open_cache
 from ketchup_cache.training import pins
@@ -87,7 +87,7 @@ def learn(config: LearnConfig, score_rollouts: ScoreRollouts | None = None) -> L
             OnPolicy(cache, config, info, score_rollouts, calculator) if score_rollouts else Offline(cache, config)
         )
         origin = Origin.of(config.student)
-        # with --scorer the teacher is not known yet: learn/waiting.py warns
+        # with --scorer the teacher is not known yet: training/waiting.py warns
         if origin and not config.scorer:
             teacher = config.teacher or cache.select_teacher(config.scored_by).name
             if warning := origin.differs_from(teacher):

@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
 from ketchup_cache.method.losses import Staleness
 from ketchup_cache.types import ScoredRollouts
 
-if TYPE_CHECKING:
-    from ketchup_cache.training.policy_gradient import Signal
+
+@dataclass(frozen=True)
+class Signal:
+    """What one batch of rollouts teaches, before the policy is looked at. B rollouts, N tokens, rows end to end.
+
+    advantage: [N] float32, clipped K-step returns minus baseline. in_loss: [N] bool, action tokens of rollouts that
+    are not dropped. kept: [B] bool. first_return: [B] float64, Ĝ_1 before clipping; one_step: [B] float64, G_1.
+    """
+
+    advantage: NDArray[np.float32]
+    in_loss: NDArray[np.bool_]
+    kept: NDArray[np.bool_]
+    first_return: NDArray[np.float64]
+    one_step: NDArray[np.float64]
 
 
 class StepMetrics(BaseModel):

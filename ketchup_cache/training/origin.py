@@ -11,13 +11,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import ketchup_cache
 from ketchup_cache.cache.inspect import printable
-from ketchup_cache.cache.manifest import PolicyInfo
 from ketchup_cache.errors import ModelError
 from ketchup_cache.files import write_file
 from ketchup_cache.models.fingerprint import weights_fingerprint
 from ketchup_cache.models.load import resolve_folder
+from ketchup_cache.provenance import PolicyInfo
+from ketchup_cache.version import TOOL
 
 NAME = "ketchup-cache-origin.json"
 
@@ -38,7 +38,7 @@ class Origin:
     def write(self, folder: Path) -> None:
         """Raises WriteError."""
         record = {
-            "tool": f"ketchup-cache {ketchup_cache.__version__}",
+            "tool": TOOL,
             "pretrained_on": [policy.model_dump(mode="json") for policy in self.policies],
         }
         write_file(folder / NAME, (json.dumps(record, indent=2, ensure_ascii=False) + "\n").encode())

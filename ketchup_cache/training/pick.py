@@ -6,9 +6,10 @@ from collections.abc import Callable
 
 from ketchup_cache.cache.cache import Cache
 from ketchup_cache.cache.index import ScoredRef, original_id
-from ketchup_cache.cache.manifest import PolicyInfo, RolloutsInfo, TeacherInfo, in_precision
+from ketchup_cache.cache.manifest import RolloutsInfo
 from ketchup_cache.config.commands import LearnConfig
 from ketchup_cache.errors import CacheError
+from ketchup_cache.provenance import PolicyInfo, TeacherInfo, in_precision
 
 ON_SAMPLES = ("ketchup", "llmr", "reverse-kl", "js", "tvd")
 """Methods that learn from the student's own samples."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -18,27 +17,12 @@ from ketchup_cache.method.returns import rollout_returns
 from ketchup_cache.models.batching import token_budget_batches
 from ketchup_cache.models.forward import Batch, computes_prompts_once, training_states
 from ketchup_cache.models.head import Head
-from ketchup_cache.training.metrics import StepMetrics
+from ketchup_cache.training.metrics import Signal, StepMetrics
 from ketchup_cache.training.optimizer import Optimizer
 from ketchup_cache.types import Ragged, ScoredRollouts
 
 CHUNK = 1024
 """States whose logits are held at once."""
-
-
-@dataclass(frozen=True)
-class Signal:
-    """What one batch of rollouts teaches, before the policy is looked at. B rollouts, N tokens, rows end to end.
-
-    advantage: [N] float32, clipped K-step returns minus baseline. in_loss: [N] bool, action tokens of rollouts that
-    are not dropped. kept: [B] bool. first_return: [B] float64, Ĝ_1 before clipping; one_step: [B] float64, G_1.
-    """
-
-    advantage: NDArray[np.float32]
-    in_loss: NDArray[np.bool_]
-    kept: NDArray[np.bool_]
-    first_return: NDArray[np.float64]
-    one_step: NDArray[np.float64]
 
 
 def learning_signal(batch: ScoredRollouts, config: LearnConfig, weight: NDArray | None = None) -> Signal:

@@ -12,8 +12,8 @@ import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ketchup_cache.cache.manifest import PolicyInfo, TokenizerInfo
 from ketchup_cache.config.commands import PretrainConfig
+from ketchup_cache.console import progress
 from ketchup_cache.errors import CacheError, MismatchError, ModelError, NumericsError
 from ketchup_cache.method.losses import cross_entropy_loss
 from ketchup_cache.models.batching import token_budget_batches
@@ -21,7 +21,7 @@ from ketchup_cache.models.fingerprint import state_fingerprint, tokenizer_info
 from ketchup_cache.models.forward import Batch, computes_prompts_once, training_states
 from ketchup_cache.models.head import Head
 from ketchup_cache.models.load import is_encoder_decoder, load_model, load_tokenizer
-from ketchup_cache.progress import progress
+from ketchup_cache.provenance import PolicyInfo, TokenizerInfo
 from ketchup_cache.rollouts.sample import eos_ids
 from ketchup_cache.sharing.remote_cache import open_cache
 from ketchup_cache.text.prompts import as_chat, kept_examples, read_examples, tokenize_prompts

@@ -24,7 +24,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-import ketchup_cache
 from ketchup_cache.config.base import Config
 from ketchup_cache.config.resolve import flag
 from ketchup_cache.errors import ConfigError, WriteError
@@ -32,6 +31,7 @@ from ketchup_cache.files import publishing, write_file, writing
 from ketchup_cache.models.load import quiet
 from ketchup_cache.training.optimizer import Optimizer
 from ketchup_cache.training.origin import Origin
+from ketchup_cache.version import TOOL
 
 MAY_CHANGE = {"checkpoint_every", "trust_remote_code", "scorer_timeout"}
 """Options that a resumed run may change, since no number depends on them."""
@@ -81,7 +81,7 @@ class Run:
     def write_config(self, resolved: dict[str, Any]) -> None:
         """Record the options, and what they resolved to, once the run is known to be possible."""
         record = {
-            "tool": f"ketchup-cache {ketchup_cache.__version__}",
+            "tool": TOOL,
             "versions": {"torch": torch.__version__, "transformers": _version("transformers")},
             "command": self.command,
             "options": self.config.model_dump(mode="json"),

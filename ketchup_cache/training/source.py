@@ -12,12 +12,12 @@ from transformers import PreTrainedModel
 
 from ketchup_cache.cache.cache import Cache
 from ketchup_cache.cache.index import ScoredRef
-from ketchup_cache.cache.manifest import PolicyInfo, TokenizerInfo
 from ketchup_cache.config.commands import LearnConfig
+from ketchup_cache.console import progress
 from ketchup_cache.errors import CacheError
 from ketchup_cache.models.fingerprint import state_fingerprint, weights_fingerprint
 from ketchup_cache.models.load import resolve_folder
-from ketchup_cache.progress import progress
+from ketchup_cache.provenance import PolicyInfo, TokenizerInfo
 from ketchup_cache.rollouts.calculator import Calculator
 from ketchup_cache.rollouts.segments import rollout_chunks, rollout_range, sampling_of
 from ketchup_cache.training.batches import Stream, concatenate

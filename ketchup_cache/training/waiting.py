@@ -1,6 +1,6 @@
 """`learn --scorer`: rollouts are scored by `ketchup-cache score --watch` in another process, on any machine.
 
-The rollouts go to a shared cache, or are there already; a note asks for their scores (remote/board.py); the scores
+The rollouts go to a shared cache, or are there already; a note asks for their scores (sharing/board.py); the scores
 come back. The run keeps to the teacher that scored its first rollouts (OUT/teacher.json).
 """
 
@@ -16,11 +16,12 @@ from pydantic import ValidationError
 
 from ketchup_cache.cache.cache import Cache
 from ketchup_cache.cache.inspect import printable
-from ketchup_cache.cache.manifest import RolloutsInfo, TeacherInfo
+from ketchup_cache.cache.manifest import RolloutsInfo
 from ketchup_cache.config.commands import LearnConfig
+from ketchup_cache.console import Bar, progress
 from ketchup_cache.errors import CacheError, ConfigError, CorruptError, WriteError
 from ketchup_cache.files import write_file
-from ketchup_cache.progress import Bar, progress
+from ketchup_cache.provenance import TeacherInfo
 from ketchup_cache.sharing import presence
 from ketchup_cache.sharing.base import read_manifest, read_segment
 from ketchup_cache.sharing.board import (

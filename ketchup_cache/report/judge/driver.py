@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from ketchup_cache.config.commands import JudgeConfig
+from ketchup_cache.console import progress
 from ketchup_cache.errors import ConfigError, DataError, JudgeError
-from ketchup_cache.progress import progress
 from ketchup_cache.report.judge.answers import Answers, key
 from ketchup_cache.report.judge.queries import queries, verdict
 

@@ -1,1 +1,0 @@
-"""Pairwise judgements of two systems' outputs by a language model (the paper's Table 2)."""

@@ -1,1 +1,0 @@
-"""The K-step REINFORCE loop: stream scored rollouts, weigh tokens by their returns, step, refresh."""

@@ -1,1 +1,0 @@
-"""Settings of published experiments, one YAML file each."""

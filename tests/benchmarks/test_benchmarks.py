@@ -1,0 +1,201 @@
+"""The GPU script runs on any machine at toy size, and says what it measured; a measured peak is a peak, and the parts
+of a measured time belong to it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks import decoder_pair, timed_run, trl_live
+from benchmarks.common import forget_peak, merged, peak, run, sample
+from ketchup_cache import open_cache
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_gpu_script_runs_without_a_gpu(tmp_path):
+    out = tmp_path / "gpu.json"
+    command = [sys.executable, "-m", "benchmarks.gpu", "--tiny", "--device", "cpu", "--out", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(out.read_text())
+    assert found["tiny"] is True
+    assert [entry["samples"] for entry in found["scoring"]] == [4, 1]
+    assert all(
+        entry["flops"] / found["matrix_flops"] == entry["share_of_matrix_rate"] > 0 for entry in found["scoring"]
+    )
+    assert found["exactness"]["largest_difference"] < 1e-4
+    # at least the embedding of the toy shape, float32
+    assert found["weights_bytes"] > 4 * 64 * 32_100
+    both, alone = found["learning"]["with teacher"], found["learning"]["without teacher"]
+    assert both["every 2"].keys() == {"sample", "score", "tokens"}
+    for measured in (both["learn"], alone["learn"]):
+        assert measured.keys() == {"float32", "bfloat16"}
+        assert min(*measured.values(), both["every 2"]["score"], both["every 1"]["sample"]) > 0
+    assert str(found["matrix_flops"] / 1e12)[:3] in done.stdout
+
+
+def test_it_refuses_three_billion_parameters_on_a_cpu():
+    command = [sys.executable, "-m", "benchmarks.gpu", "--device", "cpu"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 1
+    assert "use --tiny" in done.stderr
+
+
+def test_peak_sees_memory_that_is_gone_again():
+    before = forget_peak()
+    np.ones(40_000_000)  # 320 MB, freed at once
+    assert 300e6 < peak() - before < 400e6
+
+
+def test_a_process_is_charged_its_memory_and_time():
+    mine = b"1" * 400_000_000  # of the process that asks: not of the one that is measured
+    found = run(
+        sys.executable,
+        "-c",
+        "x = b'1' * 200_000_000\nimport time; b = time.process_time()\nwhile time.process_time() < b + .3: pass",
+    )
+    assert 200e6 < found["peak_bytes"] < 260e6 < len(mine)
+    assert 0.3 <= found["cpu_seconds"] <= found["seconds"] + 0.1
+
+
+def test_mix_of_lengths():
+    batch = sample(0, 8_000)
+    prompts, completions = batch.prompts.tokens.lengths, batch.rollouts.completions.lengths
+    assert 165 < np.median(prompts) < 195
+    assert prompts.max() <= 1024
+    assert 24.5 < completions.mean() < 25.5
+    assert 7.5 < completions.std() < 8.5
+    assert (np.bincount(batch.rollouts.prompt_index) == 4).all()
+
+
+def test_the_parts_of_a_timed_command_are_its_own(tmp_path):
+    """Reading models counts in no other part; the rest is within the whole, and a live teacher is called."""
+    task = ROOT / "data" / "translate"
+    learning = {"student": task / "predistilled", "steps": 2, "batch_size": 8, "samples": 4, "max_new_tokens": 12,
+                "rollout_batch": 64}  # fmt: skip
+    data = {"data": task / "prompts.jsonl", "limit": 16}
+    ways = [timed_run.Way.of(word) for word in ("live@1e-3", "offlinex2", "reverse-kl:4x2")]
+    (live, trained), (alone, _), (reverse, _) = (
+        timed_run.by(way, tmp_path, task / "teacher", task / "student", data, learning) for way in ways
+    )
+    for run_ in (live, *alone["parts"].values()):
+        assert run_["load"]["cpu_seconds"] > 0
+        assert run_["load"]["seconds"] + run_["work"]["seconds"] < run_["seconds"]
+        assert run_["score"]["seconds"] + run_["train"]["seconds"] < run_["work"]["seconds"] + 1e-3
+    assert min(live["score"]["seconds"], reverse["score"]["seconds"], reverse["train"]["seconds"]) > 0
+    kept = open_cache(tmp_path / "cache, reverse-kl, every 4 steps, each rollout 2 times")
+    assert {m.info.keep_top for _, m in kept.manifests("scores")} == {timed_run.KEEP_TOP}
+    assert sum(m.rows for _, m in kept.manifests("scores")) == 2 * 8
+    assert live["train"]["seconds"] > 0
+    assert alone["parts"]["learn"]["score"]["seconds"] == 0
+    steps = [json.loads(line) for line in (trained.parent / "metrics.jsonl").read_text().splitlines()]
+    # the loop's own clock of its steps, in another place
+    assert live["train"]["seconds"] == pytest.approx(sum(step["seconds"] for step in steps), abs=0.05)
+    assert [step["refreshed"] for step in steps] == [True, True]
+    assert max(step["lr"] for step in steps) == 1e-3
+    cache = tmp_path / "cache, offline, each rollout 2 times"
+    assert len(list(open_cache(cache).rows())) == 2 * 8 / 2  # of two steps of eight
+    assert alone["work"]["seconds"] == pytest.approx(sum(p["work"]["seconds"] for p in alone["parts"].values()))
+    assert alone["peak_bytes"] == max(part["peak_bytes"] for part in alone["parts"].values())
+    rows = timed_run.rows([{"name": "live", **{k: v for k, v in live.items() if k != "name"}}, alone], 16)
+    assert [row[0] for row in rows] == [
+        "live",
+        "offline, each rollout 2 times",
+        "offline, each rollout 2 times, learning alone",
+    ]
+    assert all(len(row) == len(timed_run.HEAD) for row in rows)
+    faster = live["work"]["seconds"] / alone["parts"]["learn"]["work"]["seconds"]
+    assert float(rows[2][timed_run.HEAD.index("× live (wall)")]) == pytest.approx(faster, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("word", "name", "every", "uses", "lr"),
+    [
+        ("live", "live", 1, 1, None),
+        ("live@1e-4", "live, lr 0.0001", 1, 1, 1e-4),
+        ("4", "every 4 steps", 4, 1, None),
+        ("16x4@2e-4", "every 16 steps, each rollout 4 times, lr 0.0002", 16, 4, 2e-4),
+        ("offline", "offline", None, 1, None),
+        ("offlinex16@1e-4", "offline, each rollout 16 times, lr 0.0001", None, 16, 1e-4),
+    ],
+)
+def test_ways(word, name, every, uses, lr):
+    way = timed_run.Way.of(word)
+    assert (way.name, way.every, way.uses, way.lr) == (name, every, uses, lr)
+    assert way.learning({"lr": 1}) == {"lr": lr or 1}
+
+
+def test_a_way_with_a_method_of_its_own():
+    way = timed_run.Way.of("reverse-kl:4x2@1e-4")
+    assert (way.name, way.every, way.uses) == ("reverse-kl, every 4 steps, each rollout 2 times, lr 0.0001", 4, 2)
+    learning = way.learning({"lr": 1, "k": 4, "baseline": "mean", "samples": 8, "steps": 3})
+    assert learning == {"lr": 1e-4, "samples": 1, "steps": 3, "method": "reverse-kl", "keep_top": timed_run.KEEP_TOP}
+
+
+def test_each_method_is_compared_with_its_own_live_run():
+    seconds = {
+        "live, lr 0.1": 8,
+        "live": 9,
+        "every 4 steps": 3,
+        "reverse-kl, live, lr 0.2": 4,
+        "reverse-kl, every 4 steps, lr 0.2": 2,
+    }
+    runs = [
+        {"name": name, "method": "reverse-kl" if "reverse" in name else None, "peak_bytes": 1,
+         "work": dict.fromkeys(timed_run.UNITS, s)}
+        for name, s in seconds.items()
+    ]  # fmt: skip
+    place = timed_run.HEAD.index("× live (wall)")
+    assert [row[place] for row in timed_run.rows(runs, 8)] == ["1.12", "1.00", "3.00", "1.00", "2.00"]
+
+
+def test_without_trl_the_rest_is_said_to_run(tmp_path, capsys):
+    assert not trl_live.has_trl("")
+    assert "--trl-python" in capsys.readouterr().err
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\necho 'No module named trl' >&2\nexit 1\n")
+    python.chmod(0o755)
+    assert not trl_live.has_trl(str(python))
+    assert f"{python} can't import it (No module named trl)" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="--trl-python /no/such/python: No such file"):
+        trl_live.has_trl("/no/such/python")
+
+
+def test_prompts_of_two_seeds_are_different_and_new_to_the_student():
+    one, two = (trl_live.prompts_for(seed, 4096) for seed in (0, 1))
+    assert len(set(one) | set(two)) == 2 * 4096
+    seen = [json.loads(line)["prompt"] for line in (trl_live.TASK / "prompts.jsonl").read_text().splitlines()]
+    seen = seen[: decoder_pair.PREDISTILLED_ON]
+    assert not {f"{prompt} =>" for prompt in seen} & (set(one) | set(two))
+    with pytest.raises(SystemExit, match="lower --steps"):
+        trl_live.prompts_for(9, 4096)
+
+
+def test_what_is_run_again_replaces_and_the_rest_stays():
+    before = [{"name": "live", "seed": 0, "s": 9, "return": -1.0}, {"name": "live", "seed": 1, "s": 8}]
+    new = [{"name": "live", "seed": 0, "s": 7}, {"name": "offline", "seed": 0, "s": 2}]
+    assert merged(before, new, ("name", "seed")) == [
+        {"name": "live", "seed": 0, "s": 7, "return": -1.0},
+        {"name": "live", "seed": 1, "s": 8},
+        {"name": "offline", "seed": 0, "s": 2},
+    ]
+
+
+def test_the_decoder_pair_shares_words_and_the_teacher_is_larger(tmp_path):
+    from ketchup_cache.models.load import load_model, load_tokenizer
+
+    sizes = []
+    for name, shape in (("teacher", decoder_pair.TEACHER), ("student", decoder_pair.STUDENT)):
+        folder = decoder_pair.untrained(tmp_path / name, shape, 0)
+        sizes.append(sum(p.numel() for p in load_model(str(folder)).parameters()))
+        # the tokenizer as it is read from a Qwen2 folder: one word one token, no EOS after the prompt
+        ids = load_tokenizer(str(folder))("my cat laughed =>")["input_ids"]
+        assert len(set(ids)) == 4
+        assert not {1, 2} & set(ids)
+    assert sizes[0] / sizes[1] > 10

@@ -1,0 +1,470 @@
+"""Damaged and hostile caches: a typed error that names the file, quickly, and never wrong numbers or foreign code."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numcodecs
+import numpy as np
+import pytest
+
+from ketchup_cache.cache import zarr_files as arrays
+from ketchup_cache.cache.cache import Cache, open_cache
+from ketchup_cache.cache.inspect import verify
+from ketchup_cache.errors import CacheError, CorruptError, KetchupError, MismatchError
+from tests.helpers.segments import exit_code, fill, fingerprint, in_child, make_prompts, prompts_info, same
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Cache:
+    return open_cache(tmp_path / "cache", create=True)
+
+
+def load_all(root: Path) -> None:
+    cache = open_cache(root)
+    for segment_id, manifest in cache.manifests():
+        getattr(cache, f"load_{manifest.kind}")(segment_id)
+
+
+def refused(root: Path, error: type[KetchupError] = CorruptError, match: str = ": ") -> str:
+    """Loading fails with one line and such an error, within a second; `verify` finds it too."""
+    began = time.monotonic()
+    with pytest.raises(error, match=match) as caught:
+        load_all(root)
+    assert time.monotonic() - began < 1
+    assert "\n" not in str(caught.value)
+    report = verify(open_cache(root))
+    assert not report.ok
+    assert str(caught.value) in report.problems
+    return str(caught.value)
+
+
+# ------------------------------------------------------------------------------------------------------- damage
+
+
+def test_one_flipped_bit_anywhere_is_refused(cache: Cache) -> None:
+    segment_id = cache.commit_prompts(make_prompts((2, 3)), prompts_info())
+    folder = cache.path / "segments" / segment_id
+    paths = [cache.path / "manifests" / f"{segment_id}.json", *(p for p in folder.rglob("*") if p.is_file())]
+    assert len(paths) == 8
+    for path in paths:
+        whole = path.read_bytes()
+        for position in range(len(whole)):
+            damaged = bytearray(whole)
+            damaged[position] ^= 1 << position % 8
+            path.write_bytes(damaged)
+            with pytest.raises(CorruptError) as caught:
+                Cache(cache.path).load_prompts(segment_id)
+            assert str(path) in str(caught.value)
+        path.write_bytes(whole)
+    Cache(cache.path).load_prompts(segment_id)
+
+
+def test_deleted_cut_lengthened_swapped_and_linked_files(cache: Cache, tmp_path: Path) -> None:
+    _, _, scores = fill(cache)
+    folder = cache.path / "segments" / scores
+    for path in [p for p in folder.rglob("*") if p.is_file()]:
+        whole = path.read_bytes()
+        for change in (
+            path.unlink,
+            lambda path=path, whole=whole: path.write_bytes(whole[:-1]),
+            lambda path=path, whole=whole: path.write_bytes(whole + b"\0"),
+            lambda path=path: path.write_bytes(b""),
+        ):
+            change()
+            assert str(path) in refused(cache.path)
+            path.write_bytes(whole)
+        outside = tmp_path / "outside"
+        outside.write_bytes(whole)
+        path.unlink()
+        path.symlink_to(outside)
+        assert "symbolic link" in refused(cache.path)
+        path.unlink()
+        os.mkfifo(path)  # reading it would wait for ever
+        assert "not a regular file" in refused(cache.path)
+        path.unlink()
+        path.write_bytes(whole)
+    q, max_q = folder / "q/c/0", folder / "max_q/c/0"
+    first, second = q.read_bytes(), max_q.read_bytes()
+    q.write_bytes(second)
+    max_q.write_bytes(first)
+    refused(cache.path)
+    report = verify(open_cache(cache.path))
+    assert {str(q), str(max_q)} == {problem.split(": ")[0] for problem in report.problems}
+    q.write_bytes(first)
+    max_q.write_bytes(second)
+    load_all(cache.path)
+
+
+def test_files_that_no_manifest_names_change_nothing(cache: Cache) -> None:
+    ids = fill(cache)
+    before = cache.load_scored(cache.scored()[0])
+    folder = cache.path / "segments" / ids[2]
+    (folder / "q/c/1").write_bytes(b"stray")
+    (folder / "evil").mkdir()
+    (folder / "evil/zarr.json").write_text("{")
+    (folder / ".zmetadata").write_text("{")
+    (cache.path / "manifests" / "notes.txt").write_text("hello")
+    (cache.path / "segments" / ("0" * 64)).mkdir()
+    again = open_cache(cache.path)
+    assert same(again.load_scored(again.scored()[0]), before)
+    report = verify(again)
+    assert (report.ok, report.strays, report.orphans, report.unfinished) == (True, 3, 1, 0)
+
+
+def test_verify_lists_every_problem(cache: Cache) -> None:
+    ids = fill(cache)
+    names = ("tokens/c/0", "completion_offsets/c/0", "q/c/0")
+    for segment_id, name in zip(ids, names, strict=True):
+        (cache.path / "segments" / segment_id / name).write_bytes(b"?")
+    report = verify(cache)
+    assert [problem.split(": ")[0] for problem in report.problems] == [
+        str(cache.path / "segments" / segment_id / name) for segment_id, name in zip(ids, names, strict=True)
+    ]
+    assert report.bytes == 0
+    assert "3 problems" in str(report)
+
+
+# ----------------------------------------------------------------------------------- hostile: all hashes are right
+
+Change = Callable[[dict, dict[str, bytes]], object]
+
+
+def forge(cache: Cache, segment_id: str, change: Change, keep: bool = False) -> str:
+    """A segment changed by someone who knows the format: every length and hash fits again."""
+    folder, path = cache.path / "segments" / segment_id, cache.path / "manifests" / f"{segment_id}.json"
+    manifest = json.loads(path.read_bytes())
+    files = {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    old = dict(files)
+    change(manifest, files)
+    for name in old.keys() | files.keys():
+        if name not in files:
+            manifest["files"].pop(name, None)
+        elif files[name] != old.get(name):
+            manifest["files"][name] = {
+                "length": len(files[name]),
+                "sha256": hashlib.sha256(files[name]).hexdigest(),
+            }
+    data = json.dumps(manifest).encode()
+    forged = hashlib.sha256(data).hexdigest()
+    if not keep:
+        path.unlink()
+        shutil.rmtree(folder)
+    for name, content in files.items():
+        target = cache.path / "segments" / forged / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(content)
+    (cache.path / "manifests" / f"{forged}.json").write_bytes(data)
+    return forged
+
+
+def stored(array: np.ndarray, name: str) -> dict[str, bytes]:
+    """The files of one array."""
+    return {key: data for key, data in arrays.encode({name: array}).items() if key.startswith(name)}
+
+
+def replaced(name: str, array: np.ndarray) -> Change:
+    return lambda manifest, files: files.update(stored(array, name))
+
+
+def edited(key: str, **values: object) -> Change:
+    """zarr.json of an array, with other values."""
+    return lambda manifest, files: files.update({key: json.dumps(json.loads(files[key]) | values).encode()})
+
+
+def renamed(old: str, new: str) -> Change:
+    return lambda manifest, files: files.update({new: files.pop(old)})
+
+
+def chunk(data: bytes) -> bytes:
+    """With its CRC-32C (RFC 3720), as the third codec appends it."""
+    crc = 0xFFFFFFFF
+    for byte in data:
+        crc ^= byte
+        for _ in range(8):
+            crc = crc >> 1 ^ (0x82F63B78 if crc & 1 else 0)
+    return data + (crc ^ 0xFFFFFFFF).to_bytes(4, "little")
+
+
+class Payload:
+    """Runs code where it is unpickled."""
+
+    def __reduce__(self):
+        return (Path.touch, (Path("unpickled"),))
+
+
+ZSTD = numcodecs.Zstd(level=1)
+PROMPTS_8_TOKENS = {
+    "a path out of the segment": (renamed("tokens/c/0", "../../tokens"), "is foreign|is missing"),
+    "an absolute path": (renamed("tokens/c/0", "/etc/passwd"), "is foreign|is missing"),
+    "a foreign file": (lambda m, f: f.update({"run.py": b"print()"}), "is foreign"),
+    "a missing chunk": (lambda m, f: f.pop("tokens/c/0"), "is missing"),
+    "a foreign array": (lambda m, f: m["arrays"].update(x={"dtype": "uint8", "shape": [1]}), "array 'x'"),
+    "a missing array": (lambda m, f: m["arrays"].pop("ids"), "array 'ids'"),
+    "another dtype": (lambda m, f: m["arrays"]["tokens"].update(dtype="uint32"), "array 'tokens'"),
+    "an unknown dtype": (lambda m, f: m["arrays"]["tokens"].update(dtype="object"), "arrays.tokens.dtype"),
+    "a huge shape": (
+        lambda m, f: (
+            m.update(tokens=10**12),
+            m["arrays"]["tokens"].update(shape=[10**12]),
+        ),
+        "limit is",
+    ),
+    "an endless shape": (
+        lambda m, f: (
+            m.update(tokens=10**400),
+            m["arrays"]["tokens"].update(shape=[10**400]),
+        ),
+        "limit is",
+    ),
+    "a negative shape": (lambda m, f: m["arrays"]["tokens"].update(shape=[-1]), "arrays.tokens.shape"),
+    "a huge file": (lambda m, f: m["files"]["tokens/c/0"].update(length=2**40), "limit is"),
+    "no version": (lambda m, f: m.pop("version"), "format and version"),
+    "an unknown key": (lambda m, f: m.update(extra=1), "extra"),
+    "metadata of another shape": (edited("tokens/zarr.json", shape=[7]), "not the Zarr metadata"),
+    "metadata of a huge shape": (edited("tokens/zarr.json", shape=[10**12]), "not the Zarr metadata"),
+    "metadata of Zarr 2": (edited("tokens/zarr.json", zarr_format=2), "not the Zarr metadata"),
+    "metadata with a filter that unpickles": (
+        edited("tokens/zarr.json", filters=[{"id": "pickle"}]),
+        "not the Zarr metadata",
+    ),
+    "a codec that unpickles": (
+        lambda m, f: (
+            edited(
+                "tokens/zarr.json",
+                codecs=[{"name": "bytes"}, {"name": "numcodecs.pickle", "configuration": {"id": "pickle"}}],
+            )(m, f),
+            f.update({"tokens/c/0": __import__("pickle").dumps(Payload())}),
+        ),
+        "not the Zarr metadata",
+    ),
+    "an unknown codec": (edited("tokens/zarr.json", codecs=[{"name": "nothing"}]), "not the Zarr metadata"),
+    "consolidated metadata": (edited("zarr.json", consolidated_metadata={"metadata": {}}), "not the Zarr metadata"),
+    "deep JSON": (lambda m, f: f.update({"tokens/zarr.json": b"[" * 100_000}), "not valid JSON"),
+    "a chunk that is not zstd": (lambda m, f: f.update({"tokens/c/0": b"x" * 40}), "not one zstd frame"),
+    "an empty chunk": (lambda m, f: f.update({"tokens/c/0": b""}), "not one zstd frame"),
+    "a zstd bomb": (
+        lambda m, f: f.update({"tokens/c/0": chunk(bytes(ZSTD.encode(bytes(2**28))))}),
+        "declares 268,435,456 bytes, its chunk holds 16",
+    ),
+    "a zstd bomb behind a harmless frame": (
+        lambda m, f: f.update({"tokens/c/0": chunk(bytes(ZSTD.encode(bytes(16))) + bytes(ZSTD.encode(bytes(2**28))))}),
+        "not one zstd frame",
+    ),
+    "a zstd frame that understates its size": (
+        lambda m, f: f.update({"tokens/c/0": chunk(understated(bytes(ZSTD.encode(bytes(200))), 16))}),
+        "can't be decoded",
+    ),
+    "a wrong checksum": (lambda m, f: f.update({"tokens/c/0": f["tokens/c/0"][:-1] + b"\0"}), "can't be decoded"),
+    "ids beyond the vocabulary": (replaced("tokens", np.full(8, 60, np.uint16)), r"tokens\[0\] is not a token id"),
+    "offsets out of order": (replaced("offsets", np.array([0, 5, 4, 8])), "offsets of tokens do not rise"),
+    "offsets past the end": (replaced("offsets", np.array([0, 3, 4, 9])), "offsets of tokens do not rise"),
+    "offsets that start late": (replaced("offsets", np.array([1, 3, 4, 8])), "offsets of tokens do not rise"),
+    "negative offsets": (replaced("offsets", np.array([0, -3, 4, 8])), "offsets of tokens do not rise"),
+    "a fingerprint that is none": (
+        lambda m, f: m["info"]["tokenizer"].update(fingerprint="../../etc"),
+        "tokenizer.fingerprint",
+    ),
+    "a hash in capitals": (
+        lambda m, f: m["files"]["zarr.json"].update(sha256=m["files"]["zarr.json"]["sha256"].upper()),
+        "sha256",
+    ),
+    "a name with credentials": (
+        lambda m, f: m["info"]["data"].update(name="https://me:SECRET@example.org/data"),
+        "address with credentials",
+    ),
+    "a name with a token": (
+        lambda m, f: m["info"]["tokenizer"].update(name="s3://SECRET@bucket/tokenizer"),
+        "address with credentials",
+    ),
+    "a text for a number": (lambda m, f: m.update(rows="3"), "rows"),
+    "a vocabulary of nothing": (lambda m, f: m["info"]["tokenizer"].update(vocab_size=0), "vocab_size"),
+    "an unknown kind": (lambda m, f: m["info"].update(kind="weights"), "kind"),
+    "a deep manifest": (lambda m, f: m.update(tool=_deep(200)), "recursion limit"),
+    "offsets that overflow": (replaced("offsets", np.array([0, 2**63 - 1, -(2**63), 8])), "offsets of tokens"),
+}
+
+
+def _deep(levels: int) -> object:
+    return {"a": _deep(levels - 1)} if levels else 0
+
+
+def understated(frame: bytes, size: int) -> bytes:
+    assert frame[4] == 0x20  # one segment, a size of one byte
+    return frame[:5] + bytes([size]) + frame[6:]
+
+
+@pytest.mark.parametrize("name", PROMPTS_8_TOKENS)
+def test_hostile_prompts(cache: Cache, name: str, monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    change, match = PROMPTS_8_TOKENS[name]
+    segment_id = cache.commit_prompts(make_prompts((3, 1, 4)), prompts_info())
+    forged = forge(cache, segment_id, change)
+    message = refused(cache.path, match=match)
+    assert forged in message
+    assert "SECRET" not in message
+    assert not (tmp_path / "unpickled").exists()
+
+    def grows_little() -> None:
+        with pytest.raises(KetchupError):
+            load_all(cache.path)
+        lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+        most, now = (int(lines[key].split()[0]) for key in ("VmHWM", "VmRSS"))
+        assert most - now < 256 * 1024  # kB
+
+    if Path("/proc/self/status").exists():
+        assert exit_code(in_child(grows_little)) == 0
+
+
+def test_the_forger_forges_valid_segments(cache: Cache) -> None:
+    """Else every test above would pass for the wrong reason."""
+    segment_id = cache.commit_prompts(make_prompts((3, 1, 4)), prompts_info())
+    forged = forge(cache, segment_id, replaced("tokens", np.arange(8, dtype=np.uint16)))
+    assert forged != segment_id
+    assert open_cache(cache.path).load_prompts(forged).tokens.values.tolist() == list(range(8))
+    # and so does the chunk with a checksum made here
+    again = forge(cache, forged, lambda m, f: f.update({"tokens/c/0": chunk(bytes(ZSTD.encode(bytes(16))))}))
+    assert open_cache(cache.path).load_prompts(again).tokens.values.tolist() == [0] * 8
+
+
+NAN, INF = np.float32("nan"), np.float32("inf")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "match"),
+    [
+        ("q", NAN, r"q\[3\] is nan"),
+        ("q", 1000, r"q\[3\] is larger than max_q"),
+        ("max_q", INF, r"max_q\[3\] is inf"),
+        ("max_q", -1000, r"q\[3\] is larger than max_q"),
+        ("logsumexp", NAN, r"logsumexp\[3\] is nan"),
+        ("logsumexp", -1000, r"logsumexp\[3\] is smaller than max_q"),
+        ("logsumexp", 1000, r"logsumexp\[3\] is larger than max_q \+ log"),
+        ("mean_q", 1000, r"mean_q\[3\] is larger than max_q"),
+        ("final_max_q", -INF, r"final_max_q\[\d\] is -inf"),
+    ],
+)
+def test_hostile_scores(cache: Cache, name: str, value: float, match: str) -> None:
+    _, _, segment_id = fill(cache)
+    array = np.array(getattr(cache.load_scores(segment_id), name))
+    array[min(3, len(array) - 1)] = value
+    forge(cache, segment_id, replaced(name, array))
+    refused(cache.path, match=match)
+
+
+def test_scores_that_do_not_fit_their_rollouts(cache: Cache) -> None:
+    _, rollouts_id, segment_id = fill(cache)
+    scores, rollouts = cache.load_scores(segment_id), cache.load_rollouts(rollouts_id)
+    row = int(np.flatnonzero(rollouts.finished)[0])
+    final = np.array(scores.final_max_q)
+    final[row] = 1
+    forged = forge(cache, segment_id, replaced("final_max_q", final))
+    refused(cache.path, match=rf"final_max_q\[{row}\] is not 0")
+
+    def shorter(manifest, files):
+        manifest["tokens"] -= 1
+        for name in ("q", "max_q", "logsumexp", "mean_q"):
+            files.update(stored(getattr(scores, name)[:-1], name))
+            manifest["arrays"][name]["shape"][0] -= 1
+
+    forge(cache, forged, shorter)
+    refused(cache.path, match="scores of 13 tokens for rollouts that have 14")
+
+
+def test_bytes_that_are_no_booleans(cache: Cache) -> None:
+    """NumPy would count a True of 2 as two."""
+    _, rollouts_id, scores = fill(cache)
+    (cache.path / "manifests" / f"{scores}.json").unlink()
+    odd = np.array([2, 0, 1], np.uint8)
+    forge(cache, rollouts_id, lambda m, f: f.update({"finished/c/0": stored(odd, "finished")["finished/c/0"]}))
+    refused(cache.path, match="finished/c/0: holds bytes that are neither true nor false")
+
+
+def test_parents_must_be_there_and_fit(cache: Cache) -> None:
+    prompts, rollouts_id, scores_id = fill(cache)
+    other = {"name": "other", "fingerprint": fingerprint("other"), "vocab_size": 60}
+    forged = forge(cache, scores_id, lambda m, f: m["info"].update(tokenizer=other), keep=True)
+    assert "same tokenizer" in refused(cache.path, MismatchError, "made with tokenizer other")
+    shutil.rmtree(cache.path / "segments" / forged)
+    (cache.path / "manifests" / f"{forged}.json").unlink()
+
+    forged = forge(
+        cache,
+        scores_id,
+        lambda m, f: m["info"].update(row_start=1, row_stop=4),
+    )
+    refused(cache.path, CacheError, "covers rows 1 to 4 of .*, which has 3")
+    forged = forge(cache, forged, lambda m, f: m["info"].update(rollouts=prompts, row_start=0, row_stop=3))
+    refused(cache.path, CacheError, "is a segment of prompts")
+    forged = forge(cache, forged, lambda m, f: m["info"].update(rollouts=rollouts_id))
+    load_all(cache.path)
+
+    (cache.path / "manifests" / f"{rollouts_id}.json").unlink()
+    message = refused(cache.path, CacheError, "which is not in this cache")
+    assert forged[:12] in message
+    assert rollouts_id[:12] in message
+    with pytest.raises(CacheError, match=f"{forged[:12]} needs rollouts {rollouts_id[:12]}"):
+        open_cache(cache.path).scored()
+
+
+# ----------------------------------------------------------------------------- markers, versions, other folders
+
+
+def test_manifest_of_another_version_says_so(cache: Cache) -> None:
+    fill(cache)
+    segment_id = cache.manifests("scores")[0][0]
+    forge(cache, segment_id, lambda m, f: m.update(version=2, news={}))
+    with pytest.raises(CacheError, match=r"is of format version 2, this program reads version 1; upgrade"):
+        open_cache(cache.path).manifests()
+
+
+@pytest.mark.parametrize(
+    ("marker", "match"),
+    [
+        (b'{"format":"ketchup-cache","version":2}', "format version 2, .* upgrade ketchup-cache"),
+        (b'{"format":"ketchup-cache","version":true}', "format version True"),
+        (b'{"format":"something","version":1}', "does not say that this is a ketchup cache"),
+        (b"[]", "does not say that this is a ketchup cache"),
+        (b"", "not valid JSON"),
+        (b"[" * 50_000, "not valid JSON"),
+        (b" " * 100_000, "expected 65,536 at most"),
+    ],
+)
+def test_markers(cache: Cache, marker: bytes, match: str) -> None:
+    (cache.path / "ketchup-cache.json").write_bytes(marker)
+    for create in (False, True):
+        with pytest.raises(CacheError, match=match):
+            open_cache(cache.path, create=create)
+    assert (cache.path / "ketchup-cache.json").read_bytes() == marker
+
+
+def test_folders_that_are_no_cache(tmp_path: Path) -> None:
+    with pytest.raises(CacheError, match=r"no cache here; `ketchup-cache rollout --cache .*new` makes one"):
+        open_cache(tmp_path / "new")
+    (tmp_path / "file").write_text("")
+    for create in (False, True):
+        with pytest.raises(CacheError, match="can't be read \\(Not a directory\\)"):
+            open_cache(tmp_path / "file", create=create)
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis/chapter.tex").write_text("words")
+    for create in (False, True):
+        with pytest.raises(CacheError, match=r"is not a ketchup cache.*`ketchup-cache rollout"):
+            open_cache(tmp_path / "thesis", create=create)
+    assert [p.name for p in (tmp_path / "thesis").iterdir()] == ["chapter.tex"]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CacheError, match="is not a ketchup cache"):
+        open_cache(tmp_path / "empty")
+    assert open_cache(tmp_path / "empty", create=True).manifests() == []
+
+
+def test_a_segment_id_can_not_name_a_path(cache: Cache) -> None:
+    fill(cache)
+    for segment_id in ("../marker", "", "/etc/passwd", "0" * 64, "*"):
+        with pytest.raises(CacheError, match="has no segment"):
+            cache.load_prompts(segment_id)

@@ -1,0 +1,113 @@
+"""Who made a segment, where they say so, and whose text a student was pre-distilled on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+
+import jsonschema
+import pytest
+
+from ketchup_cache.cache.cache import open_cache
+from ketchup_cache.cache.inspect import verify
+from ketchup_cache.cache.segment_bytes import parse_manifest
+from ketchup_cache.cli import main
+from ketchup_cache.errors import CorruptError
+from ketchup_cache.schemas.generate import FOLDER
+from tests.helpers.caches import make_cache
+from tests.helpers.segments import fill, make_prompts, prompts_info
+from tests.helpers.tiny import save_model
+
+
+def manifest_bytes(cache, segment_id):
+    return (cache.path / "manifests" / f"{segment_id}.json").read_bytes()
+
+
+def test_the_author_is_recorded_where_it_is_set_and_nowhere_else(tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("KETCHUP_CACHE_AUTHOR", raising=False)
+    nameless = open_cache(tmp_path / "c", create=True)
+    first = nameless.commit_prompts(make_prompts(), prompts_info())
+    assert b"author" not in manifest_bytes(nameless, first)
+    monkeypatch.setenv("KETCHUP_CACHE_AUTHOR", " Ana Núñez ")
+    signed = open_cache(tmp_path / "c")
+    second = signed.commit_prompts(make_prompts(seed=1), prompts_info())
+    record = json.loads(manifest_bytes(signed, second))
+    assert record["author"] == "Ana Núñez"
+    jsonschema.validate(record, json.loads((FOLDER / "manifest.schema.json").read_text()))
+    assert hashlib.sha256(manifest_bytes(signed, second)).hexdigest() == second
+    assert signed.manifest(second).to_bytes() == manifest_bytes(signed, second)
+    assert verify(signed).ok
+    assert main(["info", str(tmp_path / "c"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["authors"] == ["Ana Núñez"]
+    assert main(["info", str(tmp_path / "c")]) == 0
+    assert "author      Ana Núñez\n" in capsys.readouterr().out
+    assert main(["ls", str(tmp_path / "c"), "--json"]) == 0
+    assert [entry["author"] for entry in json.loads(capsys.readouterr().out)["segments"]] == ["", "Ana Núñez"]
+
+
+@pytest.mark.parametrize("name", ["x" * 201, "a\x1b[2Jb", "https://u:SECRET@h/"])
+def test_a_name_that_is_none_is_refused_in_one_line(tmp_path, monkeypatch, capsys, name):
+    fill(open_cache(tmp_path / "c", create=True))
+    monkeypatch.setenv("KETCHUP_CACHE_AUTHOR", name)
+    assert main(["info", str(tmp_path / "c")]) == 2
+    error = capsys.readouterr().err
+    assert "KETCHUP_CACHE_AUTHOR must be a name" in error
+    assert "SECRET" not in error
+    assert len(error.splitlines()) == 1
+
+
+@pytest.mark.parametrize("author", ["null", '""', "7", json.dumps("x" * 201)])
+def test_a_manifest_with_an_author_that_is_none_is_refused(tmp_path, author):
+    cache = open_cache(tmp_path / "c", create=True)
+    data = manifest_bytes(cache, cache.commit_prompts(make_prompts(), prompts_info()))
+    changed = data.replace(b'"created"', b'"author":' + author.encode() + b',"created"', 1)
+    with pytest.raises(CorruptError, match="author"):
+        parse_manifest(changed, hashlib.sha256(changed).hexdigest(), "here")
+
+
+@pytest.fixture(scope="module")
+def predistilled(tmp_path_factory):
+    """Student, teacher, the student trained on the teacher's outputs, and scored rollouts of that one."""
+    base = tmp_path_factory.mktemp("models")
+    student, teacher = save_model(base / "s", "1.0", seed=1), save_model(base / "t", "1.1", seed=2)
+    make_cache(base / "sft", teacher, teacher)
+    options = ["--model", str(student), "--cache", str(base / "sft"), "--out", str(base / "pre")]
+    assert main(["pretrain", *options, "--epochs", "1", "--batch-size", "4", "--device", "cpu"]) == 0
+    model = base / "pre" / "model"
+    make_cache(base / "cache", model, teacher)
+    return student, teacher, model, base / "cache"
+
+
+def learned(capsys, student, cache, out):
+    """What `learn` warned of."""
+    capsys.readouterr()
+    words = ["learn", "--student", str(student), "--cache", str(cache), "--out", str(out), "--device", "cpu"]
+    words += ["--unfinished", "bootstrap"]  # of the made-up rollouts many are cut, and `learn` would warn of that
+    assert main([*words, "--steps", "1", "--batch-size", "4", "--k", "1"]) == 0
+    return [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
+
+
+def test_another_teacher_than_the_one_of_pre_distillation_is_warned_of(predistilled, tmp_path, capsys):
+    student, teacher, model, cache = predistilled
+    # the cache calls its teacher "teacher", which is neither the name nor a folder of what wrote the outputs
+    (line,) = learned(capsys, model, cache, tmp_path / "run")
+    assert f"pre-distilled on the outputs of {teacher} (" in line
+    assert "but teacher scored" in line
+    assert learned(capsys, student, cache, tmp_path / "plain") == []
+    # what is learned from a pre-distilled student is still pre-distilled on that text
+    assert len(learned(capsys, tmp_path / "run" / "student", cache, tmp_path / "next")) == 1
+
+
+def test_the_same_teacher_is_known_by_name_or_by_weights(predistilled, tmp_path, capsys, monkeypatch):
+    _, teacher, model, cache = predistilled
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(teacher, tmp_path / "teacher")  # the name in the cache, from here
+    assert learned(capsys, model, cache, tmp_path / "by-weights") == []
+    shutil.rmtree(tmp_path / "teacher")
+    copied = shutil.copytree(model, tmp_path / "renamed")
+    origin = copied / "ketchup-cache-origin.json"
+    origin.write_text(origin.read_text().replace(json.dumps(str(teacher)), '"teacher"'))
+    assert learned(capsys, copied, cache, tmp_path / "by-name") == []
+    origin.write_bytes(b"\xff not ours")
+    assert learned(capsys, copied, cache, tmp_path / "unreadable") == []

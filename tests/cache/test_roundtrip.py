@@ -1,0 +1,304 @@
+"""What is committed comes back bit for bit, also through plain Zarr; the written format is the real one."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from importlib.resources import files
+from pathlib import Path
+
+import jsonschema
+import numpy as np
+import pytest
+import zarr
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from zarr.buffer import default_buffer_prototype
+from zarr.storage import MemoryStore
+
+from ketchup_cache.cache import rules as segments
+from ketchup_cache.cache import zarr_files as arrays
+from ketchup_cache.cache.cache import Cache, open_cache
+from ketchup_cache.errors import CacheError, MismatchError, NumericsError
+from ketchup_cache.schemas.generate import SCHEMAS, render
+from ketchup_cache.types import Ragged, Rollouts, Scores
+from tests.helpers.segments import (
+    fill,
+    make_prompts,
+    make_rollouts,
+    make_scores,
+    prompts_info,
+    rollouts_info,
+    same,
+    scores_info,
+)
+
+examples = settings(derandomize=True, deadline=None, max_examples=25)
+SCHEMA_FOLDER = files("ketchup_cache.schemas")
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Cache:
+    return open_cache(tmp_path / "cache", create=True)
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One growing cache for many examples."""
+    root = tmp_path_factory.mktemp("shared") / "cache"
+    open_cache(root, create=True)
+    return root
+
+
+lengths = st.lists(st.integers(0, 9), max_size=6)
+vocabularies = st.sampled_from([1, 2, 255, 2**16, 2**16 + 1, 250_112, 2**31])
+
+
+@examples
+@given(lengths, lengths, vocabularies, st.booleans(), st.integers(0, 999))
+def test_round_trip(
+    shared: Path, prompt_lengths: list[int], row_lengths: list[int], vocab_size: int, forced: bool, seed: int
+) -> None:
+    cache = open_cache(shared)
+    row_lengths = row_lengths if prompt_lengths else []
+    prompts = make_prompts(prompt_lengths, seed=seed, vocab_size=vocab_size)
+    prompts.tokens.values[-1:] = vocab_size - 1  # the largest id
+    rollouts = make_rollouts(row_lengths, prompts=len(prompt_lengths), seed=seed, vocab_size=vocab_size, forced=forced)
+    start = seed % (len(rollouts) + 1)
+    scores = make_scores(rollouts, start, len(rollouts), seed=seed, vocab_size=vocab_size)
+    p = cache.commit_prompts(prompts, prompts_info(vocab_size))
+    r = cache.commit_rollouts(rollouts, rollouts_info(p, len(prompts), vocab_size=vocab_size))
+    s = cache.commit_scores(scores, scores_info(r, start, len(rollouts), vocab_size=vocab_size))
+
+    reopened = open_cache(shared)
+    assert same(reopened.load_prompts(p), prompts)
+    assert same(reopened.load_rollouts(r), rollouts)
+    assert same(reopened.load_scores(s), scores)
+    assert [(m.rows, m.tokens) for m in map(reopened.manifest, (p, r, s))] == [
+        (len(prompt_lengths), sum(prompt_lengths)),
+        (len(row_lengths), sum(row_lengths)),
+        (len(row_lengths) - start, sum(row_lengths[start:])),
+    ]
+    assert ("forced" in reopened.manifest(r).arrays) == bool(rollouts.forced.any())
+    assert reopened.manifest(p).arrays["tokens"].dtype == ("uint16" if vocab_size <= 65536 else "uint32")
+
+
+@examples
+@given(
+    st.sampled_from(["bool", "uint8", "uint16", "uint32", "int64", "float16", "float32"]),
+    st.sampled_from([(0,), (1,), (7,), (0, 16), (3, 16), (2**16 + 1, 16), (2**20,), (2**20 + 1,), (2**21 + 5,)]),
+    st.booleans(),
+)
+def test_arrays_of_every_kind_and_size(dtype: str, shape: tuple[int, ...], zeros: bool) -> None:
+    """Any bit pattern survives, also NaN and -0.0, and chunks full of zeros are stored as chunks."""
+    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    data = bytes(size) if zeros else np.random.default_rng(1).bytes(size)
+    array = np.frombuffer(data, np.uint8)
+    array = (array & 1 if dtype == "bool" else array).view(dtype).reshape(shape)
+    encoded = arrays.encode({"a": array})
+    chunks = -(-shape[0] // (2**16 if len(shape) == 2 else 2**20))
+    assert len(encoded) == 2 + chunks
+    assert same(arrays.decode(encoded, {"a": arrays.entry_of(array)})["a"], array)
+
+
+def test_plain_zarr_reads_the_same_numbers(cache: Cache) -> None:
+    p, r, s = fill(cache)
+    prompts, rollouts, scores = cache.load_prompts(p), cache.load_rollouts(r), cache.load_scores(s)
+    expected = {
+        p: {"ids": prompts.ids, "tokens": prompts.tokens.values, "offsets": prompts.tokens.offsets},
+        r: {
+            "prompt_index": rollouts.prompt_index,
+            "completion_tokens": rollouts.completions.values,
+            "completion_offsets": rollouts.completions.offsets,
+            "behavior_logprob": rollouts.behavior_logprob,
+            "finished": rollouts.finished,
+            "forced": rollouts.forced,
+        },
+        s: {k: v for k, v in vars(scores).items() if k in ("q", "max_q", "logsumexp", "mean_q", "final_max_q")},
+    }
+    for segment_id, named in expected.items():
+        group = zarr.open_group(cache.path / "segments" / segment_id, mode="r", zarr_format=3)
+        assert set(group.array_keys()) == set(named)
+        for name, array in named.items():
+            stored = np.asarray(group[name][...])
+            assert np.array_equal(stored, array)
+            assert stored.dtype.name == cache.manifest(segment_id).arrays[name].dtype
+
+
+def test_the_example_in_the_format_page_runs(cache: Cache) -> None:
+    _, _, s = fill(cache)
+    page = (SCHEMA_FOLDER / "cache-format.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    names: dict = {}
+    exec(code.replace('"my-cache"', repr(str(cache.path))), names)
+    assert np.array_equal(names["gap"], cache.load_scores(s).max_q - cache.load_scores(s).q)
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        np.random.default_rng(0).normal(size=2_500_000).astype(np.float32),
+        np.zeros(2**20, np.float32),
+        np.arange(2**20 + 1),
+        np.random.default_rng(1).normal(size=(700_000, 3)).astype(np.float16),
+        np.arange(48, dtype=np.uint8).reshape(3, 16)[:, ::-1],
+        np.array([True, False]),
+        np.empty(0, np.uint16),
+        np.empty((0, 16), np.uint8),
+        np.array(7, np.uint32).reshape(1),
+    ],
+    ids=lambda array: f"{array.dtype}{list(array.shape)}",
+)
+def test_chunks_are_byte_for_byte_those_that_zarr_writes(array: np.ndarray) -> None:
+    """We compress and checksum in threads of our own; Zarr itself is the oracle, and reads them back too."""
+    encoded = arrays.encode({"a": array})
+    buffer = default_buffer_prototype().buffer
+    files = {name: buffer.from_bytes(data) for name, data in encoded.items() if name.endswith("zarr.json")}
+    with zarr.config.set({"array.write_empty_chunks": True}):
+        zarr.open_array(MemoryStore(files), path="a", mode="r+", zarr_format=3)[...] = array
+    assert {name: data.to_bytes() for name, data in files.items()} == encoded
+    whole = MemoryStore({name: buffer.from_bytes(data) for name, data in encoded.items()})
+    read = zarr.open_group(whole, mode="r", zarr_format=3, use_consolidated=False)["a"]
+    assert same(np.asarray(read[...]), np.ascontiguousarray(array))
+    assert same(arrays.decode(encoded, {"a": arrays.entry_of(array)})["a"], np.ascontiguousarray(array))
+
+
+def test_the_format_page_lists_the_arrays(cache: Cache) -> None:
+    page = (SCHEMA_FOLDER / "cache-format.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\w+)` \| `(\[.*?\])` \| (\S+)", page, re.MULTILINE)
+    documented = {name: dtype for name, _, dtype in rows}
+    stored = {name: e.dtype for i in fill(cache) for name, e in cache.manifest(i).arrays.items()}
+    scores = cache.manifests("scores")[0][1].info.model_copy(update={"keep_top": 2, "storage": "compact"})
+    stored |= {name: e.dtype for name, e in segments.layout(scores, 1, 1).items() if name not in stored}
+    tokens = {"tokens": "token", "completion_tokens": "token", "top_ids": "token", "top_q": "float32"}
+    assert documented == stored | tokens | {"rest_logsumexp": "float32"}
+
+
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_schema_files_are_up_to_date(name: str) -> None:
+    """If not: python -m ketchup_cache.schemas.generate"""
+    assert (SCHEMA_FOLDER / name).read_text(encoding="utf-8") == render(SCHEMAS[name]())
+
+
+def test_manifests_on_disk_follow_the_schema(cache: Cache) -> None:
+    schema = json.loads((SCHEMA_FOLDER / "manifest.schema.json").read_text(encoding="utf-8"))
+    jsonschema.Draft202012Validator.check_schema(schema)
+    validator = jsonschema.Draft202012Validator(schema)
+    for segment_id in fill(cache):
+        manifest = json.loads((cache.path / "manifests" / f"{segment_id}.json").read_bytes())
+        validator.validate(manifest)
+        for key in manifest:
+            assert not validator.is_valid({k: v for k, v in manifest.items() if k != key})
+        assert not validator.is_valid(manifest | {"version": 2})
+
+
+def test_marker(cache: Cache) -> None:
+    assert json.loads((cache.path / "ketchup-cache.json").read_bytes()) == {"format": "ketchup-cache", "version": 1}
+
+
+def test_the_store_is_torch_free(cache: Cache) -> None:
+    fill(cache)
+    code = (
+        "import sys; from ketchup_cache.store import inspect; from ketchup_cache import open_cache;"
+        f"cache = open_cache({str(cache.path)!r}); inspect.describe(cache); assert inspect.verify(cache).ok;"
+        "print([m for m in ('torch', 'transformers', 'datasets') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+# ------------------------------------------------------------------------------------------- what is not stored
+
+
+def changed(value, **fields):
+    return type(value)(**(vars(value) | fields))
+
+
+ROLLOUTS, PROMPTS = make_rollouts((5, 2, 7)), make_prompts((3, 1, 4))
+N = 14
+BAD_ROLLOUTS = {
+    "NaN": (changed(ROLLOUTS, behavior_logprob=np.full(N, np.nan, np.float32)), NumericsError, r"logprob\[0\] is nan"),
+    "-inf": (changed(ROLLOUTS, behavior_logprob=np.full(N, -np.inf, np.float32)), NumericsError, "must be finite"),
+    "probability above 1": (
+        changed(ROLLOUTS, behavior_logprob=np.full(N, 0.5, np.float32)),
+        CacheError,
+        "more than 1",
+    ),
+    "float64": (changed(ROLLOUTS, behavior_logprob=np.zeros(N)), CacheError, r"is float64 \[14\], must be float32"),
+    "too short": (changed(ROLLOUTS, forced=np.zeros(N - 1, bool)), CacheError, r"forced is bool \[13\], must be"),
+    "foreign prompt": (changed(ROLLOUTS, prompt_index=np.array([0, 3, 1])), CacheError, r"prompt_index\[1\] is outs"),
+    "negative prompt": (changed(ROLLOUTS, prompt_index=np.array([0, 1, -1])), CacheError, r"prompt_index\[2\] is out"),
+    "beyond the vocabulary": (
+        changed(ROLLOUTS, completions=ROLLOUTS.completions.with_values(np.full(N, 60, np.int32))),
+        CacheError,
+        r"completion_tokens\[0\] is not a token id of words, which has 60",
+    ),
+    "negative id": (
+        changed(ROLLOUTS, completions=ROLLOUTS.completions.with_values(np.full(N, -1, np.int32))),
+        CacheError,
+        r"completion_tokens\[0\] is not a token id",
+    ),
+    "offsets": (
+        changed(ROLLOUTS, completions=Ragged(ROLLOUTS.completions.values, np.array([0, 7, 5, N]))),
+        CacheError,
+        "do not rise from 0 to 14",
+    ),
+    "finished without EOS": (
+        changed(make_rollouts((0, 2, 7)), finished=np.array([True, False, False])),
+        CacheError,
+        r"finished\[0\] is a finished rollout without a token",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD_ROLLOUTS)
+def test_broken_rollouts_are_not_committed(cache: Cache, name: str) -> None:
+    rollouts, error, match = BAD_ROLLOUTS[name]
+    p = cache.commit_prompts(PROMPTS, prompts_info())
+    with pytest.raises(error, match=match) as caught:
+        cache.commit_rollouts(rollouts, rollouts_info(p, 3))
+    assert "\n" not in str(caught.value)
+    assert [i for i, _ in cache.manifests()] == [p]
+
+
+def test_parts_that_do_not_belong_together_are_not_committed(cache: Cache) -> None:
+    p = cache.commit_prompts(PROMPTS, prompts_info())
+    with pytest.raises(MismatchError, match="use the same tokenizer"):
+        cache.commit_rollouts(ROLLOUTS, rollouts_info(p, 3, vocab_size=61))
+    with pytest.raises(CacheError, match=r"covers rows 0 to 4 of prompts .*, which has 3"):
+        cache.commit_rollouts(ROLLOUTS, rollouts_info(p, 4))
+    with pytest.raises(CacheError, match=r"rollouts \(new\) needs prompts 000000000000, which is not in this cache"):
+        cache.commit_rollouts(ROLLOUTS, rollouts_info("0" * 64, 3))
+    r = cache.commit_rollouts(ROLLOUTS, rollouts_info(p, 3))
+    scores = make_scores(ROLLOUTS, 0, 3)
+    with pytest.raises(CacheError, match="scores of 14 tokens for rollouts that have 7"):
+        cache.commit_scores(changed(scores, final_max_q=np.zeros(2, np.float32)), scores_info(r, 0, 2))
+    with pytest.raises(NumericsError, match=r"q\[0\] is nan"):
+        cache.commit_scores(Scores(*(np.full(n, np.nan, np.float32) for n in (N, N, N, N, 3))), scores_info(r, 0, 3))
+    with pytest.raises(CacheError, match="Rollouts can't be a segment of kind scores"):
+        cache.commit_scores(ROLLOUTS, scores_info(r, 0, 3))  # type: ignore[arg-type]
+    with pytest.raises(CacheError, match=f"segment {r} does not hold scores"):
+        cache.load_scores(r)
+    assert len(cache.manifests()) == 2
+
+
+def test_rounding_is_not_an_error(cache: Cache) -> None:
+    """A one-token vocabulary: q, max, logsumexp and mean are the same number up to rounding."""
+    rollouts = Rollouts(
+        np.zeros(1, np.int64), Ragged.from_rows([[0]], np.int32), np.zeros(1, np.float32), np.zeros(1, bool),
+        np.zeros(1, bool),
+    )  # fmt: skip
+    p = cache.commit_prompts(make_prompts((1,), vocab_size=1), prompts_info(1))
+    r = cache.commit_rollouts(rollouts, rollouts_info(p, 1, vocab_size=1))
+    near = np.array([40.0], np.float32)
+    scores = Scores(near * np.float32(1 + 1e-6), near, near * np.float32(1 - 1e-6), near * np.float32(1 + 1e-6), near)
+    assert same(cache.load_scores(cache.commit_scores(scores, scores_info(r, 0, 1, vocab_size=1))), scores)
+
+
+def test_too_large_for_one_segment(cache: Cache, monkeypatch) -> None:
+    monkeypatch.setattr(arrays, "MAX_BYTES", 100)
+    with pytest.raises(CacheError, match=r"bytes in one segment, the limit is 100: store it in several"):
+        cache.commit_prompts(PROMPTS, prompts_info())
+    assert cache.manifests() == []

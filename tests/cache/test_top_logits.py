@@ -1,0 +1,264 @@
+"""The kept largest logits in the cache: what is stored, what is refused, and what a smaller number of them means."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ketchup_cache.cache.cache import Cache, open_cache
+from ketchup_cache.cache.inspect import describe, verify
+from ketchup_cache.cache.sizes import array_sizes
+from ketchup_cache.errors import CacheError, CorruptError, KetchupError, NumericsError
+from ketchup_cache.types import Scores
+from tests.cache.test_hostile import forge, refused, replaced, stored
+from tests.helpers.segments import (
+    VOCAB,
+    fingerprint,
+    make_prompts,
+    make_rollouts,
+    prompts_info,
+    rollouts_info,
+    same,
+    scores_info,
+)
+
+NAN, INF = np.float32("nan"), np.float32("inf")
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Cache:
+    return open_cache(tmp_path / "cache", create=True)
+
+
+def scores_of(logits: np.ndarray, tokens: np.ndarray, final: np.ndarray, top: int) -> Scores:
+    """From all logits, in float64, with the kept ones found by a plain sort."""
+    order = np.argsort(-logits, axis=1, kind="stable")[:, :top].astype(np.int32)
+    wide = logits.astype(np.float64)
+    rest = wide.copy()
+    np.put_along_axis(rest, order, -np.inf, axis=1)
+    with np.errstate(divide="ignore"):
+        lse, others = (np.log(np.exp(x - 50).sum(1)) + 50 for x in (wide, rest))
+    return Scores(
+        q=logits[np.arange(len(tokens)), tokens],
+        max_q=logits.max(1),
+        logsumexp=lse.astype(np.float32),
+        mean_q=logits.mean(1),
+        final_max_q=final,
+        top_q=np.take_along_axis(logits, order, 1),
+        top_ids=order,
+        rest_logsumexp=others.astype(np.float32),
+    )
+
+
+def fill_top(cache: Cache, top: int, *, by: str = "teacher") -> tuple[str, Scores]:
+    prompts = cache.commit_prompts(make_prompts(), prompts_info())
+    rollouts = make_rollouts()
+    rollouts_id = cache.commit_rollouts(rollouts, rollouts_info(prompts, 3))
+    rng = np.random.default_rng(0)
+    logits = rng.normal(0, 8, (len(rollouts.completions.values), VOCAB)).astype(np.float32)
+    final = np.where(rollouts.finished, 0, rng.normal(0, 8, 3)).astype(np.float32)
+    scores = scores_of(logits, rollouts.completions.values, final, top)
+    info = scores_info(rollouts_id, 0, 3, by=by).model_copy(update={"keep_top": top})
+    return cache.commit_scores(scores, info), scores
+
+
+@pytest.mark.parametrize("top", [1, 4, VOCAB - 1, VOCAB])
+def test_round_trip(cache: Cache, top: int) -> None:
+    id_, scores = fill_top(cache, top)
+    loaded = Cache(cache.path).load_scores(id_)
+    assert same(loaded, scores)
+    assert not any(array.flags.writeable for array in (loaded.top_q, loaded.top_ids, loaded.rest_logsumexp))
+    # nothing is left outside of the whole vocabulary, so nothing is stored of it
+    assert ("rest_logsumexp" in cache.manifest(id_).arrays) == (top < VOCAB)
+    assert cache.manifest(id_).arrays["top_ids"].dtype == "uint16"
+    assert verify(cache).ok
+
+
+@pytest.mark.parametrize(("vocab", "top"), [(32_100, 1), (32_100, 64), (500, 3), (32_100, 32_099)])
+def test_equal_logits_are_within_the_rules_after_rounding(cache: Cache, vocab: int, top: int) -> None:
+    """Every bound is met exactly there, and float16 bends it: also where a few logits are far below."""
+    prompts = cache.commit_prompts(make_prompts(), prompts_info(vocab))
+    rollouts = make_rollouts()
+    rollouts_id = cache.commit_rollouts(rollouts, rollouts_info(prompts, 3, vocab_size=vocab))
+    tokens = rollouts.completions.values
+    logits = np.zeros((len(tokens), vocab), np.float32)
+    logits[3:, vocab // 2 :] = -17.3
+    scores = scores_of(logits, tokens, np.where(rollouts.finished, 0, 1).astype(np.float32), top)
+    info = scores_info(rollouts_id, 0, 3, vocab_size=vocab)
+    id_ = cache.commit_scores(scores, info.model_copy(update={"keep_top": top, "storage": "compact"}))
+    read = Cache(cache.path).load_scores(id_)
+    np.testing.assert_allclose(read.rest_logsumexp, scores.rest_logsumexp, atol=0.02)
+
+
+def at(name: str, place: tuple[int, ...], value: float, dtype=np.float32):
+    def change(scores: Scores) -> np.ndarray:
+        array = np.array(getattr(scores, name)).astype(dtype)
+        array[place] = value
+        return array
+
+    return name, change
+
+
+def swapped(scores: Scores) -> np.ndarray:
+    array = np.array(scores.top_q)
+    array[3, [1, 2]] = array[3, [2, 1]]
+    return array
+
+
+def twice(scores: Scores) -> np.ndarray:
+    array = scores.top_ids.astype(np.uint16)
+    array[3, 2] = array[3, 0]
+    return array
+
+
+def other_ids(scores: Scores) -> np.ndarray:
+    """The first token of row 3 among its ids, with a logit that is not q."""
+    array = scores.top_ids.astype(np.uint16)
+    token = int(make_rollouts().completions.values[3])
+    assert token not in array[3]
+    array[3, 3] = token
+    return array
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "match"),
+    [
+        (*at("top_q", (3, 1), NAN), r"top_q\[\d+\] is nan"),
+        (*at("top_q", (3, 3), -INF), r"top_q\[\d+\] is -inf"),
+        (*at("rest_logsumexp", (3,), NAN), r"rest_logsumexp\[3\] is nan"),
+        (*at("rest_logsumexp", (3,), -INF), r"rest_logsumexp\[3\] is -inf"),
+        (*at("top_ids", (3, 1), VOCAB, np.uint16), r"top_ids\[3\] holds an id that words does not have"),
+        (*at("top_ids", (3, 1), 65535, np.uint16), r"top_ids\[3\] holds an id that words does not have"),
+        ("top_ids", twice, r"top_ids\[3\] holds a token twice"),
+        ("top_ids", other_ids, r"top_q\[3\] is not q where top_ids is the token"),
+        ("top_q", swapped, r"top_q\[3\] does not fall"),
+        (*at("top_q", (3, 0), 1000), r"top_q\[3\] does not begin with max_q"),
+        (*at("top_q", (3, 3), -30), r"rest_logsumexp\[3\] is more than so many smaller logits can have"),
+        (*at("rest_logsumexp", (3,), 1000), r"rest_logsumexp\[3\] is more than so many"),
+        (*at("logsumexp", (3,), 0), r"logsumexp\[3\] is smaller than max_q"),
+    ],
+)
+def test_hostile_top(cache: Cache, name: str, change, match: str) -> None:
+    segment_id, scores = fill_top(cache, 4)
+    forge(cache, segment_id, replaced(name, change(scores)))
+    refused(cache.path, KetchupError, match=match)
+
+
+def test_logits_that_do_not_add_up(cache: Cache) -> None:
+    """Each array is possible for itself; together they are not those of one distribution."""
+    segment_id, scores = fill_top(cache, 4)
+    wrong = np.array(scores.logsumexp)
+    wrong[3] += 0.5
+    forge(cache, segment_id, replaced("logsumexp", wrong))
+    refused(cache.path, match=r"top_q\[3\] and rest_logsumexp do not add up to logsumexp")
+
+
+def test_arrays_that_are_missing_or_too_many(cache: Cache) -> None:
+    def without(*names):
+        def change(manifest, files):
+            for name in names:
+                del manifest["arrays"][name]
+                for key in [key for key in files if key.startswith(f"{name}/")]:
+                    del files[key]
+
+        return change
+
+    segment_id, scores = fill_top(cache, 4)
+    for names in (("rest_logsumexp",), ("top_ids",), ("top_q", "top_ids", "rest_logsumexp")):
+        forged = forge(cache, segment_id, without(*names), keep=True)
+        with pytest.raises(CorruptError, match="arrays"):
+            Cache(cache.path).load_scores(forged)
+
+    def of_other_size(manifest, files):
+        """`keep_top` says 5."""
+        manifest["info"]["keep_top"] = 5
+
+    def with_rest_of_nothing(manifest, files):
+        manifest["info"]["keep_top"] = 0
+        without("top_q", "top_ids")(manifest, files)
+
+    def wide_ids(manifest, files):
+        files.update(stored(scores.top_ids.astype(np.uint32), "top_ids"))
+        manifest["arrays"]["top_ids"]["dtype"] = "uint32"
+
+    def too_many(manifest, files):
+        manifest["info"]["keep_top"] = VOCAB + 1
+
+    for change in (of_other_size, with_rest_of_nothing, wide_ids, too_many):
+        forged = forge(cache, segment_id, change, keep=True)
+        with pytest.raises(CorruptError):
+            Cache(cache.path).load_scores(forged)
+    Cache(cache.path).load_scores(segment_id)
+
+
+@pytest.mark.parametrize("said", [0, 3, 5])
+def test_not_committed_with_another_number_than_info_says(cache: Cache, said: int) -> None:
+    segment_id, scores = fill_top(cache, 4)
+    info = cache.manifest(segment_id).info.model_copy(update={"keep_top": said})
+    with pytest.raises(CacheError, match=f"top_q has 4 logits of each state, must be {said}"):
+        cache.commit_scores(scores, info)
+
+
+def test_nan_is_not_committed(cache: Cache) -> None:
+    segment_id, scores = fill_top(cache, 4)
+    broken = Scores(**{**vars(scores), "rest_logsumexp": np.full(len(scores.q), NAN)})
+    with pytest.raises(NumericsError, match=r"rest_logsumexp\[0\] is nan"):
+        cache.commit_scores(broken, cache.manifest(segment_id).info)
+
+
+def test_top_without_rest_can_not_be_made() -> None:
+    one = np.zeros(1, np.float32)
+    with pytest.raises(ValueError, match="top_q without rest_logsumexp"):
+        Scores(one, one, one, one, one, top_q=one[:, None], top_ids=np.zeros((1, 1), np.int32))
+
+
+@given(st.integers(0, 2**32 - 1), st.floats(0.1, 60), st.integers(1, 12), st.data())
+@settings(derandomize=True, deadline=None, max_examples=60)
+def test_fewer_logits_are_those_that_would_have_been_kept(seed: int, scale: float, top: int, data) -> None:
+    """`with_top` of more is what a scorer with fewer stores; and parts with different numbers join at the smallest."""
+    fewer = data.draw(st.integers(0, top))
+    rng = np.random.default_rng(seed)
+    logits = (rng.normal(0, scale, (5, 12))).astype(np.float32)
+    tokens, final = rng.integers(0, 12, 5), np.zeros(5, np.float32)
+    many, few = scores_of(logits, tokens, final, top), scores_of(logits, tokens, final, fewer)
+    cut = many.with_top(fewer)
+    assert same(cut.top_q, few.top_q)
+    assert same(cut.top_ids, few.top_ids)
+    np.testing.assert_allclose(cut.rest_logsumexp, few.rest_logsumexp, rtol=3e-7, atol=3e-6)
+    joined = Scores.concatenate([many, few])
+    assert joined.top == fewer
+    np.testing.assert_array_equal(joined.rest_logsumexp, np.concatenate([cut.rest_logsumexp, few.rest_logsumexp]))
+    with pytest.raises(ValueError, match="logits of scores that keep"):
+        few.with_top(fewer + 1)
+
+
+def test_info_gives_bytes_per_token_of_every_array(cache: Cache) -> None:
+    fill_top(cache, 4)
+    _, scores = fill_top(cache, 0, by="another")
+    assert scores.top == 0
+    info = describe(cache)
+    assert [(s.kind, s.keep_top) for s in info.arrays] == [
+        ("prompts", 0),
+        ("rollouts", 0),
+        ("scores", 0),
+        ("scores", 4),
+    ]
+    assert [s.tokens for s in info.arrays] == [16, 28, 14, 14]
+    assert sum(sum(s.bytes.values()) for s in info.arrays) == info.bytes
+    # against the files themselves
+    folder = cache.path / "segments" / next(i for i, m in cache.manifests("scores") if m.info.keep_top)
+    for name in ("top_q", "top_ids", "rest_logsumexp", "q"):
+        size = sum(p.stat().st_size for p in (folder / name).rglob("*") if p.is_file())
+        assert info.arrays[3].bytes[name] == size
+        assert info.arrays[3].bytes_per_token[name] == size / 14
+        assert f"{name} {size / 14:.2f}" in str(info)
+    assert "top_q" not in info.arrays[2].bytes
+    assert "scores, --keep-top 4: " in str(info)
+    assert json.loads(json.dumps(info.to_dict()))["arrays"][3]["bytes_per_token"]["top_q"] > 0
+    assert array_sizes([]) == ()
+    assert fingerprint("teacher") in {t.fingerprint for t in info.teachers}

@@ -1,0 +1,260 @@
+"""The whole tool with a decoder-only teacher and student: pretrain → rollout → score → learn → evaluate."""
+
+from __future__ import annotations
+
+import json
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from ketchup_cache import open_cache
+from ketchup_cache.cli import main
+from ketchup_cache.config.commands import EvaluateConfig, PretrainConfig, RolloutConfig
+from ketchup_cache.config.options import DataOptions
+from ketchup_cache.errors import ConfigError, DataError, ModelError
+from ketchup_cache.models.load import load_model, load_tokenizer
+from ketchup_cache.report.evaluate import evaluate
+from ketchup_cache.rollouts.rollout import rollout
+from ketchup_cache.text.prompts import as_chat, data_info, read_examples, tokenize_prompts
+from ketchup_cache.training.pretrain import pretrain
+from tests.helpers.decoders import make_decoder, make_decoder_tokenizer, plain_row_logits, save_decoder
+from tests.helpers.tiny import WORDS
+
+VOCAB = len(WORDS) + 3
+EOS = 1
+NOUNS = WORDS[18:23]
+
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def write_task(path, n: int, seed: int):
+    """Copy one to four words after a sign; the template adds the sign."""
+    rng = random.Random(seed)
+    texts = [" ".join(rng.choices(NOUNS, k=rng.randint(1, 4))) for _ in range(n)]
+    path.write_text("".join(json.dumps({"prompt": t, "target": t}) + "\n" for t in texts))
+    return path
+
+
+def run(*words: object) -> None:
+    assert main([str(word) for word in words]) == 0
+
+
+def test_pretrain_rollout_score_learn_evaluate(tmp_path, capsys):
+    train, test = write_task(tmp_path / "train.jsonl", 96, 0), write_task(tmp_path / "test.jsonl", 40, 1)
+    form = ["--template", "{prompt} =", "--device", "cpu"]
+    big, small = save_decoder(tmp_path / "t0", initializer_range=0.1), save_decoder(
+        tmp_path / "s0", seed=1, hidden_size=16, intermediate_size=24, num_attention_heads=2, num_key_value_heads=1,
+        initializer_range=0.1,
+    )  # fmt: skip
+    run("pretrain", "--model", big, "--data", train, *form, "--out", tmp_path / "t", "--epochs", 20, "--lr", 5e-3,
+        "--batch-size", 16)  # fmt: skip
+    teacher, cache, student = tmp_path / "t" / "model", tmp_path / "cache", tmp_path / "s" / "model"
+    run("rollout", "--student", teacher, "--greedy", "--data", train, *form, "--cache", tmp_path / "sft",
+        "--max-new-tokens", 8)  # fmt: skip
+    run("pretrain", "--model", small, "--cache", tmp_path / "sft", "--out", tmp_path / "s", "--epochs", 10,
+        "--lr", 5e-3, "--batch-size", 32, "--device", "cpu")  # fmt: skip
+    run("rollout", "--student", student, "--data", train, *form, "--samples", 2, "--max-new-tokens", 8,
+        "--cache", cache)  # fmt: skip
+    run("score", "--teacher", teacher, "--cache", cache, "--device", "cpu")
+
+    offline, onpolicy = tmp_path / "offline", tmp_path / "onpolicy"
+    learn = ["learn", "--student", student, "--cache", cache, "--k", 2, "--lr", 2e-3, "--batch-size", 32, "--samples",
+             2, "--max-new-tokens", 8, "--baseline", "mean", "--unfinished", "bootstrap",
+             "--device", "cpu"]  # fmt: skip
+    run(*learn, "--out", offline, "--steps", 2)
+    run(*learn, "--out", onpolicy, "--steps", 24, "--teacher", teacher, "--refresh-every", 4)
+    run("verify", cache)
+
+    # learning raises the return of what the student samples, from far below the teacher's
+    steps = [json.loads(line) for line in (onpolicy / "metrics.jsonl").read_text().splitlines()]
+    assert [m["refreshed"] for m in steps] == [True, False, False, False] * 6
+    before, after = (np.mean([m["return_mean"] for m in part]) for part in (steps[:4], steps[-4:]))
+    assert before < -30
+    assert after > before + 6
+    # sampling and the training pass agree about the policy
+    assert all(m["ratio_mean"] == pytest.approx(1, abs=1e-4) for m in steps if m["refreshed"])
+
+    capsys.readouterr()
+    run("evaluate", "--model", onpolicy / "student", "--data", test, *form, "--teacher", teacher, "--metrics", "exact",
+        "--max-new-tokens", 8, "--outputs", tmp_path / "o.jsonl", "--json")  # fmt: skip
+    result = json.loads(capsys.readouterr().out)
+    written = [json.loads(line) for line in (tmp_path / "o.jsonl").read_text().splitlines()]
+    hits = [line["output"].split() == line["target"].split() for line in written]
+    assert result["metrics"]["exact"] == pytest.approx(100 * np.mean(hits))
+    assert result["returns"]["mean"] < 0
+    assert all(line["prompt"].endswith(" =") and "=" not in line["output"] for line in written)
+
+    # what the run learned from, against plain passes
+    plain_teacher, plain_student = load_model(str(teacher), device="cpu"), load_model(str(student), device="cpu")
+    rows = list(open_cache(cache).rows(policy=str(student)))
+    assert len(rows) >= 2 * 60
+    for row in [*rows[:6], *rows[-6:]]:
+        assert EOS not in row.prompt_tokens
+        assert row.prompt_tokens[-1] == load_tokenizer(str(student)).convert_tokens_to_ids("=")
+        assert (row.completion_tokens[-1] == EOS) == row.finished
+        steps = range(len(row.completion_tokens))
+        own = torch.tensor(plain_row_logits(plain_student, row.prompt_tokens, row.completion_tokens)).log_softmax(1)
+        np.testing.assert_allclose(row.behavior_logprob, own[steps, row.completion_tokens.tolist()], atol=1e-4)
+        logits = plain_row_logits(plain_teacher, row.prompt_tokens, row.completion_tokens)
+        np.testing.assert_allclose(row.q, logits[steps, row.completion_tokens], rtol=0, atol=1e-4)
+        np.testing.assert_allclose(row.max_q, logits[:-1].max(1), rtol=0, atol=1e-4)
+        assert row.final_max_q == pytest.approx(0 if row.finished else logits[-1].max(), abs=1e-4)
+
+
+# ------------------------------------------------------------------------------------------------------ pretrain
+
+
+def with_bos(tokenizer):
+    """As Llama's and Gemma's: <s> before every text."""
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer.add_special_tokens({"bos_token": "<s>"})
+    bos = tokenizer.convert_tokens_to_ids("<s>")
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", bos)])
+    return tokenizer
+
+
+@pytest.mark.parametrize("bos", [False, True])
+def test_first_loss_is_the_mean_negative_log_likelihood_of_target_and_eos(bos, tmp_path):
+    tokenizer = with_bos(make_decoder_tokenizer()) if bos else make_decoder_tokenizer()
+    folder = save_decoder(tmp_path / "m", tokenizer=tokenizer, vocab_size=VOCAB + 1)
+    data = write_task(tmp_path / "d.jsonl", 6, 0)
+    options = {"model": str(folder), "out": tmp_path / "run", "batch_size": 6, "epochs": 1, "device": "cpu"}
+    report = pretrain(PretrainConfig(**options, data=str(data), template="{prompt} ="))
+    model, nll = make_decoder("qwen2", vocab_size=VOCAB + 1), []
+    words = tokenizer.get_vocab()
+    for line in data.read_text().splitlines():
+        target = [words[word] for word in json.loads(line)["target"].split()]
+        prompt = [*([words["<s>"]] if bos else []), *target, words["="]]
+        logprob = torch.tensor(plain_row_logits(model, prompt, [*target, EOS])[:-1, : VOCAB + bos]).log_softmax(1)
+        nll += (-logprob[range(len(target) + 1), [*target, EOS]]).tolist()
+    assert report.loss_first == pytest.approx(np.mean(nll), rel=1e-5)
+
+
+def test_a_model_that_does_not_stop_where_its_tokenizer_ends_is_refused(tmp_path):
+    folder = save_decoder(tmp_path / "m", eos_token_id=7)
+    data = write_task(tmp_path / "d.jsonl", 6, 0)
+    with pytest.raises(
+        ModelError, match=r"ends texts with '</s>' \(id 1\), at which the model does not stop"
+    ) as refused:
+        pretrain(PretrainConfig(model=str(folder), out=tmp_path / "run", data=str(data), device="cpu"))
+    assert "\n" not in str(refused.value)
+
+
+# --------------------------------------------------------------------------------------------------------- chat
+
+CHAT = (
+    "{{ bos_token or '' }}{% for turn in messages %}<< {{ turn.role }} {{ turn.content }} >> {% endfor %}"
+    "{% if add_generation_prompt %}<< assistant{% endif %}"
+)
+NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}" + CHAT
+
+
+def chat_tokenizer(template: str | None = CHAT):
+    tokenizer = with_bos(make_decoder_tokenizer([*WORDS, "user", "system", "assistant"]))
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+@pytest.fixture(scope="module")
+def chat_model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("chat")
+    return str(save_decoder(folder, tokenizer=chat_tokenizer(), vocab_size=VOCAB + 4))
+
+
+def test_a_chat_prompt_is_one_user_turn_with_the_assistants_open(tmp_path):
+    data, tokenizer = write_task(tmp_path / "d.jsonl", 5, 0), chat_tokenizer()
+    plain = read_examples(DataOptions(data=str(data)))
+    for system, before in (("", ""), ("who runs", "<< system who runs >> ")):
+        options = DataOptions(data=str(data), chat=True, system=system)
+        examples = as_chat(plain, tokenizer, options)
+        expected = [f"<s>{before}<< user {e.prompt} >> << assistant" for e in plain]
+        assert [e.prompt for e in examples] == expected
+        assert [e.target for e in examples] == [e.target for e in plain]
+        assert not {e.id for e in examples} & {e.id for e in plain}
+        tokens = tokenize_prompts(examples, tokenizer, options).tokens
+        for row, text in zip(tokens, expected, strict=True):
+            words = ["<s>", *text.removeprefix("<s>").split()]
+            assert tokenizer.convert_ids_to_tokens(row.tolist()) == words  # one BOS, no EOS
+        info = data_info(examples, options, tokenizer)
+        assert info.template == f"<s>{before}<< user {{prompt}} >> << assistant"
+        assert info.fingerprint != data_info(plain, DataOptions(data=str(data))).fingerprint
+    assert as_chat(plain, tokenizer, DataOptions(data=str(data))) == plain
+
+
+def test_rollout_and_evaluate_ask_in_the_same_words(chat_model, tmp_path):
+    data = str(write_task(tmp_path / "d.jsonl", 6, 0))
+    common = {"data": data, "chat": True, "system": "who runs", "max_new_tokens": 5, "device": "cpu"}
+    rollout(RolloutConfig(student=chat_model, cache=tmp_path / "cache", greedy=True, **common))
+    cache = open_cache(tmp_path / "cache")
+    ((prompts_id, manifest),) = cache.manifests("prompts")
+    assert manifest.info.data.template == "<s><< system who runs >> << user {prompt} >> << assistant"
+    evaluate(EvaluateConfig(model=chat_model, outputs=tmp_path / "o.jsonl", metrics="exact", **common))
+    written = [json.loads(line) for line in (tmp_path / "o.jsonl").read_text().splitlines()]
+    ((rollouts_id, _),) = cache.rollouts()
+    rollouts, tokenizer = cache.load_rollouts(rollouts_id), load_tokenizer(chat_model)
+    texts = [tokenizer.decode(row, skip_special_tokens=True) for row in rollouts.completions]
+    by_prompt = {cache.load_prompts(prompts_id).ids[p].tobytes().hex(): t for p, t in enumerate(texts)}
+    assert {line["id"]: line["output"] for line in written} == by_prompt
+    without = evaluate(EvaluateConfig(model=chat_model, **common | {"chat": False, "system": "", "metrics": "exact"}))
+    assert without.examples == 6
+    # the same texts without the chat are other prompts of the same cache
+    plain = common | {"chat": False, "system": ""}
+    report = rollout(RolloutConfig(student=chat_model, cache=tmp_path / "cache", greedy=True, **plain))
+    assert report.already_there == 0
+    assert len(list(open_cache(tmp_path / "cache").manifests("prompts"))) == 2
+
+
+def test_pretrain_learns_the_answer_to_the_chat(chat_model, tmp_path):
+    data = write_task(tmp_path / "d.jsonl", 4, 0)
+    options = {"model": chat_model, "out": tmp_path / "run", "batch_size": 4, "epochs": 1, "device": "cpu"}
+    report = pretrain(PretrainConfig(**options, data=str(data), chat=True))
+    model, words, nll = load_model(chat_model, device="cpu"), chat_tokenizer().get_vocab(), []
+    for line in data.read_text().splitlines():
+        target = [words[word] for word in json.loads(line)["target"].split()]
+        start = [words[w] for w in ("<s>", "<<", "user")]
+        prompt = [*start, *target, *(words[w] for w in (">>", "<<", "assistant"))]
+        logits = plain_row_logits(model, prompt, [*target, EOS])[:-1, : max(words.values()) + 1]
+        logprob = torch.tensor(logits).log_softmax(1)
+        nll += (-logprob[range(len(target) + 1), [*target, EOS]]).tolist()
+    assert report.loss_first == pytest.approx(np.mean(nll), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("template", "system", "message"),
+    [
+        (None, "", "--chat: the model's tokenizer has no chat template: leave --chat out"),
+        (NO_SYSTEM, "who runs", "(System role not supported): leave --system out"),
+        ("{% for %}", "", "--chat: the chat template can't be used ("),
+    ],
+)
+def test_what_a_template_does_not_offer_is_said_in_one_line(template, system, message, tmp_path):
+    options = DataOptions(data=str(write_task(tmp_path / "d.jsonl", 2, 0)), chat=True, system=system)
+    with pytest.raises(ConfigError) as refused:
+        as_chat(read_examples(options), chat_tokenizer(template), options)
+    assert message in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_half_a_turn_is_not_an_option(tmp_path, capsys):
+    for words, message in (
+        (["--system", "who"], "set --chat too"),
+        (["--chat", "--long-prompts", "truncate"], "would cut off the end of the turn"),
+    ):
+        assert main(["evaluate", "--model", "m", "--data", "d.jsonl", *words]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_a_prompt_that_the_tokenizer_makes_nothing_of(tmp_path):
+    from tokenizers.normalizers import Replace
+
+    tokenizer = make_decoder_tokenizer()
+    tokenizer.backend_tokenizer.normalizer = Replace("the", "")
+    data = tmp_path / "d.jsonl"
+    data.write_text('{"prompt": "the cat"}\n{"prompt": "the"}\n')
+    options = DataOptions(data=str(data))
+    with pytest.raises(DataError, match=r"d\.jsonl: row 2: the tokenizer makes no token of this prompt"):
+        tokenize_prompts(read_examples(options), tokenizer, options)

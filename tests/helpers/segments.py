@@ -1,0 +1,134 @@
+"""Made-up segments for the tests of the cache."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+
+import numpy as np
+
+from ketchup_cache.cache.cache import Cache
+from ketchup_cache.cache.manifest import PromptsInfo, RolloutsInfo, ScoresInfo
+from ketchup_cache.provenance import DataInfo, PolicyInfo, Sampling, TeacherInfo, TokenizerInfo
+from ketchup_cache.types import Prompts, Ragged, Rollouts, Scores
+
+VOCAB = 60
+
+
+def fingerprint(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def tokenizer(vocab_size: int = VOCAB, name: str = "words") -> TokenizerInfo:
+    return TokenizerInfo(name=name, fingerprint=fingerprint(f"{name} {vocab_size}"), vocab_size=vocab_size)
+
+
+def prompts_info(vocab_size: int = VOCAB) -> PromptsInfo:
+    data = DataInfo(name="made-up", fingerprint=fingerprint("made-up"), template="{prompt}")
+    return PromptsInfo(tokenizer=tokenizer(vocab_size), data=data, start=0)
+
+
+def rollouts_info(
+    prompts: str, prompt_stop: int, *, policy: str = "student", samples: int = 1, vocab_size: int = VOCAB
+) -> RolloutsInfo:
+    return RolloutsInfo(
+        prompts=prompts,
+        prompt_start=0,
+        prompt_stop=prompt_stop,
+        policy=PolicyInfo(name=policy, fingerprint=fingerprint(policy)),
+        tokenizer=tokenizer(vocab_size),
+        sampling=Sampling(samples=samples),
+    )
+
+
+def teacher(name: str = "teacher") -> TeacherInfo:
+    return TeacherInfo(name=name, fingerprint=fingerprint(name), dtype="float32")
+
+
+def scores_info(
+    rollouts: str, row_start: int, row_stop: int, *, by: str = "teacher", vocab_size: int = VOCAB
+) -> ScoresInfo:
+    return ScoresInfo(
+        rollouts=rollouts, row_start=row_start, row_stop=row_stop, teacher=teacher(by), tokenizer=tokenizer(vocab_size)
+    )
+
+
+def ragged(rng: np.random.Generator, lengths: Sequence[int], vocab_size: int) -> Ragged:
+    return Ragged.from_rows([rng.integers(0, vocab_size, n) for n in lengths], np.int32)
+
+
+def make_prompts(lengths: Sequence[int] = (3, 1, 4), *, seed: int = 0, vocab_size: int = VOCAB) -> Prompts:
+    rng = np.random.default_rng(seed)
+    ids = rng.integers(0, 256, (len(lengths), 16)).astype(np.uint8)
+    return Prompts(ids, ragged(rng, lengths, vocab_size))
+
+
+def make_rollouts(
+    lengths: Sequence[int] = (5, 2, 7),
+    *,
+    prompts: int = 3,
+    seed: int = 0,
+    vocab_size: int = VOCAB,
+    forced: bool = False,
+) -> Rollouts:
+    rng = np.random.default_rng(seed)
+    tokens = sum(lengths)
+    return Rollouts(
+        prompt_index=np.sort(rng.integers(0, prompts, len(lengths))) if prompts else np.empty(0, np.int64),
+        completions=ragged(rng, lengths, vocab_size),
+        behavior_logprob=-rng.exponential(2, tokens).astype(np.float32),
+        forced=rng.random(tokens) < (0.3 if forced else 0),
+        finished=(rng.random(len(lengths)) < 0.7) & (np.array(lengths, int) > 0),
+    )
+
+
+def make_scores(rollouts: Rollouts, start: int, stop: int, *, seed: int = 0, vocab_size: int = VOCAB) -> Scores:
+    """Maximum, logsumexp and mean of real, random rows of logits, with the token's logit among them."""
+    rng = np.random.default_rng(seed)
+    tokens = rollouts.completions.slice(start, stop).values
+    width = min(vocab_size, 50)
+    logits = rng.normal(0, 8, (len(tokens), width)).astype(np.float32)
+    top = logits.max(axis=1)
+    final = rng.normal(0, 8, stop - start).astype(np.float32)
+    return Scores(
+        q=logits[np.arange(len(tokens)), tokens % width],
+        max_q=top,
+        logsumexp=(top + np.log(np.exp(logits - top[:, None]).sum(axis=1))).astype(np.float32),
+        mean_q=logits.mean(axis=1),
+        final_max_q=np.where(rollouts.finished[start:stop], np.float32(0), final),
+    )
+
+
+def fill(cache: Cache) -> tuple[str, str, str]:
+    """A family of three small segments."""
+    prompts = cache.commit_prompts(make_prompts(), prompts_info())
+    rollouts = make_rollouts(forced=True)
+    rollouts_id = cache.commit_rollouts(rollouts, rollouts_info(prompts, 3))
+    scores_id = cache.commit_scores(make_scores(rollouts, 0, 3), scores_info(rollouts_id, 0, 3))
+    return prompts, rollouts_id, scores_id
+
+
+def same(a: object, b: object) -> bool:
+    """Equal bit for bit, dtypes and NaN payloads included."""
+    if isinstance(a, np.ndarray) and isinstance(b, np.ndarray):
+        return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
+    return type(a) is type(b) and all(same(getattr(a, f.name), getattr(b, f.name)) for f in fields(a))  # type: ignore[arg-type]
+
+
+def in_child(work: Callable[[], object]) -> int:
+    """Fork, run, and return the process id; the child exits with 0, or with 70 where the work raised."""
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 70
+    try:
+        work()
+        code = 0
+    finally:
+        os._exit(code)
+
+
+def exit_code(pid: int) -> int:
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])

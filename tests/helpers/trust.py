@@ -1,0 +1,376 @@
+"""What breaks caches, on purpose and many times: kills, failing disks, damage, writers at once. Everything is counted.
+
+`tests/test_trust.py` runs a short form, `benchmarks/soak.py` the long one. Children are forked, so a command that
+imports torch is killed at work and not at its imports.
+"""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import os
+import random
+import select
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from ketchup_cache.cache import disk as durable
+from ketchup_cache.cache.cache import Cache, open_cache
+from ketchup_cache.cache.inspect import verify
+from ketchup_cache.cli import main
+from ketchup_cache.errors import KetchupError, WriteError
+from tests.cache.test_crash import Interrupted, count_steps
+from tests.helpers.segments import (
+    exit_code,
+    fill,
+    in_child,
+    make_prompts,
+    make_rollouts,
+    make_scores,
+    prompts_info,
+    rollouts_info,
+    same,
+    scores_info,
+)
+
+ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES, errno.EFBIG)
+
+
+def load(cache: Cache, segment_id: str) -> object:
+    return getattr(cache, f"load_{cache.manifest(segment_id).kind}")(segment_id)
+
+
+def load_all(root: Path) -> None:
+    cache = Cache(root)
+    durable.read_file(root / durable.MARKER, 2**16)
+    for segment_id, _ in open_cache(root).manifests():
+        load(cache, segment_id)
+
+
+# ---------------------------------------------------------------------------------------------------------- kills
+
+
+@dataclass
+class Kills:
+    kills: int = 0
+    acknowledged: int = 0
+    lost: int = 0
+    partial: int = 0
+    """Segments that were visible and could not be loaded."""
+
+
+def kill_at_random(work: Callable[[], object], root: Path, count: Kills, times: int, after_s: float, seed: int) -> None:
+    """Run some work that commits to the cache in `root`, kill it after a random time, look; so many kills.
+
+    Work that ends by itself before its time is not counted, and begun again.
+    """
+    rng = random.Random(seed)
+    target = count.kills + times
+    acknowledged: set[str] = set()
+    loaded: set[str] = set()
+    while count.kills < target:
+        ids, killed = _killed(work, rng.uniform(0, after_s))
+        count.kills += killed
+        acknowledged |= ids
+        count.acknowledged += len(ids)
+        if not (root / durable.MARKER).exists():
+            count.lost += len(acknowledged)
+            continue
+        cache = open_cache(root)
+        visible = {segment_id for segment_id, _ in cache.manifests()}
+        count.lost += len(acknowledged - visible)
+        for segment_id in visible - loaded:
+            try:
+                load(cache, segment_id)
+            except KetchupError:
+                count.partial += 1
+        loaded |= visible
+
+
+def _killed(work: Callable[[], object], after_s: float) -> tuple[set[str], bool]:
+    """What was acknowledged, and whether the kill came before the end."""
+    read, write = os.pipe()
+
+    def acknowledging() -> None:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, 1)
+        os.dup2(nowhere, 2)
+        commit = durable.Stage.commit
+
+        def then_say_so(stage: durable.Stage, segment_id: str, manifest: bytes) -> None:
+            commit(stage, segment_id, manifest)
+            os.write(write, f"{segment_id}\n".encode())
+
+        durable.Stage.commit = then_say_so  # type: ignore[method-assign]
+        work()
+
+    pid = in_child(acknowledging)
+    os.close(write)
+    said = b""
+    end = time.monotonic() + after_s
+    ended = False
+    while (left := end - time.monotonic()) > 0 and not ended:
+        if select.select([read], [], [], left)[0]:
+            new = os.read(read, 2**16)
+            said, ended = said + new, not new
+    if not ended:
+        os.kill(pid, signal.SIGKILL)
+    code = exit_code(pid)
+    with open(read, "rb") as rest:
+        said += rest.read()
+    if code == 70:
+        raise AssertionError("the work failed by itself")
+    return set(said.decode().split()), code == -signal.SIGKILL
+
+
+def write_for_ever(root: Path) -> None:
+    """A writer without torch: whole families of segments through the real commit path, with sizes of all kinds."""
+    cache = open_cache(root, create=True)
+    parent = os.getppid()
+    for seed in itertools.count(os.getpid()):
+        if os.getppid() != parent:  # nobody is left to kill us
+            return
+        prompts = cache.commit_prompts(make_prompts(seed=seed), prompts_info())
+        lengths = (5, 2, 7) if seed % 5 else (300, 0, 400)
+        rollouts = make_rollouts(lengths, seed=seed)
+        rollouts_id = cache.commit_rollouts(rollouts, rollouts_info(prompts, 3))
+        for start, stop in ((0, 1), (1, 3)):
+            cache.commit_scores(make_scores(rollouts, start, stop), scores_info(rollouts_id, start, stop))
+
+
+def kill_writers(folder: Path, times: int) -> Kills:
+    count = Kills()
+    for _ in range(2):  # the first time is slower
+        began = time.monotonic()
+        fill(open_cache(folder / "measure", create=True))
+        after_s = 1.2 * (time.monotonic() - began)  # in or after the first family, however fast the machine is
+    per_cache = 20  # so that a look at the whole cache stays quick
+    for at in range(0, times, per_cache):
+        root = folder / f"writer {at}"
+        open_cache(root, create=True)
+        kill_at_random(lambda root=root: write_for_ever(root), root, count, min(per_cache, times - at), after_s, at)
+        assert verify(open_cache(root)).ok
+        shutil.rmtree(root)
+    return count
+
+
+def kill_command(words: list[str], root: Path, reset: Callable[[], object], times: int, seed: int = 0) -> Kills:
+    """Kill a command of ours at random moments; each run goes on where the last one was. Any command that commits to
+    the cache in `root` will do.
+
+    reset: sets the scene, before the first run and whenever the command has finished.
+    """
+    count = Kills()
+    reset()
+    began = time.monotonic()
+    _, killed = _killed(lambda: _run(words), 600)
+    assert not killed
+    whole = time.monotonic() - began
+    rng = random.Random(seed)
+    while count.kills < times:
+        reset()
+        some = min(times - count.kills, rng.randint(1, 6))  # kills in a row, each run going on from the one before
+        kill_at_random(lambda: _run(words), root, count, some, 0.9 * whole, rng.randrange(10**9))
+        assert verify(open_cache(root)).ok
+    _, killed = _killed(lambda: _run(words), 600)  # and at last it finishes
+    assert not killed
+    assert verify(open_cache(root)).ok
+    return count
+
+
+def kill_gc(root: Path, times: int, leftovers: int = 40, seed: int = 0) -> Kills:
+    """Kill gc while it tidies what looks like the remains of commits that were killed. Whole segments must stay."""
+    cache, count, rng = open_cache(root, create=True), Kills(), random.Random(seed)
+    kept = list(fill(cache))
+    count.acknowledged = len(kept)
+    whole_s = 0.0
+    while count.kills < times:
+        for name in range(leftovers):
+            for place in ("segments", "tmp"):
+                copied = root / place / f"{name:064x}"
+                shutil.copytree(root / "segments" / kept[0], copied, dirs_exist_ok=True)
+        began = time.monotonic()
+        _, killed = _killed(
+            lambda: _run(["gc", str(root), "--older-than", "0"]), rng.uniform(0, 0.9 * whole_s) if whole_s else 600
+        )
+        whole_s = whole_s or time.monotonic() - began
+        count.kills += killed
+        visible = {segment_id for segment_id, _ in open_cache(root).manifests()}
+        count.lost += len(set(kept) - visible)
+        for segment_id in kept:
+            try:
+                load(open_cache(root), segment_id)
+            except KetchupError:
+                count.partial += 1
+    _killed(lambda: _run(["gc", str(root), "--older-than", "0"]), 600)  # and at last it finishes
+    report = verify(open_cache(root))
+    assert report.ok
+    assert report.orphans == 0
+    return count
+
+
+def _run(words: list[str]) -> None:
+    if main(words):
+        raise AssertionError(f"{words[0]} failed")
+
+
+# ------------------------------------------------------------------------------------------------- failing writes
+
+
+@dataclass
+class Failures:
+    failures: int = 0
+    false_acknowledgements: int = 0
+    unclear: int = 0
+    """Errors that are not one line with the folder and the reason."""
+
+
+def fail_every_step(folder: Path, patch_with, errors: tuple[int, ...] = ERRORS, every: int = 1) -> Failures:
+    """Each of the errors at each step of a commit on the file system, or at every so manieth. A failed commit must
+    say so, in one line; and if it was acknowledged, it must be there.
+    """
+    count = Failures()
+    root = folder / "failing"
+    cache = open_cache(root, create=True)
+    family = set(fill(cache))
+    steps = count_steps(cache, patch_with)
+    new = make_prompts((2, 6), seed=9), prompts_info()
+    for number in errors:
+        for at in range(number % every, steps, every):
+
+            def fail(name, real, args, kwargs, number=number):
+                if name == "write":
+                    real(args[0], args[1][: len(args[1]) // 2])
+                if name == "close":
+                    real(*args)
+                raise OSError(number, os.strerror(number))
+
+            count.failures += 1
+            with patch_with.context() as patch:
+                patch.setattr(durable, "os", Interrupted(at, fail))
+                try:
+                    segment_id = cache.commit_prompts(*new)
+                except WriteError as error:
+                    text = str(error)
+                    count.unclear += "\n" in text or str(root) not in text or os.strerror(number) not in text
+                else:
+                    count.false_acknowledgements += 1
+                    assert segment_id
+            count.unclear += bool(os.listdir(root / "tmp"))
+    assert verify(open_cache(root)).ok
+    assert family <= {i for i, _ in open_cache(root).manifests()}
+    return count
+
+
+# --------------------------------------------------------------------------------------------------------- damage
+
+
+@dataclass
+class Damage:
+    cases: int = 0
+    refused: int = 0
+    silent: int = 0
+
+
+def sample_cache(root: Path) -> Cache:
+    """Segments of every kind and storage, one of several chunks' length."""
+    cache = open_cache(root, create=True)
+    fill(cache)
+    prompts = cache.manifests("prompts")[0][0]
+    rollouts = make_rollouts((300, 0, 200), seed=3)
+    info = rollouts_info(prompts, 3).model_copy(update={"storage": "compact", "original": "0" * 64})
+    rollouts_id = cache.commit_rollouts(rollouts, info)
+    compact = scores_info(rollouts_id, 0, 3).model_copy(update={"storage": "compact"})
+    cache.commit_scores(make_scores(rollouts, 0, 3), compact)
+    return cache
+
+
+def flips(folder: Path, cases: int, seed: int = 0) -> Damage:
+    """One bit flipped, or one byte replaced, somewhere in some file: each file as often as any other."""
+    root = folder / "flipped"
+    sample_cache(root)
+    paths = sorted(path for path in root.rglob("*") if path.is_file())
+    whole = {path: path.read_bytes() for path in paths}
+    load_all(root)
+    rng = random.Random(seed)
+    count = Damage()
+    for case in range(cases):
+        path = paths[case % len(paths)]
+        damaged = bytearray(whole[path])
+        place = rng.randrange(len(damaged))
+        damaged[place] ^= 1 << rng.randrange(8) if case % 2 else rng.randrange(1, 256)
+        path.write_bytes(damaged)
+        count.cases += 1
+        try:
+            load_all(root)
+        except KetchupError as error:
+            count.refused += "\n" not in str(error) and str(path) in str(error)
+        else:
+            count.silent += 1
+        path.write_bytes(whole[path])
+    load_all(root)
+    return count
+
+
+# ------------------------------------------------------------------------------------------------ writers at once
+
+
+@dataclass
+class Writers:
+    segments: int = 0
+    lost: int = 0
+    torn: int = 0
+    looks: int = 0
+    """How often the reader listed the whole cache meanwhile."""
+
+
+def write_at_once(folder: Path, processes: int, each: int) -> Writers:
+    root = folder / "crowded"
+    read, write = os.pipe()
+
+    def work(first: int) -> None:
+        cache = open_cache(root, create=True)
+        for seed in range(first, first + each):
+            segment_id = cache.commit_prompts(make_prompts((3, 0, 5), seed=seed), prompts_info())
+            os.write(write, f"{segment_id} {seed}\n".encode())
+
+    pids = [in_child(lambda i=i: work(10_000 * i)) for i in range(processes)]
+    os.close(write)
+    count, seen, text = Writers(), set(), b""
+    for new in _until_closed(read):
+        text += new
+        if not (root / durable.MARKER).exists():
+            continue
+        count.looks += 1
+        try:
+            cache = open_cache(root)
+            for segment_id in {i for i, _ in cache.manifests()} - seen:
+                load(cache, segment_id)
+                seen.add(segment_id)
+        except KetchupError:
+            count.torn += 1
+    assert [exit_code(pid) for pid in pids] == [0] * processes
+    acknowledged = dict(line.split() for line in text.decode().splitlines())
+    count.segments = len(acknowledged)
+    cache = open_cache(root)
+    there = {i for i, _ in cache.manifests()}
+    for segment_id, seed in acknowledged.items():
+        whole = segment_id in there and same(cache.load_prompts(segment_id), make_prompts((3, 0, 5), seed=int(seed)))
+        count.lost += not whole
+    return count
+
+
+def _until_closed(pipe: int) -> Iterator[bytes]:
+    """What has come through a pipe by now, again and again, at once."""
+    while True:
+        if select.select([pipe], [], [], 0)[0]:
+            if not (new := os.read(pipe, 2**16)):
+                os.close(pipe)
+                return
+            yield new
+        else:
+            yield b""

@@ -1,0 +1,187 @@
+"""Trouble with an emulated S3 (moto's server on loopback): kills of push and pull, writers of the same keys."""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+import uuid
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from ketchup_cache.cache.cache import Cache, open_cache
+from ketchup_cache.cache.inspect import verify
+from ketchup_cache.errors import KetchupError
+from ketchup_cache.sharing import base
+from ketchup_cache.sharing import remote_cache as view
+from ketchup_cache.sharing.object_store import ObjectRemote
+from ketchup_cache.sharing.stores import open_remote
+from ketchup_cache.sharing.transfer import copy
+from tests.helpers.segments import make_prompts, make_rollouts, prompts_info, rollouts_info
+from tests.helpers.trust import Kills, load
+
+KEYS = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "SECRET"}
+
+
+@contextmanager
+def emulated_s3() -> Iterator[str]:
+    """Address of an emulated S3. Raises ImportError where moto is not installed."""
+    from moto.server import ThreadedMotoServer
+
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # else a line for each request
+    running = ThreadedMotoServer(port=0, verbose=False)
+    running.start()
+    host, port = running.get_host_and_port()
+    yield f"http://{host}:{port}"
+    running.stop()
+
+
+def make_bucket(endpoint: str) -> str:
+    name = uuid.uuid4().hex
+    urllib.request.urlopen(urllib.request.Request(f"{endpoint}/{name}", method="PUT")).close()
+    return name
+
+
+def families(root: Path, count: int = 10) -> Cache:
+    """Prompts with rollouts, so that there are children whose parents must come first."""
+    made = open_cache(root, create=True)
+    for seed in range(count):
+        prompts = made.commit_prompts(make_prompts([300] * 20, seed=seed), prompts_info())
+        made.commit_rollouts(make_rollouts([200] * 20, prompts=20, seed=seed), rollouts_info(prompts, 20))
+    return made
+
+
+COPY = """
+import sys
+from ketchup_cache.sharing import transfer
+from ketchup_cache.sharing.stores import open_remote
+open_remote(sys.argv[1]), open_remote(sys.argv[2])
+print("go", flush=True)
+transfer.copy(sys.argv[1], sys.argv[2])
+"""
+
+
+def start_copy(source: str, target: str) -> subprocess.Popen[str]:
+    """A process that has made its imports and copies now. (A forked child can't use the threads of the S3 client.)"""
+    process = subprocess.Popen([sys.executable, "-c", COPY, source, target], stdout=subprocess.PIPE, text=True)
+    assert process.stdout
+    assert process.stdout.readline() == "go\n"
+    return process
+
+
+def kill_copies(folder: Path, times: int, *, pull: bool, seed: int = 0) -> Kills:
+    """Kill a push to S3, or a pull from it, at random moments; each goes on where the last one was killed.
+
+    acknowledged: segments that were seen in the target; each must be there, and whole, ever after.
+    """
+    source = families(folder / "source")
+    wanted = set(source.segment_ids())
+    rng, count, whole_s, number = random.Random(seed), Kills(), 0.0, 0
+    os.environ[view.HOME_VARIABLE] = str(folder / "home")
+    with emulated_s3() as endpoint:
+        os.environ |= {"AWS_ENDPOINT_URL": endpoint, **KEYS}
+        while count.kills < times:
+            number += 1
+            remote = f"s3://{make_bucket(endpoint)}/cache"
+            given, taken = str(source.path), remote
+            if pull:
+                copy(source.path, remote)
+                given, taken = remote, str(folder / f"pulled {number}")
+            if not whole_s:
+                began = time.monotonic()
+                assert start_copy(given, f"{taken} measured").wait() == 0
+                whole_s = time.monotonic() - began
+            seen: set[str] = set()
+            while count.kills < times:
+                process = start_copy(given, taken)
+                time.sleep(rng.uniform(0, 0.9 * whole_s))
+                process.send_signal(signal.SIGKILL)
+                count.kills += process.wait() == -signal.SIGKILL
+                there = set(open_remote(taken).segment_ids()) if open_remote(taken).exists() else set()
+                count.lost += len(seen - there)
+                for segment_id in there - seen:
+                    try:
+                        load(view.open_cache(taken), segment_id)
+                    except KetchupError:
+                        count.partial += 1
+                count.acknowledged += len(there - seen)
+                seen |= there
+                if there == wanted:
+                    break
+            copy(given, taken)
+            assert set(open_remote(taken).segment_ids()) == wanted
+            assert verify(view.open_cache(taken)).ok
+            if pull:
+                shutil.rmtree(taken)
+    return count
+
+
+class Watched(ObjectRemote):
+    """Tells who created what, and looks that no manifest is there before its data."""
+
+    def __init__(self, url: str, created: list[str], early: list[str]) -> None:
+        super().__init__(url)
+        self.created, self.early, self.lock = created, early, threading.Lock()
+
+    def _create(self, key: str, data: bytes) -> bool:
+        if key.startswith("manifests/"):
+            segment = key[10:74]
+            for name in base.reading.parse_manifest(data, segment, key).files:
+                try:
+                    self._get(f"segments/{segment}/{name}", 10**6)
+                except FileNotFoundError:
+                    self.early.append(key)
+        made = super()._create(key, data)
+        if made:
+            self.created.append(key)  # of all writers; appending is atomic
+        return made
+
+
+@dataclass
+class SameKeys:
+    writers: int = 0
+    segments: int = 0
+    objects: int = 0
+    two_creators: int = 0
+    lost: int = 0
+    """Objects that nobody created."""
+    early: int = 0
+    """Manifests that were there before their data."""
+
+
+def same_keys(folder: Path, url: str, writers: int, segments: int) -> SameKeys:
+    """Writers that all bring the same segments to the same place at once, through clients of their own."""
+    cache = open_cache(folder / "many", create=True)
+    for seed in range(segments):
+        cache.commit_prompts(make_prompts(seed=seed), prompts_info())
+    created: list[str] = []
+    early: list[str] = []
+
+    def push(_: int) -> None:
+        remote, local = Watched(url, created, early), open_remote(cache.path)
+        remote.create()
+        for id_ in cache.segment_ids():
+            remote.put([base.read_segment(local, id_, cache.manifest(id_), local.manifest(id_))])
+
+    with ThreadPoolExecutor(writers) as pool:
+        list(pool.map(push, range(writers)))
+    files = (p for name in ("manifests", "segments") for p in (cache.path / name).rglob("*") if p.is_file())
+    wanted = {str(p.relative_to(cache.path)) for p in files} | {"ketchup-cache.json"}
+    return SameKeys(
+        writers=writers,
+        segments=segments,
+        objects=len(wanted),
+        two_creators=len(created) - len(set(created)),
+        lost=len(wanted - set(created)),
+        early=len(early),
+    )

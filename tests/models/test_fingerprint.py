@@ -1,0 +1,202 @@
+import json
+import struct
+import subprocess
+import sys
+
+import pytest
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from ketchup_cache.errors import ModelError
+from ketchup_cache.models.fingerprint import first_difference, state_fingerprint, tokenizer_info, weights_fingerprint
+from ketchup_cache.models.load import load_model
+from ketchup_cache.provenance import in_precision
+from ketchup_cache.scoring.teacher import Teacher
+from tests.helpers.tiny import WORDS, make_t5, make_tokenizer, save_model
+
+VERSIONS = ("1.0", "1.1")
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_model_in_memory_is_recognised_in_the_folder_it_is_saved_to(version, tmp_path):
+    model = make_t5(version)
+    before = state_fingerprint(model)
+    model.train().save_pretrained(tmp_path)
+    loaded = load_model(str(tmp_path), device="cpu")
+    assert {before, state_fingerprint(model), state_fingerprint(loaded)} == {weights_fingerprint(tmp_path)}
+    loaded.bfloat16().save_pretrained(tmp_path / "half")
+    assert state_fingerprint(loaded) == weights_fingerprint(tmp_path / "half") != before
+
+
+def test_sharding_and_metadata_do_not_matter(tmp_path):
+    model = make_t5("1.1")
+    model.save_pretrained(tmp_path / "one")
+    model.save_pretrained(tmp_path / "many", max_shard_size="20KB")
+    assert len(list((tmp_path / "many").glob("*.safetensors"))) > 5
+    config = json.loads((tmp_path / "many" / "config.json").read_text())
+    volatile = {"transformers_version": "4.0", "_name_or_path": "x", "use_cache": False, "dropout_rate": 0.0}
+    (tmp_path / "many" / "config.json").write_text(json.dumps(config | volatile))
+    assert weights_fingerprint(tmp_path / "one") == weights_fingerprint(tmp_path / "many")
+
+
+def test_one_bit_of_one_weight_matters(tmp_path):
+    make_t5().save_pretrained(tmp_path)
+    before = weights_fingerprint(tmp_path)
+    file = tmp_path / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    assert weights_fingerprint(tmp_path) != before
+
+
+@pytest.mark.parametrize("change", [{"scale_decoder_outputs": False}, {"num_heads": 2}, {"layer_norm_epsilon": 1e-5}])
+def test_the_architecture_matters(change, tmp_path):
+    make_t5().save_pretrained(tmp_path)
+    before = weights_fingerprint(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | change))
+    assert weights_fingerprint(tmp_path) != before
+
+
+def test_two_weights_that_change_places_matter(tmp_path):
+    model = make_t5()
+    before = state_fingerprint(model)
+    attention = model.encoder.block[0].layer[0].SelfAttention
+    attention.q, attention.k = attention.k, attention.q
+    assert state_fingerprint(model) != before
+
+
+def test_a_teacher_is_weights_and_precision(tmp_path):
+    save_model(tmp_path)
+    weights = weights_fingerprint(tmp_path)
+    teachers = [Teacher.identify(str(tmp_path), dtype=dtype)[0].fingerprint for dtype in ("float32", "bfloat16")]
+    assert len({weights, *teachers}) == 3
+    assert teachers == [in_precision(weights, dtype) for dtype in ("float32", "bfloat16")]
+
+
+def test_weights_are_read_without_torch(tmp_path):
+    make_t5().save_pretrained(tmp_path)
+    program = (
+        "import sys; from pathlib import Path; from ketchup_cache.models.fingerprint import weights_fingerprint;"
+        f"print(weights_fingerprint(Path({str(tmp_path)!r}))); assert 'torch' not in sys.modules"
+    )
+    printed = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    assert printed.strip() == weights_fingerprint(tmp_path)
+
+
+def safetensors_bytes(header: object, data: bytes = bytes(8)) -> bytes:
+    encoded = json.dumps(header).encode()
+    return struct.pack("<Q", len(encoded)) + encoded + data
+
+
+TENSOR = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\x01",
+        struct.pack("<Q", 1 << 60) + b"{}",
+        safetensors_bytes([1]),
+        safetensors_bytes({"a": 3}),
+        safetensors_bytes({"a": TENSOR | {"dtype": "F99"}}),
+        safetensors_bytes({"a": TENSOR | {"dtype": ["F32"]}}),
+        safetensors_bytes({"a": TENSOR | {"shape": [3]}}),
+        safetensors_bytes({"a": TENSOR | {"shape": ["x"]}}),
+        safetensors_bytes({"a": TENSOR | {"shape": [-2, -1]}}),
+        safetensors_bytes({"a": TENSOR | {"data_offsets": [0, 8, 9]}}),
+        safetensors_bytes({"a": TENSOR | {"data_offsets": [4, 12]}}, bytes(12)),
+        safetensors_bytes({"a": TENSOR, "b": TENSOR}),
+        safetensors_bytes({"a": TENSOR}, bytes(7)),
+        safetensors_bytes({"a": TENSOR}, bytes(9)),
+    ],
+)
+def test_damaged_weights_are_refused(content, tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(safetensors_bytes({"a": TENSOR}))
+    weights_fingerprint(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(content)
+    with pytest.raises(ModelError, match=r"model\.safetensors: (is damaged|tensor a has the unknown number format)"):
+        weights_fingerprint(tmp_path)
+
+
+@pytest.mark.parametrize("shard", ["../outside.safetensors", "/etc/hosts", 3])
+def test_an_index_can_only_name_files_beside_it(shard, tmp_path):
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": shard}}))
+    with pytest.raises(ModelError, match="is not an index of weight files beside it"):
+        weights_fingerprint(tmp_path)
+
+
+# --------------------------------------------------------------------------------------------------- tokenizers
+
+
+def bpe(merges: list[tuple[str, str]], *, lowercase: bool = False, eos: bool = True):
+    """Byte-level BPE over a few letters: what T5-like tokenizers with merges look like."""
+    letters = ["<pad>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    words = [*letters, "ab", "bc", "abc"]
+    tokenizer = Tokenizer(models.BPE({w: i for i, w in enumerate(words)}, merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    if lowercase:
+        tokenizer.normalizer = normalizers.Lowercase()
+    if eos:
+        tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", pad_token="<pad>")
+
+
+MERGES = [("a", "b"), ("b", "c"), ("ab", "c")]
+
+
+def fingerprint(tokenizer) -> str:
+    return tokenizer_info(tokenizer, "somewhere").fingerprint
+
+
+def test_the_same_tokenizer_saved_elsewhere_is_the_same(tmp_path):
+    for i, tokenizer in enumerate((make_tokenizer(), bpe(MERGES))):
+        tokenizer.save_pretrained(tmp_path / str(i))
+        again = PreTrainedTokenizerFast.from_pretrained(tmp_path / str(i))
+        assert fingerprint(again) == fingerprint(tokenizer)
+        assert first_difference(again, tokenizer) is None
+
+
+def test_use_does_not_change_a_fingerprint():
+    tokenizer = make_tokenizer()
+    before = fingerprint(tokenizer)
+    tokenizer(["the cat", "a"], padding=True, truncation=True, max_length=1)
+    assert fingerprint(tokenizer) == before
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        bpe(MERGES[:2]),  # a merge less
+        bpe([MERGES[1], MERGES[0], MERGES[2]]),  # the same merges in another order: "abc" is a+bc
+        bpe(MERGES, lowercase=True),
+        bpe(MERGES, eos=False),
+    ],
+    ids=["merge", "order", "normaliser", "post-processor"],
+)
+def test_whatever_encodes_differently_is_different(other):
+    assert other.get_vocab() == bpe(MERGES).get_vocab()
+    assert fingerprint(other) != fingerprint(bpe(MERGES))
+    assert " in one and " in first_difference(bpe(MERGES), other)
+
+
+def test_one_word_makes_a_difference_and_is_named():
+    words = [*WORDS[:4], "hound", *WORDS[5:]]
+    assert fingerprint(make_tokenizer(words)) != fingerprint(make_tokenizer())
+    assert (
+        first_difference(make_tokenizer(), make_tokenizer(words))
+        == f"id 7 is {WORDS[4]!r} in one and 'hound' in the other"
+    )
+
+
+def test_special_tokens_make_a_difference():
+    other = make_tokenizer()
+    other.pad_token = "</s>"
+    assert fingerprint(other) != fingerprint(make_tokenizer())
+    assert first_difference(make_tokenizer(), other) == "pad_token_id is 0 in one and 1 in the other"
+
+
+def test_vocab_size_is_the_largest_id_and_one():
+    assert tokenizer_info(make_tokenizer(), "x").vocab_size == 60

@@ -1,0 +1,165 @@
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+from ketchup_cache.errors import DataError, ModelError
+from ketchup_cache.models.forward import Batch, completion_states, decoder_start, training_states
+from ketchup_cache.types import Ragged
+from tests.helpers.decoders import make_decoder
+from tests.helpers.oracle import random_rollouts
+from tests.helpers.tiny import make_t5
+
+VERSIONS = ("1.0", "1.1")
+
+
+def plain_head_inputs(model, batch: Batch) -> list[torch.Tensor]:
+    """[T + 1, D] of each row, alone: state t has seen a_1 … a_{t-1}, the last one the whole completion."""
+    rows = []
+    for row, completion in enumerate(batch.completions):
+        output = model(
+            input_ids=torch.tensor(batch.prompts[batch.prompt_index[row]][None], dtype=torch.long),
+            decoder_input_ids=torch.tensor([[0, *completion]]),
+            output_hidden_states=True,
+        )
+        states = output.decoder_hidden_states[-1][0]  # after the final norm
+        rows.append(states * model.config.d_model**-0.5 if model.config.scale_decoder_outputs else states)
+    return rows
+
+
+@pytest.fixture(params=VERSIONS)
+def model(request):
+    return make_t5(request.param)
+
+
+def make_batch(seed: int = 0, n: int = 9) -> Batch:
+    prompts, rollouts = random_rollouts(seed, n)
+    return Batch(prompts, rollouts.prompt_index, rollouts.completions)
+
+
+def test_states_are_those_of_each_row_alone(model):
+    batch = make_batch()
+    next_state = np.arange(9) % 3 == 0
+    states, next_states = completion_states(model, batch, next_state=next_state)
+    plain = plain_head_inputs(model, batch)
+    torch.testing.assert_close(states, torch.cat([row[:-1] for row in plain]), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(next_states, torch.stack([plain[i][-1] for i in (0, 3, 6)]), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(completion_states(model, batch), states, rtol=1e-4, atol=1e-5)
+
+
+def test_a_state_predicts_its_token_and_has_not_seen_it(model):
+    """Changing a_t changes the states after it and no other; that is what an off-by-one breaks, in either direction."""
+    prompt = Ragged.from_rows([[5, 6, 1]], np.int32)
+    before, after = (
+        completion_states(model, Batch(prompt, np.zeros(1, np.int64), Ragged.from_rows([tokens], np.int32)))
+        for tokens in ([7, 8, 9, 10], [7, 8, 11, 10])
+    )
+    assert [torch.equal(a, b) for a, b in zip(before, after, strict=True)] == [True, True, True, False]
+
+
+def test_each_prompt_is_computed_once_and_no_padding(model):
+    """Five completions of two prompts of 2 and 3 tokens: the encoder, and keys of cross-attention, see 5 tokens."""
+    seen = []
+    for module in (model.encoder.block[1].layer[1], model.decoder.block[1].layer[1].EncDecAttention.k):
+        module.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].shape[0]))
+    prompts = Ragged.from_rows([[5, 1], [6, 7, 1]], np.int32)
+    completion_states(model, Batch(prompts, np.array([0, 1, 0, 1, 0]), Ragged.from_rows([[3]] * 5, np.int32)))
+    assert seen == [5, 5]
+
+
+def test_no_logits_are_computed_and_nothing_stays_behind(model):
+    vocabulary_sized = []
+    model.lm_head.register_forward_hook(lambda *_: vocabulary_sized.append(1))
+    completion_states(model, make_batch())
+    assert not vocabulary_sized
+    assert not model.lm_head._forward_pre_hooks
+    unknown = Ragged.from_rows([[99]], np.int32)
+    with pytest.raises(IndexError):  # from inside the model: there is no such token id
+        completion_states(model, Batch(unknown, np.zeros(1, np.int64), unknown))
+    assert not model.lm_head._forward_pre_hooks
+    model(input_ids=torch.ones(1, 2, dtype=torch.long), decoder_input_ids=torch.ones(1, 2, dtype=torch.long))
+    assert vocabulary_sized
+
+
+def test_another_thread_may_use_the_model_meanwhile(model):
+    batch, problems = make_batch(), []
+    ids = torch.ones(1, 2, dtype=torch.long)
+
+    def generate():
+        try:
+            for _ in range(50):
+                assert model(input_ids=ids, decoder_input_ids=ids).logits.shape[-1] == 60
+        except BaseException as error:
+            problems.append(error)
+
+    other = threading.Thread(target=generate)
+    other.start()
+    expected = completion_states(model, batch)
+    while other.is_alive():
+        torch.testing.assert_close(completion_states(model, batch), expected)
+    other.join()
+    assert not problems
+
+
+def test_gradients_are_those_of_the_plain_pass(model):
+    batch = make_batch(n=5)
+    direction = torch.randn(32, generator=torch.Generator().manual_seed(0))
+    (completion_states(model, batch) @ direction).sum().backward()
+    ours = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    sum((row[:-1] @ direction).sum() for row in plain_head_inputs(model, batch)).backward()
+    plain = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert ours.keys() == plain.keys()
+    for name, gradient in plain.items():
+        torch.testing.assert_close(ours[name], gradient, rtol=1e-4, atol=1e-5 * float(gradient.abs().max()))
+
+
+@torch.no_grad()
+def test_bfloat16_training_errs_as_the_models_own_pass_under_autocast(model):
+    """Of the float32 states, in float32, and with weights that stay as they were."""
+    batch = make_batch()
+    exact, rounded = (training_states(model, batch, precision) for precision in ("float32", "bfloat16"))
+    torch.testing.assert_close(exact, completion_states(model, batch), rtol=0, atol=0)
+    assert {rounded.dtype, *(p.dtype for p in model.parameters())} == {torch.float32}
+    assert not torch.is_autocast_enabled("cpu")
+    with torch.autocast("cpu", torch.bfloat16):
+        own = torch.cat([row[:-1] for row in plain_head_inputs(model, batch)]).float()
+    error, own_error = (float((states - exact).norm() / exact.norm()) for states in (rounded, own))
+    assert 2**-12 < error < 1.2 * own_error
+
+
+def test_a_decoder_only_body_takes_bfloat16_too():
+    model, batch = make_decoder("qwen2"), make_batch()
+    exact, rounded = (training_states(model, batch, precision).detach() for precision in ("float32", "bfloat16"))
+    assert 2**-12 < float((rounded - exact).norm() / exact.norm()) < 2**-4
+
+
+def test_an_empty_unfinished_completion_has_only_a_next_state(model):
+    prompts, completions = Ragged.from_rows([[5, 6, 1]], np.int32), Ragged.from_rows([[], [7]], np.int32)
+    batch = Batch(prompts, np.zeros(2, np.int64), completions)
+    states, next_states = completion_states(model, batch, next_state=np.array([True, False]))
+    torch.testing.assert_close(next_states, states)  # both have seen the prompt alone
+
+
+def test_rows_of_a_larger_set_bring_their_prompts_along():
+    prompts, rollouts = random_rollouts(1, 8, prompts=5)
+    rows = np.array([6, 2, 3, 6])
+    batch = Batch.of_rows(prompts, rollouts.prompt_index, rollouts.completions, rows)
+    assert len(batch.prompts) == len(set(rollouts.prompt_index[rows]))
+    for place, row in enumerate(rows):
+        assert batch.prompts[batch.prompt_index[place]].tolist() == prompts[rollouts.prompt_index[row]].tolist()
+        assert batch.completions[place].tolist() == rollouts.completions[row].tolist()
+
+
+def test_a_prompt_without_tokens_is_refused():
+    batch = Batch(Ragged.from_rows([[5], []], np.int32), np.array([0, 1]), Ragged.from_rows([[3], [4]], np.int32))
+    with pytest.raises(DataError, match="prompt 1 of the batch has no tokens"):
+        completion_states(make_t5(), batch)
+
+
+def test_a_model_without_a_start_token_is_refused():
+    model = make_t5()
+    model.config.decoder_start_token_id = model.generation_config.decoder_start_token_id = None
+    with pytest.raises(ModelError, match="decoder_start_token_id"):
+        decoder_start(model)

@@ -1,0 +1,218 @@
+import numpy as np
+import pytest
+import torch
+
+from ketchup_cache.errors import ModelError
+from ketchup_cache.models import forward
+from ketchup_cache.models.forward import Batch, completion_states
+from ketchup_cache.models.head import Head
+from ketchup_cache.types import Scores
+from tests.helpers.oracle import assert_same_scores, plain_scores, random_rollouts
+from tests.helpers.tiny import make_t5
+
+
+def head_scores(model, prompts, rollouts, vocab_size=60) -> Scores:
+    head = Head.of(model, vocab_size)
+    batch = Batch(prompts, rollouts.prompt_index, rollouts.completions)
+    states, next_states = completion_states(model, batch, next_state=~rollouts.finished)
+    per_token = head.reduce(states, torch.tensor(rollouts.completions.values, dtype=torch.long))
+    final = np.zeros(len(rollouts), np.float32)
+    final[~rollouts.finished] = head.reduce(next_states, torch.zeros(len(next_states), dtype=torch.long))[1].numpy()
+    return Scores(*(values.numpy() for values in per_token), final)
+
+
+def tiny_gemma(softcap: float):
+    from transformers import T5GemmaConfig, T5GemmaForConditionalGeneration
+
+    torch.manual_seed(0)
+    stack = {
+        "vocab_size": 60, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "head_dim": 8,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "final_logit_softcapping": softcap,
+        "initializer_range": 0.5, "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 1,
+    }  # fmt: skip
+    config = T5GemmaConfig(encoder=stack, decoder=stack, vocab_size=60, decoder_start_token_id=0)
+    return T5GemmaForConditionalGeneration(config).eval()
+
+
+def tiny_bart():
+    from transformers import BartConfig, BartForConditionalGeneration
+
+    torch.manual_seed(0)
+    config = BartConfig(
+        vocab_size=60, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, init_std=0.5,
+        decoder_attention_heads=2, encoder_ffn_dim=16, decoder_ffn_dim=16, max_position_embeddings=32,
+        pad_token_id=0, bos_token_id=2, eos_token_id=1, decoder_start_token_id=0, forced_eos_token_id=None,
+    )  # fmt: skip
+    model = BartForConditionalGeneration(config).eval()
+    model.final_logits_bias.normal_()
+    return model
+
+
+def with_bias(model):
+    model.lm_head.bias = torch.nn.Parameter(torch.randn(60))
+    return model
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: make_t5("1.0"),
+        lambda: make_t5("1.1"),
+        lambda: with_bias(make_t5("1.1")),
+        lambda: tiny_gemma(softcap=2.0),
+        tiny_bart,
+    ],
+    ids=["t5", "t5-v1.1", "bias", "softcap", "bart-bias"],
+)
+def test_scores_are_those_of_the_models_own_logits(make):
+    model = make()
+    prompts, rollouts = random_rollouts(0, 9)
+    assert_same_scores(head_scores(model, prompts, rollouts), plain_scores(model, prompts, rollouts))
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda logits: logits**3,
+        lambda logits: 5 * torch.tanh(logits / 5),  # a cap that the config does not speak of
+        lambda logits: logits.log_softmax(-1),
+        lambda logits: logits + logits.roll(1, -1),
+    ],
+)
+def test_a_head_that_cant_be_reproduced_is_refused(spoil):
+    class Spoiled(type(make_t5())):
+        def forward(self, *arguments, **options):
+            output = super().forward(*arguments, **options)
+            output.logits = spoil(output.logits)
+            return output
+
+    model = make_t5()
+    model.__class__ = Spoiled
+    with pytest.raises(ModelError, match=r"Spoiled: its logits can't be reproduced"):
+        Head.of(model, 60)
+
+
+def test_a_declared_operation_that_is_not_done_is_not_believed():
+    model = make_t5()
+    model.config.final_logit_softcapping = 5.0
+    prompts, rollouts = random_rollouts(0, 5)
+    assert_same_scores(head_scores(model, prompts, rollouts), plain_scores(model, prompts, rollouts))
+
+
+def test_a_model_that_a_batch_confuses_is_refused(monkeypatch):
+    """Its states depend on padding: the probe compares a padded batch with rows alone."""
+    monkeypatch.setattr(forward, "is_ragged", lambda _: False)
+    model = make_t5()
+    encoder_forward = model.encoder.forward
+
+    def unmasked(input_ids, attention_mask, **options):
+        return encoder_forward(input_ids=input_ids, attention_mask=torch.ones_like(attention_mask), **options)
+
+    model.encoder.forward = unmasked
+    with pytest.raises(ModelError, match="padded batch"):
+        Head.of(model, 60)
+
+
+def test_a_model_smaller_than_the_tokenizer_is_refused():
+    with pytest.raises(ModelError, match="the tokenizer has 61 tokens, but T5ForConditionalGeneration only 60"):
+        Head.of(make_t5(), 61)
+
+
+def test_padding_rows_of_the_head_are_never_used():
+    model = make_t5("1.1", vocab_size=70)
+    with torch.no_grad():
+        model.lm_head.weight[60:] = torch.cat([100 * model.lm_head.weight[:5], -100 * model.lm_head.weight[:5]])
+    prompts, rollouts = random_rollouts(0, 9)
+    plain = plain_scores(model, prompts, rollouts, vocab_size=60)
+    assert (plain_scores(model, prompts, rollouts, vocab_size=70).max_q > plain.max_q + 1).all()  # they would win
+    assert_same_scores(head_scores(model, prompts, rollouts), plain)
+
+
+def test_the_head_is_float32_under_a_bfloat16_body():
+    """A bfloat16 head errs by more than the gaps that returns are made of."""
+    model = make_t5("1.1", scale=5).to(torch.bfloat16)
+    head = Head.of(model, 60)
+    states = torch.randn(40, 32, generator=torch.Generator().manual_seed(0)).bfloat16()
+    targets = torch.arange(40)
+
+    def reductions(logits):
+        return logits.gather(1, targets[:, None])[:, 0], logits.amax(1), logits.logsumexp(1), logits.mean(1)
+
+    with torch.no_grad():
+        exact = reductions(states.double() @ model.lm_head.weight[:60].double().T)
+        rounded = reductions(model.lm_head(states)[:, :60].float())
+    for name, value, expected in zip(
+        ("q", "max_q", "logsumexp", "mean_q"), head.reduce(states, targets), exact, strict=True
+    ):
+        assert value.dtype == torch.float32
+        torch.testing.assert_close(value.double(), expected, rtol=1e-5, atol=1e-4, msg=name)
+    assert (rounded[1].double() - exact[1]).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("block", [1, 7, 60, 100])
+@pytest.mark.parametrize("offset", [0.0, 300.0, -300.0])
+def test_blocks_of_the_vocabulary_change_nothing(block, offset, monkeypatch):
+    """Wherever the largest logit stands, and where exponentials of the logits themselves would overflow or vanish."""
+    model = make_t5("1.1", scale=20)
+    model.final_logits_bias = torch.full((1, 80), offset)  # as BART has one
+    head = Head.of(make_t5("1.1", scale=20), 60)
+    head._bias = model.final_logits_bias
+    monkeypatch.setattr("ketchup_cache.models.head.BLOCK_ELSEWHERE", block * 5)
+    monkeypatch.setattr("ketchup_cache.models.head.STATES_AT_ONCE_ELSEWHERE", 5)
+    states = torch.randn(33, 32, generator=torch.Generator().manual_seed(1)) * 3
+    targets = torch.arange(33) % 60
+    logits = head.logits(states).double()
+    exact = (logits.gather(1, targets[:, None])[:, 0], logits.amax(1), logits.logsumexp(1), logits.mean(1))
+    for value, expected in zip(head.reduce(states, targets), exact, strict=True):
+        torch.testing.assert_close(value.double(), expected, rtol=1e-6, atol=1e-4)
+    q, max_q, *_ = head.reduce(states, targets)
+    assert (q <= max_q).all()
+    best = head.reduce(states, logits.argmax(1))
+    assert torch.equal(best[0], best[1])  # of the same product, so that no gap is negative or a rounding error
+
+
+def test_log_prob_is_the_log_softmax_in_value_and_gradient():
+    model = make_t5("1.1")
+    head = Head.of(model, 60)
+    states = torch.randn(11, 32, requires_grad=True)
+    targets = torch.randint(60, (11,))
+    ours = head.log_prob(states, targets, chunk=4)
+    plain = (states @ model.lm_head.weight.T).log_softmax(1)[torch.arange(11), targets]
+    torch.testing.assert_close(ours, plain)
+    weights = torch.randn(11)
+    inputs = (states, model.lm_head.weight)
+    ours_grad, plain_grad = (torch.autograd.grad((value * weights).sum(), inputs) for value in (ours, plain))
+    torch.testing.assert_close(ours_grad, plain_grad)
+    with torch.no_grad():
+        torch.testing.assert_close(head.log_prob(states, targets), plain)
+
+
+def test_log_prob_keeps_no_logits_for_the_backward_pass():
+    model = make_t5("1.1")
+    head = Head.of(model, 60)
+    states, targets = torch.randn(64, 32, requires_grad=True), torch.randint(60, (64,))
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(tuple(t.shape)) or t, lambda t: t):
+        (states @ model.lm_head.weight.T).log_softmax(1)
+        assert (64, 60) in kept
+        kept.clear()
+        head.log_prob(states, targets, chunk=8)
+    assert not [shape for shape in kept if shape[-1:] == (60,)]
+
+
+def test_the_head_follows_a_model_in_training():
+    model = make_t5("1.0").train()
+    head = Head.of(model, 60)
+    assert model.training
+    states = torch.randn(3, 32)
+    before = head.logits(states)
+    with torch.no_grad():
+        model.shared.weight.mul_(2)
+    torch.testing.assert_close(head.logits(states), 2 * before)
+
+
+def test_no_states_give_no_values():
+    head = Head.of(make_t5(), 60)
+    none, targets = torch.empty(0, 32), torch.empty(0, dtype=torch.long)
+    assert [value.shape for value in head.reduce(none, targets)] == [(0,)] * 4
+    assert head.log_prob(none, targets).shape == (0,)

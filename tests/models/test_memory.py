@@ -1,0 +1,316 @@
+"""Budgets against an allocator that fails above a size, a process that the system limits, and made-up GPUs."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ketchup_cache.errors import ModelError
+from ketchup_cache.models import memory
+from ketchup_cache.models.memory import PROBE, TokenBudget, Watch, free_ram, out_of_memory
+from ketchup_cache.scoring.teacher import Teacher
+from tests.helpers.oracle import assert_same_scores, plain_scores, random_rollouts
+from tests.scoring.test_teacher import MODELS, TEACHERS
+
+TEACHER, MODEL = TEACHERS["1.0"], MODELS["1.0"]
+PROMPTS, ROLLOUTS = random_rollouts(7, 12)
+PLAIN = plain_scores(MODEL, PROMPTS, ROLLOUTS)
+LONGEST = int((PROMPTS.lengths[ROLLOUTS.prompt_index] + ROLLOUTS.completions.lengths).max())
+FAILURES = (
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    MemoryError(),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:126] . DefaultCPUAllocator: can't allocate memory: you tried to"),
+    RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes."),
+    RuntimeError("MPS backend out of memory (MPS allocated: 1 GB)"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+)
+
+
+class Fails:
+    """The teacher's pass over a batch, which fails above a number of tokens as `failure` does."""
+
+    def __init__(self, limit: int, failure: Exception = FAILURES[0]) -> None:
+        self.limit, self.failure, self.sizes, self.rows = limit, failure, [], []
+
+    def __call__(self, batch, finished, names, *rest):
+        size = len(batch.prompts.values) + len(batch.completions.values)
+        self.sizes.append(size)
+        if size > self.limit:
+            raise self.failure
+        self.rows += names.tolist()
+        return Teacher._score_batch(TEACHER, batch, finished, names, *rest)
+
+
+def scored(monkeypatch, fails: Fails, budget):
+    with monkeypatch.context() as patched:
+        patched.setattr(TEACHER, "_score_batch", fails)
+        return TEACHER.score(PROMPTS, ROLLOUTS, batch_tokens=budget)
+
+
+@settings(max_examples=30)
+@given(limit=st.integers(LONGEST, 400), asked=st.integers(1, 1000), failure=st.sampled_from(FAILURES))
+def test_scores_do_not_depend_on_where_memory_ends(limit, asked, failure):
+    fails, said = Fails(limit, failure), []
+    budget = TokenBudget(asked, said.append)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        assert_same_scores(scored(monkeypatch, fails, budget), PLAIN)
+        failed = [size for size in fails.sizes if size > limit]
+        assert sorted(fails.rows) == list(range(12))  # each row once
+        assert len(said) == len(failed) <= np.log2(1000) + 1
+        assert budget.tokens == (asked if not failed else max(min([*failed, asked]) // 2, 1))
+        found, fails.sizes[:] = budget.tokens, []
+        scored(monkeypatch, fails, budget)  # what was found is kept
+    assert budget.tokens == found
+    assert all(size <= max(found, LONGEST) for size in fails.sizes)
+    assert max(fails.sizes) <= limit
+
+
+def test_each_failure_is_said_in_a_line(monkeypatch, capsys):
+    scored(monkeypatch, Fails(LONGEST), TokenBudget(10_000))
+    lines = capsys.readouterr().err.splitlines()
+    whole = int(PROMPTS.lengths[np.unique(ROLLOUTS.prompt_index)].sum()) + len(ROLLOUTS.completions.values)
+    assert lines[0] == f"score: out of memory at a batch of {whole} tokens: going on with at most {whole // 2}"
+    limits = [int(line.split()[-1]) for line in lines]
+    assert limits == sorted(limits, reverse=True)
+    assert len(set(limits)) == len(limits) > 1
+
+
+def test_the_scores_of_a_row_that_never_fits_are_refused_with_what_to_do(monkeypatch):
+    fails = Fails(LONGEST - 1, FAILURES[2])
+    with pytest.raises(
+        ModelError, match=r"rollout row \d+ .* does not fit into memory on its own: use --dtype"
+    ) as error:
+        scored(monkeypatch, fails, 1000)
+    assert "\n" not in str(error.value)
+    assert fails.sizes[-1] == LONGEST
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("mat1 and mat2 shapes cannot be multiplied"), ValueError("out of memory"), KeyError("q")]
+)
+def test_other_errors_are_not_taken_for_it(monkeypatch, error):
+    assert not out_of_memory(error)
+    fails = Fails(10, error)
+    with pytest.raises(type(error)):
+        scored(monkeypatch, fails, 1000)
+    assert len(fails.sizes) == 1
+
+
+# ----------------------------------------------------------------------------------------------------------- auto
+
+GB = 2**30
+
+
+@pytest.fixture
+def gpus(monkeypatch):
+    """Two GPUs, with what the allocator has `reserved`, of which `used` is in use."""
+    state = {"free": [8 * GB, 8 * GB], "reserved": [3 * GB, 3 * GB], "used": [2 * GB, 2 * GB], "peak": [0, 0]}
+
+    def read(name):
+        return lambda device: state[name][device.index]
+
+    monkeypatch.setattr(torch.cuda, "memory_allocated", read("used"))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", read("reserved"))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", read("peak"))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (state["free"][device.index], 80 * GB))
+
+    def reset(device):
+        state["peak"][device.index] = state["used"][device.index]
+
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", reset)
+    return state
+
+
+def test_a_gpu_is_filled_to_a_share_of_what_is_free(gpus):
+    device = torch.device("cuda", 0)
+    watch = Watch([device])
+    gpus["peak"][0] += 2048 * 400_000
+    # free on the device, and what the allocator holds without need
+    assert watch.fitting(2048) == int(0.8 * 9 * GB / 400_000)
+    gpus["free"][0] = 0
+    assert watch.fitting(2048) == int(0.8 * GB / 400_000)
+    gpus["free"][0] = 79 * GB
+    gpus["peak"][0] = gpus["used"][0] + 2048 * 1000
+    assert watch.fitting(2048) == memory.MOST["cuda"]
+
+
+def test_the_fullest_of_several_devices_decides(gpus):
+    watch = Watch([torch.device("cuda", 0), torch.device("cuda", 1)])
+    gpus["peak"] = [2 * GB + 2048 * 100_000, 2 * GB + 2048 * 800_000]
+    assert watch.fitting(2048) == int(0.8 * 9 * GB / 800_000)
+    gpus["free"] = [GB // 2, 70 * GB]
+    assert watch.fitting(2048) == int(0.8 * 1.5 * GB / 100_000)
+
+
+def test_on_a_cpu_auto_is_the_default_where_memory_is_plenty_and_less_where_it_is_not(monkeypatch):
+    cpu = [torch.device("cpu")]
+    keep = []
+
+    def batch() -> Watch:
+        watch = Watch(cpu)
+        keep.append(np.ones(16_000_000))  # 128 MB, in 2,000 tokens
+        keep.clear()
+        return watch
+
+    monkeypatch.setattr(memory, "free_ram", lambda: 64 * GB)
+    assert batch().fitting(2000) == 4096
+    monkeypatch.setattr(memory, "free_ram", lambda: GB // 2)
+    assert batch().fitting(2000) == pytest.approx(0.5 * GB / 2 / 64_000, rel=0.1)
+
+
+def test_what_nobody_can_measure_has_a_limit_too(monkeypatch):
+    assert Watch([torch.device("mps")]).fitting(2000) == 4096
+    monkeypatch.setattr(memory, "free_ram", lambda: None)
+    assert Watch([torch.device("cpu")]).fitting(2000) == 4096
+
+
+def test_auto_is_found_in_the_second_full_batch_and_kept(monkeypatch):
+    said, fits = [], iter([55])
+    monkeypatch.setattr(memory, "PROBE", 16)
+    monkeypatch.setattr(Watch, "fitting", lambda self, size: next(fits))
+    budget, fails = TokenBudget("auto", said.append), Fails(10**6)
+    assert (budget.tokens, budget.open) == (16, True)
+    assert_same_scores(scored(monkeypatch, fails, budget), PLAIN)
+    assert (budget.tokens, budget.open) == (55, False)
+    assert max(fails.sizes[:2]) <= 16 < max(fails.sizes[2:]) <= 55
+    assert sorted(fails.rows) == list(range(12))
+    assert said == ["batches of up to 55 tokens fit into memory (--batch-tokens auto)"]
+    scored(monkeypatch, fails, budget)
+    assert len(said) == 1
+
+
+def test_small_batches_settle_nothing_and_a_failure_does():
+    said: list[str] = []
+    budget = TokenBudget("auto", said.append)
+    for _ in range(5):
+        watch = budget.watch([torch.device("cpu")])
+        assert watch is not None
+        assert not budget.fitted(watch, PROBE // 2 - 1)
+    assert budget.open
+    budget.halve(PROBE)
+    assert budget.tokens == PROBE // 2
+    assert budget.watch([torch.device("cpu")]) is None  # from here on it only shrinks
+
+
+def test_auto_never_goes_below_what_just_went_through(monkeypatch):
+    monkeypatch.setattr(Watch, "fitting", lambda self, padded: 3)
+    budget = TokenBudget("auto", lambda _: None)
+    watch = budget.watch([torch.device("cpu")])
+    assert [budget.fitted(watch, PROBE) for _ in range(2)] == [False, True]
+    assert budget.tokens == PROBE
+
+
+def test_free_memory_is_that_of_the_machine_or_of_the_container(tmp_path):
+    assert free_ram(tmp_path) is None
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc/meminfo").write_text("MemTotal:  9000 kB\nMemFree:  100 kB\nMemAvailable:  5000 kB\n")
+    assert free_ram(tmp_path) == 5000 * 1024
+    group = tmp_path / "sys/fs/cgroup"
+    group.mkdir(parents=True)
+    (group / "memory.max").write_text("max\n")
+    (group / "memory.current").write_text("1000000\n")
+    assert free_ram(tmp_path) == 5000 * 1024
+    (group / "memory.max").write_text("3000000\n")
+    assert free_ram(tmp_path) == 2_000_000
+    (group / "memory.stat").write_text("anon 5\ninactive_file 400000\n")
+    assert free_ram(tmp_path) == 2_400_000
+    (group / "memory.current").write_text("4000000\n")
+    assert free_ram(tmp_path) == 0
+    older = group / "memory"
+    older.mkdir()
+    (group / "memory.max").unlink()
+    (older / "memory.limit_in_bytes").write_text("700000\n")
+    (older / "memory.usage_in_bytes").write_text("600000\n")
+    assert free_ram(tmp_path) == 100_000
+    assert free_ram() is None or free_ram() > 0
+
+
+LIMITED = """
+import json, resource, sys
+sys.path[:0] = sys.argv[1:2]
+import numpy as np, torch
+torch.set_num_threads(1)
+from tests.helpers.oracle import make_rollouts
+from tests.scoring.test_teacher import TEACHERS
+from ketchup_cache.models.memory import TokenBudget
+from ketchup_cache.types import Ragged
+rng = np.random.default_rng(0)
+prompts = Ragged.from_rows([[*rng.integers(3, 60, size=300), 1] for _ in range(400)], np.int32)
+rollouts = make_rollouts(range(400), [[5, 6, 1]] * 400, [True] * 400)
+teacher = TEACHERS["1.0"]
+small = teacher.score(prompts, rollouts, batch_tokens=1000)
+taken = int(next(l for l in open("/proc/self/status") if l.startswith("VmSize")).split()[1]) * 1024
+resource.setrlimit(resource.RLIMIT_AS, (taken + 24 * 2**20,) * 2)
+budget = TokenBudget(200_000)
+large = teacher.score(prompts, rollouts, batch_tokens=budget)
+print(json.dumps([float(np.abs(small.q - large.q).max()), budget.tokens]))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's limit of a process's memory")
+def test_a_process_that_may_have_no_more_memory_goes_on():
+    """The real thing: 400 rows of 304 tokens take more than the 24 MB that may be had."""
+    done = subprocess.run(
+        [sys.executable, "-c", LIMITED, str(Path(__file__).parents[2])], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    difference, found = json.loads(done.stdout)
+    assert difference < 1e-4
+    assert 300 <= found < 400 * 304
+    assert done.stderr.splitlines()[0].startswith("score: out of memory at a batch of 121,600 tokens")
+
+
+# ------------------------------------------------------------------------------------------------------- in `score`
+
+
+def test_score_keeps_the_budget_from_segment_to_segment_and_reports_it(tmp_path, monkeypatch, capsys):
+    from tests.scoring.test_score import add_rollouts, assert_scored, open_cache, options, save_model, score
+
+    folder = save_model(tmp_path / "teacher", "1.1")
+    cache, sizes, own = open_cache(tmp_path / "cache", create=True), [], Teacher._score_batch
+
+    def limited(self, batch, *rest):
+        sizes.append(len(batch.completions) * int(batch.prompts.lengths.max() + batch.completions.lengths.max()))
+        if sizes[-1] > 40:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return own(self, batch, *rest)
+
+    monkeypatch.setattr(Teacher, "_score_batch", limited)
+    ids = [add_rollouts(cache, *random_rollouts(seed, 12, prompts=5), policy=seed) for seed in range(3)]
+    report = score(options(cache, folder, commit_tokens=40).model_copy(update={"batch_tokens": 1000}))
+    assert report.segments > 4
+    assert_scored(cache, folder, ids)
+    lines = capsys.readouterr().err.splitlines()
+    limits = [int(line.split()[-1]) for line in lines if "out of memory" in line]
+    assert limits == sorted(limits, reverse=True)
+    assert report.batch_tokens == report.to_dict()["batch_tokens"] == limits[-1] <= 40
+    assert str(report).endswith(f" s, in batches of up to {limits[-1]} tokens")
+    assert sum(size > 40 for size in sizes) == len(limits) <= 3  # not again in every segment
+    again = score(options(cache, folder))
+    assert again.batch_tokens is None
+
+
+@pytest.mark.parametrize("limited", [True, False])
+def test_auto_in_score(tmp_path, monkeypatch, capsys, limited):
+    """The size is said where memory is what limits it."""
+    from tests.scoring.test_score import add_rollouts, assert_scored, open_cache, options, save_model, score
+
+    monkeypatch.setattr(memory, "PROBE", 40)
+    monkeypatch.setattr(Watch, "fitting", lambda self, size: 123 if limited else self.most)
+    folder = save_model(tmp_path / "teacher", "1.1")
+    cache = open_cache(tmp_path / "cache", create=True)
+    ids = [add_rollouts(cache, *random_rollouts(1, 30, prompts=9))]
+    config = options(cache, folder).model_copy(update={"batch_tokens": "auto"})
+    report = score(config)
+    assert_scored(cache, folder, ids)
+    assert report.batch_tokens == (123 if limited else memory.MOST_ELSEWHERE)
+    said = "score: batches of up to 123 tokens fit into memory (--batch-tokens auto)"
+    assert capsys.readouterr().err.splitlines().count(said) == limited

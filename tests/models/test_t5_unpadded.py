@@ -1,0 +1,216 @@
+"""T5 without padding against plain forward passes over single rows, and its groups against their definition."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import (
+    MT5Config,
+    MT5ForConditionalGeneration,
+    UMT5Config,
+    UMT5ForConditionalGeneration,
+)
+
+from ketchup_cache.models import forward
+from ketchup_cache.models import t5_unpadded as ragged
+from ketchup_cache.models.forward import Batch, completion_states
+from ketchup_cache.models.t5_unpadded import groups_of, is_ragged
+from ketchup_cache.types import Ragged
+from tests.helpers.oracle import random_rollouts
+from tests.helpers.tiny import WORDS, make_t5
+
+
+def of_family(kind: str, **more):
+    if kind in ("1.0", "1.1"):
+        return make_t5(kind, **more)
+    config, model = {
+        "mt5": (MT5Config, MT5ForConditionalGeneration),
+        "umt5": (UMT5Config, UMT5ForConditionalGeneration),
+    }[kind]
+    torch.manual_seed(0)
+    return model(
+        config(vocab_size=len(WORDS) + 3, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4,
+               relative_attention_num_buckets=8, relative_attention_max_distance=16, decoder_start_token_id=0)
+    ).eval()  # fmt: skip
+
+
+FAMILY = ("1.0", "1.1", "mt5", "umt5")
+
+
+def alone(model, batch: Batch) -> torch.Tensor:
+    """The head's input of every token, by the model's own pass over one row at a time."""
+    found = []
+    hook = model.lm_head.register_forward_pre_hook(lambda _, inputs: found.append(inputs[0][0]))
+    for row, completion in enumerate(batch.completions):
+        if len(completion):
+            prompt = torch.tensor(batch.prompts[batch.prompt_index[row]][None], dtype=torch.long)
+            model(input_ids=prompt, decoder_input_ids=torch.tensor([[0, *completion[:-1]]]))
+    hook.remove()
+    return torch.cat(found)
+
+
+def make_batch(seed: int = 0, rows: int = 12) -> Batch:
+    prompts, rollouts = random_rollouts(seed, rows)
+    return Batch(prompts, rollouts.prompt_index, rollouts.completions)
+
+
+@pytest.mark.parametrize("at_once", [1, 60, 2**20])
+@pytest.mark.parametrize("kind", FAMILY)
+def test_states_are_those_of_each_row_alone(kind, at_once, monkeypatch):
+    """Whatever the groups: every row by itself, a few together, all padded to the longest."""
+    monkeypatch.setattr(ragged, "SCORES_AT_ONCE_ELSEWHERE", at_once * 4)
+    model = of_family(kind)
+    assert is_ragged(model)
+    with torch.no_grad():
+        for seed in range(3):
+            batch = make_batch(seed)
+            torch.testing.assert_close(completion_states(model, batch), alone(model, batch), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", FAMILY)
+def test_aligned_widths_as_on_a_gpu_change_nothing(kind, monkeypatch):
+    """Groups whose widths are rounded up, so that even their longest rows have padding behind them."""
+    monkeypatch.setattr(ragged, "_aligned", lambda width, device: -(-width // 8) * 8)
+    model, batch = of_family(kind), make_batch()
+    with torch.no_grad():
+        torch.testing.assert_close(completion_states(model, batch), alone(model, batch), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_the_bias_is_the_models_and_takes_no_memory_of_its_own(causal):
+    """Compared with T5's own square of distances, whose rows it has backwards."""
+    attention = make_t5("1.0").get_decoder().block[0].layer[0].SelfAttention
+    attention.is_decoder = causal
+    queries, keys = np.array([3, 7, 6]), np.array([3, 7, 6])
+    group = ragged.Rows.of(queries, keys, 10**6, torch.device("cpu")).groups[0]
+    bias = ragged._Bias(7, causal=causal)
+    bias.of(attention, torch.zeros(1))
+    corner = bias.corner(0, group)
+    own = attention.compute_bias(7, 7)[0]
+    assert bias._full.untyped_storage().nbytes() == 4 * 4 * 13  # heads, and distances from -6 to 6
+    for row, n in enumerate((3, 6, 7)):  # in the order of their lengths
+        mine = corner[row if len(corner) > 1 else 0].flip(1)
+        allowed = torch.ones(7, 7).tril().bool() if causal else torch.ones(7, 7).bool()
+        seen = allowed & (torch.arange(7) < (7 if causal else n))
+        torch.testing.assert_close(mine[:, seen], own[:, seen].detach(), check_stride=False)
+        assert torch.isneginf(mine[:, ~seen]).all()
+
+
+def test_no_square_of_positions_is_ever_held():
+    """What torch allocates within a pass: a copy of the window that the bias is would be heads × n × n floats."""
+    n, model = 384, make_t5("1.0")
+    prompts = Ragged.from_rows([np.arange(n) % 20 + 3], np.int32)
+    batch = Batch(prompts, np.zeros(1, np.int64), Ragged.from_rows([np.array([5, 6, 1])], np.int32))
+    with torch.no_grad(), torch.profiler.profile(profile_memory=True) as profile:
+        completion_states(model, batch)
+    held = [event.nbytes() for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    assert model.config.num_heads * 2 * n * 4 < max(held) < model.config.num_heads * n * n * 4 / 4
+
+
+def test_long_rows_reach_every_bucket_of_the_position_bias():
+    """Distances beyond the largest bucket, in both directions, and a batch whose longest row is not alone."""
+    model = make_t5("1.0")
+    rng = np.random.default_rng(0)
+    prompts = Ragged.from_rows([rng.integers(3, 40, n) for n in (90, 2, 61)], np.int32)
+    completions = Ragged.from_rows([rng.integers(3, 40, n) for n in (70, 1, 33, 70)], np.int32)
+    batch = Batch(prompts, np.array([2, 1, 0, 0]), completions)
+    with torch.no_grad():
+        torch.testing.assert_close(completion_states(model, batch), alone(model, batch), rtol=1e-4, atol=1e-5)
+
+
+def test_empty_completions_have_no_states():
+    model = make_t5("1.1")
+    prompts = Ragged.from_rows([[5, 1], [6, 7, 1]], np.int32)
+    batch = Batch(prompts, np.array([0, 1, 1]), Ragged.from_rows([[], [4, 5], []], np.int32))
+    with torch.no_grad():
+        torch.testing.assert_close(completion_states(model, batch), alone(model, batch), rtol=1e-4, atol=1e-5)
+        states, after = completion_states(model, batch, next_state=np.array([True, False, False]))
+    assert (states.shape[0], after.shape[0]) == (2, 1)
+    nothing = Batch(prompts, np.array([0, 1]), Ragged.from_rows([[], []], np.int32))
+    assert completion_states(model, nothing).shape == (0, 32)
+
+
+@pytest.mark.parametrize("aligned", [False, True])
+@pytest.mark.parametrize("at_once", [60, 2**20])
+@pytest.mark.parametrize("kind", FAMILY)
+def test_the_gradient_is_that_of_padded_rows(kind, at_once, aligned, monkeypatch):
+    """In few groups and many, one of whose prompts nobody asks. In float64: T5 takes its softmax in float32 even then,
+    ours does not, hence the tolerance."""
+    monkeypatch.setattr(ragged, "SCORES_AT_ONCE_ELSEWHERE", at_once * 4)
+    if aligned:
+        monkeypatch.setattr(ragged, "_aligned", lambda width, device: -(-width // 8) * 8)
+    model = of_family(kind).double()
+    batch = make_batch(1)
+    unasked = Ragged.from_rows([*batch.completions, []], np.int32)
+    batch = Batch(
+        Ragged.from_rows([[9, 8, 1], *batch.prompts], np.int32), np.append(batch.prompt_index + 1, 0), unasked
+    )
+    gradients = []
+    for way in (is_ragged, lambda _: False):
+        monkeypatch.setattr(forward, "is_ragged", way)
+        model.zero_grad()
+        states = completion_states(model, batch)
+        (states * torch.linspace(-1, 1, states.numel(), dtype=states.dtype).view_as(states)).sum().backward()
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, ours in gradients[0].items():
+        theirs = gradients[1][name]
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6 * float(theirs.abs().max()), msg=name)
+
+
+def test_dropout_is_the_layers_own():
+    """Off in eval mode; in training each draw is another one, around the mean, which a twin without dropout gives. With
+    the dropout of one place off at a time the others still act."""
+    model, batch = make_t5("1.0"), make_batch()
+    with torch.no_grad():
+        plain = completion_states(model, batch)
+        model.train()
+        torch.manual_seed(0)
+        one, two = completion_states(model, batch), completion_states(model, batch)
+        assert not torch.equal(one, two)
+        assert not torch.equal(one, plain)
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        only_attention = completion_states(model, batch)
+        assert not torch.equal(only_attention, plain)
+        for module in model.modules():
+            if hasattr(module, "key_value_proj_dim"):
+                module.dropout = 0.0
+        torch.testing.assert_close(completion_states(model, batch), plain)
+
+
+def test_bfloat16_weights_on_a_processor_without_them_compute_in_float32(monkeypatch):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    narrow, batch = make_t5("1.1").bfloat16(), make_batch()
+    wide = copy.deepcopy(narrow).float()
+    with torch.no_grad():
+        states = completion_states(narrow, batch)
+        assert states.dtype == torch.float32
+        torch.testing.assert_close(states, completion_states(wide, batch), rtol=1e-5, atol=1e-6)
+    assert {p.dtype for p in narrow.parameters()} == {torch.bfloat16}
+    states = completion_states(narrow, batch)
+    assert states.dtype == torch.bfloat16  # a gradient is of the weights as they are
+    states.float().sum().backward()
+    assert narrow.encoder.block[0].layer[0].SelfAttention.q.weight.grad is not None
+
+
+def test_a_model_spread_over_devices_takes_its_own_pass():
+    model = make_t5("1.0")
+    model.hf_device_map = {"encoder": 0, "decoder": 1}
+    assert not is_ragged(model)
+
+
+LENGTHS = st.lists(st.tuples(st.integers(0, 9), st.integers(1, 20)), min_size=1, max_size=30)
+
+
+@given(LENGTHS, st.integers(1, 400))
+def test_every_row_with_queries_is_in_one_group(rows, most):
+    queries, keys = (np.array(column, np.int64) for column in zip(*rows, strict=True))
+    groups = list(groups_of(queries, keys, most))
+    assert sorted(int(row) for group in groups for row in group) == np.flatnonzero(queries).tolist()
+    for group in groups:
+        assert len(group) == 1 or len(group) * queries[group].max() * keys[group].max() <= most

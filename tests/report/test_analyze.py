@@ -1,0 +1,364 @@
+"""Bias and variance from hand-made caches, against the definitions written out in plain Python."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import random
+import statistics
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ketchup_cache import open_cache
+from ketchup_cache.cache.manifest import PromptsInfo, RolloutsInfo, ScoresInfo
+from ketchup_cache.config.commands import AnalyzeConfig
+from ketchup_cache.errors import CacheError
+from ketchup_cache.provenance import DataInfo, PolicyInfo, Sampling, TeacherInfo, TokenizerInfo
+from ketchup_cache.report.analyze import analyze
+from ketchup_cache.types import Prompts, Ragged, Rollouts, Scores
+
+TOKENIZER = TokenizerInfo(name="words", fingerprint="a" * 64, vocab_size=50)
+TEACHER = TeacherInfo(name="teacher", fingerprint="b" * 64, dtype="float32")
+STUDENT = PolicyInfo(name="student", fingerprint="c" * 64)
+OTHER = PolicyInfo(name="other", fingerprint="d" * 64, step=40)
+
+
+@dataclass(frozen=True)
+class One:
+    """One scored rollout: lists with a number for each token."""
+
+    prompt: int
+    q: list[float]
+    max_q: list[float]
+    logsumexp: list[float]
+    mean_q: list[float]
+    behavior_logprob: list[float]
+    forced: list[bool]
+    finished: bool
+    final_max_q: float
+    first: int = 5
+
+
+def f32(value: float) -> float:
+    """As the cache keeps it, so that both sides start from equal numbers."""
+    return float(np.float32(value))
+
+
+def make(rng: random.Random, prompt: int, finished: float = 0.8) -> One:
+    """A random rollout; all of a prompt start in the same state, where the teacher says the same."""
+    length = rng.randint(1, 14)
+    start = random.Random(prompt)
+    max_q = [f32((rng if t else start).uniform(10, 20)) for t in range(length)]
+    gap = [f32(rng.choice([0, rng.expovariate(0.3)])) for _ in range(length)]
+    done = rng.random() < finished
+    return One(
+        prompt,
+        q=[f32(m - g) for m, g in zip(max_q, gap, strict=True)],
+        max_q=max_q,
+        logsumexp=[f32(m + (rng if t else start).uniform(0.1, 2)) for t, m in enumerate(max_q)],
+        mean_q=[f32(m - (rng if t else start).uniform(5, 10)) for t, m in enumerate(max_q)],
+        behavior_logprob=[f32(-rng.expovariate(1)) for _ in range(length)],
+        forced=[rng.random() < 0.1 for _ in range(length)],
+        finished=done,
+        final_max_q=0.0 if done else f32(rng.uniform(10, 20)),
+    )
+
+
+class Builder:
+    """Writes a cache of these prompts, segment by segment."""
+
+    def __init__(self, path: Path, prompts: int) -> None:
+        self.path, self.cache, self.prompts = path, open_cache(path, create=True), prompts
+        ids = np.random.default_rng(0).integers(0, 256, (prompts, 16), np.uint8)
+        ids[:, -1] = 0  # the last byte may be zero
+        info = PromptsInfo(
+            tokenizer=TOKENIZER, data=DataInfo(name="d", fingerprint="e" * 64, template="{prompt}"), start=0
+        )
+        tokens = Ragged.from_rows([[3, 1]] * prompts, np.int32)
+        self.prompts_id = self.cache.commit_prompts(Prompts(ids, tokens), info)
+
+    def add(
+        self, rows: list[One], cuts: tuple[int, ...] = (), *, policy: PolicyInfo = STUDENT, seed: int = 0, **sampling
+    ) -> Builder:
+        """A rollouts segment, and a scores segment for each piece between the cuts."""
+
+        def flat(name: str, rows: list[One] = rows, dtype: type = np.float32) -> np.ndarray:
+            return np.array([x for one in rows for x in getattr(one, name)], dtype)
+
+        rollouts = Rollouts(
+            prompt_index=np.array([one.prompt for one in rows], np.int64),
+            completions=Ragged.from_rows([[one.first] + [5] * (len(one.q) - 1) for one in rows], np.int32),
+            behavior_logprob=flat("behavior_logprob"),
+            forced=flat("forced", dtype=np.bool_),
+            finished=np.array([one.finished for one in rows]),
+        )
+        info = RolloutsInfo(
+            prompts=self.prompts_id,
+            prompt_start=min(rollouts.prompt_index),
+            prompt_stop=max(rollouts.prompt_index) + 1,
+            policy=policy,
+            tokenizer=TOKENIZER,
+            sampling=Sampling(seed=seed, **sampling),
+        )
+        parent = self.cache.commit_rollouts(rollouts, info)
+        bounds = [0, *cuts, len(rows)]
+        for start, stop in itertools.pairwise(bounds):
+            part = rows[start:stop]
+            scores = Scores(
+                *(flat(name, part) for name in ("q", "max_q", "logsumexp", "mean_q")),
+                np.array([one.final_max_q for one in part], np.float32),
+            )
+            self.cache.commit_scores(
+                scores,
+                ScoresInfo(rollouts=parent, row_start=start, row_stop=stop, teacher=TEACHER, tokenizer=TOKENIZER),
+            )
+        return self
+
+    def analyze(self, **options):
+        return analyze(AnalyzeConfig(cache=self.path, **options))
+
+
+def literal_return(one: One, k: int, tail: str = "one-step", normalization: str = "raw", unfinished: str = "bootstrap"):
+    """Ĝ_1 by the recursion of Algorithm 1 or Eq. 7, on normalised logits, 1-based as in the paper."""
+    offset = {"raw": [0.0] * len(one.q), "centred": one.mean_q, "logprob": one.logsumexp}[normalization]
+    q = [None] + [a - b for a, b in zip(one.q, offset, strict=True)]
+    m = [None] + [a - b for a, b in zip(one.max_q, offset, strict=True)]
+    last = len(one.q)
+    # an unfinished rollout subtracts the value of the state it was cut in, and may get it back (bootstrap)
+    end = -one.final_max_q if not one.finished and unfinished == "zero" else 0.0
+
+    def estimate(t: int) -> float:
+        if t == last:
+            return q[last] + end
+        step = k if last - t >= k else 1
+        if tail == "jump" and last - t < k:
+            return q[t] + end
+        return q[t] - m[t + step] + estimate(t + step)
+
+    return estimate(1)
+
+
+def literal(rows: list[One], k: int, **options) -> dict[str, float]:
+    """Variance and bias with their standard errors, by the definitions, with Python's statistics."""
+    kept = [one for one in rows if one.finished or options.get("unfinished", "bootstrap") != "drop"]
+    prompts = [[one for one in kept if one.prompt == p] for p in sorted({one.prompt for one in kept})]
+    estimates = [[literal_return(one, k, **options) for one in prompt] for prompt in prompts]
+    truths = [[literal_return(one, 1, **options) for one in prompt] for prompt in prompts]
+    variances = [statistics.variance(e) for e in estimates if len(e) > 1]
+    biases = [
+        statistics.fmean(a - b for a, b in zip(e, g, strict=True)) for e, g in zip(estimates, truths, strict=True)
+    ]
+    flat = [g for prompt in truths for g in prompt]
+    return {
+        "variance": statistics.fmean(variances),
+        "variance_se": statistics.stdev(variances) / math.sqrt(len(variances)),
+        "bias": statistics.fmean(biases),
+        "bias_se": statistics.stdev(biases) / math.sqrt(len(biases)),
+        "return_mean": statistics.fmean(flat),
+        "return_sd": statistics.stdev(flat),
+    }
+
+
+@pytest.fixture
+def rows() -> list[One]:
+    rng = random.Random(7)
+    return [make(rng, prompt) for prompt in range(6) for _ in range(5)]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"tail": "jump", "unfinished": "bootstrap"},
+        {"normalization": "raw", "unfinished": "zero"},
+        {"normalization": "raw", "unfinished": "drop"},
+        {"normalization": "centred", "tail": "jump"},
+    ],
+    ids=str,
+)
+def test_equals_the_definitions(tmp_path: Path, rows: list[One], options: dict[str, str]):
+    # a sixth prompt with a single finished rollout: it counts for the bias, not for the variance
+    rows = rows + [replace(one, prompt=6, finished=i == 0, final_max_q=0.0) for i, one in enumerate(rows[:3])]
+    result = Builder(tmp_path, 7).add(rows).analyze(**options)
+    (policy,) = result.policies
+    options = {"normalization": "logprob"} | options
+    for point in policy.by_k:
+        expected = literal(rows, point.k, **options)
+        for name in ("variance", "variance_se", "bias", "bias_se"):
+            assert getattr(point, name) == pytest.approx(expected[name], rel=1e-9, abs=1e-9), (point.k, name)
+    assert policy.return_mean == pytest.approx(expected["return_mean"], rel=1e-9)
+    assert policy.return_sd == pytest.approx(expected["return_sd"], rel=1e-9)
+    kept = rows if options.get("unfinished", "bootstrap") != "drop" else [one for one in rows if one.finished]
+    assert [p.k for p in policy.by_k] == [1, 2, 4, 8, 16]
+    assert [p.short for p in policy.by_k] == [
+        pytest.approx(sum(len(one.q) <= k for one in kept) / len(kept)) for k in (1, 2, 4, 8, 16)
+    ]
+    assert policy.rollouts == 33
+    assert policy.dropped == 33 - len(kept)
+    assert policy.prompts == 7
+    assert policy.finished == pytest.approx(sum(one.finished for one in rows) / 33)
+    assert policy.length_mean == pytest.approx(sum(len(one.q) for one in rows) / 33)
+
+
+def test_a_scores_segment_may_cut_a_prompt_and_a_prompt_may_be_in_several_segments(tmp_path: Path, rows: list[One]):
+    whole = Builder(tmp_path / "whole", 6).add(rows).analyze()
+    cut = Builder(tmp_path / "cut", 6).add(rows, cuts=(3, 4, 17)).analyze()
+    assert cut.policies == whole.policies
+    assert len(cut.segments) == 4
+    halves = [[one for i, one in enumerate(rows) if i % 2 == half] for half in (0, 1)]
+    spread = Builder(tmp_path / "spread", 6).add(halves[0], seed=0).add(halves[1], seed=1).analyze()
+    for a, b in zip(spread.policies[0].by_k, whole.policies[0].by_k, strict=True):
+        assert a.variance == pytest.approx(b.variance, rel=1e-12)
+        assert a.bias == pytest.approx(b.bias, rel=1e-12)
+
+
+def test_one_step_is_unbiased_and_long_jumps_of_algorithm_1_are_one_step(tmp_path: Path, rows: list[One]):
+    (policy,) = Builder(tmp_path, 6).add(rows).analyze(ks=(1, 14, 1000)).policies
+    one, longest, longer = policy.by_k
+    assert one.bias == 0
+    assert (longest.variance, longest.bias) == (one.variance, 0)
+    assert (longer.variance, longer.bias) == (one.variance, 0)
+    assert longest.short == 1
+
+
+def test_normalisation_changes_the_return_but_neither_variance_nor_bias(tmp_path: Path, rows: list[One]):
+    builder = Builder(tmp_path, 6).add(rows)
+    raw, centred, logprob = (builder.analyze(normalization=n).policies[0] for n in ("raw", "centred", "logprob"))
+    for other in (centred, logprob):
+        assert abs(other.return_mean - raw.return_mean) > 1
+        for a, b in zip(other.by_k, raw.by_k, strict=True):
+            assert a.bias == pytest.approx(b.bias, rel=1e-9)
+    for a, b, c in zip(raw.by_k, centred.by_k, logprob.by_k, strict=True):
+        assert a.variance == pytest.approx(b.variance, rel=1e-9)
+        assert a.variance == pytest.approx(c.variance, rel=1e-9)
+
+
+def test_with_jumps_over_the_end_bias_grows_when_k_doubles(tmp_path: Path, rows: list[One]):
+    """The tokens that 2K lands on are among those that K lands on. With tail one-step this is not a law."""
+    (policy,) = Builder(tmp_path, 6).add(rows).analyze(tail="jump").policies
+    biases = [point.bias for point in policy.by_k]
+    assert biases == sorted(biases)
+    assert biases[0] == 0 < biases[1]
+
+
+def test_kl_is_exact_where_tokens_come_in_their_exact_shares(tmp_path: Path):
+    policy, teacher = (1 / 2, 1 / 4, 1 / 4), (0.7, 0.2, 0.1)
+    logsumexp = 3.0
+
+    def token(a: int, forced: bool = False) -> One:
+        q = f32(logsumexp + math.log(teacher[a]))
+        largest = f32(logsumexp + math.log(0.7))
+        behavior = 0.0 if forced else f32(math.log(policy[a]))
+        # the second token is never drawn from the policy
+        return One(0, [q, 1.0], [largest, 2.0], [logsumexp, 2.5], [0.0, 0.0], [behavior, 0.0], [forced, True], True, 0)
+
+    (result,) = Builder(tmp_path, 1).add([token(0), token(0), token(1), token(2)]).analyze().policies
+    exact = sum(p * math.log(p / t) for p, t in zip(policy, teacher, strict=True))
+    assert result.kl_per_token == pytest.approx(exact, abs=1e-6)
+
+
+def test_policies_and_ways_of_sampling_are_kept_apart(tmp_path: Path, rows: list[One]):
+    builder = Builder(tmp_path, 6).add(rows[:15]).add(rows[15:], policy=OTHER).add(rows[:10], temperature=0.5)
+    builder.add(rows[:6], policy=OTHER, greedy=True).add(rows[5:9], max_new_tokens=99)
+    result = builder.analyze()
+    assert [p.label for p in result.policies] == [
+        "student (cccccccc, up to 64 tokens)",
+        "other, step 40",
+        "student, temperature 0.5",
+        "other, step 40, greedy",
+        "student (cccccccc, up to 99 tokens)",
+    ]
+    assert [p.rollouts for p in result.policies] == [15, 15, 10, 6, 4]
+    assert result.policies[1].by_k[1].bias == pytest.approx(literal(rows[15:], 2, normalization="raw")["bias"])
+    assert "of the sampling distribution" in str(result.policies[2])
+    assert "of the sampling distribution" not in str(result.policies[1])
+    only = builder.analyze(policy="other")
+    assert only.policies == (result.policies[1], result.policies[3])
+
+
+def test_rollouts_sampled_twice_with_one_seed_count_once(tmp_path: Path, rows: list[One]):
+    once = Builder(tmp_path / "once", 6).add(rows).analyze().policies[0]
+    # the second run covers the first two prompts again, drawing the same rollouts
+    twice = Builder(tmp_path / "twice", 6).add(rows[:10]).add(rows, max_new_tokens=64).analyze().policies[0]
+    assert twice.repeated == 10
+    assert replace(twice, repeated=0) == once
+    assert "10 more rollouts are copies" in str(twice)
+
+
+def test_one_rollout_per_prompt_has_no_variance_and_says_so(tmp_path: Path, rows: list[One]):
+    single = [replace(one, finished=True, final_max_q=0.0) for one in rows[::5]]
+    result = Builder(tmp_path, 6).add(single).analyze(out=tmp_path / "out")
+    (policy,) = result.policies
+    assert {(p.variance, p.variance_se) for p in policy.by_k} == {(None, None)}
+    assert policy.by_k[1].bias == pytest.approx(
+        statistics.fmean(literal_return(one, 2) - literal_return(one, 1) for one in single)
+    )
+    assert "no variance: it needs 2 rollouts of a prompt" in str(result)
+    assert json.loads((tmp_path / "out" / "analysis.json").read_text())["policies"][0]["by_k"][0]["variance"] is None
+
+
+def test_a_policy_that_never_stops_leaves_nothing_to_use_and_says_so(tmp_path: Path, rows: list[One]):
+    endless = [replace(one, finished=False, final_max_q=11.0) for one in rows]
+    result = Builder(tmp_path, 6).add(endless).analyze(out=tmp_path / "out", unfinished="drop")
+    (policy,) = result.policies
+    assert (policy.prompts, policy.dropped, policy.finished) == (0, 30, 0)
+    assert (policy.return_mean, policy.by_k[0].bias) == (None, None)
+    assert policy.kl_per_token is not None
+    assert "no rollout in use" in str(result)
+
+
+def test_result_is_written_as_json_and_picture(tmp_path: Path, rows: list[One]):
+    builder = Builder(tmp_path / "cache", 6).add(rows, cuts=(7,))
+    result = builder.analyze(out=tmp_path / "out" / "deep", ks="1,3")
+    written = json.loads((tmp_path / "out" / "deep" / "analysis.json").read_text(encoding="utf-8"))
+    assert written == json.loads(json.dumps(result.to_dict()))
+    settings = {"ks": [1, 3], "tail": "one-step", "normalization": "logprob", "unfinished": "bootstrap"}
+    assert written["settings"] == settings
+    assert written["segments"] == [i for i, m in open_cache(tmp_path / "cache").manifests("scores")]
+    assert written["teacher"]["name"] == "teacher"
+    assert (tmp_path / "out" / "deep" / "analysis.png").read_bytes().startswith(b"\x89PNG")
+    three = literal(rows, 3, normalization="raw")
+    table = [line.split() for line in str(result).splitlines()]
+    assert table[-2][:5] == ["3", *(f"{three[name]:.4g}" for name in ("variance", "variance_se", "bias", "bias_se"))]
+
+
+def test_a_cache_without_scores_is_refused(tmp_path: Path, rows: list[One]):
+    builder = Builder(tmp_path, 6)
+    with pytest.raises(CacheError, match="no scores yet; run `ketchup-cache score"):
+        builder.analyze()
+    builder.add(rows)
+    with pytest.raises(CacheError, match="no policy `nobody`"):
+        builder.analyze(policy="nobody")
+
+
+def test_an_unscored_policy_is_refused(tmp_path: Path, rows: list[One]):
+    builder = Builder(tmp_path, 6).add(rows)
+    rollouts_info = builder.cache.manifest(builder.cache.manifests("rollouts")[0][0]).info
+    rollouts = builder.cache.load_rollouts(builder.cache.manifests("rollouts")[0][0])
+    builder.cache.commit_rollouts(rollouts, rollouts_info.model_copy(update={"policy": OTHER}))
+    with pytest.raises(CacheError, match="teacher teacher has scored no rollouts of policy other"):
+        builder.analyze(policy="other")
+
+
+def test_suggestion_is_made_of_the_first_tokens_of_these_rollouts(tmp_path: Path):
+    """A cache in which the first token decides the return: its own gap is paid by every K, and K = 2 skips noise."""
+    rng = random.Random(1)
+    prompts = 12
+    builder = Builder(tmp_path, prompts)
+    rows = []
+    for prompt in range(prompts):
+        for i in range(12):
+            gaps = [3.0 * (i % 2), rng.choice([0.0, 4.0]), 0.0]
+            zeros = [0.0] * 3
+            q = [-gap for gap in gaps]
+            rows.append(One(prompt, q, zeros, zeros, zeros, [-1.0] * 3, [False] * 3, True, 0.0, first=5 + i % 2))
+    builder.add(rows)
+    (policy,) = builder.analyze(ks=(1, 2)).policies
+    assert policy.suggestion.k == 2
+    assert policy.suggestion.by_k[1].covariance == pytest.approx(2.25 * 12 / 11, rel=0.15)
+    assert policy.suggestion.by_k[1].efficiency[0] == pytest.approx(0.5, abs=0.03)
+    assert "suggested K: 2; a rollout with K = 2" in str(policy)

@@ -1,0 +1,176 @@
+"""Exported rows, read back with pyarrow and datasets, are those of the cache bit for bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import datasets
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from ketchup_cache.cache.cache import open_cache
+from ketchup_cache.cli import main
+from ketchup_cache.report import export as exporting
+from ketchup_cache.report import tables
+from ketchup_cache.types import Scores
+from tests.helpers.segments import VOCAB, make_prompts, make_rollouts, prompts_info, rollouts_info, scores_info
+
+LISTS = ("prompt_tokens", "completion_tokens", "forced", "behavior_logprob", "q", "max_q", "logsumexp", "mean_q")
+
+
+def top_scores(rollouts, start, stop, top, seed):
+    """Scores of random logits over the whole vocabulary, with the largest ones kept."""
+    rng = np.random.default_rng(seed)
+    tokens = rollouts.completions.slice(start, stop).values
+    logits = rng.normal(0, 3, (len(tokens), VOCAB)).astype(np.float32)
+    order = np.argsort(-logits, axis=1)[:, :top].astype(np.int32)
+    others = np.argsort(-logits, axis=1)[:, top:]
+    rest = np.log(np.exp(np.take_along_axis(logits, others, 1).astype(np.float64)).sum(1))
+    final = np.where(rollouts.finished[start:stop], 0, rng.normal(0, 3, stop - start)).astype(np.float32)
+    return Scores(
+        q=logits[np.arange(len(tokens)), tokens],
+        max_q=logits.max(1),
+        logsumexp=np.log(np.exp(logits.astype(np.float64)).sum(1)).astype(np.float32),
+        mean_q=logits.mean(1),
+        final_max_q=final,
+        top_q=np.take_along_axis(logits, order.astype(np.int64), 1),
+        top_ids=order,
+        rest_logsumexp=rest.astype(np.float32),
+    )
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """Two policies. The first is scored but for its last row, by two segments; the second has no scores."""
+    made = open_cache(tmp_path_factory.mktemp("export") / "c", create=True)
+    prompts = made.commit_prompts(make_prompts((3, 1, 4)), prompts_info())
+    rollouts = make_rollouts((5, 2, 7, 1, 3, 4), forced=True)
+    child = made.commit_rollouts(rollouts, rollouts_info(prompts, 3, samples=2))
+    for start, stop in ((0, 2), (2, 5)):
+        scores = top_scores(rollouts, start, stop, 6, seed=start)
+        info = scores_info(child, start, stop).model_copy(update={"keep_top": 6})
+        made.commit_scores(scores, info)
+    made.commit_rollouts(make_rollouts((2, 2), seed=5), rollouts_info(prompts, 3, policy="other"))
+    return made
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Several tables for each segment, and a file for each three rows or so."""
+    monkeypatch.setattr(tables, "ROWS", 2)
+    monkeypatch.setattr(exporting, "FILE_BYTES", 1500)
+
+
+def read(out, to):
+    if to == "parquet":
+        files = sorted(out.iterdir())
+        assert [f.name for f in files] == [f"rows-{i:05d}.parquet" for i in range(len(files))]
+        return [row for file in files for row in pq.read_table(file).to_pylist()]
+    return list(datasets.load_from_disk(str(out)))
+
+
+@pytest.mark.parametrize("to", ["parquet", "hf-dataset"])
+def test_every_value_comes_back(cache, tmp_path, to, small, capsys):
+    assert main(["export", str(cache.path), str(tmp_path / "out"), "--to", to, "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    found, wanted = read(tmp_path / "out", to), list(cache.rows())
+    assert (report["rows"], report["scored"], report["tokens"]) == (5, 5, 5 + 2 + 7 + 1 + 3)
+    assert report["bytes"] == sum(p.stat().st_size for p in (tmp_path / "out").rglob("*") if p.is_file())
+    assert report["files"] == len(list((tmp_path / "out").iterdir()))
+    if to == "parquet":
+        assert report["files"] > 1
+    assert len(found) == len(wanted) == 5
+    child, info = cache.rollouts()[0]
+    for i, (row, true) in enumerate(zip(found, wanted, strict=True)):
+        for name in LISTS:
+            np.testing.assert_array_equal(np.array(row[name], getattr(true, name).dtype), getattr(true, name), name)
+        for name in ("prompt_id", "finished", "policy", "teacher"):
+            assert row[name] == getattr(true, name), name
+        assert np.float32(row["final_max_q"]) == np.float32(true.final_max_q)
+        assert (row["rollouts_segment"], row["row"], row["policy_step"]) == (child, i, None)
+        assert row["policy_fingerprint"] == info.policy.fingerprint
+        assert row["teacher_fingerprint"] == cache.teachers()[0].fingerprint
+    # the cache's own reader joined these, so look at one of them from the segments
+    assert found[4]["completion_tokens"] == cache.load_rollouts(child).completions[4].tolist()
+    assert "top_q" not in found[0]
+
+
+def test_the_largest_logits_and_rows_without_scores(cache, tmp_path, small):
+    words = ["export", str(cache.path), str(tmp_path / "out"), "--to", "parquet", "--keep-top", "4", "--unscored"]
+    assert main(words) == 0
+    found = read(tmp_path / "out", "parquet")
+    scores = [cache.load_scores(id_) for id_, _ in cache.manifests("scores")]
+    top_q = np.concatenate([s.top_q for s in scores])[:, :4]
+    top_ids = np.concatenate([s.top_ids for s in scores])[:, :4]
+    np.testing.assert_array_equal(np.array([x for r in found[:5] for x in r["top_q"]], np.float32), top_q)
+    np.testing.assert_array_equal(np.array([x for r in found[:5] for x in r["top_ids"]]), top_ids)
+    assert [(r["policy"], r["row"]) for r in found[5:]] == [("student", 5), ("other", 0), ("other", 1)]
+    for row in found[5:]:
+        assert all(row[name] is None for name in ("q", "max_q", "final_max_q", "teacher", "top_q", "top_ids"))
+        assert len(row["completion_tokens"]) == len(row["behavior_logprob"])
+    about = json.loads(pq.read_schema(tmp_path / "out" / "rows-00000.parquet").metadata[b"ketchup-cache"])
+    assert about["tokenizers"][0]["vocab_size"] == VOCAB
+    assert about["teachers"][0]["name"] == "teacher"
+
+
+def test_what_is_chosen_and_what_does_not_fit(cache, tmp_path, capsys):
+    def run(*words):
+        capsys.readouterr()
+        code = main(["export", str(cache.path), str(tmp_path / "out"), "--to", "parquet", *words])
+        return code, capsys.readouterr().err
+
+    for words, wanted in (
+        (["--policy", "other"], "holds no scored rollouts that fit; --unscored"),
+        (["--keep-top", "7"], "holds no scored rollouts that fit"),
+        (["--policy", "nobody"], "nobody"),
+        (["--scored-by", "nobody"], "nobody"),
+        (["--to", "csv"], "parquet"),
+    ):
+        code, error = run(*words)
+        assert (code, len(error.splitlines())) == (2, 1), words
+        assert wanted in error
+        assert not (tmp_path / "out").exists()
+    assert run("--policy", "other", "--unscored")[0] == 0
+    assert [r["policy"] for r in read(tmp_path / "out", "parquet")] == ["other", "other"]
+    code, error = run()
+    assert code == 2
+    assert "is there already" in error
+
+
+def test_a_damaged_segment_leaves_no_output(cache, tmp_path, capsys):
+    import shutil
+
+    copied = shutil.copytree(cache.path, tmp_path / "copy")
+    victim = copied / "segments" / cache.manifests("scores")[1][0] / "q" / "c" / "0"
+    victim.write_bytes(victim.read_bytes()[:-1])
+    assert main(["export", str(copied), str(tmp_path / "out"), "--to", "parquet"]) == 2
+    assert "q/c/0" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_memory_is_that_of_a_segment(tmp_path):
+    """Forty segments of 2 MB: the peak grows by a few of them, not by all."""
+    cache = open_cache(tmp_path / "c", create=True)
+    prompts = cache.commit_prompts(make_prompts([5] * 100), prompts_info())
+    for seed in range(40):
+        rollouts = make_rollouts([2500] * 100, prompts=100, seed=seed)
+        cache.commit_rollouts(rollouts, rollouts_info(prompts, 100, policy=f"p{seed}"))
+    code = """
+import resource, sys
+from ketchup_cache.cli import main
+import pyarrow.parquet, datasets
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+assert main(sys.argv[1:]) == 0
+print("grew", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, file=sys.stderr)
+"""
+    words = ["export", str(cache.path), str(tmp_path / "out"), "--to", "parquet", "--unscored"]
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, env=os.environ)
+    assert done.returncode == 0, done.stderr
+    decoded = 40 * 250_000 * (2 + 4 + 8)  # at least: tokens, log-probabilities and what they become in a table
+    grew = 1024 * int(done.stderr.rpartition("grew ")[2])
+    assert grew < decoded
+    assert pq.read_metadata(tmp_path / "out" / "rows-00000.parquet").num_rows == 4000

@@ -1,0 +1,116 @@
+"""Task metrics against values worked out by hand from their definitions."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from ketchup_cache.errors import DataError
+from ketchup_cache.report.task_metrics import compute, final_answer
+
+MAT = "the cat sat on the mat"
+GSM8K = Path(__file__).parents[3] / "shared" / "data" / "gsm8k" / "test.jsonl"
+
+
+def test_rouge_by_hand():
+    # 3 of 3 and of 6 words; 1 of 2 and of 5 bigrams; longest common subsequence `the cat`, 2 of 3 and of 6
+    values = compute(["rouge"], ["mat the cat"], [MAT])
+    assert values["rouge1"] == pytest.approx(100 * 2 / 3)
+    assert values["rouge2"] == pytest.approx(100 * 2 / 7)
+    assert values["rougeL"] == pytest.approx(100 * 4 / 9)
+    assert "stemmer" in values["rouge_variant"]
+
+
+def test_rouge_is_a_mean_over_examples_of_stemmed_lower_case_words():
+    # the first is perfect after stemming; in the second 1 of 1 and of 3 words agree: F1 = 2/4
+    values = compute(["rouge"], ["Running dogs", "bird"], ["runs DOG", "a bird sees"])
+    assert values["rouge1"] == pytest.approx(100 * (1 + 1 / 2) / 2)
+
+
+def test_bleu_by_hand():
+    # precisions 5/6, 3/5, 2/4, 1/3, equal lengths
+    values = compute(["bleu"], [MAT], ["the cat sat on a mat"])
+    assert values["bleu"] == pytest.approx(100 * (5 / 6 * 3 / 5 * 2 / 4 * 1 / 3) ** 0.25)
+    assert values["bleu_signature"].startswith("nrefs:1|case:mixed")
+
+
+def test_bleu_counts_over_the_corpus_and_punishes_short_outputs():
+    # 4 + 6 of 10 unigrams, 3 + 5 of 8 bigrams … all right, but 10 words stand for 12
+    values = compute(["bleu"], ["the cat sat on", MAT], [MAT, MAT])
+    assert values["bleu"] == pytest.approx(100 * math.exp(1 - 12 / 10))
+
+
+def test_chrf_by_hand():
+    # orders 1 and 2: precision 2/2 and 1/1, recall 2/3 and 1/2; averaged, then F with β = 2
+    precision, recall = 1, (2 / 3 + 1 / 2) / 2
+    values = compute(["chrf"], ["ab"], ["abc"])
+    assert values["chrf"] == pytest.approx(100 * 5 * precision * recall / (4 * precision + recall))
+
+
+@pytest.mark.parametrize("output", ["the cat sat the mat", "on the mat the cat sat"], ids=["insertion", "shift"])
+def test_ter_counts_one_edit_for_an_insertion_and_for_a_shift(output: str):
+    assert compute(["ter"], [output], [MAT])["ter"] == pytest.approx(100 / 6)
+
+
+def test_exact_ignores_only_outer_white_space():
+    outputs, targets = [" a b\n", "a  b", "A b", "a b"], ["a b"] * 4
+    assert compute(["exact"], outputs, targets)["exact"] == 50
+
+
+@pytest.mark.parametrize(
+    ("solution", "answer"),
+    [
+        ("9 * 2 = <<9*2=18>>18\n#### 18", "18"),
+        ("#### 1,234,567", "1234567"),
+        ("#### -3.50", "-3.50"),
+        ("#### 5 and then #### 6", "5"),
+        ("the answer is 18", None),
+        ("####18", None),
+        ("#### $18", None),
+        ("", None),
+    ],
+)
+def test_final_answer(solution: str, answer: str | None):
+    assert final_answer(solution) == answer
+
+
+def test_gsm8k_compares_answers_as_text():
+    targets = ["so #### 1,234"] * 4
+    assert compute(["gsm8k"], ["#### 1234", "#### 1234.0", "1234", "#### 4321"], targets)["gsm8k"] == 25
+
+
+def test_gsm8k_refuses_a_target_without_an_answer():
+    with pytest.raises(DataError, match=r"example 2 has no final answer.*--target-field"):
+        compute(["gsm8k"], ["#### 1", "#### 2"], ["#### 1", "2"])
+
+
+def test_gsm8k_answers_of_the_real_test_set_are_right_about_themselves():
+    if not GSM8K.exists():
+        pytest.skip("GSM8K is not on this machine")
+    answers = [json.loads(line)["answer"] for line in GSM8K.read_text(encoding="utf-8").splitlines()]
+    assert len(answers) == 1319
+    assert compute(["gsm8k"], answers, answers)["gsm8k"] == 100
+    neighbours = compute(["gsm8k"], answers, answers[1:] + answers[:1])["gsm8k"]
+    plain = [a.split("#### ")[1].replace(",", "") for a in answers]  # a second reading of the file
+    same = sum(a == b for a, b in zip(plain, plain[1:] + plain[:1], strict=True))
+    assert neighbours == pytest.approx(100 * same / 1319)
+
+
+def test_empty_outputs_are_wrong_not_errors():
+    values = compute(["rouge", "bleu", "chrf", "ter", "exact", "gsm8k"], ["", ""], ["a b #### 1", "c #### 2"])
+    scores = {name: value for name, value in values.items() if not isinstance(value, str)}
+    assert scores == {
+        "rouge1": 0, "rouge2": 0, "rougeL": 0, "bleu": 0, "chrf": 0, "ter": 100, "exact": 0, "gsm8k": 0
+    }  # fmt: skip
+
+
+def test_only_what_was_asked_for_in_that_order():
+    assert list(compute(["exact", "chrf"], ["a"], ["a"])) == ["exact", "chrf", "chrf_signature"]
+
+
+def test_refuses_unequal_numbers():
+    with pytest.raises(ValueError, match="2 outputs for 1 targets"):
+        compute(["exact"], ["a", "b"], ["a"])

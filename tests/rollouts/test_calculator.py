@@ -1,0 +1,355 @@
+"""The calculator in decoding: against a literal reading of each text from its start, and plain forward passes."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast, T5ForConditionalGeneration
+
+from ketchup_cache.cache.cache import open_cache
+from ketchup_cache.cli import main
+from ketchup_cache.errors import ModelError
+from ketchup_cache.provenance import Sampling
+from ketchup_cache.rollouts.arithmetic import calculate
+from ketchup_cache.rollouts.calculator import Calculator, ForcedResults
+from ketchup_cache.rollouts.sample import sample_completions
+from ketchup_cache.types import Ragged, Rollouts
+from tests.helpers.tiny import make_t5
+from tests.helpers.tiny import make_tokenizer as make_word_tokenizer
+
+PIECES = ["<pad>", "</s>", "<unk>", *"0123456789.-+*/=", "<<", "<", ">>", " x", " ####"]
+ID = {piece: i for i, piece in enumerate(PIECES)}
+VOCAB = len(PIECES)
+LONGEST = 24
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """Single digits, signs, and no spaces between them: a text is its pieces end to end."""
+    tokenizer = Tokenizer(models.WordLevel(ID, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"<<|>>| ####| x|."), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return wrap(tokenizer)
+
+
+def wrap(tokenizer: Tokenizer, **options: object) -> PreTrainedTokenizerFast:
+    names = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"} | options
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
+
+
+class Fluent(T5ForConditionalGeneration):
+    """A random T5 with a habit of writing annotations: what follows what is added to its logits."""
+
+    def forward(self, *args, **kwargs):
+        out = super().forward(*args, **kwargs)
+        out.logits = out.logits + self.habit[kwargs["decoder_input_ids"]]
+        return out
+
+
+def make_model() -> Fluent:
+    model = make_t5("1.1", vocab_size=VOCAB, scale=0.3)
+    model.__class__ = Fluent
+    habit = torch.zeros(VOCAB, VOCAB)
+    digits, signs = range(ID["0"], ID["9"] + 1), range(ID["."], ID["/"] + 1)
+    for before in (0, ID[">>"], ID[" x"], ID["="], *digits):
+        habit[before, ID["<<"]] = 3
+    habit[:, list(digits)] += 1
+    for before in (ID["<<"], *signs):
+        habit[before, list(digits)] += 4
+    for before in digits:
+        habit[before, list(signs)] += 1.5
+        habit[before, ID["="]] += 3.5
+    habit[:, ID["</s>"]] += 1.5
+    habit[:, [0, 2]] -= 9
+    model.register_buffer("habit", habit, persistent=False)
+    return model
+
+
+MODEL, TOKENIZER = make_model(), make_tokenizer()
+CALCULATOR = Calculator(TOKENIZER, "M")
+PROMPTS = Ragged.from_rows(
+    [[*np.random.default_rng(n).integers(3, VOCAB, size=n), 1] for n in (3, 6, 1, 8, 4, 5)], np.int32
+)
+
+
+def sample(*, batch: int = 64, **sampling: object) -> Rollouts:
+    settings = Sampling(**({"max_new_tokens": LONGEST, "calculator": True} | sampling))
+    return sample_completions(MODEL, VOCAB, PROMPTS, settings, first_prompt=0, batch=batch, calculator=CALCULATOR)
+
+
+def literal_forced(tokens: list[int]) -> tuple[list[bool], list[int]]:
+    """Which tokens had to be forced, and what all tokens had to be, from the definition: decode, look, go on."""
+    forced, expected = [False] * len(tokens), list(tokens)
+    at = begin = 0
+    while at < len(tokens):
+        at += 1
+        match = re.search(r"<<([^<>]*)=$", "".join(PIECES[t] for t in tokens[begin:at]))
+        if match and (result := calculate(match[1])) is not None:
+            for sign in [*result, ">>"][: len(tokens) - at]:
+                forced[at], expected[at] = True, ID[sign]
+                at += 1
+            begin = at
+    return forced, expected
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"samples": 40}, {"samples": 40, "batch": 7}, {"greedy": True}, {"samples": 20, "max_new_tokens": 8},
+        {"samples": 20, "temperature": 0.7, "top_k": 6, "top_p": 0.9}, {"samples": 20, "seed": 9},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_every_result_is_forced_and_nothing_else(settings):
+    rollouts = sample(**settings)
+    longest = settings.get("max_new_tokens", LONGEST)
+    forced = rollouts.completions.with_values(rollouts.forced)
+    logprob = rollouts.completions.with_values(rollouts.behavior_logprob)
+    spans = cut = ended = 0
+    for row, tokens in enumerate(rollouts.completions):
+        expected_forced, expected = literal_forced(tokens.tolist())
+        assert forced[row].tolist() == expected_forced
+        assert tokens.tolist() == expected
+        assert (logprob[row][forced[row]] == 0).all()
+        spans += np.diff(np.r_[0, forced[row]]).clip(0).sum()
+        cut += forced[row][-1] and tokens[-1] != ID[">>"]
+        ended += rollouts.finished[row] and forced[row].any()
+        assert rollouts.finished[row] == (tokens[-1] == 1)
+        assert len(tokens) <= longest
+    assert spans > (0 if "greedy" in settings else 20)
+    if settings == {"samples": 40}:
+        assert cut > 2  # by the length limit, inside a result
+        assert ended > 10
+        lengths = {int(np.flatnonzero(row)[0]) for row in forced if row.any()}
+        assert len(lengths) > 5  # rows of one batch are at different places
+
+
+def test_logprob_of_what_the_policy_chose_is_that_of_a_plain_forward_pass():
+    rollouts = sample(samples=12)
+    forced, logprob = (
+        rollouts.completions.with_values(v) for v in (rollouts.forced, rollouts.behavior_logprob)
+    )  # fmt: skip
+    assert 0.05 < rollouts.forced.mean() < 0.6
+    for row, prompt in enumerate(rollouts.prompt_index):
+        tokens = torch.tensor([rollouts.completions[row].tolist()])
+        decoder_input = torch.cat([torch.zeros(1, 1, dtype=torch.long), tokens[:, :-1]], 1)
+        with torch.no_grad():
+            logits = MODEL(input_ids=torch.tensor([PROMPTS[prompt].tolist()]), decoder_input_ids=decoder_input).logits
+        plain = logits[0].double().log_softmax(-1).gather(1, tokens[0][:, None])[:, 0].numpy()
+        plain[forced[row]] = 0
+        assert logprob[row] == pytest.approx(plain, abs=1e-4)
+
+
+def test_same_seed_same_rollouts_and_off_means_off():
+    one, other = sample(samples=5), sample(samples=5)
+    assert np.array_equal(one.completions.values, other.completions.values)
+    assert np.array_equal(one.forced, other.forced)
+    off = sample(samples=5, calculator=False)
+    assert not off.forced.any()
+    before = one.completions.lengths[0]  # up to the first result both are the same draw
+    first = int(np.flatnonzero(one.completions.with_values(one.forced)[0])[0]) if one.forced[:before].any() else before
+    assert one.completions[0][:first].tolist() == off.completions[0][:first].tolist()
+    with pytest.raises(ValueError, match="needs the Calculator"):
+        sample_completions(MODEL, VOCAB, PROMPTS, Sampling(calculator=True), first_prompt=0, batch=4)
+
+
+# ------------------------------------------------------------------------------------------- one row, step by step
+
+
+def write(calculator: Calculator, prompt: list[int], chosen: list[list[int]], vocab: int) -> list[list[int]]:
+    """Rows as `generate` makes them, from what each would choose token by token; forced tokens come on top."""
+    forcing = ForcedResults(calculator)
+    rows, left = [list(prompt) for _ in chosen], [list(tokens) for tokens in chosen]
+    while True:
+        scores = forcing(torch.tensor(rows), torch.zeros(len(rows), vocab))
+        forced = torch.isfinite(scores).sum(1) == 1
+        if not any(left) and not forced.any():
+            break
+        for i, row in enumerate(rows):
+            row.append(int(scores[i].argmax()) if forced[i] else left[i].pop(0) if left[i] else 0)
+    return [row[len(prompt) :] for row in rows]
+
+
+def texts(*written: str) -> list[str]:
+    encode = [TOKENIZER(text, add_special_tokens=False)["input_ids"] for text in written]
+    rows = write(CALCULATOR, [0], encode, VOCAB)
+    return [re.sub("(<pad>)+$", "", TOKENIZER.decode(row)) for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("chosen", "text"),
+    [
+        ("<<48/2=x", "<<48/2=24>> x"), ("<<<48/2=", "<<<48/2=24>>"),
+        ("3<<7/2= x<<1/3=", "3<<7/2=3.5>> x<<1/3=0.333333>>"),
+        ("<<2-9=", "<<2-9=-7>>"), ("48/2=9", "48/2=9"), ("<48/2=9", "<48/2=9"), ("<<48>>2=9", "<<48>>2=9"),
+        ("<<1/0=9", "<<1/0=9"), ("<<1=", "<<1=1>>"), ("<<1/0=2=9", "<<1/0=2=9"), ("<<2*3<<4*5=", "<<2*3<<4*5=20>>"),
+        ("<<" + "1+" * 49 + "1=", "<<" + "1+" * 49 + "1=50>>"), ("<<" + "1+" * 50 + "1=9", "<<" + "1+" * 50 + "1=9"),
+        ("<<" + "1" * 400 + "=<<2*3=", "<<" + "1" * 400 + "=<<2*3=6>>"),
+    ],
+)  # fmt: skip
+def test_when_it_writes(chosen: str, text: str):
+    chosen = chosen.replace("x", " x").replace("  x", " x")
+    assert texts(chosen) == [text]
+
+
+def test_two_single_angles_open_too():
+    single = [ID["<"], ID["<"], ID["4"], ID["*"], ID["5"], ID["="]]
+    assert TOKENIZER.decode(write(CALCULATOR, [0], [single], VOCAB)[0]) == "<<4*5=20>>"
+
+
+def test_an_annotation_in_the_prompt_is_none_of_its_business():
+    """A decoder-only model's prompt stands before what it generates."""
+    prompt = TOKENIZER("9<<48/2=", add_special_tokens=False)["input_ids"]
+    assert TOKENIZER.decode(write(CALCULATOR, prompt, [[ID["7"], ID["<<"]]], VOCAB)[0]) == "7<<"
+    opened = TOKENIZER("<<48/", add_special_tokens=False)["input_ids"]
+    assert TOKENIZER.decode(write(CALCULATOR, opened, [[ID["2"], ID["="], ID["5"]]], VOCAB)[0]) == "2=5"
+
+
+# ------------------------------------------------------------------------------------------- tokenizers of all kinds
+
+CORPUS = ["Tom has <<48/2=24>>24 apples and <<24*1.5=36>>36 pears, <<36-7=29>>29.\n#### 29"] * 20
+SPECIAL = ["<pad>", "</s>", "<unk>"]
+
+
+def byte_level() -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=330, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    return wrap(tokenizer)
+
+
+def sentencepiece(alphabet: str, *, byte_fallback: bool = False) -> PreTrainedTokenizerFast:
+    """Unigram with ▁ for spaces and one before the text, as T5's; characters not in the alphabet are unknown."""
+    pieces = [(piece, 0.0) for piece in SPECIAL]
+    if byte_fallback:
+        pieces += [(f"<0x{byte:02X}>", -9.0) for byte in range(256)]
+    pieces += [("▁", -2.0), ("▁Tom", -3.0), ("▁has", -3.0), ("24", -3.0), ("▁24", -3.1), (">>", -3.0)]
+    pieces += [(sign, -4.0) for sign in dict.fromkeys(alphabet)]
+    if "<" in alphabet:
+        pieces += [("<<", -3.0), ("▁<<", -3.0)]
+    tokenizer = Tokenizer(models.Unigram(pieces, unk_id=2, byte_fallback=byte_fallback))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = (
+        decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace()]) if byte_fallback else decoders.Metaspace()
+    )
+    return wrap(tokenizer)
+
+
+SIGNS = "0123456789.-+*/=>"
+FAMILIES = {
+    "byte-level": byte_level,
+    "sentencepiece": lambda: sentencepiece(SIGNS + "<"),
+    "byte fallback": lambda: sentencepiece("0123456789=", byte_fallback=True),
+    "no <, as T5": lambda: sentencepiece(SIGNS),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_results_in_the_tokens_of_each_kind_of_tokenizer(family: str):
+    tokenizer = FAMILIES[family]()
+    calculator = Calculator(tokenizer, "M")
+
+    def ids(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    for result in ("24", "7", "-3.5", "1000", "0.333333"):
+        assert calculator.result_tokens(result) == ids(f"1={result}>>")[len(ids("1=")) :]
+    (row,) = write(calculator, [0], [ids("Tom has <<48/2=")], len(tokenizer))
+    assert row == ids("Tom has <<48/2=24>>")
+    (row,) = write(calculator, [0], [ids("<<48/2=")], len(tokenizer))  # at the very start
+    assert row == ids("<<48/2=24>>")
+    if family == "no <, as T5":
+        assert tokenizer.unk_token_id in row
+    else:
+        assert tokenizer.decode(row) == "<<48/2=24>>"
+
+
+def test_results_that_would_melt_into_the_equals_sign():
+    """A tokenizer with a token `=2`: it would write `=24` with it, but `=` is already there."""
+    vocabulary = {piece: i for i, piece in enumerate([*SPECIAL, *SIGNS, "<", "=2"])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[("=", "2")], unk_token="<unk>"))
+    tokenizer.decoder = decoders.Fuse()
+    calculator = Calculator(wrap(tokenizer), "M")
+    assert calculator.result_tokens("24") == [vocabulary[sign] for sign in "24>>"]
+
+
+def test_a_tokenizer_that_can_not_write_annotations_is_refused():
+    for tokenizer, what in (
+        (make_word_tokenizer(), "a number and >>"),
+        (make_word_tokenizer(["a", "b"]), "=.* 0 1"),
+        (sentencepiece("0123456789.+*/=>"), "-"),
+    ):
+        with pytest.raises(
+            ModelError, match=rf"M: its tokenizer can't write .*{what}.*leave --calculator out"
+        ) as error:
+            Calculator(tokenizer, "M")
+        assert "\n" not in str(error.value)
+
+
+# -------------------------------------------------------------------------------------------------- the whole tool
+
+REASON = Path(__file__).resolve().parents[2] / "data" / "reason"
+
+
+def run(*words: object) -> None:
+    assert main([str(word) for word in words]) == 0
+
+
+def test_rollout_score_learn_and_evaluate_on_the_shipped_task(tmp_path, capsys):
+    student, data, cache = REASON / "predistilled", REASON / "dev.jsonl", tmp_path / "cache"
+    short = ["--limit", 24, "--max-new-tokens", 40]
+    run("rollout", "--student", student, "--data", data, *short, "--cache", cache)
+    capsys.readouterr()
+    run("rollout", "--student", student, "--data", data, *short, "--cache", cache, "--calculator", "--json")
+    assert json.loads(capsys.readouterr().out)["already_there"] == 0  # other rollouts than those without
+    (with_it,) = [id_ for id_, info in open_cache(cache).rollouts() if info.sampling.calculator]
+    rollouts = open_cache(cache).load_rollouts(with_it)
+    assert rollouts.forced.any()
+    run("rollout", "--student", student, "--data", data, *short, "--cache", tmp_path / "again", "--calculator")
+    ((again, _),) = open_cache(tmp_path / "again").rollouts()
+    assert np.array_equal(open_cache(tmp_path / "again").load_rollouts(again).forced, rollouts.forced)
+
+    run("learn", "--student", student, "--cache", cache, "--teacher", REASON / "teacher", "--calculator",
+        "--max-new-tokens", 40, "--batch-size", 8, "--refresh-every", 2, "--steps", 4, "--out", tmp_path / "run",
+        "--lr", 1e-4, "--unfinished", "bootstrap")  # fmt: skip
+    used = [info.sampling.calculator for _, info in open_cache(cache).rollouts() if info.policy.step is not None]
+    assert used == [True, True]  # prompts 16 to 23, then 0 to 7 again
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert "calculator" in json.dumps(config)
+    scored = {ref.rollouts_id for ref in open_cache(cache).scored(None, None)}
+    assert with_it in scored  # the first phase took the rollouts that were made with the calculator
+    assert len(scored) == 3
+
+    capsys.readouterr()
+    outputs = {}
+    for name, flags in (("with", ["--calculator"]), ("without", [])):
+        run("evaluate", "--model", REASON / "teacher", "--data", data, *short, "--metrics", "gsm8k", *flags,
+            "--outputs", tmp_path / name, "--json")  # fmt: skip
+        outputs[name] = [json.loads(line)["output"] for line in (tmp_path / name).read_text().splitlines()]
+    annotations = [a for text in outputs["with"] for a in re.findall(r"<<([^<>]*)=([^<>]*)>>", text)]
+    assert len(annotations) > 24
+    assert all(calculate(expression) == result for expression, result in annotations if calculate(expression))
+
+
+def test_a_model_without_the_signs_is_one_line(tmp_path, capsys):
+    from tests.helpers.tiny import save_model, write_prompts
+
+    folder, data = save_model(tmp_path / "m"), write_prompts(tmp_path / "d.jsonl")
+    for command in (["rollout", "--student"], ["evaluate", "--model"]):
+        words = [*command, folder, "--data", data, "--calculator"]
+        words += ["--cache", tmp_path / "c"] if command[0] == "rollout" else []
+        assert main([str(word) for word in words]) == 2
+        error = capsys.readouterr().err.strip()
+        assert error.startswith(f"ketchup-cache: {folder}: its tokenizer can't write")
+        assert "\n" not in error

@@ -1,0 +1,225 @@
+"""The decoding loop against transformers' `generate`, and against every row alone with the numbers of its place."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+import ketchup_cache.rollouts.sample as sample_module
+from ketchup_cache.provenance import Sampling
+from ketchup_cache.rollouts.decode import LEAVE, can_decode
+from ketchup_cache.rollouts.sample import sample_completions
+from ketchup_cache.types import Ragged, Rollouts
+from tests.helpers.decoders import FAMILIES, VOCAB, make_decoder, plain_row_logits
+from tests.helpers.tiny import make_t5
+
+ENDS = [1, 7, 11, 23, 40, 51]
+PROMPTS = Ragged.from_rows([np.random.default_rng(n).integers(2, VOCAB, size=n) for n in (3, 9, 1, 5, 30, 4)], np.int32)
+SMALL = {
+    "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "pad_token_id": 0,
+}  # fmt: skip
+BART = {
+    "vocab_size": VOCAB, "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "max_position_embeddings": 64,
+    "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 3, "decoder_start_token_id": 1, "init_std": 0.4,
+}  # fmt: skip
+ENCODERS = ("t5-1.0", "t5-1.1", "bart", "marian", "nllb-moe")
+
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def make(family: str, ends: list[int] = ENDS):
+    torch.manual_seed(0)
+    if family.startswith("t5"):
+        model = make_t5(family.removeprefix("t5-"))
+    elif family == "bart":
+        model = transformers.BartForConditionalGeneration(transformers.BartConfig(**BART)).eval()
+    elif family == "marian":
+        model = transformers.MarianMTModel(transformers.MarianConfig(**BART)).eval()
+    elif family == "nllb-moe":  # its encoder has an output class of its own
+        model = transformers.NllbMoeForConditionalGeneration(transformers.NllbMoeConfig(**BART, num_experts=2)).eval()
+    else:
+        model = make_decoder(family)
+    model.generation_config.eos_token_id = ends
+    return model
+
+
+def sample(model, prompts=PROMPTS, *, batch=24, vocab=VOCAB, **sampling) -> Rollouts:
+    settings = Sampling(**({"max_new_tokens": 20} | sampling))
+    return sample_completions(model, vocab, prompts, settings, first_prompt=0, batch=batch)
+
+
+def by_generate(monkeypatch, model, prompts=PROMPTS, **settings) -> Rollouts:
+    """As before there was a loop of our own."""
+    with monkeypatch.context() as patched:
+        patched.setattr(sample_module, "can_decode", lambda _: False)
+        patched.setattr(sample_module, "_decode", None)
+        return sample(model, prompts, **settings)
+
+
+def assert_same(one: Rollouts, other: Rollouts) -> None:
+    assert [row.tolist() for row in one.completions] == [row.tolist() for row in other.completions]
+    assert one.finished.tolist() == other.finished.tolist()
+    assert one.prompt_index.tolist() == other.prompt_index.tolist()
+    np.testing.assert_allclose(one.behavior_logprob, other.behavior_logprob, rtol=0, atol=3e-5)
+
+
+def rows_seen(model) -> list[tuple[int, int]]:
+    """Filled with (rows, tokens of each) of every pass through the decoder."""
+    seen: list[tuple[int, int]] = []
+    name = "decoder_input_ids" if model.config.is_encoder_decoder else "input_ids"
+    model.register_forward_pre_hook(lambda _, __, inputs: seen.append(tuple(inputs[name].shape)), with_kwargs=True)
+    return seen
+
+
+@pytest.mark.parametrize("family", [*ENCODERS, *FAMILIES])
+def test_tokens_are_those_of_generate(family, monkeypatch):
+    model = make(family)
+    assert can_decode(model)
+    for settings in ({"samples": 6, "seed": 4}, {"greedy": True}):
+        ours = sample(model, **settings)
+        assert_same(ours, by_generate(monkeypatch, model, **settings))
+        assert "greedy" in settings or len(set(ours.completions.lengths.tolist())) > 2
+
+
+def test_tokens_are_those_of_generate_after_warping(monkeypatch):
+    model = make("t5-1.1")
+    settings = {"samples": 5, "temperature": 0.8, "top_k": 30, "top_p": 0.9, "batch": 3}
+    assert_same(sample(model, **settings), by_generate(monkeypatch, model, **settings))
+
+
+@pytest.mark.parametrize("family", ["t5-1.1", "qwen2"])
+def test_every_row_is_what_it_would_be_alone(family):
+    """One row, no padding, no keys kept, nobody else: the first token whose cumulative share passes its number."""
+    model, samples, longest, seed, first = make(family), 4, 12, 9, 50
+    settings = Sampling(samples=samples, seed=seed, max_new_tokens=longest)
+    rollouts = sample_completions(model, VOCAB, PROMPTS, settings, first_prompt=first, batch=8)
+    logprob = rollouts.completions.with_values(rollouts.behavior_logprob)
+    for row, completion in enumerate(rollouts.completions):
+        prompt = row // samples
+        numbers = np.random.default_rng([seed, first + prompt]).random((samples, longest))[row % samples]
+        written: list[int] = []
+        for step in range(longest):
+            if family == "qwen2":
+                logits = plain_row_logits(model, PROMPTS[prompt], written)[-1].astype(np.float64)
+            else:
+                with torch.no_grad():
+                    ids, started = torch.tensor([PROMPTS[prompt].tolist()]), torch.tensor([[0, *written]])
+                    logits = model(input_ids=ids, decoder_input_ids=started).logits[0, -1].double().numpy()
+            shares = np.exp(logits[:VOCAB] - logits[:VOCAB].max())
+            shares /= shares.sum()
+            written.append(int(np.argmax(shares.cumsum() > numbers[step])))
+            assert logprob[row][step] == pytest.approx(np.log(shares[written[-1]]), abs=1e-4)
+            if written[-1] in ENDS:
+                break
+        assert completion.tolist() == written
+
+
+@pytest.mark.parametrize("family", ["t5-1.0", "gpt2"])
+def test_a_row_does_not_depend_on_its_company(family):
+    model = make(family)
+    other = Ragged.from_rows([[5, 5, 6], *[PROMPTS[i] for i in range(1, 5)], [9] * 40], np.int32)
+    one, two = (sample(model, prompts, samples=4) for prompts in (PROMPTS, other))
+    assert [len(row) for row in one.completions][:4] != [len(row) for row in two.completions][:4]
+    middle = slice(4, 20)
+    assert [row.tolist() for row in one.completions][middle] == [row.tolist() for row in two.completions][middle]
+
+
+@pytest.mark.parametrize("family", ["t5-1.1", "bart", "qwen2", "bloom-alibi"])
+@pytest.mark.parametrize("greedy", [False, True])
+def test_rows_that_have_ended_are_not_computed(family, greedy):
+    model = make(family, ends=list(range(0, VOCAB, 4)))
+    seen = rows_seen(model)
+    samples = 1 if greedy else 8
+    rollouts = sample(model, samples=samples, greedy=greedy, batch=64)
+    lengths = rollouts.completions.lengths
+    assert seen[0][0] == len(PROMPTS)  # a prompt is read once for all its samples
+    if model.config.is_encoder_decoder:
+        assert {tokens for _, tokens in seen} == {1}
+    for step, (rows, _) in enumerate(seen[1:], start=1):
+        going = int((lengths > step).sum())  # rows that need token `step`
+        assert going <= rows < going / (1 - LEAVE) + 1
+    assert len(seen) == lengths.max()
+    assert greedy or min(rows for rows, _ in seen[1:]) <= 4
+
+
+def test_logits_of_a_prompt_are_not_computed():
+    model, seen = make("qwen2"), []
+    model.lm_head.register_forward_pre_hook(lambda _, inputs: seen.append(tuple(inputs[0].shape[:2])))
+    sample(model, samples=2)
+    assert seen[0] == (len(PROMPTS), 1)
+
+
+def test_long_prompts_are_encoded_apart_from_short_ones(monkeypatch):
+    model, seen = make("t5-1.0"), []
+    rng = np.random.default_rng(1)
+    lengths = rng.permutation([4] * 30 + [100] * 30 + [400] * 6)
+    prompts = Ragged.from_rows([rng.integers(2, VOCAB, size=n) for n in lengths], np.int32)
+    expected = by_generate(monkeypatch, model, prompts, batch=100, max_new_tokens=4)
+    model.get_encoder().register_forward_pre_hook(
+        lambda _, __, inputs: seen.append(inputs["input_ids"].shape), with_kwargs=True
+    )
+    assert_same(sample(model, prompts, batch=100, max_new_tokens=4), expected)
+    assert sum(rows for rows, _ in seen) == len(prompts)
+    assert sum(rows * width for rows, width in seen) < 0.35 * len(lengths) * lengths.max()
+
+
+# --------------------------------------------------------------------------------------------- what it does not know
+
+
+def other(name: str):
+    torch.manual_seed(0)
+    if name == "phi3":  # computes its keys anew when a row grows past the positions it was trained on
+        return transformers.Phi3ForCausalLM(transformers.Phi3Config(**SMALL))
+    if name == "mamba":  # a state instead of keys and values
+        return transformers.MambaForCausalLM(
+            transformers.MambaConfig(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, state_size=8)
+        )
+    model = make("qwen2")
+    if name == "remote code":
+        model.is_remote_code = lambda: True
+    elif name == "own generate":
+        own = model.generate
+        model.generate = lambda **inputs: own(**inputs)
+    else:
+        kind = type(model)
+        model.__class__ = type(
+            "Prepares", (kind,), {name: lambda self, *args, **kwargs: getattr(kind, name)(self, *args, **kwargs)}
+        )
+    return model
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["phi3", "mamba", "remote code", "own generate", "prepare_inputs_for_generation",
+     "_update_model_kwargs_for_generation", "generate"],
+)  # fmt: skip
+def test_other_models_are_left_to_generate(name, monkeypatch):
+    model = other(name).eval()
+    model.generation_config.eos_token_id = ENDS
+    assert not can_decode(model)
+    monkeypatch.setattr(sample_module, "decode", None)
+    rollouts = sample(model, samples=3, max_new_tokens=6)
+    assert len(rollouts) == 3 * len(PROMPTS)
+    if name not in ("phi3", "mamba"):
+        monkeypatch.undo()
+        assert_same(rollouts, sample(make("qwen2"), samples=3, max_new_tokens=6))
+
+
+def test_a_layer_that_keeps_something_else_is_left_to_generate(monkeypatch):
+    model = make("qwen2")
+    config = transformers.Qwen3NextConfig(**SMALL, num_key_value_heads=2)
+    assert "linear_attention" in config.layer_types
+    monkeypatch.setattr(model, "config", config)
+    assert not can_decode(model)
+
+
+def test_a_forward_pass_that_takes_no_encoder_output_is_left_to_generate(monkeypatch):
+    model = make("t5-1.0")
+    own = model.forward
+    monkeypatch.setattr(model, "forward", lambda input_ids, past_key_values=None, **more: own(input_ids, **more))
+    assert not can_decode(model)

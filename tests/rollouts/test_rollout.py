@@ -1,0 +1,350 @@
+"""The rollout driver: every prompt gets its rollouts once, whatever happens in between."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from ketchup_cache.cache.cache import Cache, open_cache
+from ketchup_cache.config.commands import RolloutConfig
+from ketchup_cache.errors import DataError, KetchupError, MismatchError
+from ketchup_cache.models.fingerprint import weights_fingerprint
+from ketchup_cache.provenance import Sampling
+from ketchup_cache.rollouts import rollout as rollout_module
+from ketchup_cache.rollouts import segments as sampling_module
+from ketchup_cache.rollouts.rollout import rollout
+from ketchup_cache.rollouts.segments import rollout_chunks, rollout_range, sampling_of
+from ketchup_cache.text.prompts import read_examples
+from ketchup_cache.types import Rollouts
+from tests.helpers.tiny import WORDS, make_t5, make_tokenizer, save_model, write_prompts
+
+SMALL = {"ROLLOUTS_PER_SEGMENT": 8, "PROMPTS_PER_SEGMENT": 10, "PROMPT_TOKENS_PER_SEGMENT": 60}
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    for name, value in SMALL.items():
+        monkeypatch.setattr(sampling_module, name, value)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory) -> Path:
+    return save_model(tmp_path_factory.mktemp("student"), "1.1", scale=1.0)
+
+
+def make_config(folder: Path, student: Path, **changes: object) -> RolloutConfig:
+    options = {
+        "student": str(student),
+        "cache": folder / "cache",
+        "data": str(folder / "prompts.jsonl"),
+        "device": "cpu",
+        "samples": 2,
+        "max_new_tokens": 6,
+        "rollout_batch": 4,
+    } | changes
+    return RolloutConfig(**options)
+
+
+def contents(cache: Cache) -> dict[tuple[bytes, ...], Rollouts]:
+    """Rollouts of every segment by the ids of their prompts: what does not change with time stamps."""
+    found = {}
+    for rollouts_id, manifest in cache.manifests("rollouts"):
+        info = manifest.info
+        ids = cache.load_prompts(info.prompts).ids[info.prompt_start : info.prompt_stop]
+        key = tuple(row.tobytes() for row in ids)
+        assert key not in found, "sampled twice"
+        found[key] = cache.load_rollouts(rollouts_id)
+    return found
+
+
+def ids_in(cache: Cache) -> set[str]:
+    return {id_ for id_, _ in cache.manifests()}
+
+
+def assert_same_rollouts(one: Cache, other: Cache) -> None:
+    left, right = contents(one), contents(other)
+    assert left.keys() == right.keys()
+    for key, rollouts in left.items():
+        assert rollouts.completions.offsets.tobytes() == right[key].completions.offsets.tobytes()
+        assert rollouts.completions.values.tobytes() == right[key].completions.values.tobytes()
+        for field in fields(Rollouts):
+            if field.name != "completions":
+                assert getattr(rollouts, field.name).tobytes() == getattr(right[key], field.name).tobytes()
+
+
+def test_every_prompt_gets_its_samples(tmp_path, student):
+    write_prompts(tmp_path / "prompts.jsonl", 23)
+    config = make_config(tmp_path, student)
+    report = rollout(config)
+    cache = open_cache(config.cache)
+    texts = [json.loads(line)["prompt"] for line in Path(config.data).read_text().splitlines()]
+
+    segments = cache.manifests("prompts")
+    assert [m.info.start for _, m in segments] == list(np.cumsum([0, *(m.rows for _, m in segments)])[:-1])
+    assert max(m.rows for _, m in segments) <= 10
+    assert max(m.tokens for _, m in segments) <= 60
+    assert sum(m.rows for _, m in segments) == 23
+    expected = [make_tokenizer()(text)["input_ids"] for text in texts]
+    assert [row.tolist() for id_, _ in segments for row in cache.load_prompts(id_).tokens] == expected
+
+    rows = {}
+    for id_, manifest in cache.manifests("rollouts"):
+        rollouts, parent = cache.load_rollouts(id_), cache.load_prompts(manifest.info.prompts)
+        assert len(rollouts) <= 8
+        assert manifest.info.policy.fingerprint == weights_fingerprint(student)
+        assert manifest.info.policy.name == str(student)
+        assert manifest.info.sampling == Sampling(samples=2, max_new_tokens=6)
+        for row, prompt in enumerate(rollouts.prompt_index):
+            rows.setdefault(parent.ids[prompt].tobytes(), []).append(rollouts.completions[row])
+    assert {example.id for example in read_examples(config)} == rows.keys()
+    assert {len(completions) for completions in rows.values()} == {2}
+
+    tokens = sum(len(c) for completions in rows.values() for c in completions)
+    ended = sum(c[-1] == 1 for completions in rows.values() for c in completions)
+    assert (report.prompts, report.rollouts, report.tokens, report.finished) == (23, 46, tokens, ended)
+    assert (report.duplicates, report.too_long, report.already_there) == (0, 0, 0)
+
+
+def test_logprobs_in_the_cache_are_those_of_the_student(tmp_path, student):
+    write_prompts(tmp_path / "prompts.jsonl", 6)
+    config = make_config(tmp_path, student, temperature=0.8)
+    rollout(config)
+    cache, model = open_cache(config.cache), make_t5("1.1")
+    for id_, manifest in cache.manifests("rollouts"):
+        rollouts, prompts = cache.load_rollouts(id_), cache.load_prompts(manifest.info.prompts).tokens
+        logprob = rollouts.completions.with_values(rollouts.behavior_logprob)
+        for row, prompt in enumerate(rollouts.prompt_index):
+            completion = rollouts.completions[row].tolist()
+            with torch.no_grad():
+                logits = model(
+                    input_ids=torch.tensor([prompts[prompt].tolist()]),
+                    decoder_input_ids=torch.tensor([[0, *completion[:-1]]]),
+                ).logits[0]
+            plain = (logits / 0.8).log_softmax(-1)[range(len(completion)), completion]
+            assert logprob[row] == pytest.approx(plain.numpy(), abs=1e-4)
+
+
+def test_seeds_follow_the_place_in_the_data(tmp_path, student, monkeypatch):
+    """Not the place in a segment: the first prompts of every segment would share theirs."""
+    places, original = [], sampling_module.sample_completions
+
+    def spy(*arguments, first_prompt, **options):
+        places.append(first_prompt)
+        return original(*arguments, first_prompt=first_prompt, **options)
+
+    monkeypatch.setattr(sampling_module, "sample_completions", spy)
+    write_prompts(tmp_path / "prompts.jsonl", 23)
+    rollout(make_config(tmp_path, student))
+    segments = open_cache(tmp_path / "cache").manifests("prompts")
+    assert len(segments) > 2
+    assert places == [m.info.start + place for _, m in segments for place in range(0, m.rows, 4)]
+
+
+def test_nothing_is_done_twice(tmp_path, student, monkeypatch):
+    write_prompts(tmp_path / "prompts.jsonl", 12)
+    config = make_config(tmp_path, student)
+    first = rollout(config)
+    cache = open_cache(config.cache)
+    ids = ids_in(cache)
+    monkeypatch.setattr(rollout_module, "load_model", None)  # not even the model is loaded
+    again = rollout(config)
+    assert ids_in(open_cache(config.cache)) == ids
+    assert (again.rollouts, again.tokens, again.finished) == (first.rollouts, first.tokens, first.finished)
+    assert (first.already_there, again.already_there) == (0, 24)
+    assert "24 of them already there" in str(again)
+
+
+def test_other_settings_other_rollouts_same_prompts(tmp_path, student):
+    write_prompts(tmp_path / "prompts.jsonl", 4)
+    for i, changes in enumerate(({}, {"seed": 1}, {"temperature": 0.5}, {"samples": 3}, {"max_new_tokens": 5})):
+        assert rollout(make_config(tmp_path, student, **changes)).already_there == 0
+        cache = open_cache(tmp_path / "cache")
+        assert len({m.info.sampling for _, m in cache.manifests("rollouts")}) == i + 1
+    other = save_model(tmp_path / "other", "1.1", seed=1)
+    assert rollout(make_config(tmp_path, other)).already_there == 0
+    assert len(open_cache(tmp_path / "cache").policies()) == 2
+    assert sum(m.rows for _, m in open_cache(tmp_path / "cache").manifests("prompts")) == 4
+
+
+def test_the_batch_size_does_not_move_the_segments(tmp_path, student):
+    """After running out of memory, a smaller batch goes on where the larger one was killed."""
+    write_prompts(tmp_path / "prompts.jsonl", 9)
+    rollout(make_config(tmp_path, student, rollout_batch=6))
+    assert rollout(make_config(tmp_path, student, rollout_batch=2)).already_there == 18
+
+
+def test_the_same_folder_under_another_name_is_the_same_policy(tmp_path, student, monkeypatch):
+    write_prompts(tmp_path / "prompts.jsonl", 4)
+    rollout(make_config(tmp_path, student))
+    monkeypatch.chdir(student.parent)
+    assert rollout(make_config(tmp_path, Path(student.name))).already_there == 8
+
+
+def test_prompts_cut_at_another_length_are_other_prompts(tmp_path, student):
+    """Their texts, and so their fingerprint, are the same."""
+    write_prompts(tmp_path / "prompts.jsonl", 5)
+    for longest in (4, 6, 4):
+        rollout(make_config(tmp_path, student, max_prompt_tokens=longest, long_prompts="truncate"))
+    cache = open_cache(tmp_path / "cache")
+    assert [cache.load_prompts(id_).tokens.lengths.max() for id_, _ in cache.manifests("prompts")] == [4, 6]
+
+
+def test_duplicates_and_long_prompts_are_counted(tmp_path, student):
+    prompts = ["the cat", "a dog", "the cat", "the cat sees two big dogs", "the cat"]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": p}) + "\n" for p in prompts))
+    report = rollout(make_config(tmp_path, student, max_prompt_tokens=5, long_prompts="drop"))
+    assert (report.prompts, report.rollouts, report.duplicates, report.too_long) == (2, 4, 2, 1)
+    assert str(report).startswith("4 rollouts of 2 prompts (left out: 2 duplicates, 1 too long): mean length ")
+    assert "\n" not in str(report)
+
+
+KILLED = """
+import sys, time, torch
+from ketchup_cache.rollouts import rollout
+from ketchup_cache.rollouts import segments as sampling
+from ketchup_cache.config.commands import RolloutConfig
+from ketchup_cache.cache.cache import Cache
+
+torch.set_num_threads(1)
+for name, value in {small}.items():
+    setattr(sampling, name, value)
+commit, commits = Cache.commit_rollouts, []
+
+def stuck(cache, *segment):
+    if len(commits) == 2:
+        print("stuck", flush=True)
+        time.sleep(600)
+    commits.append(commit(cache, *segment))
+    return commits[-1]
+
+Cache.commit_rollouts = stuck
+rollout.rollout(RolloutConfig.model_validate_json(sys.argv[1]))
+"""
+
+
+def test_killed_and_started_again_gives_the_rollouts_of_an_uninterrupted_run(tmp_path, student):
+    write_prompts(tmp_path / "prompts.jsonl", 23)
+    config = make_config(tmp_path, student)
+    arguments = [sys.executable, "-c", KILLED.format(small=SMALL), config.model_dump_json()]
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "stuck\n"
+        process.send_signal(signal.SIGKILL)
+    kept = open_cache(config.cache).manifests("rollouts")
+    assert len(kept) == 2
+
+    assert rollout(config).already_there == sum(m.rows for _, m in kept)
+    cache = open_cache(config.cache)
+    assert {id_ for id_, _ in kept} <= ids_in(cache)
+    uninterrupted = config.model_copy(update={"cache": tmp_path / "other"})
+    rollout(uninterrupted)
+    assert_same_rollouts(cache, open_cache(uninterrupted.cache))
+    assert sum(len(r) for r in contents(cache).values()) == 46
+
+
+def test_ranges_of_prompts_as_the_learner_asks_for_them(tmp_path, student):
+    write_prompts(tmp_path / "prompts.jsonl", 9)
+    config = make_config(tmp_path, student)
+    rollout(config)
+    cache, model = open_cache(config.cache), make_t5("1.1")
+    prompts_id, _ = cache.manifests("prompts")[-1]
+    info = cache.manifests("rollouts")[0][1].info
+    policy = info.policy.model_copy(update={"name": "run", "step": 7, "fingerprint": "0" * 64})
+    arguments = (cache, model, policy, info.tokenizer, prompts_id, 1, 3, sampling_of(config))
+    new = rollout_range(*arguments, batch=4)
+    assert cache.manifest(new).info.policy == policy
+    assert cache.load_rollouts(new).prompt_index.tolist() == [1, 1, 2, 2]
+    assert rollout_range(*arguments, batch=4) == new
+
+
+@pytest.mark.parametrize(
+    ("samples", "max_new_tokens", "at_once"), [(1, 64, 1024), (4, 64, 256), (3, 64, 341), (1, 300, 218), (5000, 64, 1)]
+)
+def test_segments_are_small_enough_to_lose(monkeypatch, samples, max_new_tokens, at_once):
+    monkeypatch.undo()
+    chunks = list(rollout_chunks(2 * at_once + 1, Sampling(samples=samples, max_new_tokens=max_new_tokens)))
+    assert chunks == [(0, at_once), (at_once, 2 * at_once), (2 * at_once, 2 * at_once + 1)]
+
+
+def test_another_tokenizer_does_not_fit_into_the_cache(tmp_path, student):
+    write_prompts(tmp_path / "prompts.jsonl", 4)
+    rollout(make_config(tmp_path, student))
+    before = ids_in(open_cache(tmp_path / "cache"))
+    other = save_model(tmp_path / "other", "1.1")
+    make_tokenizer(WORDS[::-1]).save_pretrained(other)
+    with pytest.raises(
+        MismatchError, match=f"made with tokenizer {student}.*that of {other}: use another --cache"
+    ) as caught:
+        rollout(make_config(tmp_path, other))
+    assert "\n" not in str(caught.value)
+    assert ids_in(open_cache(tmp_path / "cache")) == before
+
+
+@pytest.mark.parametrize(
+    ("content", "changes"),
+    [
+        ("", {}),
+        ('{"prompt": "the cat sees a dog"}\n', {"max_prompt_tokens": 3, "long_prompts": "drop"}),
+        ('{"prompt": "the cat sees a dog"}\n', {"max_prompt_tokens": 3}),
+    ],
+)
+def test_no_cache_is_made_of_bad_data(tmp_path, student, content, changes):
+    (tmp_path / "prompts.jsonl").write_text(content)
+    with pytest.raises(DataError):
+        rollout(make_config(tmp_path, student, **changes))
+    assert not (tmp_path / "cache").exists()
+
+
+def test_no_cache_is_made_for_a_student_that_is_not_there(tmp_path):
+    write_prompts(tmp_path / "prompts.jsonl", 4)
+    with pytest.raises(KetchupError):
+        rollout(make_config(tmp_path, tmp_path / "none"))
+    assert not (tmp_path / "cache").exists()
+
+
+def test_greedy(tmp_path, student):
+    write_prompts(tmp_path / "prompts.jsonl", 4)
+    rollout(make_config(tmp_path, student, greedy=True, samples=1))
+    cache = open_cache(tmp_path / "cache")
+    ((id_, manifest),) = cache.manifests("rollouts")
+    rollouts, prompts = cache.load_rollouts(id_), cache.load_prompts(manifest.info.prompts).tokens
+    model = make_t5("1.1")
+    for row, prompt in enumerate(rollouts.prompt_index):
+        own = model.generate(torch.tensor([prompts[prompt].tolist()]), do_sample=False, max_new_tokens=6)
+        assert rollouts.completions[row].tolist() == own[0, 1:].tolist()
+    assert not rollouts.behavior_logprob.any()
+
+
+def test_first_samples_for_some_prompts_and_stores_them_all(tmp_path, student):
+    """12 of 23 prompts, over the end of a prompts segment: the same rollouts as of all, but fewer.
+
+    (12 is a whole number of batches: a batch that is cut draws other numbers.)
+    """
+    write_prompts(tmp_path / "prompts.jsonl", 23)
+    report = rollout(make_config(tmp_path, student, first=12))
+    assert (report.prompts, report.rollouts) == (23, 24)
+    rollout(make_config(tmp_path, student, cache=tmp_path / "whole"))
+    some, whole = (open_cache(tmp_path / name) for name in ("cache", "whole"))
+    assert sum(m.rows for _, m in some.manifests("prompts")) == 23
+
+    def rows(cache: Cache) -> dict[bytes, list[bytes]]:
+        found: dict[bytes, list[bytes]] = {}
+        for key, rollouts in contents(cache).items():
+            for row, completion in enumerate(rollouts.completions):
+                found.setdefault(key[row // 2], []).append(completion.tobytes())
+        return found
+
+    expected = rows(whole)
+    assert len(rows(some)) == 12
+    assert all(expected[key] == completions for key, completions in rows(some).items())

@@ -1,0 +1,235 @@
+"""From `score --keep-top` to `learn --method`, by the commands: what is stored, scored again, refreshed and resumed."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForSeq2SeqLM
+
+from ketchup_cache.cache.cache import open_cache
+from ketchup_cache.cache.manifest import ScoresInfo
+from ketchup_cache.cli import main
+from ketchup_cache.config.commands import LearnConfig, ScoreConfig
+from ketchup_cache.scoring.score import score
+from ketchup_cache.scoring.teacher import Teacher
+from ketchup_cache.training.optimizer import Optimizer
+from ketchup_cache.training.source import Offline
+from tests.helpers.caches import make_cache, plain_logits
+from tests.helpers.tiny import WORDS, save_model, write_prompts
+
+VOCAB = len(WORDS) + 3
+
+
+class Killed(BaseException):
+    """In the place of SIGKILL: nothing of ours catches it."""
+
+
+def killed_at(number: int, command: list[str]) -> None:
+    """Run a command that dies before its optimizer step `number`."""
+    step = Optimizer.step
+
+    def dying(self, at):
+        if at == number:
+            raise Killed
+        return step(self, at)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Optimizer, "step", dying)
+        with pytest.raises(Killed):
+            main(command)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    base = tmp_path_factory.mktemp("models")
+    return save_model(base / "s", "1.0", seed=1), save_model(base / "t", "1.1", seed=2)
+
+
+def assert_top(cache, teacher, top: int, rows: int) -> None:
+    """Every row once, and its kept logits and the rest are those of plain forward passes."""
+    model = AutoModelForSeq2SeqLM.from_pretrained(teacher).eval()
+    refs, done = cache.scored(keep_top=top), 0
+    for ref in refs:
+        part = cache.load_scored(ref)
+        assert ref.keep_top >= min(top, VOCAB)
+        scores = part.scores.with_top(min(top, VOCAB))
+        for row, completion in enumerate(part.rollouts.completions):
+            prompt = part.prompts.tokens[part.rollouts.prompt_index[row]]
+            span = slice(*part.rollouts.completions.offsets[row : row + 2])
+            logits = plain_logits(model, prompt, completion)[:, :VOCAB].double().numpy()
+            ordered = -np.sort(-logits)
+            np.testing.assert_allclose(scores.top_q[span], ordered[:, :top], atol=1e-4)
+            at_ids = np.take_along_axis(logits, scores.top_ids[span].astype(int), 1)
+            np.testing.assert_allclose(scores.top_q[span], at_ids, atol=1e-4)
+            rest = np.log(np.exp(ordered[:, top:]).sum(1)) if top < VOCAB else np.full(len(logits), -np.inf)
+            np.testing.assert_allclose(scores.rest_logsumexp[span], rest, atol=1e-4)
+            done += 1
+    assert done == rows
+
+
+def add(path, models, seed: int = 0) -> None:
+    make_cache(path, *models, prompts=4, seed=seed)
+
+
+@pytest.mark.parametrize("top", [1, 5, 64])
+def test_the_largest_logits_are_stored(tmp_path, models, top):
+    """Beside scores without them, which don't count then; 64 is all of this vocabulary."""
+    add(tmp_path, models)
+    report = score(ScoreConfig(teacher=str(models[1]), cache=tmp_path, device="cpu", keep_top=top))
+    assert (report.already, report.computed + report.copied) == (0, 8)
+    cache = open_cache(tmp_path)
+    assert_top(cache, models[1], top, 8)
+    assert len(cache.scored()) == 1  # each row once, be it with or without
+    again = score(ScoreConfig(teacher=str(models[1]), cache=tmp_path, device="cpu", keep_top=top))
+    assert again.already == 8
+    assert "nothing to do" in str(again)
+
+
+def test_four_and_then_sixteen(tmp_path, models, monkeypatch):
+    """More logits than there are: computed again. Fewer: nothing to do. The same text again: copied, cut to size."""
+    add(tmp_path, models)
+    common = {"teacher": str(models[1]), "cache": tmp_path, "device": "cpu"}
+    reports = [score(ScoreConfig(**common, keep_top=n)) for n in (4, 16)]
+    assert [r.already for r in reports] == [0, 0]
+    assert_top(open_cache(tmp_path), models[1], 16, 8)
+
+    monkeypatch.setattr(Teacher, "load", None)
+    for fewer in (16, 4, 0):
+        assert score(ScoreConfig(**common, keep_top=fewer)).already == 8
+
+    # the same rollouts as another segment: copies of those that keep enough, without the teacher
+    add(tmp_path, models, seed=0)
+    kept = {id_ for id_, _ in open_cache(tmp_path).manifests("scores")}
+    report = score(ScoreConfig(**common, keep_top=4))
+    assert (report.already, report.computed, report.copied) == (8, 0, 8)
+    written = [m.info for id_, m in open_cache(tmp_path).manifests("scores") if id_ not in kept]
+    assert [info.keep_top for info in written if isinstance(info, ScoresInfo)] == [4]
+    cache = open_cache(tmp_path)
+    assert_top(cache, models[1], 4, 16)
+    assert sum(ref.rows for ref in cache.scored(keep_top=16)) == 8
+    report = score(ScoreConfig(**common, keep_top=16))
+    assert (report.already, report.computed, report.copied) == (8, 0, 8)
+    assert_top(open_cache(tmp_path), models[1], 16, 16)
+
+
+def test_a_copy_of_more_is_cut(tmp_path, models):
+    add(tmp_path, models)
+    common = {"teacher": str(models[1]), "cache": tmp_path, "device": "cpu"}
+    score(ScoreConfig(**common, keep_top=16))
+    add(tmp_path, models)
+    assert score(ScoreConfig(**common, keep_top=4)).copied == 8
+    cache = open_cache(tmp_path)
+    assert sorted(m.info.keep_top for _, m in cache.manifests("scores")) == [0, 0, 4, 16]
+    assert_top(cache, models[1], 4, 16)
+
+
+def test_a_part_of_the_rows_with_and_a_part_without(tmp_path, models, monkeypatch):
+    """A run that was killed between two commits goes on with the rows that are left."""
+    add(tmp_path, models)
+    common = {"teacher": str(models[1]), "cache": tmp_path, "device": "cpu", "keep_top": 3, "commit_tokens": 12}
+    from ketchup_cache.cache.cache import Cache
+
+    commit, commits = Cache.commit_scores, []
+
+    def dying(self, *arguments):
+        if len(commits) == 2:
+            raise Killed
+        commits.append(commit(self, *arguments))
+        return commits[-1]
+
+    monkeypatch.setattr(Cache, "commit_scores", dying)
+    with pytest.raises(Killed):
+        score(ScoreConfig(**common))
+    monkeypatch.setattr(Cache, "commit_scores", commit)
+    cache = open_cache(tmp_path)
+    done = sum(ref.rows for ref in cache.scored(keep_top=3))
+    assert 0 < done < 8
+    assert sum(ref.rows for ref in cache.scored()) == 8
+    # learning wants all rows, and says what to run
+    options = {"student": str(models[0]), "cache": tmp_path, "keep_top": 3, "method": "kl"}
+    with pytest.raises(Exception, match=f"{8 - done} of the rollouts .* largest logits .*--keep-top 3"):
+        Offline(cache, LearnConfig(**options, teacher_outputs=str(models[0])))
+    report = score(ScoreConfig(**common))
+    assert (report.already, report.computed + report.copied) == (done, 8 - done)
+    assert_top(open_cache(tmp_path), models[1], 3, 8)
+
+
+# ------------------------------------------------------------------------------------------------- on-policy
+
+LEARN = {
+    "--steps": 7, "--refresh-every": 3, "--batch-size": 8, "--samples": 2, "--max-new-tokens": 6, "--lr": 1e-3,
+    "--checkpoint-every": 2, "--keep-top": 5, "--device": "cpu",
+}  # fmt: skip
+
+
+def words(tmp_path, models, name: str, method: str) -> list[str]:
+    """A cache with prompts and the teacher's scored outputs, and the words of a `learn` command."""
+    data, cache = tmp_path / "d.jsonl", tmp_path / f"{name}-cache"
+    write_prompts(data, 20)
+    rollout = ["rollout", "--student", models[1], "--greedy", "--data", data, "--cache", cache]
+    assert main([*map(str, rollout), "--max-new-tokens", "6", "--device", "cpu"]) == 0
+    kept = ["score", "--teacher", models[1], "--cache", cache, "--keep-top", "5", "--device", "cpu"]
+    assert main([*map(str, kept)]) == 0
+    options = {"--student": models[0], "--teacher": models[1], "--cache": cache, "--out": tmp_path / name}
+    options |= {"--method": method, **LEARN}
+    return ["learn", *(str(part) for pair in options.items() for part in pair)]
+
+
+@pytest.mark.parametrize("method", ["js", "tvd", "reverse-kl"])
+def test_on_policy_and_killed_it_ends_with_the_same_bits(tmp_path, models, method):
+    assert main(words(tmp_path, models, "whole", method)) == 0
+    lines = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if line["refreshed"]] == [0, 3, 6]
+    for line in lines:
+        assert (line["dropped"], line["k_return_mean"], line["advantage_sd"]) == (0, None, None)
+        if line["refreshed"]:  # of the student's half alone: the teacher's outputs have no ratio
+            assert line["ratio_mean"] == pytest.approx(1, abs=1e-5)
+            assert line["behavior_kl"] == pytest.approx(0, abs=1e-8)
+        else:
+            assert line["behavior_kl"] > 1e-8
+    cache = open_cache(tmp_path / "whole-cache")
+    refreshed = [m.info for _, m in cache.manifests("rollouts") if m.info.policy.step in (0, 3, 6)]
+    assert {info.policy.step for info in refreshed} == {0, 3, 6}
+    # 4 of 8 rollouts of a step are the student's, or all: 3 × 4 / 2 prompts a phase
+    prompts = 12 if method == "reverse-kl" else 6
+    assert sum(info.prompt_stop - info.prompt_start for info in refreshed) == 3 * prompts
+    assert all(m.info.keep_top == 5 for _, m in cache.manifests("scores"))
+
+    command = words(tmp_path, models, "killed", method)
+    for last in (1, 4):
+        killed_at(last, command)
+    assert main(command) == 0
+    whole, killed = (load_file(tmp_path / run / "student" / "model.safetensors") for run in ("whole", "killed"))
+    assert all(torch.equal(killed[name], tensor) for name, tensor in whole.items())
+    again = [json.loads(line) for line in (tmp_path / "killed" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["loss"] for line in again] == [line["loss"] for line in lines]
+
+
+def test_what_the_cache_holds_of_the_student_is_scored_again_with_logits(tmp_path, models):
+    """Rollouts of the first phase that were scored without, before."""
+    command, cache = words(tmp_path, models, "run", "js"), tmp_path / "run-cache"
+    rollout = ["rollout", "--student", models[0], "--data", tmp_path / "d.jsonl", "--cache", cache, "--samples", 2]
+    assert main([*map(str, rollout), "--max-new-tokens", "6", "--device", "cpu", "--first", "3"]) == 0
+    assert main(["score", "--teacher", str(models[1]), "--cache", str(cache), "--device", "cpu"]) == 0
+    own = str(models[0])
+    assert len(open_cache(cache).scored(policy=own)) == 1
+    assert open_cache(cache).scored(policy=own, keep_top=5) == []
+    assert main([*command[: command.index("--steps") + 1], "2", *command[command.index("--steps") + 2 :]]) == 0
+    assert sum(ref.rows for ref in open_cache(cache).scored(policy=own, keep_top=5)) == 6
+
+
+def test_new_teacher_outputs_do_not_enter_a_run_that_goes_on(tmp_path, models):
+    """A run that was killed reads the teacher outputs it began with, even if the cache has more by then."""
+    command = words(tmp_path, models, "run", "js")
+    assert main(words(tmp_path, models, "whole", "js")) == 0
+    killed_at(5, command)
+    make_cache(tmp_path / "run-cache", models[1], models[1], prompts=4, seed=9)
+    more = ScoreConfig(teacher=str(models[1]), cache=tmp_path / "run-cache", device="cpu", keep_top=9)
+    assert score(more).computed > 0
+    assert main(command) == 0
+    whole, run = (load_file(tmp_path / name / "student" / "model.safetensors") for name in ("whole", "run"))
+    assert all(torch.equal(run[name], tensor) for name, tensor in whole.items())

@@ -1,0 +1,266 @@
+import os
+import signal
+import subprocess
+import sys
+import time
+import weakref
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ketchup_cache.cache.cache import Cache, open_cache
+from ketchup_cache.cache.manifest import PromptsInfo, RolloutsInfo
+from ketchup_cache.config.commands import ScoreConfig
+from ketchup_cache.errors import CacheError, KetchupError, MismatchError, NumericsError
+from ketchup_cache.models.fingerprint import tokenizer_info
+from ketchup_cache.provenance import DataInfo, PolicyInfo, Sampling
+from ketchup_cache.scoring.score import Scorer, commit_ranges, score
+from ketchup_cache.scoring.teacher import Teacher
+from ketchup_cache.types import Prompts, Ragged, Rollouts
+from tests.helpers.oracle import assert_same_scores, make_rollouts, plain_scores, random_rollouts
+from tests.helpers.tiny import WORDS, make_t5, make_tokenizer, save_model
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    return save_model(tmp_path_factory.mktemp("teacher"), "1.1")
+
+
+@pytest.fixture
+def cache(tmp_path) -> Cache:
+    return open_cache(tmp_path / "cache", create=True)
+
+
+def add_rollouts(cache: Cache, prompts: Ragged, rollouts: Rollouts, *, policy: int = 0, tokenizer=None, name="student"):
+    info = tokenizer_info(tokenizer or make_tokenizer(), name)
+    ids = np.random.default_rng(0).integers(0, 256, (len(prompts), 16)).astype(np.uint8)
+    data = DataInfo(name="made up", fingerprint="d" * 64, template="{prompt}")
+    prompts_id = cache.commit_prompts(Prompts(ids, prompts), PromptsInfo(tokenizer=info, data=data, start=0))
+    return cache.commit_rollouts(
+        rollouts,
+        RolloutsInfo(
+            prompts=prompts_id,
+            prompt_start=0,
+            prompt_stop=len(prompts),
+            policy=PolicyInfo(name="student", fingerprint=f"{policy:064x}"),
+            tokenizer=info,
+            sampling=Sampling(),
+        ),
+    )
+
+
+def options(cache: Cache, teacher: Path, **more) -> ScoreConfig:
+    return ScoreConfig(teacher=str(teacher), cache=cache.path, device="cpu", batch_tokens=64, **more)
+
+
+def assert_scored(cache: Cache, teacher: Path, ids) -> None:
+    """Every row of these rollouts has exactly the plain scores."""
+    model = make_t5("1.1")
+    fingerprint = Teacher.identify(str(teacher))[0].fingerprint
+    done = {}
+    for ref in cache.scored(fingerprint):
+        part = cache.load_scored(ref)
+        assert_same_scores(part.scores, plain_scores(model, part.prompts.tokens, part.rollouts))
+        done.setdefault(ref.rollouts_id, []).extend(range(ref.row_start, ref.row_stop))
+    assert done == {i: list(range(cache.manifest(i).rows)) for i in ids}
+
+
+@pytest.fixture
+def no_loading(monkeypatch):
+    def load(*arguments, **options):
+        raise AssertionError("weights are loaded")
+
+    monkeypatch.setattr(Teacher, "load", load)
+
+
+def test_scoring_a_cache_and_scoring_it_again(cache, teacher, monkeypatch):
+    ids = [add_rollouts(cache, *random_rollouts(seed, 20, prompts=8), policy=seed) for seed in range(2)]
+    report = score(options(cache, teacher, commit_tokens=25))
+    assert_scored(cache, teacher, ids)
+    tokens = sum(cache.manifest(i).tokens for i in ids)
+    assert report.computed + report.copied == 40
+    assert report.tokens <= tokens
+    assert report.segments == len(cache.manifests("scores")) > 4
+    assert all(manifest.tokens <= 25 for _, manifest in cache.manifests("scores"))
+    assert f"scored {report.computed} rollouts ({report.tokens} tokens" in str(report)
+
+    monkeypatch.setattr(Teacher, "load", None)  # weights are not needed again
+    again = score(options(cache, teacher))
+    assert (again.already, again.computed, again.copied, again.segments) == (40, 0, 0, 0)
+    assert str(again).startswith(f"nothing to do: all 40 rollouts are scored by teacher {teacher} (")
+
+
+def test_only_the_segments_that_are_asked_for(cache, teacher):
+    first, second = (add_rollouts(cache, *random_rollouts(seed, 6), policy=seed) for seed in range(2))
+    scorer = Scorer(options(cache, teacher), str(teacher))
+    scorer.ensure(cache, [second])
+    assert_scored(cache, teacher, [second])
+    assert scorer.ensure(cache, [second]).already == 6
+    assert scorer.ensure(cache).already == 6
+    assert_scored(cache, teacher, [first, second])
+    with pytest.raises(CacheError, match="has no segment"):
+        scorer.ensure(cache, ["f" * 64])
+
+
+def test_the_same_rollout_is_computed_once(cache, teacher):
+    """Twice in one segment, under another policy, and in another run; but not where the cut or the prompt differs."""
+    prompts = Ragged.from_rows([[5, 1], [5, 6, 1]], np.int32)
+    rollouts = make_rollouts([0, 0, 1, 0], [[7, 1], [7, 1], [7, 1], [7, 8]], [True, True, True, False])
+    first = add_rollouts(cache, prompts, rollouts)
+    report = score(options(cache, teacher))
+    assert (report.computed, report.copied, report.tokens, report.hit_rate) == (3, 1, 6, 0.25)
+
+    # other places for the same prompts; [7, 8] is new as a prefix, [5 6 | 1 7 1] is not [5 6 1 | 7 1]
+    prompts = Ragged.from_rows([[9, 1], [5, 6, 1], [5, 1], [5, 6]], np.int32)
+    rollouts = make_rollouts([2, 1, 2, 3], [[7, 1], [7, 1], [7, 8], [1, 7, 1]], [True, True, False, True])
+    second = add_rollouts(cache, prompts, rollouts, policy=1)
+    report = score(options(cache, teacher, commit_tokens=2))
+    assert (report.computed, report.copied, report.tokens) == (1, 3, 3)
+    assert_scored(cache, teacher, [first, second])
+
+    # the same tokens, finished or cut: only the cut one has a value after its end
+    third = add_rollouts(cache, prompts, make_rollouts([1, 1], [[7, 1], [7, 1]], [True, False]), policy=2)
+    report = score(options(cache, teacher))
+    assert (report.computed, report.copied) == (1, 1)
+    assert_scored(cache, teacher, [first, second, third])
+
+
+def test_a_scorer_knows_what_it_wrote_itself(cache, teacher):
+    scorer = Scorer(options(cache, teacher), str(teacher), commit_tokens=1)
+    prompts, rollouts = random_rollouts(0, 5)
+    add_rollouts(cache, prompts, rollouts)
+    scorer.ensure(cache)
+    add_rollouts(cache, prompts, rollouts, policy=1)
+    report = scorer.ensure(cache)
+    assert (report.computed, report.copied, report.hit_rate) == (0, 5, 1.0)
+
+
+def test_copies_need_no_weights(cache, teacher, monkeypatch):
+    prompts, rollouts = random_rollouts(0, 5)
+    first = add_rollouts(cache, prompts, rollouts)
+    score(options(cache, teacher))
+    second = add_rollouts(cache, prompts, rollouts, policy=1)
+    monkeypatch.setattr(Teacher, "load", None)
+    assert score(options(cache, teacher)).copied == 5
+    assert_scored(cache, teacher, [first, second])
+
+
+def test_another_teacher_or_precision_scores_anew(cache, teacher, tmp_path):
+    add_rollouts(cache, *random_rollouts(0, 5))
+    other = save_model(tmp_path / "other", "1.1", seed=1)
+    reports = [
+        score(options(cache, teacher)),
+        score(options(cache, other)),
+        score(options(cache, teacher, dtype="bfloat16")),
+    ]
+    assert [report.copied + report.already for report in reports] == [5 - report.computed for report in reports]
+    assert all(report.computed for report in reports)
+    assert len(cache.teachers()) == 3
+
+
+def test_an_empty_cache(cache, teacher, no_loading):
+    report = score(options(cache, teacher))
+    assert (report.already, report.segments, report.hit_rate) == (0, 0, 0.0)
+
+
+def test_another_tokenizer_is_refused_before_weights_are_loaded(cache, teacher, tmp_path, no_loading):
+    theirs = make_tokenizer([*WORDS[:4], "hound", *WORDS[5:]])
+    theirs.save_pretrained(tmp_path / "student")
+    add_rollouts(cache, *random_rollouts(0, 5), tokenizer=theirs, name=str(tmp_path / "student"))
+    with pytest.raises(MismatchError) as refused:
+        score(options(cache, teacher))
+    message = str(refused.value)
+    assert f"tokenizer {tmp_path / 'student'} wrote them, but that of teacher {teacher} encodes differently" in message
+    assert f"id 7 is {WORDS[4]!r} in one and 'hound' in the other" in message
+    assert "\n" not in message
+    assert not cache.manifests("scores")
+
+
+def test_another_tokenizer_that_is_gone_is_refused_too(cache, teacher, no_loading):
+    add_rollouts(cache, *random_rollouts(0, 5), tokenizer=make_tokenizer(WORDS[::-1]), name="gone/student")
+    with pytest.raises(MismatchError, match="encodes differently; score with a teacher that shares the tokenizer"):
+        score(options(cache, teacher))
+
+
+def test_a_bad_number_names_its_rollouts_and_keeps_what_was_done(cache, teacher, monkeypatch):
+    rollouts_id = add_rollouts(cache, *random_rollouts(0, 9))
+    score_batch, calls = Teacher._score_batch, []
+
+    def fail_later(self, batch, finished, names, keep_top):
+        calls.append(names)
+        if len(calls) > 3:
+            raise NumericsError(f"rollout row {names[0]}: no number")
+        return score_batch(self, batch, finished, names, keep_top)
+
+    monkeypatch.setattr(Teacher, "_score_batch", fail_later)
+    with pytest.raises(NumericsError, match=f"rollouts {rollouts_id[:12]}: rollout row [0-9]: no number"):
+        score(options(cache, teacher, commit_tokens=1))
+    assert len(cache.manifests("scores")) == 3
+    monkeypatch.undo()
+    assert score(options(cache, teacher)).already == 3
+    assert_scored(cache, teacher, [rollouts_id])
+
+
+@pytest.mark.parametrize("wrong", ["cache", "teacher"])
+def test_what_is_missing_is_named(wrong, cache, teacher, tmp_path):
+    config = options(cache, teacher).model_copy(update={wrong: tmp_path / "nowhere"})
+    config = config.model_copy(update={"teacher": str(config.teacher)})
+    with pytest.raises(KetchupError, match=r"nowhere: no"):
+        score(config)
+
+
+def test_the_weights_are_gone_after_scoring(cache, teacher, monkeypatch):
+    load, loaded = Teacher.load, []
+
+    def watched(*arguments, **options):
+        loaded.append(weakref.ref((made := load(*arguments, **options))._model))
+        return made
+
+    monkeypatch.setattr(Teacher, "load", watched)
+    add_rollouts(cache, *random_rollouts(0, 5))
+    scorer = Scorer(options(cache, teacher), str(teacher))
+    scorer.ensure(cache)
+    assert [reference() for reference in loaded] == [None]
+
+
+KILLED = """
+import sys, time
+from ketchup_cache.config.commands import ScoreConfig
+from ketchup_cache.scoring.score import score
+from ketchup_cache.scoring.teacher import Teacher
+
+score_batch = Teacher._score_batch
+
+def slowly(*arguments):
+    time.sleep(0.2)
+    return score_batch(*arguments)
+
+Teacher._score_batch = slowly
+score(ScoreConfig(teacher=sys.argv[1], cache=sys.argv[2], device="cpu", batch_tokens=64, commit_tokens=10))
+"""
+
+
+def test_a_killed_run_is_finished_by_the_next_and_no_row_is_scored_twice(cache, teacher):
+    rollouts_id = add_rollouts(cache, *random_rollouts(1, 60, prompts=30))
+    process = subprocess.Popen([sys.executable, "-c", KILLED, str(teacher), str(cache.path)], start_new_session=True)
+    deadline = time.monotonic() + 120
+    while not cache.manifests("scores") and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    before = sum(manifest.rows for _, manifest in cache.manifests("scores"))
+    assert 0 < before < 60
+    report = score(options(cache, teacher))
+    assert report.already == before
+    assert report.already + report.computed + report.copied == 60
+    assert sum(manifest.rows for _, manifest in cache.manifests("scores")) == 60
+    assert_scored(cache, teacher, [rollouts_id])
+
+
+def test_ranges_to_commit_are_contiguous_and_bounded():
+    completions = Ragged.from_rows([[0] * n for n in (3, 4, 9, 0, 1, 2, 5)], np.int32)
+    ranges = list(commit_ranges(completions, 0, 7, 7))
+    assert ranges == [range(2), range(2, 3), range(3, 6), range(6, 7)]
+    assert list(commit_ranges(completions, 1, 3, 100)) == [range(1, 3)]
+    assert list(commit_ranges(completions, 2, 2, 7)) == []

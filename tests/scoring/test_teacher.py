@@ -1,0 +1,189 @@
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ketchup_cache.errors import MismatchError, ModelError, NumericsError
+from ketchup_cache.models.fingerprint import tokenizer_info
+from ketchup_cache.models.forward import completion_states
+from ketchup_cache.provenance import TeacherInfo
+from ketchup_cache.scoring.teacher import Teacher
+from ketchup_cache.types import Ragged
+from tests.helpers.oracle import assert_same_scores, make_rollouts, plain_scores, random_rollouts
+from tests.helpers.tiny import make_t5, make_tokenizer, save_model
+
+VERSIONS = ("1.0", "1.1")
+TOKENIZER = tokenizer_info(make_tokenizer(), "tiny")
+
+
+def teacher_of(model, dtype: str = "float32") -> Teacher:
+    return Teacher(model, TeacherInfo(name="tiny", fingerprint="0" * 64, dtype=dtype), TOKENIZER)
+
+
+MODELS = {version: make_t5(version) for version in VERSIONS}
+TEACHERS = {version: teacher_of(model) for version, model in MODELS.items()}
+
+tokens = st.integers(0, 59)
+prompt_rows = st.lists(st.lists(tokens, min_size=1, max_size=9), min_size=1, max_size=4)
+completion_rows = st.lists(
+    st.tuples(st.integers(0, 3), st.lists(tokens, max_size=6), tokens, st.booleans()), max_size=8
+)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.sampled_from(VERSIONS), prompt_rows, completion_rows, st.integers(1, 150))
+def test_scores_are_those_of_the_plain_pass(version, prompts, rows, budget):
+    """Whatever the lengths, the batches, the row order, the token ids; the pad id 0 is a token like any other."""
+    prompts = Ragged.from_rows(prompts, np.int32)
+    rollouts = make_rollouts(
+        [index % len(prompts) for index, _, _, _ in rows],
+        [[*body, 1 if finished else last] for _, body, last, finished in rows],
+        [finished for _, _, _, finished in rows],
+    )
+    done = []
+    scores = TEACHERS[version].score(prompts, rollouts, batch_tokens=budget, on_batch=done.append)
+    assert sum(done) == len(scores.q)
+    if rows:
+        assert_same_scores(scores, plain_scores(MODELS[version], prompts, rollouts))
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_known_corners(version):
+    """One token, EOS alone, the decoder's start token inside, the same prompt and the same rollout twice."""
+    prompts = Ragged.from_rows([[1], [0, 0, 1], [5, 0, 6, 1]], np.int32)
+    rollouts = make_rollouts(
+        [2, 0, 1, 1, 2, 2, 0],
+        [[1], [7], [0, 0, 0, 1], [0], [3, 4, 1], [3, 4, 1], [8, 9, 10, 11, 12, 13]],
+        [True, False, True, False, True, True, False],
+    )
+    scores = TEACHERS[version].score(prompts, rollouts, batch_tokens=1000)
+    assert_same_scores(scores, plain_scores(MODELS[version], prompts, rollouts))
+    assert (scores.final_max_q != 0).tolist() == [False, True, False, True, False, False, True]
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_shifted_scores_would_be_noticed(version):
+    """The comparison above tells a score from its neighbours: they differ by far more than its tolerance."""
+    prompts, rollouts = random_rollouts(3, 20)
+    scores = plain_scores(MODELS[version], prompts, rollouts)
+    for values in (scores.q, scores.max_q, scores.logsumexp, scores.mean_q):
+        inner = [np.diff(row) for row in rollouts.completions.with_values(values)]
+        assert np.median(np.abs(np.concatenate(inner))) > 0.02
+
+
+def test_rows_can_be_chosen():
+    prompts, rollouts = random_rollouts(4, 10)
+    rows = np.array([7, 2, 3])
+    plain = plain_scores(MODELS["1.0"], prompts, rollouts)
+    wanted = np.concatenate([np.arange(*rollouts.completions.offsets[row : row + 2]) for row in rows])
+    scores = TEACHERS["1.0"].score(prompts, rollouts, rows=rows, batch_tokens=60)
+    np.testing.assert_allclose(scores.q, plain.q[wanted], rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(scores.final_max_q, plain.final_max_q[rows], rtol=1e-4, atol=1e-4)
+
+
+def test_a_loaded_teacher_is_who_its_files_say(tmp_path):
+    folder = save_model(tmp_path, "1.1")
+    teacher = Teacher.load(str(folder), device="cpu")
+    assert (teacher.info, teacher.tokenizer) == Teacher.identify(str(folder))
+    assert teacher.info.name == str(folder)
+    assert teacher.tokenizer.fingerprint == TOKENIZER.fingerprint
+    prompts, rollouts = random_rollouts(5, 6)
+    assert_same_scores(
+        teacher.score(prompts, rollouts, batch_tokens=100), plain_scores(make_t5("1.1"), prompts, rollouts)
+    )
+
+
+def test_the_precision_is_part_of_who_a_teacher_is(tmp_path):
+    folder = save_model(tmp_path)
+    (single, _), (half, _) = (Teacher.identify(str(folder), dtype=dtype) for dtype in ("float32", "bfloat16"))
+    assert single.fingerprint != half.fingerprint
+    assert half.dtype == "bfloat16"
+
+
+def test_a_bfloat16_teacher_scores_in_float32(tmp_path, monkeypatch):
+    """On a processor without bfloat16 products all of it: the scores are those of the same weights in float32."""
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    teacher = Teacher.load(str(save_model(tmp_path, "1.1", scale=5)), dtype="bfloat16", device="cpu")
+    narrow = make_t5("1.1", scale=5).bfloat16()
+    prompts, rollouts = random_rollouts(6, 8)
+    scores = teacher.score(prompts, rollouts, batch_tokens=100)
+    assert_same_scores(scores, plain_scores(make_t5("1.1", scale=5).bfloat16().float(), prompts, rollouts))
+    rounded = plain_scores(narrow, prompts, rollouts)  # body and head in bfloat16
+    assert np.abs(rounded.max_q - scores.max_q).max() > 0.02
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_numbers_that_are_none_name_their_row(poison):
+    model = make_t5("1.1")
+    with torch.no_grad():
+        model.shared.weight[40] = poison
+    prompts = Ragged.from_rows([[5, 1], [40, 1]], np.int32)
+    rollouts = make_rollouts([0, 0, 1], [[7, 1], [8, 1], [9, 1]], [True] * 3)
+    teacher = Teacher.__new__(Teacher)  # the probe would meet token 40 first
+    vars(teacher).update(vars(TEACHERS["1.1"]), _model=model)
+    with pytest.raises(NumericsError, match="rollout row 2: teacher tiny gives NaN or infinite logits; its weights"):
+        teacher.score(prompts, rollouts, batch_tokens=1000)
+    teacher.info = teacher.info.model_copy(update={"dtype": "bfloat16"})
+    with pytest.raises(NumericsError, match="try --dtype float32"):
+        teacher.score(prompts, rollouts, batch_tokens=1000)
+    teacher.score(prompts, rollouts, rows=np.array([0, 1]), batch_tokens=1000)
+
+
+def test_a_state_after_the_end_is_checked_too(monkeypatch):
+    def spoiled(model, batch, *, next_state):
+        states, next_states = completion_states(model, batch, next_state=next_state)
+        next_states[-1] = float("nan")
+        return states, next_states
+
+    monkeypatch.setattr("ketchup_cache.scoring.teacher.completion_states", spoiled)
+    rollouts = make_rollouts([0, 0, 0], [[7, 8], [7, 9], [7, 1]], [False, False, True])
+    with pytest.raises(NumericsError, match="rollout row 1"):
+        TEACHERS["1.1"].score(Ragged.from_rows([[5, 1]], np.int32), rollouts, batch_tokens=1000)
+
+
+def test_token_ids_beyond_the_vocabulary_name_their_row():
+    teacher = TEACHERS["1.0"]
+    prompts = Ragged.from_rows([[99, 1], [60, 1], [5, 1]], np.int32)
+    good = make_rollouts([2, 2], [[7, 1], [8]], [True, False])
+    assert len(teacher.score(prompts, good, batch_tokens=100).q) == 3  # prompts that no rollout has are not looked at
+    with pytest.raises(MismatchError, match="prompt row 1 holds token id 60, but teacher tiny has 60 tokens"):
+        teacher.score(prompts, dataclasses.replace(good, prompt_index=np.array([2, 1])), batch_tokens=100)
+    bad = make_rollouts([2, 2], [[7, 1], [8, -1]], [True, False])
+    with pytest.raises(MismatchError, match="completion of rollout row 1 holds token id -1"):
+        teacher.score(prompts, bad, batch_tokens=100)
+
+
+class OutOfMemoryAbove:
+    """Raises what CUDA raises, above a padded size."""
+
+    def __init__(self, teacher: Teacher, limit: int) -> None:
+        self.limit, self.score_batch, self.rows = limit, teacher._score_batch, []
+
+    def __call__(self, batch, finished, names, *rest):
+        padded = len(names) * int(batch.prompts.lengths.max() + batch.completions.lengths.max())
+        if padded > self.limit:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        self.rows += names.tolist()
+        return self.score_batch(batch, finished, names, *rest)
+
+
+def test_running_out_of_memory_halves_the_batches_and_repeats_nothing(monkeypatch):
+    teacher = TEACHERS["1.0"]
+    prompts, rollouts = random_rollouts(7, 12)
+    small = OutOfMemoryAbove(teacher, 40)
+    monkeypatch.setattr(teacher, "_score_batch", small)
+    scores = teacher.score(prompts, rollouts, batch_tokens=10_000)
+    assert_same_scores(scores, plain_scores(MODELS["1.0"], prompts, rollouts))
+    assert sorted(small.rows) == list(range(12))
+
+
+def test_a_row_that_never_fits_is_named(monkeypatch):
+    teacher = TEACHERS["1.0"]
+    monkeypatch.setattr(teacher, "_score_batch", OutOfMemoryAbove(teacher, 8))
+    prompts = Ragged.from_rows([[5, 1]], np.int32)
+    rollouts = make_rollouts([0, 0, 0], [[7, 1], [8] * 9, [9, 1]], [True, False, True])
+    with pytest.raises(ModelError, match=r"rollout row 1 \(2 prompt and 9 completion tokens\) does not fit"):
+        teacher.score(prompts, rollouts, batch_tokens=1000)

@@ -1,0 +1,135 @@
+"""Caches on the Hub, against a stand-in for HfApi that keeps a repository in memory. The real Hub is not reached."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import yaml
+from huggingface_hub import HfApi
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+from ketchup_cache.cache.cache import open_cache
+from ketchup_cache.cache.inspect import verify
+from ketchup_cache.errors import CacheError, WriteError
+from ketchup_cache.sharing import base, hub, transfer
+from ketchup_cache.sharing import stores as opening
+from tests.helpers.segments import fill
+
+URL = "hf://datasets/lab/xsum"
+
+
+class FakeApi:
+    """The four calls that are used, with the argument names of the real ones."""
+
+    def __init__(self):
+        self.files, self.commits, self.private, self.offline, self.conflicts = {}, [], None, False, 0
+
+    def create_repo(self, repo_id, *, repo_type, private, exist_ok):
+        assert (repo_id, repo_type, exist_ok) == ("lab/xsum", "dataset", True)
+        self.private = private
+
+    def list_repo_tree(self, repo_id, *, path_in_repo, repo_type, revision):
+        found = [name for name in self.files if name.startswith(path_in_repo + "/")]
+        if not found:
+            raise EntryNotFoundError("404")
+        return [SimpleNamespace(path=name) for name in found]
+
+    def create_commit(self, repo_id, operations, *, commit_message, repo_type):
+        if self.conflicts:
+            self.conflicts -= 1
+            raise RuntimeError("412 https://hub/x?token=SECRET: a commit has happened since")
+        new = {op.path_in_repo: op.path_or_fileobj for op in operations}
+        self.files |= new
+        self.commits.append(sorted(new))
+
+    def hf_hub_download(self, repo_id, filename, *, repo_type, revision, local_dir):
+        if self.offline:
+            raise LocalEntryNotFoundError("no connection to https://hub/x?token=SECRET")
+        if filename not in self.files:
+            raise EntryNotFoundError("404")
+        path = Path(local_dir) / filename
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(self.files[filename])
+        return str(path)
+
+
+@pytest.fixture
+def api(monkeypatch):
+    fake = FakeApi()
+    monkeypatch.setattr(base, "FIRST_PAUSE_S", 0.001)
+    remote = lambda url, license_id=None: hub.HubRemote(url, fake, license_id)  # noqa: E731
+    monkeypatch.setattr(opening, "HubRemote", remote)
+    return fake
+
+
+@pytest.fixture
+def cache(tmp_path):
+    made = open_cache(tmp_path / "a", create=True)
+    fill(made)
+    return made
+
+
+def test_the_stand_in_takes_the_arguments_of_the_real_client():
+    import inspect
+
+    for name in ("create_repo", "list_repo_tree", "create_commit", "hf_hub_download"):
+        real = inspect.signature(getattr(HfApi, name)).parameters
+        assert set(inspect.signature(getattr(FakeApi, name)).parameters) <= set(real), name
+
+
+def test_data_is_committed_before_manifests(api, cache, tmp_path):
+    transfer.copy(cache.path, URL)
+    assert api.private is True
+    marker, *rest = api.commits
+    assert marker == ["ketchup-cache.json"]
+    there: set[str] = set()
+    for names in rest:
+        for name in names:
+            if name.startswith("manifests/"):
+                assert {f"segments/{name[10:74]}/{f}" for f in cache.manifest(name[10:74]).files} <= there
+        there |= set(names)
+    transfer.copy(URL, tmp_path / "b")
+    assert verify(open_cache(tmp_path / "b")).segments == 3
+    done = len(api.commits)
+    assert transfer.copy(cache.path, URL).already == 3
+    assert len(api.commits) == done
+
+
+def test_the_card(api, cache):
+    transfer.copy(cache.path, URL, license_id="cc-by-4.0")
+    text = api.files["README.md"].decode()
+    assert yaml.safe_load(text.split("---")[1])["license"] == "cc-by-4.0"
+    for line in ("`teacher (float32)`", "`student`", "`words`", "`made-up`", "| prompts | 3 rows |", "14"):
+        assert line in text
+    fill(cache)
+    transfer.copy(cache.path, URL)
+    text = api.files["README.md"].decode()
+    assert "license: cc-by-4.0" in text
+    assert "| prompts | 6 rows |" in text
+    api.files["README.md"] = b"# by hand"
+    fill(cache)
+    transfer.copy(cache.path, URL)
+    assert api.files["README.md"] == b"# by hand"
+
+
+def test_conflicts_are_tried_again_and_errors_hide_tokens(api, cache, tmp_path):
+    api.conflicts = 2
+    transfer.copy(cache.path, URL)
+    api.conflicts = 99
+    fill(cache)
+    with pytest.raises(WriteError) as error:
+        transfer.copy(cache.path, URL)
+    assert "SECRET" not in str(error.value)
+    api.offline = True
+    with pytest.raises(CacheError, match="can't be reached") as lost:
+        transfer.copy(URL, tmp_path / "b")
+    assert "SECRET" not in str(lost.value)
+
+
+def test_a_revision_is_read_only(api, cache):
+    transfer.copy(cache.path, URL)
+    fill(cache)
+    with pytest.raises(WriteError, match="read-only"):
+        transfer.copy(cache.path, f"{URL}@v1")

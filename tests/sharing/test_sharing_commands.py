@@ -1,0 +1,109 @@
+"""rollout, score, learn, analyze and info on a cache at an address: the same numbers as on a folder."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+
+from ketchup_cache.cli import main
+from ketchup_cache.sharing.remote_cache import open_cache
+from ketchup_cache.sharing.stores import open_remote
+from tests.helpers.tiny import save_model, write_prompts
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Models and data."""
+    base = tmp_path_factory.mktemp("made")
+    save_model(base / "s", "1.0", seed=1)
+    save_model(base / "t", "1.1", seed=2)
+    write_prompts(base / "d.jsonl", 8)
+    return base
+
+
+def run(capsys, *words):
+    capsys.readouterr()
+    assert main([*map(str, words), "--json"]) == 0, capsys.readouterr().err
+    return json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("url", ["memory", "s3"], indirect=True)
+def test_a_whole_run_at_an_address(made, url, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("KETCHUP_CACHE_HOME", str(tmp_path / "home"))
+    student, teacher, data = made / "s", made / "t", made / "d.jsonl"
+
+    def all_of_it(cache, out):
+        sampled = ["--student", student, "--cache", cache, "--max-new-tokens", 6, "--device", "cpu"]
+        run(capsys, "rollout", *sampled, "--data", data, "--first", 4, "--samples", 2)
+        scored = run(capsys, "score", "--teacher", teacher, "--cache", cache, "--device", "cpu")
+        options = ["--batch-size", 4, "--lr", 1e-3, "--unfinished", "bootstrap", "--out"]
+        offline = run(capsys, "learn", *sampled, *options, out / "offline")
+        refreshed = ["--teacher", teacher, "--samples", 2, "--refresh-every", 2, "--steps", 4]
+        onpolicy = run(capsys, "learn", *sampled, *refreshed, *options, out / "onpolicy")
+        found = run(capsys, "analyze", "--cache", cache, "--unfinished", "bootstrap", "--policy", student)
+        info = run(capsys, "info", cache)
+        return [
+            {k: v for k, v in scored.items() if k in ("rollouts", "tokens", "scored", "already")},
+            offline["fingerprint"],
+            onpolicy["fingerprint"],
+            found["policies"],
+            {k: v for k, v in info.items() if k in ("segments", "rollouts", "finished", "completion_tokens")},
+        ]
+
+    there, here = all_of_it(url, tmp_path / "there"), all_of_it(tmp_path / "here", tmp_path / "here-out")
+    for mine, theirs in zip(here, there, strict=True):
+        assert mine == theirs
+    # everything is at the address, nothing only in the segment cache; a run repeats from there, pinned
+    shutil.rmtree(tmp_path / "home")
+    pin = tmp_path / "there" / "offline" / "pins.json"
+    assert set(json.loads(pin.read_text())["segments"]) < set(open_remote(url).segment_ids())
+    again = ["--student", student, "--cache", url, "--max-new-tokens", 6, "--device", "cpu", "--batch-size", 4]
+    repeated = run(
+        capsys, "learn", *again, "--lr", 1e-3, "--unfinished", "bootstrap", "--pin", pin, "--out", tmp_path / "again"
+    )
+    assert repeated["fingerprint"] == there[1]
+    assert len(list(open_cache(url).rows())) == here[4]["rollouts"]
+    assert run(capsys, "verify", url, "--deep")["ok"]
+    assert run(capsys, "score", "--teacher", teacher, "--cache", url, "--device", "cpu") is not None
+
+
+def test_gc_and_credentials(capsys, monkeypatch):
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "SECRET")
+    assert main(["gc", "s3://lab/xsum"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "gc tidies folders" in line
+
+
+def test_a_profile_of_aws_is_read_by_boto3(tmp_path, monkeypatch, bucket, capsys):
+    """As `aws configure` writes it. Without it, one line."""
+    from ketchup_cache.cache.cache import open_cache as open_folder
+    from tests.helpers.segments import fill
+
+    fill(open_folder(tmp_path / "c", create=True))
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+    monkeypatch.setenv("AWS_PROFILE", "lab")
+    words = ["push", str(tmp_path / "c"), f"s3://{bucket}/cache"]
+    assert main(words) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "profile 'lab' can't be used" in line
+    (tmp_path / "credentials").write_text("[lab]\naws_access_key_id = key\naws_secret_access_key = SECRET\n")
+    assert main(words) == 0
+    assert len(open_remote(words[2]).segment_ids()) == 3
+
+
+def test_a_bucket_that_is_not_there_is_one_line(tmp_path, bucket, capsys):
+    from ketchup_cache.cache.cache import open_cache as open_folder
+    from tests.helpers.segments import fill
+
+    fill(open_folder(tmp_path / "c", create=True))
+    assert main(["push", str(tmp_path / "c"), f"s3://not-{bucket}/cache"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "no such bucket" in line
+    assert main(["pull", f"s3://not-{bucket}/cache", str(tmp_path / "b")]) == 2
+    assert "no cache here" in capsys.readouterr().err

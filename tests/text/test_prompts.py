@@ -1,0 +1,393 @@
+"""Prompts from files: the same examples from every format, and one line for everything that is wrong with them."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from ketchup_cache.config.options import DataOptions
+from ketchup_cache.errors import ConfigError, DataError
+from ketchup_cache.text import prompts as prompts_module
+from ketchup_cache.text.prompts import (
+    Example,
+    data_info,
+    kept_examples,
+    read_examples,
+    tokenize_prompts,
+    without_duplicates,
+)
+from tests.helpers.tiny import WORDS, make_tokenizer
+
+TEXTS = [
+    "the cat sees {two} dogs",
+    "2020-01-01",
+    "007",
+    "NA",
+    'a "quoted, text"',
+    "line one\nline two",
+    "next\u2028line \x85 é 日本",
+    "null",
+    "1e5",
+]
+TARGETS = ["t1", "2020-01-02", "008", "NaN", "x,y", "a\nb", "ü", "None", "true"]
+
+
+def jsonl(path: Path, *rows: object) -> Path:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def options(data: object, **changes: object) -> DataOptions:
+    return DataOptions(data=str(data), **changes)
+
+
+def error_of(data: object, *, need_target: bool = False, **changes: object) -> str:
+    with pytest.raises(DataError) as caught:
+        read_examples(options(data, **changes), need_target=need_target)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def write_all_formats(folder: Path) -> list[Path]:
+    import csv
+
+    rows = [{"prompt": p, "target": t, "n": i} for i, (p, t) in enumerate(zip(TEXTS, TARGETS, strict=True))]
+    lines = jsonl(folder / "d.jsonl", *rows)
+    zipped = folder / "d.jsonl.gz"
+    zipped.write_bytes(gzip.compress(lines.read_bytes()))
+    table = folder / "d.csv"
+    with table.open("w", newline="", encoding="utf-8") as opened:
+        writer = csv.DictWriter(opened, ["prompt", "target", "n"], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    parquet = folder / "D.PARQUET"
+    pq.write_table(pa.Table.from_pylist(rows), parquet)
+    return [lines, zipped, table, parquet]
+
+
+def test_every_format_gives_exactly_the_texts_in_it(tmp_path):
+    folder = tmp_path / "run[1] *"  # the library would read these as a pattern
+    folder.mkdir()
+    for path in write_all_formats(folder):
+        examples = read_examples(options(path), need_target=True)
+        assert [e.prompt for e in examples] == TEXTS, path
+        assert [e.target for e in examples] == TARGETS, path
+        assert [e.row for e in examples] == list(range(1, len(TEXTS) + 1))
+
+
+def test_text_that_looks_like_something_else_stays_text_where_all_rows_do(tmp_path):
+    """A column of dates or numbers alone is what type inference falls for."""
+    for texts in (["2020-01-01", "2020-01-02 10:00"], ["007", "010"], ["true", "false"], ["", "NA"][1:]):
+        rows = [{"prompt": text, "target": text} for text in texts]
+        table = tmp_path / "d.csv"
+        table.write_text("prompt,target\n" + "".join(f"{t},{t}\n" for t in texts))
+        for path in (jsonl(tmp_path / "d.jsonl", *rows), table):
+            examples = read_examples(options(path), need_target=True)
+            assert [(e.prompt, e.target) for e in examples] == [(t, t) for t in texts]
+
+
+def test_ids_are_hashes_of_the_rendered_prompt(tmp_path):
+    path = jsonl(tmp_path / "d.jsonl", {"prompt": "é cat"})
+    (example,) = read_examples(options(path, template="say: {prompt}!"))
+    assert example.id == hashlib.sha256("say: é cat!".encode()).digest()[:16]
+    assert example.target is None
+
+
+def test_limit_blank_lines_and_bom(tmp_path):
+    path = tmp_path / "d.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf\r\n{"prompt": "a"}\r\n\r\n  \r\n{"prompt": "b"}\r\n{"prompt": "c"}\r\n{"prompt": ')
+    assert [(e.prompt, e.row) for e in read_examples(options(path, limit=2))] == [("a", 2), ("b", 5)]
+    assert [(e.prompt, e.row) for e in read_examples(options(path, skip=1, limit=1))] == [("b", 5)]
+    assert "line 7: not valid JSON" in error_of(path)
+    assert "holds no rows after the first 9" in error_of(jsonl(path, {"prompt": "a"}), skip=9)
+
+
+def test_a_changed_file_is_seen_and_nothing_is_left_behind(tmp_path):
+    """In a process of its own, because the library reads its cache folder's name at import."""
+    program = (
+        "import sys, json, tempfile; from pathlib import Path\n"
+        "from ketchup_cache.errors import DataError\n"
+        "from ketchup_cache.text.prompts import read_examples; from ketchup_cache.config.options import DataOptions\n"
+        "for text in ('one', 'two'):\n"  # same length, and within the resolution of a time stamp
+        "    for name, content in (('d.jsonl', json.dumps({'prompt': text})), ('d.csv', 'prompt\\n' + text + '\\n')):\n"
+        "        Path(name).write_text(content)\n"
+        "        assert [e.prompt for e in read_examples(DataOptions(data=name))] == [text]\n"
+        "Path('bad.csv').write_text('prompt\\na\\nb,c\\n')\n"
+        "try: read_examples(DataOptions(data='bad.csv'))\n"
+        "except DataError: pass\n"  # which the library also logs
+    )
+    work, home, temporary = (tmp_path / name for name in ("work", "home", "tmp"))
+    for folder in (work, home, temporary):
+        folder.mkdir()
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "XDG_"))}
+    environment |= {"HOME": str(home), "TMPDIR": str(temporary)}
+    done = subprocess.run([sys.executable, "-c", program], cwd=work, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert [p for p in (*home.rglob("*"), *temporary.rglob("*")) if p.is_file()] == []
+
+
+# ------------------------------------------------------------------------------------------------------- template
+
+
+def test_template_takes_other_columns_and_leaves_braces_in_the_data_alone(tmp_path):
+    path = jsonl(tmp_path / "d.jsonl", {"question": "{hint} {prompt} {{", "hint": "{question}", "prompt": "not this"})
+    (example,) = read_examples(options(path, prompt_field="question", template="{{Q}}: {prompt} [{hint}] {prompt}"))
+    assert example.prompt == "{Q}: {hint} {prompt} {{ [{question}] {hint} {prompt} {{"
+
+
+@pytest.mark.parametrize(
+    "template", ["no field", "{{prompt}}", "{prompt} {", "{prompt} }", "{prompt} {}", "{prompt!r}", "{prompt:>9}"]
+)
+def test_bad_template(tmp_path, template):
+    path = jsonl(tmp_path / "d.jsonl", {"prompt": "a"})
+    with pytest.raises(ConfigError, match="--template") as caught:
+        read_examples(options(path, template=template))
+    assert len(caught.value.problems) == 1
+
+
+def test_template_with_a_column_that_is_not_there(tmp_path):
+    path = jsonl(tmp_path / "d.jsonl", {"prompt": "a", "x": "b"})
+    assert (
+        error_of(path, template="{prompt}{y}") == f"{path}: line 1: no field 'y'; it has 'prompt', 'x': set --template"
+    )
+
+
+# ------------------------------------------------------------------------------------------------------- errors
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ('{"prompt": "a"', "line 2: not valid JSON (Expecting ',' delimiter, column 15)"),
+        ('{"prompt": "a"}}', "line 2: not valid JSON (Extra data, column 16)"),
+        ("[" * 99999, "line 2: not readable as JSON"),
+        ('{"prompt": ' + "1" * 9999 + "}", "line 2: not readable as JSON"),
+        ('["a"]', "line 2: not a JSON object"),
+        ('{"text": "a", "n": 1}', "line 2: no field 'prompt'; it has 'text', 'n': set --prompt-field"),
+        ("{}", "line 2: no field 'prompt'; it has none"),
+        ('{"prompt": null}', "line 2: 'prompt' is null"),
+        ('{"prompt": 5}', "line 2: 'prompt' is of type int, not text"),
+        ('{"prompt": ["a"]}', "line 2: 'prompt' is of type list, not text"),
+        ('{"prompt": " \\n\\t"}', "line 2: 'prompt' is blank"),
+        ('{"prompt": "a \\ud800"}', "line 2: 'prompt' holds half a character"),
+    ],
+)
+def test_bad_line(tmp_path, row, message):
+    path = tmp_path / "d.jsonl"
+    path.write_text('{"prompt": "fine"}\n' + row + '\n{"prompt": "fine"}\n')
+    assert error_of(path).startswith(f"{path}: {message}")
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [({}, "no field 'target'"), ({"target": None}, "'target' is null"), ({"target": " "}, "'target' is blank")],
+)
+def test_missing_target_matters_only_where_it_is_needed(tmp_path, row, message):
+    path = jsonl(tmp_path / "d.jsonl", {"prompt": "a", "target": "b"}, {"prompt": "c"} | row)
+    assert [e.target for e in read_examples(options(path))] == ["b", None]
+    assert error_of(path, need_target=True).startswith(f"{path}: line 2: {message}")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("d.jsonl", b"", ": is empty"),
+        ("d.jsonl", b"\n \n", ": holds no rows"),
+        ("d.csv", b"prompt,target\n", ": holds no rows"),
+        ("d.csv", b"\n\n", ": can't be read (No columns to parse from file)"),
+        ("d.csv", b"prompt,target\na,b,c\n", ": rows have more cells than the header names"),
+        (
+            "d.csv",
+            b"prompt,target\na,b\na,b,c\n",
+            ": can't be read (Error tokenizing data. C error: Expected 2 fields in",
+        ),
+        ("d.csv", b"prompt,target\na,b\n,x\n", ": row 2: 'prompt' is blank"),
+        ("d.csv", b"text,target\na,b\n", ": row 1: no field 'prompt'; it has 'text', 'target'"),
+        ("d.csv", b'prompt\n"a\n', ": can't be read ("),
+        ("d.jsonl", b'{"prompt": "\xff"}\n', ": can't be read ('utf-8' codec can't decode byte 0xff"),
+        ("d.csv", b"prompt\n\xff\n", ": can't be read ('utf-8' codec can't decode byte 0xff"),
+        ("d.jsonl.gz", b"not gzip", ": can't be read (Not a gzipped file"),
+        (
+            "d.jsonl.gz",
+            gzip.compress(b'{"prompt": "a"}\n' * 99, mtime=0)[:-9],
+            ": can't be read (Compressed file ended",
+        ),
+        ("d.parquet", b"not parquet at all", ": can't be read ("),
+        ("d.txt", b"a\n", ": unknown kind of file; give a .jsonl, .jsonl.gz, .csv or .parquet file"),
+        ("d.json", b"[]", ": unknown kind of file"),
+    ],
+)
+def test_bad_file(tmp_path, name, content, message):
+    path = tmp_path / name
+    path.write_bytes(content)
+    verbosity = datasets.logging.get_verbosity()
+    with pytest.raises(DataError) as caught:  # held: its traceback keeps alive what was not closed
+        read_examples(options(path))
+    assert str(caught.value).startswith(f"{path}{message}")
+    assert datasets.logging.get_verbosity() == verbosity
+
+
+def test_parquet_rows(tmp_path):
+    path = tmp_path / "d.parquet"
+    pq.write_table(pa.table({"prompt": pa.array([], pa.string())}), path)
+    assert error_of(path) == f"{path}: holds no rows"
+    pq.write_table(pa.table({"prompt": ["a", None]}), path)
+    assert error_of(path).startswith(f"{path}: row 2: 'prompt' is null")
+    pq.write_table(pa.table({"prompt": [1, 2]}), path)
+    assert error_of(path).startswith(f"{path}: row 1: 'prompt' is of type int, not text")
+
+
+def test_names_that_are_no_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    assert error_of("missing.jsonl") == "missing.jsonl: no such file"
+    assert error_of("data/train.txt") == "data/train.txt: no such file"
+    assert error_of(tmp_path / "a/b/c") == f"{tmp_path / 'a/b/c'}: no such file"
+    assert error_of("squad") == "squad: no such file (a Hugging Face dataset is named owner/name)"
+    assert error_of("x" * 9999).endswith("no such file (a Hugging Face dataset is named owner/name)")
+    assert error_of("folder").startswith("folder: is a folder; give a .jsonl")
+    assert "SECRET" not in error_of("https://user:SECRET@host/d.jsonl")
+
+
+def test_hub_dataset(monkeypatch):
+    """The Hub itself is not asked: what is asked of the library, and what becomes of its answer and its errors."""
+    asked = []
+
+    def load_dataset(name, config, *, split):
+        asked.append((name, config, split))
+        return [{"prompt": "a"}, {"prompt": "b"}]
+
+    monkeypatch.setattr(prompts_module.datasets, "load_dataset", load_dataset)
+    hub = options("owner/name-1.5:en-nl", split="validation", limit=1)
+    examples = read_examples(hub)
+    assert [e.prompt for e in examples] == ["a"]
+    read_examples(options("owner/name"))
+    assert asked == [("owner/name-1.5", "en-nl", "validation"), ("owner/name", None, "train")]
+    assert data_info(examples, hub).name == "owner/name-1.5:en-nl [validation]"
+
+    def unreachable(*_, **__):
+        raise ConnectionError("Couldn't reach 'owner/name' on the Hub\nmany more lines")
+
+    monkeypatch.setattr(prompts_module.datasets, "load_dataset", unreachable)
+    assert error_of("owner/name", split="dev") == (
+        "owner/name: no such file, and the Hugging Face Hub does not give split 'dev' of such a dataset "
+        "(Couldn't reach 'owner/name' on the Hub)"
+    )
+
+
+# ----------------------------------------------------------------------------------------- duplicates, fingerprint
+
+
+def example(text: str, target: str | None = None, row: int = 0) -> Example:
+    return Example(hashlib.sha256(text.encode()).digest()[:16], text, target, row)
+
+
+def test_duplicates_first_wins():
+    kept = without_duplicates([example("a", "1"), example("b"), example("a", "2"), example("b"), example("c")])
+    assert kept == [example("a", "1"), example("b"), example("c")]
+
+
+def test_data_fingerprint_is_of_the_texts_in_order(tmp_path):
+    def fingerprint(*texts: str) -> str:
+        return data_info([example(t) for t in texts], options("d.jsonl", template="{prompt}")).fingerprint
+
+    assert fingerprint("ab", "c") == fingerprint("ab", "c")
+    assert (
+        len({fingerprint(*texts) for texts in (("ab", "c"), ("c", "ab"), ("a", "bc"), ("abc",), ("ab", "c", ""))}) == 5
+    )
+    one, other = jsonl(tmp_path / "one.jsonl", {"prompt": "x a"}), jsonl(tmp_path / "other.jsonl", {"q": "a"})
+    plain, rendered = options(one), options(other, prompt_field="q", template="x {prompt}")
+    infos = [data_info(read_examples(o), o) for o in (plain, rendered)]
+    assert infos[0].fingerprint == infos[1].fingerprint
+    assert (infos[1].name, infos[1].template) == (str(other), "x {prompt}")
+
+
+# ------------------------------------------------------------------------------------------------------- tokens
+
+ID = {word: i for i, word in reversed(list(enumerate(["<pad>", "</s>", "<unk>", *WORDS])))}
+EOS = 1
+
+
+def test_tokens_are_those_of_the_tokenizer_with_eos():
+    examples = [example("the cat"), example("zzz dog"), example("bird")]
+    prompts = tokenize_prompts(examples, make_tokenizer(), options("d.jsonl"))
+    assert [row.tolist() for row in prompts.tokens] == [
+        [ID["the"], ID["cat"], EOS],
+        [2, ID["dog"], EOS],
+        [ID["bird"], EOS],
+    ]
+    assert prompts.tokens.values.dtype == np.int32
+    assert [row.tobytes() for row in prompts.ids] == [e.id for e in examples]
+
+
+LONG = [example("the cat", row=1), example("the cat sees two dogs", row=3), example("a cat sees", row=4)]
+
+
+def test_long_prompt_refused():
+    with pytest.raises(DataError) as caught:
+        tokenize_prompts(LONG, make_tokenizer(), options("d.jsonl", max_prompt_tokens=4))
+    assert str(caught.value) == (
+        "d.jsonl: row 3: the prompt has 6 tokens, more than 4: "
+        "raise --max-prompt-tokens, or set --long-prompts to truncate or drop"
+    )
+    assert len(tokenize_prompts(LONG, make_tokenizer(), options("d.jsonl", max_prompt_tokens=6))) == 3
+
+
+def test_long_prompt_truncated_keeps_eos():
+    prompts = tokenize_prompts(LONG, make_tokenizer(), options("d.jsonl", max_prompt_tokens=4, long_prompts="truncate"))
+    assert [row.tolist() for row in prompts.tokens] == [
+        [ID["the"], ID["cat"], EOS],
+        [ID["the"], ID["cat"], ID["sees"], EOS],
+        [ID["a"], ID["cat"], ID["sees"], EOS],
+    ]
+    assert [row.tobytes() for row in prompts.ids] == [e.id for e in LONG]
+
+
+def test_long_prompt_truncated_without_eos_in_the_tokenizer():
+    tokenizer = make_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = None
+    prompts = tokenize_prompts(LONG[1:2], tokenizer, options("d.jsonl", max_prompt_tokens=3, long_prompts="truncate"))
+    assert prompts.tokens[0].tolist() == [ID["the"], ID["cat"], ID["sees"]]
+
+
+def test_long_prompt_dropped():
+    dropping = options("d.jsonl", max_prompt_tokens=4, long_prompts="drop")
+    repeated = [LONG[0], LONG[1], LONG[2], LONG[1], LONG[0]]
+    prompts = tokenize_prompts(repeated, make_tokenizer(), dropping)
+    kept = kept_examples(repeated, prompts)
+    assert kept == [LONG[0], LONG[2], LONG[0]]
+    assert [row.tobytes() for row in prompts.ids] == [e.id for e in kept]
+    with pytest.raises(DataError, match="no prompt left: all 3 have more than 2 tokens"):
+        tokenize_prompts(LONG, make_tokenizer(), dropping.model_copy(update={"max_prompt_tokens": 2}))
+
+
+def test_more_prompts_than_are_tokenised_at_once(monkeypatch):
+    monkeypatch.setattr(prompts_module, "TOKENIZE_AT_ONCE", 2)
+    examples = [example(word) for word in WORDS[:7]]
+    prompts = tokenize_prompts(examples, make_tokenizer(), options("d.jsonl"))
+    assert [row.tolist() for row in prompts.tokens] == [[ID[word], EOS] for word in WORDS[:7]]
+
+
+def test_dotted_names_read_parts_of_a_column(tmp_path):
+    """As Europarl's `translation: {en, nl}`; a column that has the dotted name itself comes first."""
+    file = tmp_path / "pairs.jsonl"
+    rows = [{"translation": {"en": "yes", "nl": "ja"}}, {"translation": {"en": "no", "nl": "nee"}}]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = DataOptions(data=str(file), prompt_field="translation.en", target_field="translation.nl")
+    assert [(e.prompt, e.target) for e in read_examples(options)] == [("yes", "ja"), ("no", "nee")]
+    with pytest.raises(DataError, match=r"line 1: no field 'translation\.fr'"):
+        read_examples(options.model_copy(update={"prompt_field": "translation.fr"}))
+    file.write_text(json.dumps({"a.b": "flat", "a": {"b": "deep"}}) + "\n")
+    assert read_examples(DataOptions(data=str(file), prompt_field="a.b"))[0].prompt == "flat"

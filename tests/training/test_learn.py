@@ -1,0 +1,280 @@
+"""Runs of the learner: the order of its data, what it warns of and refuses, and that it survives being killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+
+from ketchup_cache.config.commands import LearnConfig
+from ketchup_cache.errors import CacheError, ConfigError, MismatchError, NumericsError
+from ketchup_cache.models.head import Head
+from ketchup_cache.training.batches import Stream, plan_batches
+from ketchup_cache.training.learn import cut_warning, learn, tail_warning
+from tests.helpers.caches import make_cache
+from tests.helpers.learning import config, whole_batch
+from tests.helpers.tiny import WORDS, make_t5, save_model
+
+VOCAB = len(WORDS) + 3
+
+
+@pytest.fixture
+def cache(tmp_path, folders):
+    return make_cache(tmp_path / "cache", *folders, forced=True, stale=0.7)
+
+
+# ------------------------------------------------------------------------------------------------------- stream
+
+
+def test_every_epoch_visits_every_rollout_once_and_keeps_samples_together(tmp_path, folders):
+    cache = make_cache(tmp_path / "cache", *folders, prompts=10, samples=2, segments=3)
+    refs = cache.scored()
+    assert len(refs) == 3
+    plan = plan_batches(refs, 4, seed=5)
+    epochs = []
+    for _ in range(3):
+        seen = []
+        for _ in range(5):  # 20 rollouts in batches of 4
+            batch = [(part, int(row)) for part, rows in next(plan) for row in rows]
+            assert len(batch) == 4
+            pairs = [(part, row // 2) for part, row in batch]
+            assert pairs[0::2] == pairs[1::2]
+            seen += batch
+        assert len(set(seen)) == 20
+        epochs.append(seen)
+    assert epochs[0] != epochs[1]
+
+
+def test_stream_gives_the_rows_it_planned(tmp_path, folders):
+    """Against `cache.rows()`, which joins segments in its own way."""
+    cache = make_cache(tmp_path / "cache", *folders, prompts=9, samples=2, segments=2, forced=True)
+    expected = {(r.prompt_id, r.completion_tokens.tobytes(), r.q.tobytes()): r for r in cache.rows()}
+    stream, seen = Stream(cache, cache.scored(), 6, seed=1), set()
+    for _ in range(3):
+        batch = next(stream)
+        rollouts, scores = batch.rollouts, batch.scores
+        for row in range(6):
+            span = slice(rollouts.completions.offsets[row], rollouts.completions.offsets[row + 1])
+            prompt = rollouts.prompt_index[row]
+            key = (
+                batch.prompts.ids[prompt].tobytes().hex(),
+                rollouts.completions[row].tobytes(),
+                scores.q[span].tobytes(),
+            )
+            want = expected[key]
+            seen.add(key)
+            np.testing.assert_array_equal(batch.prompts.tokens[prompt], want.prompt_tokens)
+            for name in ("max_q", "logsumexp", "mean_q"):
+                np.testing.assert_array_equal(getattr(scores, name)[span], getattr(want, name))
+            np.testing.assert_array_equal(rollouts.behavior_logprob[span], want.behavior_logprob)
+            np.testing.assert_array_equal(rollouts.forced[span], want.forced)
+            assert (rollouts.finished[row], scores.final_max_q[row]) == (want.finished, want.final_max_q)
+    assert len(seen) == len(expected) == 18
+
+
+def test_skipping_is_the_same_as_having_seen(tmp_path, folders):
+    cache = make_cache(tmp_path / "cache", *folders, prompts=5, samples=2, segments=2)
+    slow = Stream(cache, cache.scored(), 4, seed=3)
+    for _ in range(4):
+        next(slow)
+    fast = Stream(cache, cache.scored(), 4, seed=3, skip=4)
+    np.testing.assert_array_equal(next(slow).scores.q, next(fast).scores.q)
+
+
+# --------------------------------------------------------------------------------------------------------- runs
+
+
+def run_learn(options: LearnConfig, **environment) -> subprocess.Popen:
+    flags = [
+        part
+        for key, value in options.model_dump(mode="json", exclude_unset=True).items()
+        for part in (f"--{key.replace('_', '-')}", str(value))
+    ]
+    command = [sys.executable, "-m", "ketchup_cache", "learn", *flags]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | environment
+    )
+
+
+def weights(run) -> dict[str, torch.Tensor]:
+    return load_file(run / "student" / "model.safetensors")
+
+
+def test_killed_and_resumed_gives_the_same_bits(cache, tmp_path, folders):
+    """kill -9 after some checkpoint; the second run goes on from it to the weights of an undisturbed one."""
+    options = config(tmp_path, folders, steps=40, checkpoint_every=3, k=2, warmup=5, schedule="linear")
+    undisturbed = options.model_copy(update={"out": tmp_path / "undisturbed"})
+    report = learn(undisturbed)
+    assert report.resumed_from == 0
+
+    process = run_learn(options)
+    deadline = time.monotonic() + 120
+    while not list((options.out / "checkpoints").glob("step-????????")) and time.monotonic() < deadline:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (options.out / "student").exists()
+    resumed = learn(options)
+    assert 0 < resumed.resumed_from < 40
+    for name, tensor in weights(undisturbed.out).items():
+        assert torch.equal(weights(options.out)[name], tensor), name
+    lines = [json.loads(line) for line in (options.out / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(40))
+    again = learn(options)
+    assert again.already_done
+    assert "nothing to do" in str(again)
+
+
+@pytest.mark.parametrize(
+    ("k", "tail", "lengths", "warned"),
+    [
+        (16, "one-step", [24, 24], "67%"),  # the last 16 of 24 tokens
+        (16, "one-step", [9, 5], "100%"),
+        (4, "one-step", [24, 3], None),  # 7 of 27
+        (16, "jump", [24], None),
+        (1, "one-step", [24], None),
+    ],
+)
+def test_a_k_that_most_completions_are_too_short_for(tmp_path, folders, k, tail, lengths, warned):
+    found = tail_warning(config(tmp_path, folders, k=k, tail=tail), np.array(lengths))
+    assert (found or "None").startswith(str(warned))
+
+
+@pytest.mark.parametrize(
+    ("options", "finished", "warned"),
+    [
+        ({"unfinished": "drop"}, [True, False, False, True], "50%"),
+        ({"unfinished": "drop", "method": "llmr"}, [False, True, True, True], "25%"),
+        ({"unfinished": "drop"}, [True] * 9 + [False], None),
+        ({}, [False] * 4, None),
+        ({"unfinished": "drop", "method": "seqkd", "teacher_outputs": "t"}, [False] * 4, None),
+    ],
+)
+def test_rollouts_that_are_mostly_cut_and_dropped(tmp_path, folders, options, finished, warned):
+    found = cut_warning(config(tmp_path, folders, **options), np.array(finished))
+    assert (found or "None").startswith(str(warned))
+
+
+def test_each_warning_is_printed_once(cache, tmp_path, folders, capsys, monkeypatch):
+    monkeypatch.setattr(
+        "ketchup_cache.training.learn.OFTEN_CUT", 0.01
+    )  # some of the made-up student's rollouts are cut
+    learn(config(tmp_path, folders, k=50, unfinished="drop", batch_size=len(whole_batch(cache))))
+    printed = capsys.readouterr().err
+    assert printed.count("--tail jump") == printed.count("--unfinished bootstrap") == 1
+
+
+def test_result_is_loadable_and_moved(cache, tmp_path, folders):
+    options = config(tmp_path, folders, k=2)
+    report = learn(options)
+    student = AutoModelForSeq2SeqLM.from_pretrained(options.out / "student")
+    assert AutoTokenizer.from_pretrained(options.out / "student")("the cat")["input_ids"] == [3, 5, 1]
+    before = make_t5("1.0", seed=1).state_dict()
+    assert not torch.equal(student.state_dict()["shared.weight"], before["shared.weight"])
+    record = json.loads((options.out / "config.json").read_text())
+    assert record["options"]["k"] == 2
+    assert record["resolved"]["segments"] == [ref.scores_id for ref in cache.scored()]
+    assert report.steps == 3
+
+
+def test_offline_learning_never_sees_the_teacher(cache, tmp_path, folders):
+    """No teacher module is imported, and nothing of the teacher's is opened: its folder is gone."""
+    flags = ["learn", "--student", str(folders[0]), "--cache", str(tmp_path / "cache"), "--out", str(tmp_path / "x")]
+    code = f"""
+import gc, sys
+from torch.nn import Module
+from ketchup_cache.cli import main
+assert main({[*flags, "--steps", "2", "--batch-size", "4"]!r}) == 0
+assert not {{"ketchup_cache.scoring.teacher", "ketchup_cache.scoring.score"}} & set(sys.modules), sorted(sys.modules)
+whole = [o for o in gc.get_objects() if isinstance(o, Module) and type(o).__name__ == "T5ForConditionalGeneration"]
+assert len(whole) <= 1
+"""
+    hidden = folders[1].with_name("hidden")
+    folders[1].rename(hidden)
+    try:
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    finally:
+        hidden.rename(folders[1])
+    assert done.returncode == 0, done.stderr
+
+
+def test_another_runs_folder_is_refused(cache, tmp_path, folders):
+    learn(config(tmp_path, folders, k=2))
+    with pytest.raises(ConfigError, match="--k 2, not 4"):
+        learn(config(tmp_path, folders, k=4))
+
+
+def test_a_run_of_an_earlier_version_goes_on_where_later_options_are_at_their_defaults(cache, tmp_path, folders):
+    options = config(tmp_path, folders)
+    learn(options)
+    written = options.out / "config.json"
+    record = json.loads(written.read_text())
+    assert {record["options"].pop("reuse"), record["options"].pop("precision")} == {1, "float32"}
+    written.write_text(json.dumps(record))
+    learn(options)
+    with pytest.raises(ConfigError, match="--precision None, not bfloat16"):
+        learn(config(tmp_path, folders, precision="bfloat16"))
+    del record["options"]["student"]  # has no default
+    written.write_text(json.dumps(record))
+    with pytest.raises(ConfigError, match="--student None"):
+        learn(options)
+
+
+def test_two_at_once_in_one_folder(cache, tmp_path, folders):
+    import fcntl
+
+    (tmp_path / "run").mkdir()
+    with (tmp_path / "run" / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(ConfigError, match="another process"):
+            learn(config(tmp_path, folders))
+
+
+def test_a_broken_checkpoint_is_named(cache, tmp_path, folders):
+    options = config(tmp_path, folders, steps=4, checkpoint_every=2)
+    learn(options)
+    broken = options.out / "checkpoints" / "step-00000002"
+    broken.mkdir(parents=True)
+    (broken / "state.json").write_text('{"step": 2}')
+    (broken / "model.safetensors").write_bytes(b"not weights")
+    (options.out / "report.json").unlink()
+    with pytest.raises(Exception, match="step-00000002: damaged checkpoint"):
+        learn(options)
+
+
+def test_nan_is_refused_and_keeps_what_was_written(cache, tmp_path, folders, monkeypatch):
+    options = config(tmp_path, folders, steps=6, checkpoint_every=2)
+    original, calls = Head.log_prob, []
+
+    def log_prob(self, states, targets, **keywords):
+        calls.append(1)
+        out = original(self, states, targets, **keywords)
+        return out * float("nan") if len(calls) == 4 else out
+
+    monkeypatch.setattr(Head, "log_prob", log_prob)
+    with pytest.raises(NumericsError, match="step 3: the loss is nan"):
+        learn(options)
+    assert [p.name for p in (options.out / "checkpoints").iterdir()] == ["step-00000002"]
+    assert len((options.out / "metrics.jsonl").read_text().splitlines()) == 3
+
+
+def test_other_tokenizer_and_empty_cache_are_refused(cache, tmp_path, folders):
+    from tests.helpers.tiny import make_tokenizer
+
+    other = save_model(tmp_path / "other", "1.0", seed=1)
+    words = [*WORDS[1:], WORDS[0]]
+    make_tokenizer(words).save_pretrained(other)
+    with pytest.raises(MismatchError, match="encodes differently"):
+        learn(config(tmp_path, (other, folders[1])))
+    with pytest.raises(CacheError, match="nobody"):
+        learn(config(tmp_path, folders, policy="nobody"))

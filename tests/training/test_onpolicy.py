@@ -1,0 +1,225 @@
+"""Refreshing: rollouts of the current student, scored when they are needed, and runs that survive being killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import ketchup_cache.scoring.score
+import ketchup_cache.training.learn
+from ketchup_cache.cache.cache import open_cache
+from ketchup_cache.cli import main
+from ketchup_cache.models.fingerprint import weights_fingerprint
+from ketchup_cache.training.policy_gradient import train_step
+from tests.helpers.caches import plain_logits, plain_scores
+from tests.helpers.tiny import WORDS, make_t5, save_model, write_prompts
+
+VOCAB = len(WORDS) + 3
+LEARN = {
+    "--k": 2, "--steps": 9, "--refresh-every": 3, "--batch-size": 8, "--samples": 2, "--max-new-tokens": 6,
+    "--unfinished": "bootstrap", "--lr": 1e-3, "--checkpoint-every": 2, "--device": "cpu",
+}  # fmt: skip
+
+
+@pytest.fixture
+def words(tmp_path, folders):
+    """A cache with prompts and two rollouts, and the words of a `learn` command."""
+    data = write_prompts(tmp_path / "d.jsonl", 30)
+    student, teacher = map(str, folders)
+    rollout = ["rollout", "--student", student, "--data", data, "--cache", tmp_path / "cache", "--first", 1]
+    assert main([*map(str, rollout), "--samples", "2", "--max-new-tokens", "6"]) == 0
+    options = {"--student": student, "--teacher": teacher, "--cache": tmp_path / "cache", "--out": tmp_path / "run"}
+    return {**LEARN, **options}
+
+
+def flat(options) -> list[str]:
+    return ["learn", *(str(part) for pair in options.items() for part in pair)]
+
+
+def metrics(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_every_phase_samples_the_student_as_it_is_then(words, tmp_path, folders):
+    """Behaviour log-probabilities and scores of the refreshed rollouts equal plain forward passes of the weights that
+    the run had at that step: those of a run that stops there.
+    """
+    assert main(flat(words)) == 0
+    cache = open_cache(tmp_path / "cache")
+    refreshed = [m["step"] for m in metrics(tmp_path / "run") if m["refreshed"]]
+    assert refreshed == [0, 3, 6]
+    for m in metrics(tmp_path / "run"):
+        if m["refreshed"]:
+            assert m["ratio_mean"] == pytest.approx(1, abs=1e-5)
+            assert m["behavior_kl"] == pytest.approx(0, abs=1e-8)
+        else:
+            assert m["behavior_kl"] > 1e-7
+
+    assert main(flat(words | {"--steps": 3, "--out": tmp_path / "short"})) == 0
+    at_three = tmp_path / "short" / "student"
+    segments = [m for _, m in cache.manifests("rollouts") if m.info.policy.step == 3]
+    assert segments
+    assert {m.info.policy.fingerprint for m in segments} == {weights_fingerprint(at_three)}
+    student = make_t5("1.0")
+    student.load_state_dict(load_file(at_three / "model.safetensors"), strict=False)
+    student.tie_weights()
+    teacher, checked = make_t5("1.1", seed=2), 0
+    for row in cache.rows(policy=weights_fingerprint(at_three)):
+        own = plain_logits(student, row.prompt_tokens, row.completion_tokens)[:, :VOCAB].log_softmax(1)
+        own = own[range(len(row.completion_tokens)), row.completion_tokens.tolist()]
+        np.testing.assert_allclose(row.behavior_logprob, own.numpy(), rtol=0, atol=1e-4)
+        expected = plain_scores(teacher, row.prompt_tokens, row.completion_tokens, row.finished, VOCAB)
+        for name in ("q", "max_q", "logsumexp", "mean_q"):
+            np.testing.assert_allclose(getattr(row, name), expected[name], rtol=0, atol=1e-4)
+        checked += 1
+    assert checked == 24  # 3 steps of 8 rollouts
+
+
+def test_prompts_go_on_where_the_last_phase_stopped(words, tmp_path):
+    assert main(flat(words)) == 0
+    cache = open_cache(tmp_path / "cache")
+    ranges = {m.info.policy.step: (m.info.prompt_start, m.info.prompt_stop) for _, m in cache.manifests("rollouts")}
+    # 12 prompts a phase; phase 0 is content with what the cache held for this student
+    assert ranges == {None: (0, 1), 3: (12, 24), 6: (24, 30)} | {6: ranges[6]}
+    sixth = [
+        (m.info.prompt_start, m.info.prompt_stop) for _, m in cache.manifests("rollouts") if m.info.policy.step == 6
+    ]
+    assert sorted(sixth) == [(0, 6), (24, 30)]
+    # prompts 0 to 6 come again, but not with the random numbers of another phase
+    seeds = {info.policy.step: info.sampling.seed for _, info in cache.rollouts()}
+    assert len(set(seeds.values())) == 3
+
+
+def test_rollouts_may_be_used_several_times(words, tmp_path, monkeypatch):
+    """A third of the rollouts, each in three steps of its phase, in batches of other companions."""
+    batches = []
+
+    def watched(model, head, optimizer, batch, config, step):
+        rows = zip(batch.rollouts.prompt_index, batch.rollouts.completions, strict=True)
+        batches.append([(batch.prompts.tokens[index].tobytes(), row.tobytes()) for index, row in rows])
+        return train_step(model, head, optimizer, batch, config, step)
+
+    monkeypatch.setattr(ketchup_cache.training.learn, "train_step", watched)
+    assert main(flat(words | {"--refresh-every": 6, "--steps": 18, "--reuse": 3})) == 0
+    cache = open_cache(tmp_path / "cache")
+    assert [m["step"] for m in metrics(tmp_path / "run") if m["refreshed"]] == [0, 6, 12]
+    for step, phase in ((6, batches[6:12]), (12, batches[12:18])):
+        segments = [m for _, m in cache.manifests("rollouts") if m.info.policy.step == step]
+        assert sum(m.rows for m in segments) == 16  # of 6 batches of 8
+        rounds = [phase[0] + phase[1], phase[2] + phase[3], phase[4] + phase[5]]
+        assert sorted(rounds[0]) == sorted(rounds[1]) == sorted(rounds[2])
+        assert rounds[0] != rounds[1] != rounds[2]
+    later = [m["behavior_kl"] for m in metrics(tmp_path / "run")[7:12]]
+    assert min(later) > 1e-7  # and the ratio corrects for it
+
+
+def test_an_epoch_over_the_prompts_has_a_step_for_each_use(words, tmp_path):
+    assert main(flat(words | {"--steps": 0, "--reuse": 3})) == 0
+    assert len(metrics(tmp_path / "run")) == 22  # 30 prompts x 2 samples x 3 uses, in batches of 8
+
+
+def test_prompts_that_were_stored_twice_count_once(words, tmp_path):
+    """As two processes do that start at the same moment."""
+    cache = open_cache(tmp_path / "cache")
+    ((id_, manifest),) = cache.manifests("prompts")
+    assert cache.commit_prompts(cache.load_prompts(id_), manifest.info) != id_
+    assert main(flat(words)) == 0
+    segments = open_cache(tmp_path / "cache").rollouts()
+    assert {info.prompts for _, info in segments} == {id_}
+    assert sum(info.prompt_stop - info.prompt_start for _, info in segments) == 1 + 12 + 12
+
+
+def test_teacher_is_in_memory_only_while_it_scores(words, monkeypatch):
+    """During every optimizer step, no module that a teacher was loaded with is alive."""
+    import gc
+    import weakref
+
+    from ketchup_cache.training.optimizer import Optimizer
+
+    original, alive, loaded = Optimizer.step, [], []
+    load = ketchup_cache.scoring.score.Teacher.load
+
+    def remembering(*arguments, **options):
+        before = {id(o) for o in gc.get_objects()}
+        teacher = load(*arguments, **options)
+        new = [o for o in gc.get_objects() if id(o) not in before and isinstance(o, torch.nn.Module)]
+        assert any("Gated" in type(o).__name__ for o in new)
+        loaded.append([weakref.ref(o) for o in new])
+        return teacher
+
+    def step(self, number):
+        gc.collect()
+        alive.append(sum(ref() is not None for modules in loaded for ref in modules))
+        return original(self, number)
+
+    monkeypatch.setattr(Optimizer, "step", step)
+    monkeypatch.setattr(ketchup_cache.scoring.score.Teacher, "load", remembering)
+    assert main(flat(words)) == 0
+    assert alive == [0] * 9
+    assert len(loaded) == 3
+
+
+def test_killed_at_any_moment_it_ends_with_the_same_bits(words, tmp_path):
+    """kill -9 again and again, while sampling, scoring or training; each run goes on; the end is the same."""
+    options = words | {"--out": tmp_path / "undisturbed", "--cache": tmp_path / "other"}
+    data, student = tmp_path / "d.jsonl", words["--student"]
+    rollout = ["rollout", "--student", student, "--data", data, "--cache", tmp_path / "other", "--first", 1]
+    assert main([*map(str, rollout), "--samples", "2", "--max-new-tokens", "6"]) == 0
+    assert main(flat(options)) == 0
+
+    rng, kills = np.random.default_rng(0), 0
+    command = [sys.executable, "-m", "ketchup_cache", *flat(words)]
+    for _ in range(4):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=os.environ)
+        before = _progress(tmp_path)
+        deadline = time.monotonic() + 100
+        # let it get somewhere new first, so that attempts make headway whatever the machine's speed
+        while _progress(tmp_path) == before and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0, 0.3))
+        if process.poll() is not None:
+            break
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        kills += 1
+    assert main(flat(words)) == 0
+    assert kills >= 2
+    undisturbed, killed = (
+        load_file(tmp_path / run / "student" / "model.safetensors") for run in ("undisturbed", "run")
+    )
+    for name, tensor in undisturbed.items():
+        assert torch.equal(killed[name], tensor), name
+    assert [m["step"] for m in metrics(tmp_path / "run")] == list(range(9))
+    assert main(["verify", str(tmp_path / "cache")]) == 0
+
+
+def _progress(tmp_path) -> tuple:
+    checkpoints = sorted(p.name for p in (tmp_path / "run" / "checkpoints").glob("step-????????"))
+    return (*checkpoints, len(list((tmp_path / "cache" / "manifests").iterdir())))
+
+
+def test_teacher_of_another_tokenizer_is_refused(words, tmp_path, capsys):
+    from tests.helpers.tiny import make_tokenizer
+
+    other = save_model(tmp_path / "other", "1.1", seed=2)
+    make_tokenizer([*WORDS[1:], WORDS[0]]).save_pretrained(other)
+    assert main(flat(words | {"--teacher": other})) == 2
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1
+    assert "encodes differently: id 3 is 'a' in one and 'the' in the other" in error
+
+
+def test_weak_student_is_told_what_to_do(words, capsys):
+    assert main(flat(words | {"--unfinished": "drop"})) == 2
+    assert "use --unfinished bootstrap" in capsys.readouterr().err
+    # nothing was trained, so the folder is free for other options
+    assert main(flat(words)) == 0

@@ -1,0 +1,159 @@
+"""Cross-entropy training: its gradient, its data, and that it goes on where it was killed."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ketchup_cache.config.commands import PretrainConfig
+from ketchup_cache.errors import CacheError, DataError, KetchupError
+from ketchup_cache.training.optimizer import Optimizer
+from ketchup_cache.training.pretrain import _target_ids, pretrain
+from tests.helpers.caches import make_cache, plain_logits
+from tests.helpers.tiny import assert_bfloat16_gradient, make_t5, make_tokenizer, save_model, write_prompts
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    base = tmp_path_factory.mktemp("models")
+    return save_model(base / "student", "1.0", seed=1), save_model(base / "teacher", "1.1", seed=2)
+
+
+def config(tmp_path, folders, **options) -> PretrainConfig:
+    defaults = {"model": str(folders[0]), "out": tmp_path / "run", "batch_size": 4, "epochs": 1, "device": "cpu"}
+    return PretrainConfig(**(defaults | {"dropout": False} | options))
+
+
+def test_first_loss_is_the_mean_negative_log_likelihood(tmp_path, folders):
+    """Against one plain forward per pair; targets end with EOS; the mean is over tokens, not over rows."""
+    data = write_prompts(tmp_path / "d.jsonl", 6)
+    report = pretrain(config(tmp_path, folders, data=str(data), batch_size=6))
+    model, tokenizer, nll = make_t5("1.0", seed=1), make_tokenizer(), []
+    for line in data.read_text().splitlines():
+        example = json.loads(line)
+        target = tokenizer(example["target"])["input_ids"]
+        assert target[-1] == 1
+        logprob = plain_logits(model, tokenizer(example["prompt"])["input_ids"], target).log_softmax(1)
+        nll += (-logprob[range(len(target)), target]).tolist()
+    assert report.loss_first == pytest.approx(np.mean(nll), rel=1e-5)
+
+
+def test_the_gradient_is_the_same_however_the_batch_is_cut(tmp_path, folders, monkeypatch):
+    data = str(write_prompts(tmp_path / "d.jsonl", 8))
+    results = []
+
+    def keep_gradient(self, step):
+        results[-1] |= {name: p.grad.clone() for name, p in self.named.items() if p.grad is not None}
+        return 0.0
+
+    monkeypatch.setattr(Optimizer, "step", keep_gradient)
+    for budget in (1, 40, 10**6):
+        results.append({})
+        out = tmp_path / f"run{budget}"
+        pretrain(config(tmp_path, folders, data=data, batch_size=8, micro_batch_tokens=budget, out=out, epochs=1))
+    for other in results[1:]:
+        assert other.keys() == results[0].keys()
+        for name, gradient in results[0].items():
+            scale = float(gradient.abs().max())
+            torch.testing.assert_close(other[name], gradient, rtol=1e-4, atol=1e-5 * scale, msg=name)
+
+
+def test_bfloat16_rounds_the_gradient(tmp_path, folders, monkeypatch):
+    data, found = str(write_prompts(tmp_path / "d.jsonl", 8)), {}
+
+    def keep_gradient(self, step):
+        found[precision] = {name: p.grad.clone() for name, p in self.named.items() if p.grad is not None}
+        return 0.0
+
+    monkeypatch.setattr(Optimizer, "step", keep_gradient)
+    for precision in ("float32", "bfloat16"):
+        out = tmp_path / precision
+        pretrain(config(tmp_path, folders, data=data, batch_size=8, precision=precision, out=out, epochs=1))
+    assert_bfloat16_gradient(found["bfloat16"], found["float32"])
+
+
+def test_learns_a_small_set_by_heart(tmp_path, folders):
+    data = str(write_prompts(tmp_path / "d.jsonl", 4))
+    report = pretrain(config(tmp_path, folders, data=data, epochs=120, lr=5e-3))
+    assert report.loss_last < 0.05 < 1 < report.loss_first
+
+
+def test_learns_the_finished_rollouts_of_a_cache(tmp_path, folders):
+    cache = make_cache(tmp_path / "cache", *folders, prompts=5, samples=2, segments=2)
+    report = pretrain(config(tmp_path, folders, cache=tmp_path / "cache", batch_size=100))
+    rows = [row for row in cache.rows() if row.finished]
+    assert len(rows) < 10
+    assert report.examples == len(rows)
+    nll = []
+    for row in rows:
+        logprob = plain_logits(make_t5("1.0", seed=1), row.prompt_tokens, row.completion_tokens).log_softmax(1)
+        nll += (-logprob[range(len(row.completion_tokens)), row.completion_tokens.tolist()]).tolist()
+    assert report.loss_first == pytest.approx(np.mean(nll), rel=1e-5)
+
+
+def test_interrupted_run_goes_on_to_the_same_weights(tmp_path, folders, monkeypatch):
+    """With dropout on: its randomness belongs to the step."""
+    options = {"data": str(write_prompts(tmp_path / "d.jsonl", 8)), "epochs": 4, "dropout": True, "checkpoint_every": 3}
+    pretrain(config(tmp_path, folders, out=tmp_path / "whole", **options))
+    original = Optimizer.step
+
+    def dies(self, step):
+        if step == 5:
+            raise KeyboardInterrupt
+        return original(self, step)
+
+    monkeypatch.setattr(Optimizer, "step", dies)
+    with pytest.raises(KeyboardInterrupt):
+        pretrain(config(tmp_path, folders, **options))
+    monkeypatch.undo()
+    assert pretrain(config(tmp_path, folders, **options)).resumed_from == 3
+    whole, resumed = (load_file(tmp_path / run / "model" / "model.safetensors") for run in ("whole", "run"))
+    assert all(torch.equal(tensor, resumed[name]) for name, tensor in whole.items())
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 8
+    assert pretrain(config(tmp_path, folders, **options)).already_done
+
+
+def test_targets_end_with_eos_even_if_the_tokenizer_adds_none():
+    """As GPT-2's and others' do not; a student that never sees EOS never stops."""
+    from tokenizers.processors import TemplateProcessing
+
+    plain = make_tokenizer()
+    plain.backend_tokenizer.post_processor = TemplateProcessing(single="$A", special_tokens=[])
+    assert plain("the cat")["input_ids"] == [3, 5]
+    for tokenizer in (plain, make_tokenizer()):
+        assert _target_ids(tokenizer, "the cat", 64) == [3, 5, 1]
+    assert _target_ids(plain, "the cat", 2) == [3, 5]
+
+
+def test_schedule_by_hand():
+    def rates(warmup, schedule, steps):
+        options = {"lr": 1.0, "weight_decay": 0.0, "max_grad_norm": 1.0}
+        optimizer = Optimizer(torch.nn.Linear(1, 1), warmup=warmup, schedule=schedule, steps=steps, **options)
+        return [optimizer.lr(step) for step in range(steps)]
+
+    assert rates(0, "constant", 3) == [1, 1, 1]
+    assert rates(3, "constant", 5) == [0.25, 0.5, 0.75, 1, 1]
+    assert rates(0, "linear", 4) == [1, 0.75, 0.5, 0.25]
+    assert rates(1, "linear", 5) == [0.5, 1, 0.75, 0.5, 0.25]
+
+
+@pytest.mark.parametrize(
+    ("content", "error"), [('{"prompt": "the cat"}', DataError), ("", DataError), ('{"target": "x"}', DataError)]
+)
+def test_unusable_data_is_one_line(tmp_path, folders, content, error):
+    (tmp_path / "d.jsonl").write_text(content)
+    with pytest.raises(error) as caught:
+        pretrain(config(tmp_path, folders, data=str(tmp_path / "d.jsonl")))
+    assert "\n" not in str(caught.value)
+
+
+def test_unusable_caches_are_one_line(tmp_path, folders):
+    make_cache(tmp_path / "cache", *folders, prompts=2, samples=1)
+    with pytest.raises(CacheError, match="nobody"):
+        pretrain(config(tmp_path, folders, cache=tmp_path / "cache", policy="nobody"))
+    with pytest.raises(KetchupError, match="no cache here"):
+        pretrain(config(tmp_path, folders, cache=tmp_path / "none"))
