@@ -31,9 +31,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from decoder_pair import FOLDER, MAX_NEW_TOKENS, PREDISTILLED_ON, TASK, TEMPLATE, Pair, pair
 
 from benchmarks.common import ROOT, held, merged, options, publish, run, table
+from benchmarks.decoder_pair import FOLDER, MAX_NEW_TOKENS, PREDISTILLED_ON, TASK, TEMPLATE, Pair, pair
 from benchmarks.timed_run import HEAD, Way, by, rows
 
 WAYS = (
