@@ -25,7 +25,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from scoring import plain_way
 
 from benchmarks.common import (
     FLAN_T5_XL,
@@ -43,6 +42,7 @@ from benchmarks.common import (
     t5,
     table,
 )
+from benchmarks.scoring import plain_way
 from ketchup_cache.config.commands import LearnConfig
 from ketchup_cache.models.head import Head
 from ketchup_cache.models.load import fuse_gelu

@@ -32,7 +32,7 @@ from ketchup_cache.shipped import task
 from ketchup_cache.training.divergence import ON_STUDENT, ON_TEACHER
 from ketchup_cache.training.optimizer import Optimizer
 from ketchup_cache.training.policy_gradient import train_step
-from ketchup_cache.types import Scores
+from ketchup_cache.types import Scores, TopLogits
 
 METHODS = ("kl", "reverse-kl", "js", "tvd")
 ENOUGH = (0.1, 0.01)
@@ -90,15 +90,17 @@ def made_up(vocab: int, tokens: int) -> list[Part]:
         top_q = np.take_along_axis(p, ids, 1)
         total = np.logaddexp.reduce(p.astype(np.float64), axis=1).astype(np.float32)
         nothing = np.full(tokens, -np.inf, np.float32)
-        scores = Scores(top_q[:, 0], top_q[:, 0], total, p.mean(1), np.zeros(1, np.float32), top_q, ids, nothing)
+        scores = Scores(
+            top_q[:, 0], top_q[:, 0], total, p.mean(1), np.zeros(1, np.float32), TopLogits(top_q, ids, nothing)
+        )
         parts.append(Part(scores, torch.from_numpy(s), from_teacher))
     return parts
 
 
 def exact(method: str, part: Part, rows: slice, logits: Tensor) -> Tensor:
     """[n], over full distributions, in float64, by their definitions."""
-    q = torch.tensor(part.scores.top_q[rows]).double()
-    ids = torch.tensor(part.scores.top_ids[rows]).long()
+    q = torch.tensor(part.scores.top.q[rows]).double()
+    ids = torch.tensor(part.scores.top.ids[rows]).long()
     log_p = torch.empty_like(q).scatter_(1, ids, q).log_softmax(1)
     log_s = logits.double().log_softmax(1)
     p, s = log_p.exp(), log_s.exp()
@@ -115,9 +117,9 @@ def exact(method: str, part: Part, rows: slice, logits: Tensor) -> Tensor:
 def lumped(method: str, part: Part, rows: slice, logits: Tensor, few: Scores) -> Tensor:
     """[n], as `learn` computes it."""
     teacher = divergences.teacher_buckets(
-        torch.tensor(few.top_q[rows]), torch.tensor(few.rest_logsumexp[rows]), logits.shape[1]
+        torch.tensor(few.top.q[rows]), torch.tensor(few.top.rest_logsumexp[rows]), logits.shape[1]
     )
-    student = divergences.student_buckets(logits, torch.tensor(few.top_ids[rows]).long())
+    student = divergences.student_buckets(logits, torch.tensor(few.top.ids[rows]).long())
     return terms_on(part)[method](teacher, student)
 
 
@@ -174,15 +176,15 @@ def measure(parts: list[Part]) -> dict:
 
 def mass(scores: Scores) -> np.ndarray:
     """[n], the teacher's probability of the kept tokens."""
-    return np.exp(scores.top_q.astype(np.float64) - scores.logsumexp[:, None]).sum(1)
+    return np.exp(scores.top.q.astype(np.float64) - scores.logsumexp[:, None]).sum(1)
 
 
 def stored_bytes(scores: Scores) -> int:
     """Of the arrays that are there because of --keep-top, compressed as a segment has them."""
-    vocab_bytes = np.uint16 if scores.top_ids.max(initial=0) < 2**16 else np.uint32
-    arrays = {"top_q": scores.top_q, "top_ids": scores.top_ids.astype(vocab_bytes)}
-    if np.isfinite(scores.rest_logsumexp).all():
-        arrays["rest_logsumexp"] = scores.rest_logsumexp
+    vocab_bytes = np.uint16 if scores.top.ids.max(initial=0) < 2**16 else np.uint32
+    arrays = {"top_q": scores.top.q, "top_ids": scores.top.ids.astype(vocab_bytes)}
+    if np.isfinite(scores.top.rest_logsumexp).all():
+        arrays["rest_logsumexp"] = scores.top.rest_logsumexp
     return sum(len(data) for data in encode(arrays).values())
 
 

@@ -176,7 +176,9 @@ def memory(folder: Path, steps: int, batch: int) -> dict[str, dict[str, float]]:
     offline = tool(*common, "--cache", folder / "c", "--out", folder / "offline")
     live = tool(*common, "--cache", folder / "c-live", "--out", folder / "live", *made, *scoring,
                 "--teacher", folder / "teacher", "--refresh-every", 1)  # fmt: skip
-    alone = run(sys.executable, __file__, "--alone", folder, "--steps", steps, "--batch-size", batch)
+    alone = run(
+        sys.executable, "-m", "benchmarks.live_teacher", "--alone", folder, "--steps", steps, "--batch-size", batch
+    )
     return {"student-only": alone, "offline": offline, "live": live, "score": score}
 
 

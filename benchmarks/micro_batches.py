@@ -165,7 +165,15 @@ def main() -> None:
     print(table(head_line, rows), flush=True)
     memory = {}
     for way in ("chunked", "plain"):
-        words = [sys.executable, __file__, "--memory", way, "--tokens", str(1_600 if chosen.short else chosen.tokens)]
+        words = [
+            sys.executable,
+            "-m",
+            "benchmarks.micro_batches",
+            "--memory",
+            way,
+            "--tokens",
+            str(1_600 if chosen.short else chosen.tokens),
+        ]
         memory[way] = int(subprocess.run(words, capture_output=True, text=True, check=True).stdout)
     memory["share"] = memory["chunked"] / memory["plain"]
     print(

@@ -194,7 +194,7 @@ def longest_batch(model: Any, way: str) -> None:
 def memory(shape: str) -> dict[str, int]:
     found = {}
     for way in ("plain", "ours"):
-        words = [sys.executable, __file__, "--model", shape, "--only", f"memory-of-{way}"]
+        words = [sys.executable, "-m", "benchmarks.scoring", "--model", shape, "--only", f"memory-of-{way}"]
         found[way] = int(json.loads(run(*words)["output"]))
     return found
 

@@ -34,7 +34,9 @@ def in_parts(command: str, **options: Any) -> dict[str, Any]:
     """One command, measured. options: as in ketchup_cache.config.commands."""
     with tempfile.TemporaryDirectory() as temporary:
         times = Path(temporary) / "times.json"
-        found: dict[str, Any] = run(sys.executable, __file__, command, json.dumps(options, default=str), times)
+        found: dict[str, Any] = run(
+            sys.executable, "-m", "benchmarks.timed_run", command, json.dumps(options, default=str), times
+        )
         return found | json.loads(times.read_text())
 
 

@@ -1,4 +1,7 @@
-"""Progress of long work, with rate and time left: a bar on a terminal, a line every half minute in a log."""
+"""What the program says: reports, warnings, printable text, sizes, and the progress of long work.
+
+Progress has a rate and the time left: a bar on a terminal, a line every half minute in a log.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,8 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
@@ -13,6 +18,45 @@ from rich.progress import Progress as RichProgress
 from rich.table import Column
 
 LOG_EVERY_S = 30.0
+
+
+class Report:
+    """What a command returns, a frozen dataclass: `str()` is for people, `to_dict()` for `--json`."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON: the fields, and the properties that the class defines."""
+        derived = {name: getattr(self, name) for name, kind in vars(type(self)).items() if isinstance(kind, property)}
+        return asdict(self) | derived  # type: ignore[call-overload]
+
+
+def say(text: str) -> None:
+    """One line on stderr."""
+    print(f"ketchup-cache: {printable(text)}", file=sys.stderr, flush=True)
+
+
+def warn(text: str) -> None:
+    """One line on stderr that the user should act on."""
+    say(f"warning: {text}")
+
+
+def one_line(error: object, longest: int = 200) -> str:
+    """An error's text without line breaks; its type where it says nothing."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= longest else text[: longest - 1] + "…"
+
+
+def printable(text: str) -> str:
+    """Without control characters: names in files that others wrote must not steer the terminal."""
+    return "".join(c if c.isprintable() else "�" for c in text)
+
+
+def size_text(count: float) -> str:
+    """Bytes in words: `1.5 MB`."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
 
 
 class Bar:

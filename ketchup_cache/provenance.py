@@ -9,6 +9,8 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
 
+from ketchup_cache.errors import MismatchError
+
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 
 
@@ -84,3 +86,12 @@ def in_precision(fingerprint: str, dtype: str) -> str:
 
 def canonical_json(value: Any) -> bytes:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+
+
+def require_same_tokenizer(mine: TokenizerInfo, theirs: TokenizerInfo, what: str) -> None:
+    """Raise MismatchError where token ids mean different things to two tokenizers.
+
+    what: whose they are and what to do, as "CACHE was encoded by another tokenizer; use …".
+    """
+    if (mine.fingerprint, mine.vocab_size) != (theirs.fingerprint, theirs.vocab_size):
+        raise MismatchError(f"{what}: tokenizers {mine.name} and {theirs.name} encode differently")

@@ -7,7 +7,7 @@ Notation (docs/method.md): B rollouts, T tokens of one completion, N tokens of a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
@@ -149,18 +149,40 @@ class Rollouts:
             finished=np.concatenate([part.finished for part in parts]),
         )
 
+    def rows(self, start: int, stop: int) -> Rollouts:
+        """Rows start..stop, without copying. `prompt_index` stays as it is."""
+        tokens = slice(self.completions.offsets[start], self.completions.offsets[stop])
+        completions = self.completions.slice(start, stop)
+        return self._each(completions, lambda values: values[tokens], slice(start, stop))
+
     def take(self, rows: NDArray[np.integer]) -> Rollouts:
         """The given rows, in the given order. `prompt_index` stays as it is."""
-        return self._take(rows, *self.completions.places(rows))
+        places, offsets = self.completions.places(rows)
+        completions = Ragged(_gather(self.completions.values, places), offsets)
+        return self._each(completions, lambda values: _gather(values, places), rows)
 
-    def _take(self, rows: NDArray[np.integer], places: NDArray[np.int64], offsets: NDArray[np.int64]) -> Rollouts:
-        return Rollouts(
-            prompt_index=self.prompt_index[rows],
-            completions=Ragged(_gather(self.completions.values, places), offsets),
-            behavior_logprob=_gather(self.behavior_logprob, places),
-            forced=_gather(self.forced, places),
-            finished=self.finished[rows],
-        )
+    def _each(
+        self, completions: Ragged, of_tokens: Callable[[NDArray], NDArray], rows: slice | NDArray[np.integer]
+    ) -> Rollouts:
+        behavior, forced = of_tokens(self.behavior_logprob), of_tokens(self.forced)
+        return Rollouts(self.prompt_index[rows], completions, behavior, forced, self.finished[rows])
+
+
+PER_TOKEN = ("q", "max_q", "logsumexp", "mean_q")
+"""The arrays of `Scores` with one number a token."""
+
+
+@dataclass(frozen=True)
+class TopLogits:
+    """The largest logits of each state (`score --keep-top`), n of them.
+
+    q: [N, n] float32, largest first. ids: [N, n] int32, their tokens.
+    rest_logsumexp: [N] float32, logsumexp over all other tokens; -inf where n is the whole vocabulary.
+    """
+
+    q: NDArray[np.float32]
+    ids: NDArray[np.int32]
+    rest_logsumexp: NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -169,11 +191,8 @@ class Scores:
 
     q: [N] raw logit of the token. max_q: [N] largest logit. logsumexp: [N]. mean_q: [N] mean logit.
     final_max_q: [B] largest logit in the state after the last token of an unfinished rollout; 0 for finished ones.
+    top: the largest logits of each state, where they were kept.
     Maximum, logsumexp and mean are over the real vocabulary (the tokenizer's), not over padding rows of the head.
-    top_q: [N, top] float32, the `top` largest logits of each state, largest first; top_ids: [N, top] int32, their
-        tokens. top is 0 where they were not kept (`score --keep-top`).
-    rest_logsumexp: [N] float32, logsumexp over all tokens but these; logsumexp itself where top is 0, and -inf where
-        top is the whole vocabulary.
     """
 
     q: NDArray[np.float32]
@@ -181,73 +200,77 @@ class Scores:
     logsumexp: NDArray[np.float32]
     mean_q: NDArray[np.float32]
     final_max_q: NDArray[np.float32]
-    top_q: NDArray[np.float32] = None  # type: ignore[assignment]  # __post_init__ makes it [N, 0]
-    top_ids: NDArray[np.int32] = None  # type: ignore[assignment]
-    rest_logsumexp: NDArray[np.float32] = None  # type: ignore[assignment]  # needed where there is a top_q
-
-    def __post_init__(self) -> None:
-        for name, dtype in (("top_q", np.float32), ("top_ids", TOKEN_DTYPE)):
-            if getattr(self, name) is None:
-                object.__setattr__(self, name, np.zeros((len(self.q), 0), dtype))
-        if self.rest_logsumexp is None:
-            if self.top:
-                raise ValueError("top_q without rest_logsumexp")
-            object.__setattr__(self, "rest_logsumexp", self.logsumexp)
+    top: TopLogits | None = None
 
     @property
-    def top(self) -> int:
-        """How many of the largest logits are kept of each state."""
-        return int(self.top_q.shape[1])
+    def keep_top(self) -> int:
+        """Number of largest logits kept per state."""
+        return self.top.q.shape[1] if self.top else 0
 
-    def with_top(self, top: int) -> Scores:
-        """The same scores with only so many of the largest logits; there must be as many. The others join the rest."""
-        if top > self.top:
-            raise ValueError(f"{top} logits of scores that keep {self.top}")
-        if top == self.top:
+    def with_top(self, n: int) -> Scores:
+        """The same scores with only n of the largest logits. Raises ValueError for n > keep_top."""
+        if n > self.keep_top:
+            raise ValueError(f"{n} logits of scores that keep {self.keep_top}")
+        if n == self.keep_top:
             return self
-        rest = self.logsumexp
-        if top:
-            largest = self.top_q[:, top]
-            mass = np.exp(self.top_q[:, top:] - largest[:, None]).sum(axis=1, dtype=np.float64)
-            rest = np.logaddexp(largest + np.log(mass), self.rest_logsumexp).astype(np.float32)
-        return replace(self, top_q=self.top_q[:, :top], top_ids=self.top_ids[:, :top], rest_logsumexp=rest)
+        if not n or self.top is None:
+            return replace(self, top=None)
+        largest = self.top.q[:, n]
+        mass = np.exp(self.top.q[:, n:] - largest[:, None]).sum(axis=1, dtype=np.float64)
+        rest = np.logaddexp(largest + np.log(mass), self.top.rest_logsumexp).astype(np.float32)
+        return replace(self, top=TopLogits(self.top.q[:, :n], self.top.ids[:, :n], rest))
 
     @classmethod
-    def empty(cls, tokens: int, rows: int, top: int = 0) -> Scores:
-        q, max_q, logsumexp, mean_q, final_max_q = (
-            np.zeros(n, np.float32) for n in (tokens, tokens, tokens, tokens, rows)
-        )
-        top_q, top_ids = np.zeros((tokens, top), np.float32), np.zeros((tokens, top), TOKEN_DTYPE)
-        return cls(q, max_q, logsumexp, mean_q, final_max_q, top_q, top_ids, np.zeros(tokens, np.float32))
+    def empty(cls, tokens: int, rows: int, keep_top: int = 0) -> Scores:
+        """Zeros, to be filled in."""
+        per_token = {name: np.zeros(tokens, np.float32) for name in PER_TOKEN}
+        width = (tokens, keep_top)
+        rest = np.zeros(tokens, np.float32)
+        top = TopLogits(np.zeros(width, np.float32), np.zeros(width, TOKEN_DTYPE), rest) if keep_top else None
+        return cls(**per_token, final_max_q=np.zeros(rows, np.float32), top=top)
 
     @classmethod
     def concatenate(cls, parts: Sequence[Scores]) -> Scores:
         """One after another. Of the largest logits as many are kept as every part has."""
         if len(parts) == 1:
             return parts[0]
-        parts = [p.with_top(min(p.top for p in parts)) for p in parts]
-        return cls(*(np.concatenate([getattr(p, f.name) for p in parts]) for f in fields(cls)))
+        n = min(part.keep_top for part in parts)
+        cut = [part.with_top(n) for part in parts]
+        joined = {name: np.concatenate([getattr(part, name) for part in cut]) for name in (*PER_TOKEN, "final_max_q")}
+        tops = [part.top for part in cut if part.top]
+        names = [f.name for f in fields(TopLogits)]
+        top = TopLogits(*(np.concatenate([getattr(top, name) for top in tops]) for name in names)) if tops else None
+        return cls(**joined, top=top)
 
     def per_token(self) -> dict[str, NDArray[np.float32]]:
-        """The arrays with one value for each token, by name."""
-        return {name: getattr(self, name) for name in ("q", "max_q", "logsumexp", "mean_q")}
+        """The arrays with one number a token, by name."""
+        return {name: getattr(self, name) for name in PER_TOKEN}
 
-    def of_tokens(self) -> dict[str, NDArray]:
-        """The arrays with one value, or one row, for each token, by name."""
-        top = {name: getattr(self, name) for name in ("top_q", "top_ids", "rest_logsumexp")}
-        return {**self.per_token(), **top}
+    def rows(self, completions: Ragged, start: int, stop: int) -> Scores:
+        """Rows start..stop of these scores of `completions`, without copying."""
+        tokens = slice(completions.offsets[start], completions.offsets[stop])
+        return self._each(lambda values: values[tokens], slice(start, stop))
 
     def take(self, completions: Ragged, rows: NDArray[np.integer]) -> Scores:
         """The given rows of these scores of `completions`, in the given order."""
         if len(self.q) != len(completions.values):
             raise ValueError(f"scores of {len(self.q)} tokens for completions that hold {len(completions.values)}")
-        return self._take(rows, completions.places(rows)[0])
+        places, _ = completions.places(rows)
+        return self._each(lambda values: _gather(values, places), rows)
 
-    def _take(self, rows: NDArray[np.integer], places: NDArray[np.int64]) -> Scores:
-        arrays = self.of_tokens() if self.top else self.per_token()  # without a top, the rest is logsumexp itself
-        return Scores(
-            **{name: _gather(values, places) for name, values in arrays.items()}, final_max_q=self.final_max_q[rows]
-        )
+    def fill(self, tokens: NDArray[np.int64], rows: NDArray[np.int64], part: Scores) -> None:
+        """Write another one's numbers at places of the token arrays and of the row array."""
+        for name, values in part.per_token().items():
+            getattr(self, name)[tokens] = values
+        self.final_max_q[rows] = part.final_max_q
+        if self.top and part.top:
+            for name, values in vars(part.top).items():
+                getattr(self.top, name)[tokens] = values
+
+    def _each(self, of_tokens: Callable[[NDArray], NDArray], rows: slice | NDArray[np.integer]) -> Scores:
+        top = TopLogits(*map(of_tokens, vars(self.top).values())) if self.top else None
+        cut = {name: of_tokens(values) for name, values in self.per_token().items()}
+        return Scores(**cut, final_max_q=self.final_max_q[rows], top=top)
 
 
 @dataclass(frozen=True)
@@ -263,8 +286,7 @@ class ScoredRollouts:
 
     def take(self, rows: NDArray[np.integer]) -> ScoredRollouts:
         """The given rows, in the given order, with all prompts."""
-        places, offsets = self.rollouts.completions.places(rows)  # once for all arrays
-        return ScoredRollouts(self.prompts, self.rollouts._take(rows, places, offsets), self.scores._take(rows, places))
+        return ScoredRollouts(self.prompts, self.rollouts.take(rows), self.scores.take(self.rollouts.completions, rows))
 
 
 @dataclass(frozen=True)

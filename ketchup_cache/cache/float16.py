@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ketchup_cache.errors import NumericsError
-from ketchup_cache.types import Scores
+from ketchup_cache.types import Scores, TopLogits
 
 LARGEST = float(np.finfo(np.float16).max)
 ROUNDING = 2.0**-11
@@ -38,16 +38,20 @@ def shrink(scores: Scores) -> dict[str, NDArray]:
     Lossless scores may have a distance of less than 0 by a rounding error; it becomes 0.
     """
     max_q = scores.max_q
-    return {
+    arrays: dict[str, NDArray] = {
         "q": half("q", scores.q),
         "gap": _distance("gap", max_q, scores.q),
         "logsumexp_gap": _distance("logsumexp_gap", scores.logsumexp, max_q),
         "mean_gap": _distance("mean_gap", max_q, scores.mean_q),
         "final_max_q": scores.final_max_q,
-        "top_gap": _distance("top_gap", max_q[:, None], scores.top_q),
-        "rest_gap": _rest_gap(scores),
-        "top_ids": scores.top_ids,
     }
+    if top := scores.top:
+        # where there is no rest, its distance is 0 here, and not stored
+        rest = np.where(np.isfinite(top.rest_logsumexp), top.rest_logsumexp, scores.logsumexp)
+        arrays["top_gap"] = _distance("top_gap", max_q[:, None], top.q)
+        arrays["rest_gap"] = _distance("rest_gap", scores.logsumexp, rest)
+        arrays["top_ids"] = top.ids
+    return arrays
 
 
 def restore(arrays: Mapping[str, NDArray]) -> Scores:
@@ -59,21 +63,9 @@ def restore(arrays: Mapping[str, NDArray]) -> Scores:
         max_q = q + gap
         scores = Scores(q, max_q, max_q + logsumexp_gap, max_q - mean_gap, arrays["final_max_q"])
         if "top_gap" in arrays:
-            nothing = np.full(len(q), -np.inf, np.float32)
-            rest = (
-                scores.logsumexp - arrays["rest_gap"].astype(np.float32, copy=False)
-                if "rest_gap" in arrays
-                else nothing
-            )
-            top_q = max_q[:, None] - arrays["top_gap"]
-            scores = replace(scores, top_q=top_q, top_ids=arrays["top_ids"], rest_logsumexp=rest)
+            rest = scores.logsumexp - (arrays["rest_gap"] if "rest_gap" in arrays else np.full_like(q, np.inf))
+            scores = replace(scores, top=TopLogits(max_q[:, None] - arrays["top_gap"], arrays["top_ids"], rest))
     return scores
-
-
-def _rest_gap(scores: Scores) -> NDArray[np.float16]:
-    """Not stored, and 0 here, where there is no rest."""
-    there = np.isfinite(scores.rest_logsumexp)
-    return _distance("rest_gap", scores.logsumexp, np.where(there, scores.rest_logsumexp, scores.logsumexp))
 
 
 def _distance(name: str, above: NDArray[np.float32], below: NDArray[np.float32]) -> NDArray[np.float16]:

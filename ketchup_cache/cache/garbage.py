@@ -15,7 +15,7 @@ from typing import Any
 from ketchup_cache.cache import disk as durable
 from ketchup_cache.cache import segment_bytes as reading
 from ketchup_cache.cache.cache import Cache
-from ketchup_cache.cache.inspect import printable, size_text
+from ketchup_cache.console import printable, size_text
 from ketchup_cache.errors import WriteError
 
 

@@ -14,6 +14,7 @@ from ketchup_cache.cache import segment_bytes as reading
 from ketchup_cache.cache.cache import Cache
 from ketchup_cache.cache.manifest import Manifest, RolloutsInfo, ScoresInfo
 from ketchup_cache.cache.sizes import ArraySizes, array_sizes
+from ketchup_cache.console import printable, size_text
 from ketchup_cache.errors import KetchupError
 
 KINDS = ("prompts", "rollouts", "scores")
@@ -285,15 +286,3 @@ def _share(part: int, whole: int) -> str:
 
 def _step(step: int | None) -> str:
     return "" if step is None else f", step {step:,}"
-
-
-def size_text(count: float) -> str:
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"
-
-
-def printable(text: str) -> str:
-    return "".join(c if c.isprintable() else "�" for c in text)

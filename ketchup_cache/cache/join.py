@@ -10,19 +10,9 @@ from ketchup_cache.types import Prompts, Rollouts, Row, ScoredRollouts, Scores
 
 def join(ref: ScoredRef, prompts: Prompts, rollouts: Rollouts, scores: Scores, first_row: int) -> ScoredRollouts:
     """The rows of one reference, cut out of whole segments. `scores` begins at row `first_row` of `rollouts`."""
-    offsets, rows = rollouts.completions.offsets, slice(ref.row_start, ref.row_stop)
-    tokens = slice(offsets[ref.row_start], offsets[ref.row_stop])
-    cut = Rollouts(
-        prompt_index=rollouts.prompt_index[rows],
-        completions=rollouts.completions.slice(ref.row_start, ref.row_stop),
-        behavior_logprob=rollouts.behavior_logprob[tokens],
-        forced=rollouts.forced[tokens],
-        finished=rollouts.finished[rows],
-    )
-    own_rows = slice(ref.row_start - first_row, ref.row_stop - first_row)
-    own_tokens = slice(tokens.start - offsets[first_row], tokens.stop - offsets[first_row])
-    per_token = {name: values[own_tokens] for name, values in scores.of_tokens().items()}
-    return ScoredRollouts(prompts, cut, Scores(**per_token, final_max_q=scores.final_max_q[own_rows]))
+    own = rollouts.completions.slice(first_row, first_row + len(scores.final_max_q))
+    cut = scores.rows(own, ref.row_start - first_row, ref.row_stop - first_row)
+    return ScoredRollouts(prompts, rollouts.rows(ref.row_start, ref.row_stop), cut)
 
 
 def rows_of(scored: ScoredRollouts, ref: ScoredRef) -> Iterator[Row]:

@@ -7,8 +7,9 @@ from typing import Any
 
 from ketchup_cache.cache import index as coverage
 from ketchup_cache.cache.cache import Cache
-from ketchup_cache.cache.inspect import data_bytes, printable, size_text
+from ketchup_cache.cache.inspect import data_bytes
 from ketchup_cache.cache.manifest import Manifest, PromptsInfo, RolloutsInfo
+from ketchup_cache.console import printable, size_text
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,11 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from ketchup_cache.cache import float16 as halves
+from ketchup_cache.cache import float16
 from ketchup_cache.cache.manifest import ArrayEntry, Info, PromptsInfo, RolloutsInfo, ScoresInfo
-from ketchup_cache.cache.threads import PROCESSORS, each
 from ketchup_cache.errors import CacheError, NumericsError
 from ketchup_cache.provenance import TokenizerInfo
-from ketchup_cache.types import TOKEN_DTYPE, Prompts, Ragged, Rollouts, Scores
+from ketchup_cache.types import PER_TOKEN, TOKEN_DTYPE, Prompts, Ragged, Rollouts, Scores, TopLogits
 
 Segment = Prompts | Rollouts | Scores
 
@@ -24,8 +23,6 @@ IN_MEMORY: Mapping[str, DTypeLike] = {"uint16": TOKEN_DTYPE, "uint32": TOKEN_DTY
 """Dtype on disk → dtype in memory, where they differ. Ids too large for an int32 turn negative, and are refused."""
 OPTIONAL = {"forced"}
 """Left out where all its elements are False."""
-MIN_PART = 2**17
-"""Scores of fewer tokens are checked in one thread."""
 MAX_VOCABULARY = 2**31
 """Token ids are int32 in memory."""
 TOLERANCE = 1e-3
@@ -80,11 +77,15 @@ def pack(segment: Segment, info: Info) -> dict[str, NDArray]:
             "finished": segment.finished,
         }
         return arrays | ({"forced": segment.forced} if segment.forced.any() else {})
-    if not isinstance(info, ScoresInfo) or info.storage == "lossless":
-        arrays = dict(vars(segment))
+    assert isinstance(info, ScoresInfo)
+    if info.storage == "compact":
+        arrays = float16.shrink(segment)
     else:
-        arrays = halves.shrink(segment)
-    arrays["top_ids"] = segment.top_ids.astype(token)
+        arrays = {**segment.per_token(), "final_max_q": segment.final_max_q}
+        if top := segment.top:
+            arrays |= {"top_q": top.q, "top_ids": top.ids, "rest_logsumexp": top.rest_logsumexp}
+    if segment.top:
+        arrays["top_ids"] = segment.top.ids.astype(token)
     kept = layout(info, *size(segment))
     return {name: array for name, array in arrays.items() if name in kept}
 
@@ -103,10 +104,12 @@ def unpack(info: Info, arrays: Mapping[str, NDArray]) -> Segment:
             return Rollouts(prompt_index, completions, behavior_logprob, _frozen(forced), finished)
         case "scores":
             if info.storage == "compact":
-                arrays = vars(halves.restore(arrays))
-            elif info.keep_top == info.tokenizer.vocab_size:
-                arrays = {**arrays, "rest_logsumexp": np.full(len(arrays["q"]), -np.inf, np.float32)}
-            return Scores(**{name: _frozen(array) for name, array in arrays.items()})
+                return _frozen_scores(float16.restore(arrays))
+            top = None
+            if info.keep_top:
+                nothing = np.full(len(arrays["q"]), -np.inf, np.float32)
+                top = TopLogits(arrays["top_q"], arrays["top_ids"], arrays.get("rest_logsumexp", nothing))
+            return _frozen_scores(Scores(**{name: arrays[name] for name in (*PER_TOKEN, "final_max_q")}, top=top))
 
 
 def size(segment: Segment) -> tuple[int, int]:
@@ -156,30 +159,22 @@ def _check_scores(scores: Scores, info: ScoresInfo) -> None:
     rows, tokens = info.row_stop - info.row_start, len(scores.q)
     for name, array in scores.per_token().items():
         _check_kind(name, array, np.float32, (tokens,))
-    for name, dtype in (("top_q", np.float32), ("top_ids", TOKEN_DTYPE)):
-        _check_kind(name, getattr(scores, name), dtype, (tokens, scores.top))
-    if scores.top != info.keep_top:
-        raise CacheError(f"top_q has {scores.top} logits of each state, must be {info.keep_top}")
-    _check_kind("rest_logsumexp", scores.rest_logsumexp, np.float32, (tokens,))
+    if scores.keep_top != info.keep_top:
+        raise CacheError(f"top_q has {scores.keep_top} logits of each state, must be {info.keep_top}")
+    if top := scores.top:
+        _check_kind("top_q", top.q, np.float32, (tokens, info.keep_top))
+        _check_kind("top_ids", top.ids, TOKEN_DTYPE, (tokens, info.keep_top))
+        _check_kind("rest_logsumexp", top.rest_logsumexp, np.float32, (tokens,))
     _check_array("final_max_q", scores.final_max_q, np.float32, (rows,))
-    # one part for each processor: with more of them, threads wait for each other
-    part = max(MIN_PART, -(-tokens // PROCESSORS))
-    each(lambda first: _check_part(_of_tokens(scores, slice(first, first + part)), info, first), range(0, tokens, part))
-
-
-def _of_tokens(scores: Scores, tokens: slice) -> Scores:
-    return Scores(**{name: array[tokens] for name, array in scores.of_tokens().items()}, final_max_q=scores.final_max_q)
-
-
-def _check_part(scores: Scores, info: ScoresInfo, first: int) -> None:
-    """The rules that each token keeps by itself. first: place of the first of these tokens in the segment."""
-    kept = scores.of_tokens()
-    if info.keep_top in (0, info.tokenizer.vocab_size):
-        del kept["rest_logsumexp"]  # it is logsumexp itself, or of nothing
+    kept = scores.per_token()
+    if scores.top:
+        kept |= {"top_q": scores.top.q}
+        if info.keep_top < info.tokenizer.vocab_size:
+            kept |= {"rest_logsumexp": scores.top.rest_logsumexp}
     for name, array in kept.items():
-        _check_finite(name, array, first)
+        _check_finite(name, array)
     max_q = scores.max_q
-    rounding = halves.ROUNDING if info.storage == "compact" else 0
+    rounding = float16.ROUNDING if info.storage == "compact" else 0
     highest = max_q + np.float32(math.log(info.tokenizer.vocab_size) * (1 + rounding))
     for name, low, high, reason in (
         ("q", scores.q, max_q, "is larger than max_q"),
@@ -188,32 +183,33 @@ def _check_part(scores: Scores, info: ScoresInfo, first: int) -> None:
         ("logsumexp", scores.logsumexp, highest, "is larger than max_q + log(vocab_size)"),
     ):
         if (low > high).any():  # rare; what rounding may bend is worked out only then
-            _refuse(name, low > high + TOLERANCE * np.maximum(1, np.abs(max_q)), reason, first)
+            _refuse(name, low > high + TOLERANCE * np.maximum(1, np.abs(max_q)), reason)
     if info.keep_top:
-        _check_top(scores, info, first)
+        _check_top(scores, info)
 
 
-def _check_top(scores: Scores, info: ScoresInfo, first: int) -> None:
-    top_q, top_ids = scores.top_q, scores.top_ids
+def _check_top(scores: Scores, info: ScoresInfo) -> None:
+    assert scores.top is not None
+    top_q, top_ids, rest = vars(scores.top).values()
     slack = TOLERANCE * np.maximum(1, np.abs(scores.max_q))
-    bound = scores.rest_logsumexp - top_q[:, -1] - slack
+    bound = rest - top_q[:, -1] - slack
     if info.storage == "compact":  # logsumexp, and the logits that weigh, lie within log(vocab_size) of the maximum
-        slack += 3 * halves.ROUNDING * math.log(info.tokenizer.vocab_size)
+        slack += 3 * float16.ROUNDING * math.log(info.tokenizer.vocab_size)
         # of every distance that was rounded: of the last logit and logsumexp from the maximum, of the rest from that
-        far = 2 * scores.logsumexp - top_q[:, -1] - scores.rest_logsumexp
-        bound -= 2 * halves.ROUNDING * np.abs(far)
-    _refuse("top_ids", _beyond(top_ids, info.tokenizer), f"holds an id that {info.tokenizer.name} does not have", first)
-    _refuse("top_ids", np.diff(np.sort(top_ids, axis=1), axis=1) == 0, "holds a token twice", first)
-    _refuse("top_q", np.diff(top_q, axis=1) > 0, "does not fall from the largest logit to the smallest", first)
-    _refuse("top_q", top_q[:, 0] != scores.max_q, "does not begin with max_q", first)
+        far = 2 * scores.logsumexp - top_q[:, -1] - rest
+        bound -= 2 * float16.ROUNDING * np.abs(far)
+    _refuse("top_ids", _beyond(top_ids, info.tokenizer), f"holds an id that {info.tokenizer.name} does not have")
+    _refuse("top_ids", np.diff(np.sort(top_ids, axis=1), axis=1) == 0, "holds a token twice")
+    _refuse("top_q", np.diff(top_q, axis=1) > 0, "does not fall from the largest logit to the smallest")
+    _refuse("top_q", top_q[:, 0] != scores.max_q, "does not begin with max_q")
     others = info.tokenizer.vocab_size - info.keep_top
     if others:
-        _refuse("rest_logsumexp", bound > math.log(others), "is more than so many smaller logits can have", first)
+        _refuse("rest_logsumexp", bound > math.log(others), "is more than so many smaller logits can have")
     # together, the kept tokens and the others have the mass of all
     mass = np.exp(top_q - scores.max_q[:, None], dtype=np.float64).sum(1)
-    mass += np.exp(scores.rest_logsumexp - scores.max_q, dtype=np.float64)
+    mass += np.exp(rest - scores.max_q, dtype=np.float64)
     differs = np.abs(np.log(mass) + scores.max_q - scores.logsumexp) > slack
-    _refuse("top_q", differs, "and rest_logsumexp do not add up to logsumexp", first)
+    _refuse("top_q", differs, "and rest_logsumexp do not add up to logsumexp")
 
 
 def _check_pair(scores: Scores, info: ScoresInfo, rollouts: Rollouts) -> None:
@@ -224,12 +220,12 @@ def _check_pair(scores: Scores, info: ScoresInfo, rollouts: Rollouts) -> None:
         raise CacheError(f"scores of {len(scores.q)} tokens for rollouts that have {tokens}")
     valued = rollouts.finished[rows] & (scores.final_max_q != 0)
     _refuse("final_max_q", valued, "is not 0, though the rollout is finished")
-    if info.keep_top:
-        chosen = scores.top_ids == rollouts.completions.slice(info.row_start, info.row_stop).values[:, None]
+    if top := scores.top:
+        chosen = top.ids == rollouts.completions.slice(info.row_start, info.row_stop).values[:, None]
         slack = TOLERANCE * np.maximum(1, np.abs(scores.max_q))
         if info.storage == "compact":  # both were rounded
-            slack += 2 * halves.ROUNDING * np.abs(scores.max_q - scores.q)
-        differs = chosen & (np.abs(scores.top_q - scores.q[:, None]) > slack[:, None])
+            slack += 2 * float16.ROUNDING * np.abs(scores.max_q - scores.q)
+        differs = chosen & (np.abs(top.q - scores.q[:, None]) > slack[:, None])
         _refuse("top_q", differs, "is not q where top_ids is the token")
 
 
@@ -261,19 +257,16 @@ def _check_kind(name: str, array: NDArray, dtype: type[np.generic], shape: tuple
         raise CacheError(f"{name} is {found}, must be {wanted}")
 
 
-def _check_finite(name: str, array: NDArray, first: int = 0) -> None:
-    """first: place of the array's first element, or row, in the whole one."""
+def _check_finite(name: str, array: NDArray) -> None:
     if not np.isfinite(array).all():
         place = tuple(np.argwhere(~np.isfinite(array))[0])
-        raise NumericsError(
-            f"{name}[{first + int(place[0])}] is {array[place]}: scores and log-probabilities must be finite"
-        )
+        raise NumericsError(f"{name}[{int(place[0])}] is {array[place]}: scores and log-probabilities must be finite")
 
 
-def _refuse(name: str, wrong: NDArray[np.bool_], reason: str, first: int = 0) -> None:
-    """wrong: [n], or [n, m] for an array of rows. first: place of the first of them in the whole array."""
+def _refuse(name: str, wrong: NDArray[np.bool_], reason: str) -> None:
+    """wrong: [n], or [n, m] for an array of rows."""
     if wrong.any():
-        raise CacheError(f"{name}[{first + int(np.argwhere(wrong)[0, 0])}] {reason}")
+        raise CacheError(f"{name}[{int(np.argwhere(wrong)[0, 0])}] {reason}")
 
 
 def _float(info: RolloutsInfo | ScoresInfo) -> str:
@@ -283,11 +276,18 @@ def _float(info: RolloutsInfo | ScoresInfo) -> str:
 def _log_probabilities(rollouts: Rollouts, info: Info) -> NDArray:
     if not isinstance(info, RolloutsInfo) or info.storage == "lossless":
         return rollouts.behavior_logprob
-    return halves.half("behavior_logprob", np.minimum(rollouts.behavior_logprob, np.float32(0)))
+    return float16.half("behavior_logprob", np.minimum(rollouts.behavior_logprob, np.float32(0)))
 
 
 def _ragged(tokens: NDArray, offsets: NDArray) -> Ragged:
     return Ragged(_frozen(tokens), _frozen(offsets))
+
+
+def _frozen_scores(scores: Scores) -> Scores:
+    for array in (*vars(scores).values(), *(vars(scores.top).values() if scores.top else ())):
+        if isinstance(array, np.ndarray):
+            _frozen(array)
+    return scores
 
 
 def _frozen(array: NDArray) -> NDArray:

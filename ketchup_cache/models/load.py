@@ -30,6 +30,7 @@ from transformers import (
 from transformers.activations import NewGELUActivation
 from transformers.utils import logging as transformers_logging
 
+from ketchup_cache.console import one_line
 from ketchup_cache.errors import ModelError
 from ketchup_cache.models.fingerprint import PROBES, WeightEntry, weight_entries
 
@@ -89,7 +90,7 @@ def resolve_folder(name: str) -> Path:
             return Path(snapshot_download(name, allow_patterns=SNAPSHOT_FILES))
     except Exception as error:  # the Hub's errors have no common base: HTTP, offline mode, name, disk
         raise ModelError(
-            f"{name}: no such folder, and the Hugging Face Hub does not give it ({_one_line(error)})"
+            f"{name}: no such folder, and the Hugging Face Hub does not give it ({one_line(error)})"
         ) from error
 
 
@@ -110,7 +111,7 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedT
             if not _encodes_as_its_file(tokenizer, folder / "tokenizer.json"):
                 tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # OSError, ValueError, KeyError, JSON and Rust errors, as the broken file has it
-        raise ModelError(f"{name}: its tokenizer can't be loaded ({_one_line(error)})") from error
+        raise ModelError(f"{name}: its tokenizer can't be loaded ({one_line(error)})") from error
     if tokenizer.eos_token_id is None:
         raise ModelError(f"{name}: its tokenizer has no end-of-sequence token (eos_token); completions would never end")
     ends = tokenizer("a")["input_ids"][-1:] == [tokenizer.eos_token_id] and (folder / "config.json").is_file()
@@ -142,7 +143,7 @@ def is_encoder_decoder(name: str, *, trust_remote_code: bool = False) -> bool:
         with quiet():
             config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
     except Exception as error:  # an unknown architecture, values of the wrong kind, the model's own code
-        raise ModelError(f"{name}: can't be loaded ({_one_line(error)})") from error
+        raise ModelError(f"{name}: can't be loaded ({one_line(error)})") from error
     return bool(config.is_encoder_decoder)
 
 
@@ -183,7 +184,7 @@ def load_model(
         except ModelError:
             raise
         except Exception as error:  # whatever transformers, the Hub client or a model's own code raises
-            raise ModelError(f"{name}: can't be loaded ({_one_line(error)})") from error
+            raise ModelError(f"{name}: can't be loaded ({one_line(error)})") from error
     _refuse_incomplete(name, model, loading)
     _refuse_silently_tied(name, model, raw_config, {entry.name for entry in entries})
     if any(parameter.is_meta for parameter in model.parameters()):
@@ -212,7 +213,7 @@ def _read_config(name: str, folder: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise ModelError(f"{name}: has no config.json, so it is not a model folder") from None
     except (OSError, ValueError) as error:
-        raise ModelError(f"{folder / 'config.json'}: can't be read ({_one_line(error)})") from None
+        raise ModelError(f"{folder / 'config.json'}: can't be read ({one_line(error)})") from None
     if not isinstance(config, dict):
         raise ModelError(f"{folder / 'config.json'}: is not a JSON object")
     return config
@@ -277,8 +278,3 @@ def quiet() -> Iterator[None]:
         transformers_logging.set_verbosity(verbosity)
         if bars:
             transformers_logging.enable_progress_bar()
-
-
-def _one_line(error: object, longest: int = 200) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= longest else text[: longest - 1] + "…"

@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ketchup_cache.cache.cache import Cache
-from ketchup_cache.cache.inspect import printable, size_text
 from ketchup_cache.config.caches import ExportConfig
-from ketchup_cache.console import progress
+from ketchup_cache.console import printable, progress, size_text
 from ketchup_cache.errors import CacheError, ConfigError
 from ketchup_cache.files import publishing
 from ketchup_cache.report.tables import schema, scored_tables, unscored_tables

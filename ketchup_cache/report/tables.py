@@ -53,7 +53,7 @@ def scored_tables(cache: Cache, ref: ScoredRef, keep_top: int) -> Iterator[pa.Ta
     part = cache.load_scored(ref)
     info = cache.manifest(ref.rollouts_id).info
     assert isinstance(info, RolloutsInfo)
-    scores = part.scores.with_top(min(keep_top, part.scores.top))
+    scores = part.scores.with_top(min(keep_top, part.scores.keep_top))
     for start in range(0, len(part), ROWS):
         rows = np.arange(start, min(start + ROWS, len(part)))
         cut = scores.take(part.rollouts.completions, rows)
@@ -111,9 +111,11 @@ def _table(
         arrays |= {name: lists(values, completions) for name, values in scores.per_token().items()}
         arrays["final_max_q"] = pa.array(scores.final_max_q)
         if keep_top:
-            width = np.arange(0, scores.top_q.size + 1, max(scores.top, 1), dtype=np.int32)
-            for name in ("top_q", "top_ids"):
-                each = pa.ListArray.from_arrays(pa.array(width), pa.array(getattr(scores, name).reshape(-1)))
+            top = scores.top
+            assert top is not None
+            width = np.arange(0, top.q.size + 1, max(scores.keep_top, 1), dtype=np.int32)
+            for name, values in (("top_q", top.q), ("top_ids", top.ids)):
+                each = pa.ListArray.from_arrays(pa.array(width), pa.array(values.reshape(-1)))
                 arrays[name] = pa.ListArray.from_arrays(pa.array(completions.offsets, pa.int32()), each)
     full = [arrays[f.name] if f.name in arrays else pa.nulls(count, f.type) for f in columns]
     return pa.Table.from_arrays(full, schema=columns)

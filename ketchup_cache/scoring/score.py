@@ -216,7 +216,7 @@ class Scorer:
                 raise type(error)(f"{cache.path}, rollouts {rollouts_id[:12]}: {error}") from None
             computed_tokens = len(scores.q)
             completions = rollouts.completions.take(places)
-            found |= {keys[row - rows.start]: _row(scores, completions, i) for i, row in enumerate(places)}
+            found |= {keys[row - rows.start]: scores.rows(completions, i, i + 1) for i, row in enumerate(places)}
         bar.advance(int(rollouts.completions.lengths[rows.start : rows.stop].sum()) - computed_tokens)
         return Scores.concatenate([found[key] for key in keys]), len(new), computed_tokens
 
@@ -302,7 +302,7 @@ class _KnownScores:
         for ref, wanted in places.items():
             part = self.cache.load_scored(ref)
             scores = part.scores.with_top(self._keep_top)
-            found |= {key: _row(scores, part.rollouts.completions, place) for key, place in wanted.items()}
+            found |= {key: scores.rows(part.rollouts.completions, place, place + 1) for key, place in wanted.items()}
         return found
 
 
@@ -324,17 +324,3 @@ def _keys(prompts: Ragged, rollouts: Rollouts, rows: range) -> list[bytes]:
         key.update(b"finished" if rollouts.finished[row] else b"unfinished")
         keys.append(key.digest())
     return keys
-
-
-def _row(scores: Scores, completions: Ragged, row: int) -> Scores:
-    tokens = slice(completions.offsets[row], completions.offsets[row + 1])
-    return Scores(
-        scores.q[tokens],
-        scores.max_q[tokens],
-        scores.logsumexp[tokens],
-        scores.mean_q[tokens],
-        scores.final_max_q[row : row + 1],
-        scores.top_q[tokens],
-        scores.top_ids[tokens],
-        scores.rest_logsumexp[tokens],
-    )

@@ -18,7 +18,7 @@ from ketchup_cache.models.head import Head
 from ketchup_cache.models.load import load_model, load_tokenizer, resolve_folder
 from ketchup_cache.models.memory import TokenBudget, out_of_memory, release
 from ketchup_cache.provenance import TeacherInfo, TokenizerInfo, in_precision
-from ketchup_cache.types import TOKEN_DTYPE, Ragged, Rollouts, Scores
+from ketchup_cache.types import TOKEN_DTYPE, Ragged, Rollouts, Scores, TopLogits
 
 
 class Teacher:
@@ -72,7 +72,7 @@ class Teacher:
         prompts: the token ids that `rollouts.prompt_index` points into. rows: the rows of `rollouts` to score; None
         for all. batch_tokens: largest batch, in tokens (`batch_size`); results do not depend on it, and running out of
         memory halves it. A `TokenBudget` keeps what was found for the next call. keep_top: how many of the largest
-        logits of each state to keep (`Scores.top_q`), at most all. on_batch: called with the number of completion
+        logits of each state to keep (`Scores.top`), at most all. on_batch: called with the number of completion
         tokens after each batch.
 
         Raises MismatchError for token ids that the teacher does not have, NumericsError for NaN or infinite logits,
@@ -106,7 +106,7 @@ class Teacher:
             size = batch_size(prompt_lengths[places], lengths[places], prompt_index[places], once=once)
             watch = budget.watch(self._devices)
             try:
-                part = self._score_batch(batch, rollouts.finished[names[places]], names[places], scores.top)
+                part = self._score_batch(batch, rollouts.finished[names[places]], names[places], scores.keep_top)
             except Exception as error:
                 if not out_of_memory(error):
                     raise
@@ -125,9 +125,7 @@ class Teacher:
             if watch and budget.fitted(watch, size) and waiting:
                 waiting = split(np.sort(np.concatenate(waiting)))
             where = tokens.take(places).values
-            for name, values in part.of_tokens().items():
-                getattr(scores, name)[where] = values
-            scores.final_max_q[places] = part.final_max_q
+            scores.fill(where, places, part)
             if on_batch:
                 on_batch(len(where))
         return scores
@@ -139,7 +137,7 @@ class Teacher:
         targets = torch.tensor(batch.completions.values, dtype=torch.long, device=self._head.device)
         reduced = self._head.reduce(states, targets, keep_top=keep_top)
         q, max_q, logsumexp, mean_q, *largest = (values.cpu().numpy() for values in reduced)
-        top = (largest[0], largest[1].astype(TOKEN_DTYPE), largest[2]) if largest else ()
+        top = TopLogits(largest[0], largest[1].astype(TOKEN_DTYPE), largest[2]) if largest else None
         _, next_max_q, next_logsumexp, _ = self._head.reduce(next_states, targets.new_zeros(len(next_states)))
         final_max_q = np.zeros(len(names), np.float32)
         final_max_q[~finished] = next_max_q.cpu().numpy()
@@ -152,7 +150,7 @@ class Teacher:
             raise NumericsError(
                 f"rollout row {bad.min()}: teacher {self.info.name} gives NaN or infinite logits; {hint}"
             )
-        return Scores(q, max_q, logsumexp, mean_q, final_max_q, *top)
+        return Scores(q, max_q, logsumexp, mean_q, final_max_q, top)
 
     def _check_ids(self, what: str, tokens: Ragged, names: NDArray[np.int64]) -> None:
         vocab_size = self.tokenizer.vocab_size

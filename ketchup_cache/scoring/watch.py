@@ -19,9 +19,8 @@ from dataclasses import asdict, dataclass, replace
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from ketchup_cache.cache.inspect import printable
 from ketchup_cache.config.commands import ScoreConfig
-from ketchup_cache.console import Bar, progress
+from ketchup_cache.console import Bar, printable, progress
 from ketchup_cache.errors import (
     CacheError,
     CorruptError,

@@ -13,9 +13,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ketchup_cache.cache import index as coverage
-from ketchup_cache.cache.inspect import KINDS, data_bytes, printable, size_text
+from ketchup_cache.cache.inspect import KINDS, data_bytes
 from ketchup_cache.cache.manifest import Manifest, RolloutsInfo, ScoresInfo
-from ketchup_cache.console import Bar, progress
+from ketchup_cache.console import Bar, printable, progress, size_text
 from ketchup_cache.sharing.base import Packed, Remote, in_parallel, read_manifest, read_segment
 from ketchup_cache.sharing.stores import open_existing, open_remote
 

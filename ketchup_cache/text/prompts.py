@@ -26,6 +26,7 @@ import huggingface_hub
 import numpy as np
 
 from ketchup_cache.config.options import DataOptions
+from ketchup_cache.console import one_line
 from ketchup_cache.errors import ConfigError, DataError
 from ketchup_cache.provenance import DataInfo
 from ketchup_cache.text.chat import user_turn
@@ -278,7 +279,7 @@ def _json_records(data: str, lines: Iterable[Record]) -> Iterator[tuple[int, Rec
         except json.JSONDecodeError as error:
             raise DataError(f"{data}: line {number}: not valid JSON ({error.msg}, column {error.colno})") from None
         except (ValueError, RecursionError) as error:  # a number of 5,000 digits, a thousand brackets
-            raise DataError(f"{data}: line {number}: not readable as JSON ({_first_line(error)})") from None
+            raise DataError(f"{data}: line {number}: not readable as JSON ({one_line(error)})") from None
         if not isinstance(record, dict):
             raise DataError(f'{data}: line {number}: not a JSON object; a line looks like {{"prompt": "…"}}')
         yield number, record
@@ -308,7 +309,7 @@ def _rows(load: Callable[[], Iterable[Record]], failure: str) -> Iterator[Record
         try:
             yield from load()
         except Exception as error:  # the readers' errors have no common base: pandas, Arrow, gzip, HTTP, disk
-            raise DataError(f"{failure} ({_first_line(error.__cause__ or error)})") from error
+            raise DataError(f"{failure} ({one_line(error.__cause__ or error)})") from error
 
 
 @contextmanager
@@ -331,8 +332,3 @@ def _quiet() -> Iterator[None]:
 def _public(data: str) -> str:
     """Without user name and password, should it be an address."""
     return re.sub(r"(?<=://)[^/@]*@", "", data)
-
-
-def _first_line(error: object) -> str:
-    text = str(error).strip().splitlines()
-    return " ".join(text[0].split())[:200] if text else type(error).__name__

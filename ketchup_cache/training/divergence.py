@@ -74,20 +74,19 @@ def token_terms(
     logits: Tensor,
     targets: Tensor,
     from_teacher: Tensor,
-    top_q: Tensor,
-    top_ids: Tensor,
-    rest_logsumexp: Tensor,
+    *top: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Each token's term of the loss [n], in nats, and the student's log-probability of the token [n].
 
-    logits: [n, V] float32 of the student. targets: [n] int64. from_teacher: [n] bool. top_q, top_ids: [n, top], and
-    rest_logsumexp: [n], of the teacher.
+    logits: [n, V] float32 of the student. targets: [n] int64. from_teacher: [n] bool. top: the teacher's
+    `TopLogits`, q and ids [n, top], rest_logsumexp [n]; none for seqkd.
     """
     logprob = logits.gather(1, targets[:, None]).squeeze(1) - logits.logsumexp(1)
     if method == "seqkd":
         return -logprob, logprob
+    top_q, top_ids, rest_logsumexp = top
     teacher = divergences.teacher_buckets(top_q, rest_logsumexp, logits.shape[1])
-    student = divergences.student_buckets(logits, top_ids)
+    student = divergences.student_buckets(logits, top_ids.long())
     functions = dict.fromkeys(of[method] for of in (ON_TEACHER, ON_STUDENT) if method in of)
     terms = [function(teacher, student) for function in functions]
     return (terms[0] if len(terms) == 1 else torch.where(from_teacher, terms[0], terms[1])), logprob
@@ -128,9 +127,7 @@ def _micro_batch_loss(
             states[chunk],
             tensor(completions.values[some]).long(),
             tensor(teacher[chunk]),
-            tensor(scores.top_q[some]),
-            tensor(scores.top_ids[some]).long(),
-            tensor(scores.rest_logsumexp[some]),
+            *(tensor(values[some]) for values in (vars(scores.top).values() if scores.top else ())),
             use_reentrant=False,
         )
         losses.append(values * tensor(weight[some].astype(np.float32)))

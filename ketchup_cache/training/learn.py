@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from numpy.typing import NDArray
 
 from ketchup_cache.cache.cache import Cache
 from ketchup_cache.config.commands import LearnConfig
-from ketchup_cache.console import progress
+from ketchup_cache.console import progress, warn
 from ketchup_cache.errors import MismatchError
 from ketchup_cache.models.fingerprint import state_fingerprint, tokenizer_info
 from ketchup_cache.models.head import Head
@@ -91,7 +90,7 @@ def learn(config: LearnConfig, score_rollouts: ScoreRollouts | None = None) -> L
         if origin and not config.scorer:
             teacher = config.teacher or cache.select_teacher(config.scored_by).name
             if warning := origin.differs_from(teacher):
-                print(f"ketchup-cache: warning: {config.student}: {warning}", file=sys.stderr)
+                warn(f"{config.student}: {warning}")
         model = load_model(config.student, device=config.device, trust_remote_code=config.trust_remote_code)
         head = Head.of(model, info.vocab_size)
         run.write_config({"student": state_fingerprint(model), "steps": source.steps, **source.resolved()})
@@ -118,7 +117,7 @@ def learn(config: LearnConfig, score_rollouts: ScoreRollouts | None = None) -> L
                         cut_warning(config, rollouts.finished),
                     ):
                         if warning:
-                            print(f"ketchup-cache: warning: {warning}", file=sys.stderr)
+                            warn(warning)
                 used.add(source.segments())
                 step_began = time.monotonic()
                 if config.method in ("ketchup", "llmr"):

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ketchup_cache.cache.inspect import printable
+from ketchup_cache.console import printable
 from ketchup_cache.errors import ModelError
 from ketchup_cache.files import write_file
 from ketchup_cache.models.fingerprint import weights_fingerprint

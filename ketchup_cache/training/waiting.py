@@ -15,10 +15,9 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from ketchup_cache.cache.cache import Cache
-from ketchup_cache.cache.inspect import printable
 from ketchup_cache.cache.manifest import RolloutsInfo
 from ketchup_cache.config.commands import LearnConfig
-from ketchup_cache.console import Bar, progress
+from ketchup_cache.console import Bar, printable, progress
 from ketchup_cache.errors import CacheError, ConfigError, CorruptError, WriteError
 from ketchup_cache.files import write_file
 from ketchup_cache.provenance import TeacherInfo

@@ -201,7 +201,7 @@ def test_marker(cache: Cache) -> None:
 def test_the_store_is_torch_free(cache: Cache) -> None:
     fill(cache)
     code = (
-        "import sys; from ketchup_cache.store import inspect; from ketchup_cache import open_cache;"
+        "import sys; from ketchup_cache.cache import inspect; from ketchup_cache import open_cache;"
         f"cache = open_cache({str(cache.path)!r}); inspect.describe(cache); assert inspect.verify(cache).ok;"
         "print([m for m in ('torch', 'transformers', 'datasets') if m in sys.modules])"
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from ketchup_cache.cache.cache import Cache, open_cache
 from ketchup_cache.cache.inspect import describe, verify
 from ketchup_cache.cache.sizes import array_sizes
 from ketchup_cache.errors import CacheError, CorruptError, KetchupError, NumericsError
-from ketchup_cache.types import Scores
+from ketchup_cache.types import Scores, TopLogits
 from tests.cache.test_hostile import forge, refused, replaced, stored
 from tests.helpers.segments import (
     VOCAB,
@@ -43,15 +44,14 @@ def scores_of(logits: np.ndarray, tokens: np.ndarray, final: np.ndarray, top: in
     np.put_along_axis(rest, order, -np.inf, axis=1)
     with np.errstate(divide="ignore"):
         lse, others = (np.log(np.exp(x - 50).sum(1)) + 50 for x in (wide, rest))
+    kept = TopLogits(np.take_along_axis(logits, order, 1), order, others.astype(np.float32))
     return Scores(
         q=logits[np.arange(len(tokens)), tokens],
         max_q=logits.max(1),
         logsumexp=lse.astype(np.float32),
         mean_q=logits.mean(1),
         final_max_q=final,
-        top_q=np.take_along_axis(logits, order, 1),
-        top_ids=order,
-        rest_logsumexp=others.astype(np.float32),
+        top=kept if top else None,
     )
 
 
@@ -72,7 +72,7 @@ def test_round_trip(cache: Cache, top: int) -> None:
     id_, scores = fill_top(cache, top)
     loaded = Cache(cache.path).load_scores(id_)
     assert same(loaded, scores)
-    assert not any(array.flags.writeable for array in (loaded.top_q, loaded.top_ids, loaded.rest_logsumexp))
+    assert not any(array.flags.writeable for array in vars(loaded.top).values())
     # nothing is left outside of the whole vocabulary, so nothing is stored of it
     assert ("rest_logsumexp" in cache.manifest(id_).arrays) == (top < VOCAB)
     assert cache.manifest(id_).arrays["top_ids"].dtype == "uint16"
@@ -92,12 +92,18 @@ def test_equal_logits_are_within_the_rules_after_rounding(cache: Cache, vocab: i
     info = scores_info(rollouts_id, 0, 3, vocab_size=vocab)
     id_ = cache.commit_scores(scores, info.model_copy(update={"keep_top": top, "storage": "compact"}))
     read = Cache(cache.path).load_scores(id_)
-    np.testing.assert_allclose(read.rest_logsumexp, scores.rest_logsumexp, atol=0.02)
+    np.testing.assert_allclose(read.top.rest_logsumexp, scores.top.rest_logsumexp, atol=0.02)
+
+
+def whole(scores: Scores) -> dict[str, np.ndarray]:
+    """The arrays by the names that the format has for them."""
+    top = scores.top
+    return {**scores.per_token(), "top_q": top.q, "top_ids": top.ids, "rest_logsumexp": top.rest_logsumexp}
 
 
 def at(name: str, place: tuple[int, ...], value: float, dtype=np.float32):
     def change(scores: Scores) -> np.ndarray:
-        array = np.array(getattr(scores, name)).astype(dtype)
+        array = np.array(whole(scores)[name]).astype(dtype)
         array[place] = value
         return array
 
@@ -105,20 +111,20 @@ def at(name: str, place: tuple[int, ...], value: float, dtype=np.float32):
 
 
 def swapped(scores: Scores) -> np.ndarray:
-    array = np.array(scores.top_q)
+    array = np.array(scores.top.q)
     array[3, [1, 2]] = array[3, [2, 1]]
     return array
 
 
 def twice(scores: Scores) -> np.ndarray:
-    array = scores.top_ids.astype(np.uint16)
+    array = scores.top.ids.astype(np.uint16)
     array[3, 2] = array[3, 0]
     return array
 
 
 def other_ids(scores: Scores) -> np.ndarray:
     """The first token of row 3 among its ids, with a logit that is not q."""
-    array = scores.top_ids.astype(np.uint16)
+    array = scores.top.ids.astype(np.uint16)
     token = int(make_rollouts().completions.values[3])
     assert token not in array[3]
     array[3, 3] = token
@@ -183,7 +189,7 @@ def test_arrays_that_are_missing_or_too_many(cache: Cache) -> None:
         without("top_q", "top_ids")(manifest, files)
 
     def wide_ids(manifest, files):
-        files.update(stored(scores.top_ids.astype(np.uint32), "top_ids"))
+        files.update(stored(scores.top.ids.astype(np.uint32), "top_ids"))
         manifest["arrays"]["top_ids"]["dtype"] = "uint32"
 
     def too_many(manifest, files):
@@ -206,15 +212,9 @@ def test_not_committed_with_another_number_than_info_says(cache: Cache, said: in
 
 def test_nan_is_not_committed(cache: Cache) -> None:
     segment_id, scores = fill_top(cache, 4)
-    broken = Scores(**{**vars(scores), "rest_logsumexp": np.full(len(scores.q), NAN)})
+    broken = replace(scores, top=replace(scores.top, rest_logsumexp=np.full(len(scores.q), NAN)))
     with pytest.raises(NumericsError, match=r"rest_logsumexp\[0\] is nan"):
         cache.commit_scores(broken, cache.manifest(segment_id).info)
-
-
-def test_top_without_rest_can_not_be_made() -> None:
-    one = np.zeros(1, np.float32)
-    with pytest.raises(ValueError, match="top_q without rest_logsumexp"):
-        Scores(one, one, one, one, one, top_q=one[:, None], top_ids=np.zeros((1, 1), np.int32))
 
 
 @given(st.integers(0, 2**32 - 1), st.floats(0.1, 60), st.integers(1, 12), st.data())
@@ -227,12 +227,14 @@ def test_fewer_logits_are_those_that_would_have_been_kept(seed: int, scale: floa
     tokens, final = rng.integers(0, 12, 5), np.zeros(5, np.float32)
     many, few = scores_of(logits, tokens, final, top), scores_of(logits, tokens, final, fewer)
     cut = many.with_top(fewer)
-    assert same(cut.top_q, few.top_q)
-    assert same(cut.top_ids, few.top_ids)
-    np.testing.assert_allclose(cut.rest_logsumexp, few.rest_logsumexp, rtol=3e-7, atol=3e-6)
     joined = Scores.concatenate([many, few])
-    assert joined.top == fewer
-    np.testing.assert_array_equal(joined.rest_logsumexp, np.concatenate([cut.rest_logsumexp, few.rest_logsumexp]))
+    assert cut.keep_top == joined.keep_top == fewer
+    if fewer:
+        assert same(cut.top.q, few.top.q)
+        assert same(cut.top.ids, few.top.ids)
+        np.testing.assert_allclose(cut.top.rest_logsumexp, few.top.rest_logsumexp, rtol=3e-7, atol=3e-6)
+        both = np.concatenate([cut.top.rest_logsumexp, few.top.rest_logsumexp])
+        np.testing.assert_array_equal(joined.top.rest_logsumexp, both)
     with pytest.raises(ValueError, match="logits of scores that keep"):
         few.with_top(fewer + 1)
 
@@ -240,7 +242,7 @@ def test_fewer_logits_are_those_that_would_have_been_kept(seed: int, scale: floa
 def test_info_gives_bytes_per_token_of_every_array(cache: Cache) -> None:
     fill_top(cache, 4)
     _, scores = fill_top(cache, 0, by="another")
-    assert scores.top == 0
+    assert scores.keep_top == 0
     info = describe(cache)
     assert [(s.kind, s.keep_top) for s in info.arrays] == [
         ("prompts", 0),

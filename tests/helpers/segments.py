@@ -114,6 +114,8 @@ def same(a: object, b: object) -> bool:
     """Equal bit for bit, dtypes and NaN payloads included."""
     if isinstance(a, np.ndarray) and isinstance(b, np.ndarray):
         return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
+    if a is None or b is None:
+        return a is b
     return type(a) is type(b) and all(same(getattr(a, f.name), getattr(b, f.name)) for f in fields(a))  # type: ignore[arg-type]
 
 

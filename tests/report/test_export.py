@@ -16,7 +16,7 @@ from ketchup_cache.cache.cache import open_cache
 from ketchup_cache.cli import main
 from ketchup_cache.report import export as exporting
 from ketchup_cache.report import tables
-from ketchup_cache.types import Scores
+from ketchup_cache.types import Scores, TopLogits
 from tests.helpers.segments import VOCAB, make_prompts, make_rollouts, prompts_info, rollouts_info, scores_info
 
 LISTS = ("prompt_tokens", "completion_tokens", "forced", "behavior_logprob", "q", "max_q", "logsumexp", "mean_q")
@@ -37,9 +37,7 @@ def top_scores(rollouts, start, stop, top, seed):
         logsumexp=np.log(np.exp(logits.astype(np.float64)).sum(1)).astype(np.float32),
         mean_q=logits.mean(1),
         final_max_q=final,
-        top_q=np.take_along_axis(logits, order.astype(np.int64), 1),
-        top_ids=order,
-        rest_logsumexp=rest.astype(np.float32),
+        top=TopLogits(np.take_along_axis(logits, order.astype(np.int64), 1), order, rest.astype(np.float32)),
     )
 
 
@@ -104,8 +102,8 @@ def test_the_largest_logits_and_rows_without_scores(cache, tmp_path, small):
     assert main(words) == 0
     found = read(tmp_path / "out", "parquet")
     scores = [cache.load_scores(id_) for id_, _ in cache.manifests("scores")]
-    top_q = np.concatenate([s.top_q for s in scores])[:, :4]
-    top_ids = np.concatenate([s.top_ids for s in scores])[:, :4]
+    top_q = np.concatenate([s.top.q for s in scores])[:, :4]
+    top_ids = np.concatenate([s.top.ids for s in scores])[:, :4]
     np.testing.assert_array_equal(np.array([x for r in found[:5] for x in r["top_q"]], np.float32), top_q)
     np.testing.assert_array_equal(np.array([x for r in found[:5] for x in r["top_ids"]]), top_ids)
     assert [(r["policy"], r["row"]) for r in found[5:]] == [("student", 5), ("other", 0), ("other", 1)]

@@ -95,7 +95,7 @@ def test_without_samples_and_with_all_to_the_end():
 
 
 def test_prompts_of_one_length_need_no_mask(monkeypatch):
-    monkeypatch.setattr("test_t5_steps.LENGTHS", np.full(5, 6))
+    monkeypatch.setattr("tests.rollouts.test_t5_decode.LENGTHS", np.full(5, 6))
     assert compare(make("1.0"), {0: SAMPLES})._mask is None
 
 

@@ -62,11 +62,11 @@ def assert_top(cache, teacher, top: int, rows: int) -> None:
             span = slice(*part.rollouts.completions.offsets[row : row + 2])
             logits = plain_logits(model, prompt, completion)[:, :VOCAB].double().numpy()
             ordered = -np.sort(-logits)
-            np.testing.assert_allclose(scores.top_q[span], ordered[:, :top], atol=1e-4)
-            at_ids = np.take_along_axis(logits, scores.top_ids[span].astype(int), 1)
-            np.testing.assert_allclose(scores.top_q[span], at_ids, atol=1e-4)
+            np.testing.assert_allclose(scores.top.q[span], ordered[:, :top], atol=1e-4)
+            at_ids = np.take_along_axis(logits, scores.top.ids[span].astype(int), 1)
+            np.testing.assert_allclose(scores.top.q[span], at_ids, atol=1e-4)
             rest = np.log(np.exp(ordered[:, top:]).sum(1)) if top < VOCAB else np.full(len(logits), -np.inf)
-            np.testing.assert_allclose(scores.rest_logsumexp[span], rest, atol=1e-4)
+            np.testing.assert_allclose(scores.top.rest_logsumexp[span], rest, atol=1e-4)
             done += 1
     assert done == rows
 

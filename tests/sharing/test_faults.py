@@ -56,7 +56,7 @@ def contents(root):
 
 def start(code, *words):
     """A Python process that has made its imports and begins now."""
-    code = "import sys\nfrom ketchup_cache import transfer\nprint('go', flush=True)\n" + code
+    code = "import sys\nfrom ketchup_cache.sharing import transfer\nprint('go', flush=True)\n" + code
     process = subprocess.Popen([sys.executable, "-c", code, *map(str, words)], stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "go\n"
     return process

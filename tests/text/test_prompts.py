@@ -283,7 +283,7 @@ def test_hub_dataset(monkeypatch):
     monkeypatch.setattr(prompts_module.datasets, "load_dataset", unreachable)
     assert error_of("owner/name", split="dev") == (
         "owner/name: no such file, and the Hugging Face Hub does not give split 'dev' of such a dataset "
-        "(Couldn't reach 'owner/name' on the Hub)"
+        "(Couldn't reach 'owner/name' on the Hub many more lines)"
     )
 
 
