@@ -306,3 +306,21 @@ class Row:
     final_max_q: float
     policy: str
     teacher: str
+
+    @classmethod
+    def of(cls, part: ScoredRollouts, row: int, policy: str, teacher: str) -> Row:
+        """A row of scored rollouts. Its arrays are views."""
+        prompt, rollouts = part.rollouts.prompt_index[row], part.rollouts.rows(row, row + 1)
+        scores = part.scores.rows(part.rollouts.completions, row, row + 1)
+        return cls(
+            prompt_id=part.prompts.ids[prompt].tobytes().hex(),
+            prompt_tokens=part.prompts.tokens[prompt],
+            completion_tokens=rollouts.completions.values,
+            behavior_logprob=rollouts.behavior_logprob,
+            forced=rollouts.forced,
+            finished=bool(rollouts.finished[0]),
+            **scores.per_token(),
+            final_max_q=float(scores.final_max_q[0]),
+            policy=policy,
+            teacher=teacher,
+        )

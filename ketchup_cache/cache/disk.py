@@ -1,4 +1,4 @@
-"""Files that survive crashes: a segment is either wholly there or not there at all.
+"""A cache in a folder: files that survive crashes. A segment is either wholly there or not there at all.
 
 A segment is written under tmp/ and made durable first. Then its data moves to segments/, and last its manifest to
 manifests/: that one rename is the commit. Nothing is ever changed afterwards, so there are no locks.
@@ -8,103 +8,111 @@ Every step on the file system is here, so that the tests can fail and kill at ea
 from __future__ import annotations
 
 import errno
-import hashlib
-import io
 import os
 import shutil
 import stat
 import uuid
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from functools import partial
 from pathlib import Path
 
-import numpy as np
-
-from ketchup_cache.cache.threads import PROCESSORS, THREADS, each
+from ketchup_cache.cache.segment_bytes import (
+    MARKER,
+    MARKER_BYTES,
+    MAX_MANIFEST_BYTES,
+    MAX_MARKER_BYTES,
+    Packed,
+    check_marker,
+    ids_among,
+)
 from ketchup_cache.errors import CacheError, CorruptError, WriteError
 
-MARKER = "ketchup-cache.json"
 FOLDERS = ("manifests", "segments", "tmp")
-PIECE = 2**18
-"""Bytes that are read and hashed at a time."""
-Bytes = bytes | memoryview
-Pieces = tuple[Bytes, ...]
-"""The bytes of a file, which need not be copied to be joined."""
 
 
-class Stage:
-    """A segment on its way into a cache: its files are written first, and only then is its id known."""
+class FolderStore:
+    """A cache in a folder, on this machine or a shared file system (`SegmentStore`)."""
 
-    def __init__(self, root: Path, folder: Path) -> None:
-        self._root, self._folder = root, folder
+    batch_bytes = 0
 
-    def write(self, files: Mapping[str, Callable[[], Pieces]]) -> dict[str, tuple[int, str]]:
-        """Make, hash, write and sync every file. Returns the length and SHA-256 of each. Raises OSError.
+    def __init__(self, path: Path) -> None:
+        self.path, self.address = path, str(path)
 
-        The disk is busy with some files while others are made: it is what takes longest.
-        """
-        data = self._folder / "data"
-        folders = {data}
-        for name in files:
-            path = data / name
-            folders.update(parent for parent in path.parents if parent.is_relative_to(data))
-            os.makedirs(path.parent, exist_ok=True)
+    def exists(self) -> bool:
+        if not (self.path / MARKER).exists():
+            return False
+        check_marker(read_file(self.path / MARKER, MAX_MARKER_BYTES), self.path / MARKER)
+        return True
 
-        def write_one(name: str) -> tuple[int, str, Future[None]]:
-            pieces = files[name]()
-            synced = syncing.submit(_sync_and_close, _write(data / name, pieces))
-            digest = hashlib.sha256()
-            for piece in pieces:
-                digest.update(piece)
-            return sum(map(len, pieces)), digest.hexdigest(), synced
+    def create(self) -> None:
+        """Raises CacheError where the folder holds something else. An interrupted creation, or one that another
+        process is making right now, leaves folders of ours."""
+        if self.exists():
+            return
+        foreign = [name for name in list_folder(self.path) if name not in (*FOLDERS, MARKER) and name[0] != "."]
+        if foreign:
+            raise self.no_cache()
+        create(self.path, MARKER_BYTES)
+        check_marker(read_file(self.path / MARKER, MAX_MARKER_BYTES), self.path / MARKER)
 
-        with ThreadPoolExecutor(THREADS) as syncing:
-            # no more at a time than there are processors, so that the disk gets the first of them early
-            written = dict(zip(files, each(write_one, list(files), PROCESSORS), strict=True))
-            for _, _, synced in written.values():
-                synced.result()
-        each(_sync_folder, sorted(folders))
-        return {name: (length, digest) for name, (length, digest, _) in written.items()}
+    def no_cache(self) -> CacheError:
+        """What to raise where `exists` says no."""
+        if not self.path.exists():
+            return CacheError(f"{self.path}: no cache here; `ketchup-cache rollout --cache {self.path}` makes one")
+        list_folder(self.path)  # says what is wrong with a folder that can't be read
+        return CacheError(
+            f"{self.path}: is not a ketchup cache (it has no {MARKER}); "
+            f"`ketchup-cache rollout --cache FOLDER` makes one in a new or empty folder"
+        )
 
-    def commit(self, segment_id: str, manifest: bytes) -> None:
-        """Make what was written a segment of the cache. When this returns, it survives a power cut. Raises OSError."""
-        data, target = self._folder / "data", self._root / "segments" / segment_id
-        _write_file(self._folder / "manifest.json", manifest)
-        _sync_folder(self._folder)
-        # all space is taken by now: what is left are renames
-        if target.exists() and not _holds(target, data):  # left by a crash between the renames, then damaged
-            os.rename(target, self._folder / "damaged")
-        if not target.exists():
-            try:
-                os.rename(data, target)
-            except OSError:  # another process was faster with the same segment, copied at the same time
-                if not (target.exists() and _holds(target, data)):
-                    raise
-        _sync_folder(target.parent)
-        os.rename(self._folder / "manifest.json", self._root / "manifests" / f"{segment_id}.json")
-        _sync_folder(self._root / "manifests")
+    def segment_ids(self) -> list[str]:
+        return ids_among(list_folder(self.path / "manifests"))
 
+    def manifest(self, segment_id: str) -> bytes:
+        return read_file(self.path / "manifests" / f"{segment_id}.json", MAX_MANIFEST_BYTES)
 
-@contextmanager
-def staged(root: Path) -> Iterator[Stage]:
-    """A place to write one segment; what is not committed at the end is gone.
+    def file(self, segment_id: str, name: str, length: int) -> bytes:
+        path = self.path / "segments" / segment_id / name
+        for folder in path.parents:
+            if folder == self.path:
+                break
+            if folder.is_symlink():
+                raise _linked(folder)
+        return read_file(path, length)
 
-    Raises WriteError where the disk is full, read-only or failing. Safe in any number of processes at once.
-    """
-    with _staging(root) as folder:
-        yield Stage(root, folder)
+    def put(self, batch: Sequence[Packed]) -> None:
+        for packed in batch:
+            publish(self.path, packed)
 
 
-def publish(root: Path, segment_id: str, files: Mapping[str, Bytes], manifest: bytes) -> None:
+def publish(root: Path, packed: Packed) -> None:
     """Commit one segment. When this returns, it survives a power cut; before, readers see nothing of it.
 
     Raises WriteError where the disk is full, read-only or failing. Safe in any number of processes at once.
     """
-    with staged(root) as stage:
-        stage.write({name: partial(tuple, [content]) for name, content in files.items()})
-        stage.commit(segment_id, manifest)
+    with _staging(root) as stage:
+        data, target = stage / "data", root / "segments" / packed.segment_id
+        folders = {stage, data}
+        for name, content in packed.files.items():
+            path = data / name
+            folders.update(parent for parent in path.parents if parent.is_relative_to(data))
+            os.makedirs(path.parent, exist_ok=True)
+            _write_file(path, content)
+        _write_file(stage / "manifest.json", packed.manifest)
+        for folder in sorted(folders):
+            _sync_folder(folder)
+        # all space is taken by now: what is left are renames
+        if target.exists() and not _holds(target, packed):  # left by a crash between the renames, then damaged
+            os.rename(target, stage / "damaged")
+        if not target.exists():
+            try:
+                os.rename(data, target)
+            except OSError:  # another process was faster with the same segment, copied at the same time
+                if not (target.exists() and _holds(target, packed)):
+                    raise
+        _sync_folder(target.parent)
+        os.rename(stage / "manifest.json", root / "manifests" / f"{packed.segment_id}.json")
+        _sync_folder(root / "manifests")
 
 
 def create(root: Path, marker: bytes) -> None:
@@ -120,24 +128,6 @@ def read_file(path: Path, limit: int) -> bytes:
 
     Raises CorruptError where it is missing, longer, a link or not a file; CacheError where it can't be read.
     """
-    with _opened(path, limit) as (reader, _):
-        return reader.read(limit + 1)
-
-
-def read_hashed(path: Path, limit: int) -> tuple[Bytes, str]:
-    """As `read_file`; with the SHA-256 of the bytes, worked out on each piece while it is in the processor's cache."""
-    digest = hashlib.sha256()
-    with _opened(path, limit) as (reader, size):
-        data, done = np.empty(size, np.uint8).data, 0
-        while read := reader.readinto(data[done : done + PIECE]):
-            digest.update(data[done : done + read])
-            done += read
-    return data[:done].toreadonly(), digest.hexdigest()
-
-
-@contextmanager
-def _opened(path: Path, limit: int) -> Iterator[tuple[io.FileIO, int]]:
-    """A file to read, and its length."""
     try:
         # a named pipe would block at open, a link could lead anywhere
         file = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -147,23 +137,74 @@ def _opened(path: Path, limit: int) -> Iterator[tuple[io.FileIO, int]]:
                 raise CorruptError(f"{path}: is not a regular file")
             if status.st_size > limit:
                 raise CorruptError(f"{path}: is {status.st_size:,} bytes long, expected {limit:,} at most")
-            yield reader, status.st_size
-    except FileNotFoundError:
+            return reader.read(limit + 1)
+    except (FileNotFoundError, NotADirectoryError):
         raise CorruptError(f"{path}: is missing") from None
     except OSError as error:
         if error.errno == errno.ELOOP:
-            raise CorruptError(f"{path}: is a symbolic link; the format wants plain files") from None
+            raise _linked(path) from None
         raise CacheError(f"{path}: can't be read ({error.strerror}); check the disk and your permissions") from None
 
 
 def list_folder(path: Path) -> list[str]:
-    """Names in a folder; none where it is missing, as copying tools may drop empty folders. Raises CacheError."""
+    """Names in a folder; none where it is missing, as copying tools may drop empty folders.
+
+    Raises CorruptError for a link, which could lead to another's files, CacheError where it can't be read.
+    """
     try:
+        if path.name in FOLDERS and path.is_symlink():
+            raise _linked(path)
         return os.listdir(path)
     except FileNotFoundError:
         return []
     except OSError as error:
         raise CacheError(f"{path}: can't be read ({error.strerror}); check the path and your permissions") from None
+
+
+def leftovers(root: Path, keep: set[str]) -> list[Path]:
+    """What no reader looks at: entries of tmp/, and data in segments/ that no manifest has and nobody in `keep` names.
+
+    Folders are listed before manifests, so that a segment that is committed in between is none.
+    """
+    tmp = [root / "tmp" / name for name in sorted(list_folder(root / "tmp"))]
+    data = sorted(list_folder(root / "segments"))
+    known = {*ids_among(list_folder(root / "manifests")), *keep}
+    return tmp + [root / "segments" / name for name in data if name not in known]
+
+
+def weigh(path: Path) -> tuple[float, int]:
+    """Time of the newest change in a file or folder (names, contents, renames), and its bytes. Links count as such."""
+    newest, size = 0.0, 0
+    for inner in (path, *path.rglob("*")) if path.is_dir() and not path.is_symlink() else (path,):
+        with suppress(FileNotFoundError):
+            status = os.lstat(inner)
+            newest = max(newest, status.st_mtime, status.st_ctime)
+            size += 0 if stat.S_ISDIR(status.st_mode) else status.st_size
+    return newest, size
+
+
+def delete(root: Path, path: Path) -> bool:
+    """Delete a leftover; whether it went. Data leaves by one rename, and comes back where its manifest came meanwhile.
+
+    Raises WriteError where deleting fails.
+    """
+    gone = path
+    try:
+        if path.parent.name == "segments":
+            gone = root / "tmp" / uuid.uuid4().hex
+            os.rename(path, gone)
+            if (root / "manifests" / f"{path.name}.json").exists():
+                os.rename(gone, path)
+                return False
+        if gone.is_dir() and not gone.is_symlink():
+            shutil.rmtree(gone)
+        else:
+            gone.unlink()
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        raise WriteError(f"{path}: can't be deleted ({error.strerror or error}); check your permissions") from error
+    return True
 
 
 @contextmanager
@@ -173,6 +214,8 @@ def _staging(root: Path) -> Iterator[Path]:
     try:
         for folder in FOLDERS:
             _make_folders(root / folder)
+            if (root / folder).is_symlink():
+                raise _linked(root / folder)
         os.mkdir(stage)
         yield stage
     except OSError as error:
@@ -191,6 +234,10 @@ def _advice(error: OSError) -> str:
     return "check the disk and run the command again"
 
 
+def _linked(path: Path) -> CorruptError:
+    return CorruptError(f"{path}: is a symbolic link; the format wants plain files")
+
+
 def _make_folders(path: Path) -> None:
     """Make a folder and its missing parents, durably."""
     if not path.is_dir():
@@ -201,25 +248,12 @@ def _make_folders(path: Path) -> None:
 
 
 def _write_file(path: Path, data: bytes) -> None:
-    _sync_and_close(_write(path, (data,)))
-
-
-def _write(path: Path, pieces: Pieces) -> int:
-    """Write a new file; returns it open, because not yet synced."""
+    """Write a new file and wait until its bytes are on the disk."""
     file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     try:
-        for piece in pieces:
-            rest = memoryview(piece)
-            while rest:
-                rest = rest[os.write(file, rest) :]
-    except BaseException:
-        os.close(file)
-        raise
-    return file
-
-
-def _sync_and_close(file: int) -> None:
-    try:
+        rest = memoryview(data)
+        while rest:
+            rest = rest[os.write(file, rest) :]
         os.fsync(file)
     finally:
         os.close(file)
@@ -234,14 +268,9 @@ def _sync_folder(path: Path) -> None:
         os.close(folder)
 
 
-def _holds(folder: Path, other: Path) -> bool:
-    """Whether a folder has all files of another one, with the same bytes."""
+def _holds(folder: Path, packed: Packed) -> bool:
+    """Whether a folder has all files of a segment, with the same bytes."""
     try:
-        for at, _, names in os.walk(other):
-            for path in (Path(at) / name for name in names):
-                content = path.read_bytes()
-                if read_file(folder / path.relative_to(other), len(content)) != content:
-                    return False
+        return all(read_file(folder / name, len(data)) == data for name, data in packed.files.items())
     except CacheError:
         return False
-    return True

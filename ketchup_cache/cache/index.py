@@ -1,22 +1,28 @@
-"""Which rollouts have scores, by which teacher: worked out from the manifests alone, without reading data."""
+"""What a cache holds, worked out from its manifests alone: which rollouts have scores, by which teacher."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TypeVar
 
-from ketchup_cache.cache.manifest import Manifest, RolloutsInfo, ScoresInfo
-from ketchup_cache.errors import CacheError, MismatchError
-from ketchup_cache.provenance import PolicyInfo, TeacherInfo
+from ketchup_cache.cache.manifest import Kind, Manifest, RolloutsInfo, ScoresInfo
+from ketchup_cache.errors import CacheError
+from ketchup_cache.provenance import PolicyInfo, TeacherInfo, require_same_tokenizer
 
 Child = RolloutsInfo | ScoresInfo
 Model = TypeVar("Model", PolicyInfo, TeacherInfo)
+Range = tuple[str, int, int]
+"""Rows start..stop of the rollouts segment with this id."""
 
 
 @dataclass(frozen=True)
 class ScoredRef:
-    """Rows row_start to row_stop of a rollouts segment, whose scores are in one scores segment."""
+    """Rows row_start to row_stop of a rollouts segment, whose scores are in one scores segment.
+
+    samples: completions per prompt. keep_top: largest logits kept of each state.
+    """
 
     scores_id: str
     rollouts_id: str
@@ -24,86 +30,111 @@ class ScoredRef:
     row_start: int
     row_stop: int
     samples: int
-    """Completions per prompt."""
     policy: PolicyInfo
     teacher: TeacherInfo
     keep_top: int = 0
-    """Largest logits kept of each state."""
 
     @property
     def rows(self) -> int:
         return self.row_stop - self.row_start
 
 
-def scored(
-    manifests: Mapping[str, Manifest], teacher: str | None = None, policy: str | None = None, keep_top: int = 0
-) -> list[ScoredRef]:
-    """Every scored row once, in the order of commits: where two scorers did the same rows, the first one's scores.
+class Index:
+    """The manifests of a cache in the order of commits (time, then id). It never changes: new segments, a new index."""
 
-    manifests: all of a cache, in the order of commits. teacher, policy: fingerprints; None for any. keep_top: only
-    scores with so many of the largest logits; a vocabulary has at most all of its own.
-    Raises CacheError where a parent is missing, MismatchError where its tokenizer is another.
-    """
-    done: dict[tuple[str, str], list[tuple[int, int]]] = {}
-    refs = []
-    for scores_id, manifest in manifests.items():
-        info = manifest.info
-        if not isinstance(info, ScoresInfo) or teacher not in (None, info.teacher.fingerprint):
-            continue
-        if info.keep_top < min(keep_top, info.tokenizer.vocab_size):
-            continue
-        parent = check_parent(info, manifests.get(info.rollouts), scores_id).info
-        assert isinstance(parent, RolloutsInfo)
-        if policy not in (None, parent.policy.fingerprint):
-            continue
-        covered = done.setdefault((original_id(info.rollouts, parent), info.teacher.fingerprint), [])
-        for start, stop in gaps(info.row_start, info.row_stop, covered):
-            covered.append((start, stop))
-            samples, by = parent.sampling.samples, parent.policy
-            refs.append(
-                ScoredRef(
-                    scores_id,
-                    info.rollouts,
-                    parent.prompts,
-                    start,
-                    stop,
-                    samples,
-                    by,
-                    info.teacher,
-                    info.keep_top,
-                )
+    def __init__(self, manifests: Mapping[str, Manifest], address: str) -> None:
+        """address: of the cache, for messages."""
+        self.manifests = dict(sorted(manifests.items(), key=lambda item: (item[1].created, item[0])))
+        self._address = address
+
+    def of_kind(self, kind: Kind | None) -> list[tuple[str, Manifest]]:
+        return [(id_, m) for id_, m in self.manifests.items() if kind in (None, m.kind)]
+
+    @cached_property
+    def rollouts(self) -> list[tuple[str, RolloutsInfo]]:
+        """(id, info) of the rollouts segments. Of the same rows in float32 and in float16, those in float32."""
+        found = [(id_, m.info) for id_, m in self.manifests.items() if isinstance(m.info, RolloutsInfo)]
+        chosen: dict[str, str] = {}
+        for id_, info in found:
+            original = original_id(id_, info)
+            chosen[original] = original if original in self.manifests else chosen.get(original, id_)
+        return [(id_, info) for id_, info in found if chosen[original_id(id_, info)] == id_]
+
+    def scored(self, teacher: str | None = None, policy: str | None = None, keep_top: int = 0) -> list[ScoredRef]:
+        """Every scored row once: where two scorers did the same rows, the first one's scores.
+
+        teacher, policy: fingerprints; None for any. keep_top: only scores with at least this many of the largest
+        logits; a vocabulary has at most all of its own.
+        Raises CacheError where a parent is missing, MismatchError where its tokenizer is another.
+        """
+        done: dict[tuple[str, str], list[tuple[int, int]]] = {}
+        refs = []
+        for scores_id, manifest in self.manifests.items():
+            info = manifest.info
+            if not isinstance(info, ScoresInfo) or teacher not in (None, info.teacher.fingerprint):
+                continue
+            if info.keep_top < min(keep_top, info.tokenizer.vocab_size):
+                continue
+            parent = check_parent(info, self.manifests.get(info.rollouts), scores_id).info
+            assert isinstance(parent, RolloutsInfo)
+            if policy not in (None, parent.policy.fingerprint):
+                continue
+            covered = done.setdefault((original_id(info.rollouts, parent), info.teacher.fingerprint), [])
+            rows = gaps(info.row_start, info.row_stop, covered)
+            covered += rows
+            refs += [
+                ScoredRef(scores_id, info.rollouts, parent.prompts, start, stop, parent.sampling.samples, parent.policy,
+                          info.teacher, info.keep_top)
+                for start, stop in rows
+            ]  # fmt: skip
+        return refs
+
+    def unscored(self, teacher: str, keep_top: int = 0) -> list[Range]:
+        """All rows without scores by the teacher with this fingerprint, or with fewer than `keep_top` logits."""
+        covered: dict[str, list[tuple[int, int]]] = {}
+        for ref in self.scored(teacher, keep_top=keep_top):
+            parent = self.manifests[ref.rollouts_id].info
+            assert isinstance(parent, RolloutsInfo)
+            covered.setdefault(original_id(ref.rollouts_id, parent), []).append((ref.row_start, ref.row_stop))
+        return [
+            (id_, start, stop)
+            for id_, info in self.rollouts
+            for start, stop in gaps(0, self.manifests[id_].rows, covered.get(original_id(id_, info), []))
+        ]
+
+    @cached_property
+    def teachers(self) -> list[TeacherInfo]:
+        """Every teacher that has scores here, once for each name and fingerprint."""
+        return list(dict.fromkeys(m.info.teacher for m in self.manifests.values() if isinstance(m.info, ScoresInfo)))
+
+    @cached_property
+    def policies(self) -> list[PolicyInfo]:
+        return list(dict.fromkeys(m.info.policy for m in self.manifests.values() if isinstance(m.info, RolloutsInfo)))
+
+    def select(self, what: str, found: list[Model], selector: str | None, option: str) -> Model:
+        """The one model with this name, or whose fingerprint starts so; the only one where the selector is None.
+
+        what: teacher or policy. option: the flag that selects. Raises CacheError where there is none or more than one.
+        """
+        if not found:
+            made, command = ("scores", "score") if what == "teacher" else ("rollouts", "rollout")
+            raise CacheError(
+                f"{self._address}: no {made} yet; run `ketchup-cache {command} --cache {self._address}` first"
             )
-    return refs
+        named = [model for model in found if selector in (None, model.name)]
+        chosen = distinct(named or [model for model in found if model.fingerprint.startswith(str(selector))])
+        if len(chosen) == 1:
+            return chosen[0]
+        if not chosen:
+            raise CacheError(f"no {what} `{selector}` in this cache; it has {_listed(distinct(found))}")
+        which = "the cache has" if selector is None else f"`{selector}` is"
+        choose = f"choose one with {option} and the start of its fingerprint"
+        raise CacheError(f"{which} more than one {what}: {_listed(chosen)}; {choose}")
 
 
 def original_id(rollouts_id: str, info: RolloutsInfo) -> str:
-    """What stands for the rows of a rollouts segment, be they stored lossless or compact."""
+    """What stands for the rows of a rollouts segment, stored in float32 or in float16 (format version 1)."""
     return info.original or rollouts_id
-
-
-def rollouts(manifests: Mapping[str, Manifest]) -> list[tuple[str, RolloutsInfo]]:
-    """(id, info) of the rollouts segments, in the order of commits; of a lossless and a compact one, the lossless."""
-    found = [(id_, m.info) for id_, m in manifests.items() if isinstance(m.info, RolloutsInfo)]
-    chosen: dict[str, str] = {}
-    for id_, info in found:
-        original = original_id(id_, info)
-        chosen[original] = original if original in manifests else chosen.get(original, id_)
-    return [(id_, info) for id_, info in found if chosen[original_id(id_, info)] == id_]
-
-
-def unscored(manifests: Mapping[str, Manifest], teacher: str, keep_top: int = 0) -> list[tuple[str, int, int]]:
-    """(rollouts id, row_start, row_stop) of all rows without scores by the teacher with this fingerprint, or with
-    fewer than `keep_top` of the largest logits."""
-    covered: dict[str, list[tuple[int, int]]] = {}
-    for ref in scored(manifests, teacher, keep_top=keep_top):
-        parent = manifests[ref.rollouts_id].info
-        assert isinstance(parent, RolloutsInfo)
-        covered.setdefault(original_id(ref.rollouts_id, parent), []).append((ref.row_start, ref.row_stop))
-    return [
-        (rollouts_id, start, stop)
-        for rollouts_id, info in rollouts(manifests)
-        for start, stop in gaps(0, manifests[rollouts_id].rows, covered.get(original_id(rollouts_id, info), []))
-    ]
 
 
 def gaps(start: int, stop: int, covered: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
@@ -137,12 +168,9 @@ def check_parent(info: Child, parent: Manifest | None, segment_id: str = "") -> 
         raise CacheError(f"{what} needs {parent_name}, but that is a segment of {parent.kind}")
     if not start <= stop <= parent.rows:
         raise CacheError(f"{what} covers rows {start} to {stop} of {parent_name}, which has {parent.rows}")
-    mine, other = info.tokenizer, parent.info.tokenizer
-    if (mine.fingerprint, mine.vocab_size) != (other.fingerprint, other.vocab_size):
-        raise MismatchError(
-            f"{what} was made with tokenizer {mine.name}, {parent_name} with {other.name}, "
-            f"which encodes differently; use the same tokenizer"
-        )
+    require_same_tokenizer(
+        info.tokenizer, parent.info.tokenizer, f"{what} and {parent_name} must share a tokenizer; use the same one"
+    )
     return parent
 
 
@@ -152,23 +180,6 @@ def distinct(found: Iterable[Model]) -> list[Model]:
     for model in found:
         first.setdefault(model.fingerprint, model)
     return list(first.values())
-
-
-def select(what: str, option: str, selector: str | None, found: list[Model]) -> Model:
-    """The one model with this name, or whose fingerprint starts so; the only one where the selector is None.
-
-    Raises CacheError where there is none or more than one.
-    """
-    named = [model for model in found if selector in (None, model.name)]
-    chosen = distinct(named or [model for model in found if model.fingerprint.startswith(str(selector))])
-    if len(chosen) == 1:
-        return chosen[0]
-    if not chosen:
-        raise CacheError(f"no {what} `{selector}` in this cache; it has {_listed(distinct(found))}")
-    which = "the cache has" if selector is None else f"`{selector}` is"
-    raise CacheError(
-        f"{which} more than one {what}: {_listed(chosen)}; choose one with {option} and the start of its fingerprint"
-    )
 
 
 def _listed(models: list[Model], most: int = 6) -> str:

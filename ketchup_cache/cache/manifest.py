@@ -1,4 +1,4 @@
-"""What a segment says about itself (format version 1, schemas/cache-format.md).
+"""What a segment says about itself (schemas/cache-format.md).
 
 A segment's id is the SHA-256 of its manifest's bytes; the manifest holds the length and SHA-256 of every data file.
 So an id pins every byte of the data, and of everything its parents hold.
@@ -23,9 +23,11 @@ from ketchup_cache.provenance import (
 )
 
 FORMAT = "ketchup-cache"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 Kind = Literal["prompts", "rollouts", "scores"]
+KINDS: tuple[Kind, ...] = ("prompts", "rollouts", "scores")
+"""Parents before children."""
 Storage = Literal["lossless", "compact"]
 
 
@@ -61,7 +63,9 @@ class RolloutsInfo(Record):
     storage: Storage = "lossless"
     """compact: log-probabilities in float16."""
     original: Sha256 | None = None
-    """Of a compact segment: id of the lossless one with the same rows. Readers that find both use each row once."""
+    """Of a compact segment of version 1: id of the lossless one with the same rows. Readers use each row once."""
+    finished: int | None = Field(default=None, ge=0)
+    """Rollouts that ended in EOS before the length limit. Not in version 1."""
 
 
 class ScoresInfo(Record):
@@ -90,11 +94,11 @@ Info = Annotated[PromptsInfo | RolloutsInfo | ScoresInfo, Field(discriminator="k
 
 class Manifest(Record):
     format: Literal["ketchup-cache"] = "ketchup-cache"
-    version: Literal[1] = 1
+    version: Literal[1, 2] = 2
     tool: str
     """Name and version of the program that wrote the segment."""
     author: Annotated[str, StringConstraints(min_length=1, max_length=200)] = ""
-    """Who made the segment, where they chose to say so. Left out of the bytes otherwise."""
+    """Who made the segment, in version 1, where they chose to say so. Left out of the bytes otherwise."""
     created: str
     """UTC, ISO 8601, to the microsecond: `2026-01-31T12:00:00.000000Z`."""
     rows: int = Field(ge=0)
@@ -113,7 +117,14 @@ class Manifest(Record):
         record = self.model_dump(mode="json")
         if not self.author:
             del record["author"]
+        if record["info"].get("finished", 0) is None:
+            del record["info"]["finished"]
         return canonical_json(record)
+
+    @property
+    def data_bytes(self) -> int:
+        """Of all data files."""
+        return sum(file.length for file in self.files.values())
 
     @property
     def id(self) -> str:

@@ -73,7 +73,7 @@ def pack(segment: Segment, info: Info) -> dict[str, NDArray]:
             "prompt_index": segment.prompt_index,
             "completion_tokens": segment.completions.values.astype(token),
             "completion_offsets": segment.completions.offsets,
-            "behavior_logprob": _log_probabilities(segment, info),
+            "behavior_logprob": segment.behavior_logprob,
             "finished": segment.finished,
         }
         return arrays | ({"forced": segment.forced} if segment.forced.any() else {})
@@ -153,6 +153,8 @@ def _check_rollouts(rollouts: Rollouts, info: RolloutsInfo) -> None:
     _refuse("behavior_logprob", rollouts.behavior_logprob > TOLERANCE, "is the logarithm of more than 1")
     empty = rollouts.finished & (rollouts.completions.lengths == 0)
     _refuse("finished", empty, "is a finished rollout without a token; the last one must be EOS")
+    if info.finished not in (None, int(rollouts.finished.sum())):
+        raise CacheError(f"finished has {int(rollouts.finished.sum())} True, must be {info.finished}")
 
 
 def _check_scores(scores: Scores, info: ScoresInfo) -> None:
@@ -271,12 +273,6 @@ def _refuse(name: str, wrong: NDArray[np.bool_], reason: str) -> None:
 
 def _float(info: RolloutsInfo | ScoresInfo) -> str:
     return "float16" if info.storage == "compact" else "float32"
-
-
-def _log_probabilities(rollouts: Rollouts, info: Info) -> NDArray:
-    if not isinstance(info, RolloutsInfo) or info.storage == "lossless":
-        return rollouts.behavior_logprob
-    return float16.half("behavior_logprob", np.minimum(rollouts.behavior_logprob, np.float32(0)))
 
 
 def _ragged(tokens: NDArray, offsets: NDArray) -> Ragged:

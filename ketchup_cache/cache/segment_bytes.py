@@ -1,36 +1,79 @@
-"""Bytes on disk → marker, manifest, arrays: nothing is believed before it is checked."""
+"""Bytes of a cache → marker, manifest, arrays. Nothing is believed before it is checked."""
 
 from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Iterator, Mapping, Set
-from pathlib import Path
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
 
 from numpy.typing import NDArray
 from pydantic import ValidationError
-from pydantic_core import ErrorDetails, from_json
+from pydantic_core import from_json
 
-from ketchup_cache.cache import disk as durable
-from ketchup_cache.cache import rules as segments
-from ketchup_cache.cache import zarr_files as arrays
-from ketchup_cache.cache.disk import Bytes
+from ketchup_cache.cache import rules, zarr_files
 from ketchup_cache.cache.manifest import FORMAT, FORMAT_VERSION, FileEntry, Manifest, ScoresInfo
+from ketchup_cache.console import one_line
 from ketchup_cache.errors import CacheError, CorruptError
+from ketchup_cache.provenance import canonical_json
 
+MARKER = "ketchup-cache.json"
+MARKER_BYTES = canonical_json({"format": FORMAT, "version": FORMAT_VERSION})
 MAX_MARKER_BYTES = 2**16
 MAX_MANIFEST_BYTES = 2**22
 RESTORE = "restore it from a copy (`ketchup-cache verify` lists all damage)"
+AT_ONCE = 8
+"""Files that travel over a network at once."""
 _MANIFEST_NAME = re.compile(r"([0-9a-f]{64})\.json")
+Item = TypeVar("Item")
+Value = TypeVar("Value")
 
 
-def check_marker(path: Path) -> None:
-    """Raise CacheError where a marker is not that of this format and version."""
-    parse_marker(durable.read_file(path, MAX_MARKER_BYTES), path)
+@dataclass(frozen=True)
+class Packed:
+    """A whole segment as bytes, each checked against the manifest."""
+
+    segment_id: str
+    manifest: bytes
+    files: Mapping[str, bytes]
 
 
-def parse_marker(data: bytes, path: Path | str) -> None:
-    """As `check_marker`, for bytes that came from `path`."""
+class SegmentStore(Protocol):
+    """Where the segments of a cache are: a folder, an object store, a web server, the Hub.
+
+    All methods raise CacheError, in one line without credentials, where the place can't be reached.
+    """
+
+    address: str
+    batch_bytes: int
+    """Segments are handed to `put` together until they are this large. 0: one by one."""
+
+    def exists(self) -> bool:
+        """Whether a cache is there. Raises CacheError where it is of a newer format version."""
+
+    def create(self) -> None:
+        """Make an empty cache where there is none. Raises WriteError where that can't be done."""
+
+    def segment_ids(self) -> list[str]:
+        """Ids of all segments there now, in no special order."""
+
+    def manifest(self, segment_id: str) -> bytes:
+        """As it is stored, MAX_MANIFEST_BYTES + 1 bytes at most. Raises CorruptError where it is missing."""
+
+    def file(self, segment_id: str, name: str, length: int) -> bytes:
+        """One data file, `length` + 1 bytes at most. Raises CorruptError where it is missing."""
+
+    def put(self, batch: Sequence[Packed]) -> None:
+        """Commit segments: all data of a segment before its manifest. Returns once they are there.
+
+        Raises WriteError where that fails; readers then see nothing of those that were not committed.
+        """
+
+
+def check_marker(data: bytes, path: object) -> None:
+    """Raise CacheError where the bytes are not the marker of a cache that this program reads."""
     try:
         marker = from_json(data)
     except ValueError as error:
@@ -40,36 +83,25 @@ def parse_marker(data: bytes, path: Path | str) -> None:
     _check_version(path, marker.get("version"))
 
 
-def segment_ids(root: Path) -> list[str]:
-    """Ids of all segments, in no special order. Names in manifests/ that are no ids are ignored."""
-    return ids_among(durable.list_folder(root / "manifests"))
-
-
 def ids_among(names: Iterable[str]) -> list[str]:
     """The ids that file names in manifests/ stand for; other names are ignored."""
     return [match[1] for name in names if (match := _MANIFEST_NAME.fullmatch(name))]
 
 
-def read_manifest(root: Path, segment_id: str) -> Manifest:
+def parse_manifest(data: bytes, segment_id: str, path: object) -> Manifest:
     """Raises CorruptError where the bytes are not those of the id or break the format, CacheError where it is newer."""
-    path = root / "manifests" / f"{segment_id}.json"
-    return parse_manifest(durable.read_file(path, MAX_MANIFEST_BYTES), segment_id, path)
-
-
-def parse_manifest(data: bytes, segment_id: str, path: Path | str) -> Manifest:
-    """As `read_manifest`, for bytes that came from `path`."""
     if hashlib.sha256(data).hexdigest() != segment_id:
         raise CorruptError(f"{path}: its bytes are not those of its id; {RESTORE}")
     try:
         manifest = Manifest.model_validate_json(data, strict=True)
-    except ValidationError as error:
-        problems = error.errors(include_url=False)
-        for problem in problems:
-            if problem["loc"] == ("version",):
-                _check_version(path, problem["input"])
-        raise CorruptError(f"{path}: {_first_line(problems)}; {RESTORE}") from None
-    try:
         check_manifest(manifest)
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+        for other in error.errors(include_url=False):
+            if other["loc"] == ("version",):
+                _check_version(path, other["input"])
+        place = ".".join(str(part)[:40] for part in problem["loc"])
+        raise CorruptError(f"{path}: {place}{': ' * bool(place)}{problem['msg']}; {RESTORE}") from None
     except CacheError as error:
         raise CorruptError(f"{path}: {error}; {RESTORE}") from None
     return manifest
@@ -79,113 +111,80 @@ def check_manifest(manifest: Manifest) -> None:
     """Raise CacheError where the parts of a manifest contradict each other or exceed the format's limits."""
     if not {"format", "version"} <= manifest.model_fields_set:
         raise CacheError("does not say its format and version")
-    info = manifest.info
+    info, arrays = manifest.info, manifest.arrays
     if isinstance(info, ScoresInfo) and manifest.rows != info.row_stop - info.row_start:
         raise CacheError(f"{manifest.rows} rows of scores for rows {info.row_start} to {info.row_stop}")
-    wanted = segments.layout(info, manifest.rows, manifest.tokens)
-    names = wanted.keys() - (segments.OPTIONAL - manifest.arrays.keys())
-    for name in sorted(names | manifest.arrays.keys()):
-        if name not in wanted or manifest.arrays.get(name) != wanted[name]:
+    wanted = rules.layout(info, manifest.rows, manifest.tokens)
+    for name in sorted((wanted.keys() - (rules.OPTIONAL - arrays.keys())) | arrays.keys()):
+        if name not in wanted or arrays.get(name) != wanted[name]:
             raise CacheError(f"array {name!r} is not what {info.kind} of this size hold")
-    total = max(arrays.decoded_bytes(manifest.arrays), sum(file.length for file in manifest.files.values()))
-    if total > arrays.MAX_BYTES:
-        raise CacheError(f"{total:,} bytes in one segment, the limit is {arrays.MAX_BYTES:,}: store it in several")
-    if different := arrays.file_names(manifest.arrays) ^ manifest.files.keys():
-        raise CacheError(
-            f"file {min(different)!r} is {'missing' if min(different) not in manifest.files else 'foreign'}"
-        )
+    total = max(zarr_files.decoded_bytes(arrays), manifest.data_bytes)
+    if total > zarr_files.MAX_BYTES:
+        raise CacheError(f"{total:,} bytes in one segment, the limit is {zarr_files.MAX_BYTES:,}: store it in several")
+    names = zarr_files.member_names(arrays) if manifest.version == 1 else {zarr_files.ARCHIVE}
+    if different := names ^ manifest.files.keys():
+        name = min(different)
+        raise CacheError(f"file {name!r} is {'missing' if name not in manifest.files else 'foreign'}")
 
 
-def read_arrays(root: Path, segment_id: str, manifest: Manifest, names: Set[str]) -> dict[str, NDArray]:
-    """Some arrays of a segment, in the dtypes of memory; every byte that is read is checked against the manifest.
+def read_manifest(store: SegmentStore, segment_id: str) -> tuple[Manifest, bytes]:
+    """A segment's manifest and its bytes. Raises the errors of `parse_manifest`."""
+    data = store.manifest(segment_id)
+    return parse_manifest(data, segment_id, f"{store.address}/manifests/{segment_id}.json"), data
 
-    Raises CorruptError, naming the file, where one is missing or differs.
+
+def read_segment(
+    store: SegmentStore, segment_id: str, manifest: Manifest, data: bytes, advance: Callable[[int], None] | None = None
+) -> Packed:
+    """All files of a segment, each of the length and hash that its manifest promises. Raises CorruptError.
+
+    data: the manifest's bytes. advance: called with the bytes of each file that has come.
     """
-    folder = root / "segments" / segment_id
-    entries = {name: entry for name, entry in manifest.arrays.items() if name in names}
+
+    def read(name: str) -> bytes:
+        promised, path = manifest.files[name], f"{store.address}/segments/{segment_id}/{name}"
+        found = store.file(segment_id, name, promised.length)
+        if not _is(found, promised):  # a connection that was cut can look like a shorter file: ask once more
+            found = store.file(segment_id, name, promised.length)
+            if not _is(found, promised):
+                raise CorruptError(f"{path}: its bytes are not those its manifest promises; {RESTORE}")
+        if advance:
+            advance(promised.length)
+        return found
+
+    return Packed(segment_id, data, dict(zip(manifest.files, in_parallel(read, list(manifest.files)), strict=True)))
+
+
+def arrays_of(packed: Packed, manifest: Manifest, address: str) -> dict[str, NDArray]:
+    """The arrays of a segment, in the dtypes of memory. Raises CorruptError, naming the file."""
+    folder = f"{address}/segments/{packed.segment_id}"
     try:
-        return arrays.decode(_Verified(folder, manifest, arrays.file_names(entries)), entries, segments.IN_MEMORY)
-    except _Refused as error:
-        raise CorruptError(str(error)) from None
+        files = packed.files if manifest.version == 1 else zarr_files.unpack(packed.files[zarr_files.ARCHIVE])
+        return zarr_files.decode(files, manifest.arrays, rules.IN_MEMORY)
     except CorruptError as error:
         raise CorruptError(f"{folder}/{error}; {RESTORE}") from None
 
 
-def file_names(manifest: Manifest, names: Set[str]) -> list[str]:
-    """The files of a segment that some of its arrays are in."""
-    return sorted(arrays.file_names({name: entry for name, entry in manifest.arrays.items() if name in names}))
-
-
-def decode(files: Mapping[str, Bytes], manifest: Manifest, names: Set[str], path: str) -> dict[str, NDArray]:
-    """Some arrays of a segment, from files that were compared with the manifest. Raises CorruptError."""
-    entries = {name: entry for name, entry in manifest.arrays.items() if name in names}
-    try:
-        return arrays.decode({key: files[key] for key in arrays.file_names(entries)}, entries, segments.IN_MEMORY)
-    except CorruptError as error:
-        raise CorruptError(f"{path}/{error}; {RESTORE}") from None
-
-
-def read_checked(path: Path, promised: FileEntry) -> Bytes:
-    """The bytes of a file, which are those that the manifest promises. Raises CorruptError, or CacheError."""
-    data, digest = durable.read_hashed(path, promised.length)
-    _check_hash(len(data), digest, promised, path)
-    return data
-
-
-def check_file(data: bytes, promised: FileEntry, path: Path | str) -> bytes:
-    """The same bytes, once they are known to be those that the manifest promises. Raises CorruptError."""
-    _check_hash(len(data), hashlib.sha256(data).hexdigest(), promised, path)
-    return data
-
-
-def _check_hash(length: int, digest: str, promised: FileEntry, path: Path | str) -> None:
-    if (length, digest) != (promised.length, promised.sha256):
-        raise CorruptError(f"{path}: its bytes are not those its manifest promises; {RESTORE}")
-
-
-def copy_of(root: Path, segment_id: str, manifest: Manifest) -> tuple[dict[str, Bytes], bytes]:
-    """The files and the manifest of a segment, byte by byte, for `durable.publish`. Every byte is checked.
-
-    Raises CorruptError, naming the file, where one is missing or differs.
-    """
-    verified = _Verified(root / "segments" / segment_id, manifest, manifest.files.keys())
-    return dict(verified), durable.read_file(root / "manifests" / f"{segment_id}.json", MAX_MANIFEST_BYTES)
-
-
-class _Refused(CorruptError):
-    """A file whose message says already where it is."""
-
-
-class _Verified(Mapping[str, Bytes]):
-    """Files of a segment, each read when it is asked for and checked against the manifest."""
-
-    def __init__(self, folder: Path, manifest: Manifest, names: Set[str]) -> None:
-        self._folder, self._files, self._names = folder, manifest.files, names
-
-    def __getitem__(self, key: str) -> Bytes:
+def in_parallel(work: Callable[[Item], Value], items: Sequence[Item]) -> list[Value]:
+    """Results in the order of the items. The first error ends it."""
+    if len(items) < 2:
+        return [work(item) for item in items]
+    with ThreadPoolExecutor(min(AT_ONCE, len(items))) as pool:
+        futures = [pool.submit(work, item) for item in items]
         try:
-            return read_checked(self._folder / key, self._files[key])
-        except CorruptError as error:
-            raise _Refused(str(error)) from None
-
-    def __contains__(self, key: object) -> bool:
-        return key in self._names  # a Mapping's own would read the file to find out
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
+            return [future.result() for future in futures]
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
 
 
-def _check_version(path: Path | str, version: object) -> None:
-    if version != FORMAT_VERSION or isinstance(version, bool):
+def _is(data: bytes, promised: FileEntry) -> bool:
+    return len(data) == promised.length and hashlib.sha256(data).hexdigest() == promised.sha256
+
+
+def _check_version(path: object, version: object) -> None:
+    if isinstance(version, bool) or version not in range(1, FORMAT_VERSION + 1):
         raise CacheError(
-            f"{path}: is of format version {version!r:.20}, this program reads version {FORMAT_VERSION}; "
-            f"upgrade ketchup-cache"
+            f"{path}: is of format version {one_line(repr(version), 20)}, this program reads versions up to "
+            f"{FORMAT_VERSION}; upgrade ketchup-cache"
         )
-
-
-def _first_line(problems: list[ErrorDetails]) -> str:
-    place = ".".join(str(part)[:40] for part in problems[0]["loc"])
-    return f"{place}: {problems[0]['msg']}" if place else problems[0]["msg"]

@@ -1,39 +1,41 @@
-"""The arrays of one segment ↔ the bytes of its files: a plain Zarr v3 group, made and read in memory.
+"""The arrays of one segment as an archive: a Zarr v3 group in an uncompressed zip, made and read in memory.
 
-Any Zarr reads these files (a test has it do so, and compares the bytes with what it writes). We read them ourselves,
-chunk by chunk in threads, because Zarr follows links, fills missing chunks with zeros, runs any codec a file names,
-trusts declared sizes, and copies every byte several times.
+`zarr.storage.ZipStore` opens it. Format version 1 keeps the same group as files of a folder. The `zarr` library
+encodes and decodes. Before it sees any bytes, every document must say what the manifest says, and every chunk must
+declare the size that its array gives it: Zarr fills missing chunks with zeros, runs any codec that a file names and
+trusts declared sizes.
 """
 
 from __future__ import annotations
 
+import io
 import math
-from collections.abc import Callable, Mapping
-from functools import partial
+import zipfile
+from collections.abc import Mapping
 from typing import Any
 
-import google_crc32c
 import numpy as np
-from numcodecs import Zstd
 from numpy.typing import DTypeLike, NDArray
 from pydantic_core import from_json
 
 from ketchup_cache.cache.manifest import ArrayEntry
-from ketchup_cache.cache.threads import each, one_by_one
+from ketchup_cache.console import one_line
 from ketchup_cache.errors import CorruptError
 from ketchup_cache.provenance import canonical_json
 
+ARCHIVE = "arrays.zip"
+"""The one data file of a segment."""
 CHUNK_ELEMENTS = 2**20
 """Most elements in a chunk. Smaller arrays are one chunk."""
 MAX_BYTES = 2**30
 """Most bytes in the decoded arrays of a segment, and in its files."""
 
+Bytes = bytes | memoryview
 _GROUP = {"zarr_format": 3, "node_type": "group", "attributes": {}}
-_AS_STORED: Mapping[str, DTypeLike] = {}
 _ZSTD_LEVEL = 1
 _CRC_BYTES = 4
-_CRC_RESIDUE = 0x48674BC7
-"""CRC-32C of anything that ends in its own CRC-32C."""
+_NO_TIME = (1980, 1, 1, 0, 0, 0)
+"""Of the files in an archive, so that the same arrays make the same bytes."""
 
 
 def entry_of(array: NDArray) -> ArrayEntry:
@@ -45,111 +47,94 @@ def decoded_bytes(arrays: Mapping[str, ArrayEntry]) -> int:
     return sum(math.prod(entry.shape) * np.dtype(entry.dtype).itemsize for entry in arrays.values())
 
 
-def file_names(arrays: Mapping[str, ArrayEntry]) -> set[str]:
-    """The files a group of such arrays is made of: neither more nor fewer are allowed."""
-    return {"zarr.json"}.union(*(_array_files(name, entry) for name, entry in arrays.items()))
-
-
-def encoders(arrays: Mapping[str, NDArray]) -> dict[str, Callable[[], tuple[bytes, ...]]]:
-    """File name → function that makes the file's bytes, in pieces, for a Zarr v3 group with these arrays.
-
-    The functions can run in any order and in threads: compression does not hold the interpreter's lock.
-    """
-    documents = {"zarr.json": _GROUP} | {f"{name}/zarr.json": _metadata(entry_of(a)) for name, a in arrays.items()}
-    made: dict[str, Callable[[], tuple[bytes, ...]]] = {}
-    for key, document in documents.items():
-        made[key] = partial(tuple, [canonical_json(document)])
-    for name, array in arrays.items():
-        entry = entry_of(array)
-        little = np.ascontiguousarray(array, _on_disk(entry))
-        for key, rows in _chunks(name, entry):
-            made[key] = partial(_encode_chunk, little, rows)
-    return made
+def member_names(arrays: Mapping[str, ArrayEntry]) -> set[str]:
+    """The files of a group with these arrays: neither more nor fewer are allowed."""
+    documents = {"zarr.json", *(f"{name}/zarr.json" for name in arrays)}
+    return documents.union(*(_chunk_names(name, entry) for name, entry in arrays.items()))
 
 
 def encode(arrays: Mapping[str, NDArray]) -> dict[str, bytes]:
     """File name → bytes of a Zarr v3 group with these arrays."""
-    return {key: b"".join(make()) for key, make in sorted(encoders(arrays).items())}
+    import zarr
+    from zarr.codecs import Crc32cCodec, ZstdCodec
+    from zarr.core.buffer import Buffer
+    from zarr.storage import MemoryStore
+
+    files: dict[str, Buffer] = {}
+    group = zarr.create_group(MemoryStore(files), zarr_format=3)
+    for name, array in arrays.items():
+        made = group.create_array(
+            name,
+            shape=array.shape,
+            dtype=array.dtype,
+            chunks=_chunk_shape(array.shape),
+            compressors=[ZstdCodec(level=_ZSTD_LEVEL), Crc32cCodec()],
+            fill_value=0,
+            config={"write_empty_chunks": True},
+        )
+        if array.size:
+            made[...] = np.ascontiguousarray(array)
+    return {name: data.to_bytes() for name, data in sorted(files.items())}
+
+
+def pack(files: Mapping[str, bytes]) -> bytes:
+    """The archive of a group's files. The same files make the same bytes."""
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w", zipfile.ZIP_STORED) as archive:
+        for name, data in sorted(files.items()):
+            archive.writestr(zipfile.ZipInfo(name, _NO_TIME), data)
+    return packed.getvalue()
+
+
+def unpack(packed: Bytes) -> dict[str, bytes]:
+    """The files in an archive, whose sizes are believed only as far as the archive is long. Raises CorruptError."""
+    try:
+        with zipfile.ZipFile(io.BytesIO(packed)) as archive:
+            members = archive.infolist()
+            stored = all(m.compress_type == zipfile.ZIP_STORED and not m.flag_bits & 1 for m in members)
+            names = {m.filename for m in members}
+            if not stored or len(names) < len(members) or sum(m.file_size for m in members) > len(packed):
+                raise CorruptError(f"{ARCHIVE}: is compressed, encrypted, or holds a file twice")
+            return {m.filename: archive.read(m) for m in members}
+    except (zipfile.BadZipFile, ValueError, EOFError, OSError, OverflowError, NotImplementedError) as error:
+        raise CorruptError(f"{ARCHIVE}: is not a zip archive ({one_line(error)})") from None
 
 
 def decode(
-    files: Mapping[str, bytes | memoryview],
-    expected: Mapping[str, ArrayEntry],
-    in_memory: Mapping[str, DTypeLike] = _AS_STORED,
+    files: Mapping[str, Bytes], expected: Mapping[str, ArrayEntry], in_memory: Mapping[str, DTypeLike] | None = None
 ) -> dict[str, NDArray]:
     """The arrays of a group, equal in name, dtype and shape to `expected`.
 
-    `files` must be exactly `file_names(expected)`; each is asked for once, maybe in a thread. Arrays whose dtype is in
-    `in_memory` are converted to the dtype there. Raises CorruptError, naming the file, where anything differs from
-    what `encode` writes.
+    in_memory: dtype on disk → dtype to return, where they differ.
+    Raises CorruptError, naming the file or the array, where anything differs from what `encode` writes.
     """
+    import zarr
+    from zarr.core.buffer import cpu
+    from zarr.storage import MemoryStore
+
     if decoded_bytes(expected) > MAX_BYTES:
-        raise CorruptError(
-            f"zarr.json: arrays of {decoded_bytes(expected):,} bytes; the format's limit is {MAX_BYTES:,}"
-        )
-    if different := file_names(expected) ^ files.keys():
-        key = min(different)
-        raise CorruptError(f"{key}: {'is not part of the segment' if key in files else 'is missing'}")
+        raise CorruptError(f"arrays of {decoded_bytes(expected):,} bytes; the format's limit is {MAX_BYTES:,}")
+    if different := member_names(expected) ^ files.keys():
+        name = min(different)
+        raise CorruptError(f"{name}: {'is not part of the segment' if name in files else 'is missing'}")
     _check_document("zarr.json", files["zarr.json"], _GROUP)
     for name, entry in expected.items():
         _check_document(f"{name}/zarr.json", files[f"{name}/zarr.json"], _metadata(entry))
-    decoded = _allocated(expected, in_memory)
-    tasks = [(key, name, rows) for name, entry in expected.items() for key, rows in _chunks(name, entry)]
-    tasks.sort(key=lambda task: decoded[task[1]].nbytes, reverse=True)  # so that threads end together
-    # threads are worth it for a megabyte and more
-    (each if decoded_bytes(expected) > CHUNK_ELEMENTS else one_by_one)(
-        lambda task: _decode_chunk(task[0], files[task[0]], _on_disk(expected[task[1]]), decoded[task[1]], task[2]),
-        tasks,
-    )
-    return decoded
-
-
-def _allocated(expected: Mapping[str, ArrayEntry], in_memory: Mapping[str, DTypeLike]) -> dict[str, NDArray]:
-    """Empty arrays. What is stored as float32, nearly all of the bytes, lies in one piece: from 4 MiB on, NumPy asks
-    for large pages, and to touch 16 MB of small ones for the first time can take as long as to decompress them."""
-    sizes = {name: math.prod(entry.shape) for name, entry in expected.items() if entry.dtype == "float32"}
-    room = np.empty(sum(sizes.values()), np.float32)
-    made: dict[str, NDArray] = {}
+        size = math.prod(_chunk_shape(entry.shape)) * np.dtype(entry.dtype).itemsize
+        for chunk in _chunk_names(name, entry):
+            _check_chunk(chunk, memoryview(files[chunk]), size)
+    store = MemoryStore({name: cpu.Buffer.from_bytes(bytes(data)) for name, data in files.items()})
+    group = zarr.open_group(store, mode="r", zarr_format=3, use_consolidated=False)
+    decoded = {}
     for name, entry in expected.items():
-        if name in sizes:
-            made[name], room = room[: sizes[name]].reshape(entry.shape), room[sizes[name] :]
-        else:
-            made[name] = np.empty(entry.shape, in_memory.get(entry.dtype, entry.dtype))
-    return made
-
-
-def _encode_chunk(array: NDArray, rows: int) -> tuple[bytes, bytes]:
-    """The chunk that begins at a row: zstd, then CRC-32C. Chunks at the end are filled up with zeros."""
-    chunk_rows = _chunk_shape(array.shape)[0]
-    chunk = array[rows : rows + chunk_rows]
-    if len(chunk) < chunk_rows:
-        chunk = np.concatenate([chunk, np.zeros((chunk_rows - len(chunk), *array.shape[1:]), array.dtype)])
-    data = bytes(Zstd(level=_ZSTD_LEVEL).encode(chunk))
-    return data, google_crc32c.value(data).to_bytes(_CRC_BYTES, "little")
-
-
-def _decode_chunk(key: str, data: bytes | memoryview, stored: np.dtype, out: NDArray, rows: int) -> None:
-    """Decode the chunk that begins at a row, of elements of dtype `stored`, into its place in the array."""
-    chunk_rows, *row_shape = _chunk_shape(out.shape)
-    frame = memoryview(data)[:-_CRC_BYTES]
-    _check_chunk(key, frame, math.prod((chunk_rows, *row_shape)) * stored.itemsize)
-    if google_crc32c.value(np.frombuffer(data, np.uint8)) != _CRC_RESIDUE:  # it takes no memoryview
-        raise CorruptError(f"{key}: can't be decoded (its checksum differs)")
-    part = out[rows : rows + chunk_rows]
-    straight = len(part) == chunk_rows and out.dtype == stored and out.size
-    whole = part if straight else np.empty((chunk_rows, *row_shape), stored)
-    try:
-        Zstd(level=_ZSTD_LEVEL).decode(frame, whole.view(np.uint8))
-    except (ValueError, RuntimeError) as error:  # a broken zstd block
-        raise CorruptError(f"{key}: can't be decoded ({' '.join(str(error).split())})") from None
-    if whole.dtype == bool and whole.view(np.uint8).max(initial=0) > 1:
-        raise CorruptError(f"{key}: holds bytes that are neither true nor false")
-    if whole is not part:
-        part[...] = whole[: len(part)]
-
-
-def _on_disk(entry: ArrayEntry) -> np.dtype:
-    return np.dtype(entry.dtype).newbyteorder("<")
+        try:
+            array = np.asarray(group[name][...])  # type: ignore[index]
+        except (ValueError, RuntimeError, TypeError, KeyError) as error:  # a wrong checksum, a broken zstd block
+            raise CorruptError(f"{name}: can't be decoded ({one_line(error)})") from None
+        if entry.dtype == "bool" and array.view(np.uint8).max(initial=0) > 1:
+            raise CorruptError(f"{name}: holds bytes that are neither true nor false")
+        decoded[name] = array.astype((in_memory or {}).get(entry.dtype, entry.dtype), copy=False)
+    return decoded
 
 
 def _chunk_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -158,17 +143,12 @@ def _chunk_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
     return (max(1, min(shape[0], CHUNK_ELEMENTS // math.prod(row))), *row)
 
 
-def _chunks(name: str, entry: ArrayEntry) -> list[tuple[str, int]]:
-    """(file name, first row) of every chunk: none where the array is empty."""
+def _chunk_names(name: str, entry: ArrayEntry) -> list[str]:
+    """None where the array is empty."""
     if not math.prod(entry.shape):
         return []
-    rows = _chunk_shape(entry.shape)[0]
     rest = "/0" * (len(entry.shape) - 1)
-    return [(f"{name}/c/{place}{rest}", place * rows) for place in range(-(-entry.shape[0] // rows))]
-
-
-def _array_files(name: str, entry: ArrayEntry) -> list[str]:
-    return [f"{name}/zarr.json", *(key for key, _ in _chunks(name, entry))]
+    return [f"{name}/c/{place}{rest}" for place in range(-(-entry.shape[0] // _chunk_shape(entry.shape)[0]))]
 
 
 def _metadata(entry: ArrayEntry) -> dict[str, Any]:
@@ -191,26 +171,29 @@ def _metadata(entry: ArrayEntry) -> dict[str, Any]:
     }
 
 
-def _check_document(key: str, data: bytes | memoryview, expected: dict[str, Any]) -> None:
-    wanted = canonical_json(expected)
+def _check_document(name: str, data: Bytes, expected: dict[str, Any]) -> None:
+    """Keys that the format does not know may be there if they say nothing: another Zarr may write them."""
     try:
-        if canonical_json(from_json(bytes(data))) == wanted:
-            return
+        found = from_json(bytes(data))
     except ValueError as error:
-        raise CorruptError(f"{key}: not valid JSON ({error})") from None
-    raise CorruptError(f"{key}: not the Zarr metadata this format prescribes: {wanted.decode()}")
+        raise CorruptError(f"{name}: not valid JSON ({error})") from None
+    known = {key: value for key, value in found.items() if key in expected or value} if isinstance(found, dict) else 0
+    wanted = canonical_json(expected)
+    if canonical_json(known) != wanted:
+        raise CorruptError(f"{name}: not the Zarr metadata this format prescribes: {wanted.decode()}")
 
 
-def _check_chunk(key: str, frame: memoryview, size: int) -> None:
+def _check_chunk(name: str, data: memoryview, size: int) -> None:
+    """A few bytes of zstd can declare gigabytes, which a decoder would allocate."""
     try:
-        declared = zstd_content_size(frame)
+        declared = zstd_content_size(data[:-_CRC_BYTES])
     except (ValueError, IndexError):
-        raise CorruptError(f"{key}: not one zstd frame that declares its size") from None
+        raise CorruptError(f"{name}: not one zstd frame that declares its size") from None
     if declared != size:
-        raise CorruptError(f"{key}: declares {declared:,} bytes, its chunk holds {size:,}")
+        raise CorruptError(f"{name}: declares {declared:,} bytes, its chunk holds {size:,}")
 
 
-def zstd_content_size(data: bytes | memoryview) -> int:
+def zstd_content_size(data: Bytes) -> int:
     """Decompressed size of the single zstd frame that `data` is, without decompressing it (RFC 8878, 3.1.1).
 
     Raises ValueError or IndexError for anything else: a frame without a size, several frames, a cut frame.

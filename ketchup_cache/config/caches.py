@@ -7,14 +7,16 @@ from typing import Literal
 
 from pydantic import Field
 
-from ketchup_cache.config.base import CacheAddress, Config, Positive
+from ketchup_cache.config.base import CacheAddress, Config
 
 
 class InfoConfig(Config):
     """Options of `ketchup-cache info`."""
 
     cache: CacheAddress
-    """Cache to describe."""
+    """Cache to describe: a path or an address."""
+    other: CacheAddress | None = None
+    """Another cache: say what each of the two has that the other lacks."""
 
 
 class VerifyConfig(Config):
@@ -24,19 +26,12 @@ class VerifyConfig(Config):
     """Cache to check: every byte against its manifest."""
     deep: bool = False
     """Also decode every array and check every rule of the format."""
-
-
-class CompactConfig(Config):
-    """Options of `ketchup-cache compact`."""
-
-    cache: Path
-    """Cache to rewrite. It stays as it is."""
-    into: Path
-    """Cache that receives the segments; made if it is not there. Run again, it gets what has been added since."""
-    storage: Literal["compact", "lossless"] = "compact"
-    """compact: float16, a bit more than half the size. lossless: the same numbers, only in fewer segments."""
-    segment_tokens: Positive = 4194304
-    """Most completion tokens in a segment of merged scores."""
+    clean: bool = False
+    """Delete what interrupted commits have left: entries of tmp/, and data without a manifest."""
+    older_than: float = Field(default=24.0, ge=0, allow_inf_nan=False)
+    """With --clean: hours. Younger leftovers stay, since a writer may be at work on them."""
+    dry_run: bool = False
+    """With --clean: only say what would be deleted."""
 
 
 class PushConfig(Config):
@@ -74,33 +69,6 @@ class MergeConfig(Config):
     """Cache that receives what it lacks of both; made if it is not there. It may be one of the two."""
     dry_run: bool = False
     """Only say what would be copied."""
-
-
-class DiffConfig(Config):
-    """Options of `ketchup-cache diff`."""
-
-    a: str
-    """A cache: a path or an address."""
-    b: str
-    """Another cache."""
-
-
-class LsConfig(Config):
-    """Options of `ketchup-cache ls`."""
-
-    cache: CacheAddress
-    """Cache to list: a path or an address."""
-
-
-class GcConfig(Config):
-    """Options of `ketchup-cache gc`."""
-
-    cache: CacheAddress
-    """Cache to tidy: data without a manifest, and leftovers in tmp/ and watch/."""
-    older_than: float = Field(default=24.0, ge=0, allow_inf_nan=False)
-    """Hours. Younger garbage stays, since a writer may be at work on it."""
-    dry_run: bool = False
-    """Only say what would be deleted."""
 
 
 class ExportConfig(Config):

@@ -14,12 +14,8 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from ketchup_cache.config.base import CacheAddress, Config, Positive
 from ketchup_cache.config.caches import (
-    CompactConfig,
-    DiffConfig,
     ExportConfig,
-    GcConfig,
     InfoConfig,
-    LsConfig,
     MergeConfig,
     PullConfig,
     PushConfig,
@@ -314,11 +310,7 @@ COMMANDS: dict[str, type[Config]] = {
     "push": PushConfig,
     "pull": PullConfig,
     "merge": MergeConfig,
-    "diff": DiffConfig,
-    "ls": LsConfig,
-    "gc": GcConfig,
     "export": ExportConfig,
-    "compact": CompactConfig,
     "demo": DemoConfig,
     "recipes": RecipesConfig,
 }

@@ -1,6 +1,6 @@
 """A cache in a dataset repository of the Hugging Face Hub: hf://datasets/owner/name or …/name@revision.
 
-Data goes up in one commit, manifests and the dataset card in a later one. New repositories are private.
+Data and manifests of a batch go up in one commit, so a killed upload shows nothing. New repositories are private.
 """
 
 from __future__ import annotations
@@ -11,12 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ketchup_cache.cache import disk as durable
-from ketchup_cache.cache import segment_bytes as reading
-from ketchup_cache.cache.manifest import Manifest
+from ketchup_cache.cache.segment_bytes import MARKER, MARKER_BYTES, Packed, ids_among
 from ketchup_cache.errors import CacheError, WriteError
-from ketchup_cache.sharing.base import MARKER_BYTES, KeyedRemote, Packed, persistently, read_manifest
-from ketchup_cache.sharing.card import MARK, card
+from ketchup_cache.sharing.network import KeyedStore, persistently
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -24,23 +21,33 @@ if TYPE_CHECKING:
 COMMIT_BYTES = 2**28
 """Segments are committed together up to this size: the Hub allows few commits an hour, and a batch is in memory."""
 _ADDRESS = re.compile(r"hf://datasets/([\w.-]+/[\w.-]+)(?:@([\w./-]+))?/?")
+_README = """---
+license: {license}
+tags: [ketchup-cache, knowledge-distillation]
+---
+
+Rollouts of a language model and a frozen teacher's scores of every token, as a ketchup cache (Zarr v3).
+
+    pip install ketchup-cache
+    ketchup-cache info hf://datasets/{repo}
+    ketchup-cache learn --student STUDENT --cache hf://datasets/{repo} --out run
+"""
 
 
-class HubRemote(KeyedRemote):
+class HubStore(KeyedStore):
     batch_bytes = COMMIT_BYTES
 
-    def __init__(self, url: str, api: HfApi | None = None, license_id: str | None = None) -> None:
-        """api: stands in for the Hub in tests. Raises CacheError for an address that is no dataset."""
-        if not (found := _ADDRESS.fullmatch(url)):
-            raise CacheError(f"{url}: is not an address of a Hub data set, which is hf://datasets/owner/name")
-        self.url, self._repo, self._revision = url.rstrip("/"), found[1], found[2]
-        self._license = license_id
-        self._known: dict[str, Manifest] = {}
-        if api is None:
-            from huggingface_hub import HfApi
+    def __init__(self, address: str, license_id: str | None = None, api: HfApi | None = None) -> None:
+        """license_id: of a repository that is made. api: stands in for the Hub in tests.
 
-            api = HfApi()
-        self._api = api
+        Raises CacheError for an address that is no dataset.
+        """
+        if not (found := _ADDRESS.fullmatch(address)):
+            raise CacheError(f"{address}: is not an address of a Hub data set, which is hf://datasets/owner/name")
+        from huggingface_hub import HfApi
+
+        self.address, self._repo, self._revision = address.rstrip("/"), found[1], found[2]
+        self._license, self._api = license_id or "unknown", api or HfApi()
 
     def create(self) -> None:
         if self.exists():
@@ -49,50 +56,33 @@ class HubRemote(KeyedRemote):
         def make() -> None:
             self._api.create_repo(self._repo, repo_type="dataset", private=True, exist_ok=True)
 
-        persistently(self.url, make, writing=True)
-        self._commit({durable.MARKER: MARKER_BYTES}, "Make a ketchup cache")
+        persistently(self.address, make, writing=True)
+        files = {MARKER: MARKER_BYTES}
+        try:
+            self._get("README.md", 0)
+        except FileNotFoundError:
+            files["README.md"] = _README.format(license=self._license, repo=self._repo).encode()
+        self._commit(files, "Make a ketchup cache")
 
     def segment_ids(self) -> list[str]:
         from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
 
         def names() -> list[str]:
             try:
-                tree = self._api.list_repo_tree(
-                    self._repo, path_in_repo="manifests", repo_type="dataset", revision=self._revision
-                )
+                place = {"repo_type": "dataset", "revision": self._revision}
+                tree = self._api.list_repo_tree(self._repo, path_in_repo="manifests", **place)  # type: ignore[arg-type]
                 return [entry.path.rpartition("/")[2] for entry in tree]
             except (EntryNotFoundError, RepositoryNotFoundError):
-                raise FileNotFoundError(self._repo) from None
+                return []
 
-        try:
-            return reading.ids_among(persistently(self.url, names))
-        except FileNotFoundError:
-            return []
+        return ids_among(persistently(self.address, names))
 
     def put(self, batch: Sequence[Packed]) -> None:
         if self._revision:
-            raise WriteError(f"{self.url}: a revision is read-only; push to {self.url.partition('@')[0]}")
-        data = {f"segments/{p.segment_id}/{name}": content for p in batch for name, content in p.files.items()}
-        self._commit(data, f"Data of {len(batch)} segments")
-        manifests = {f"manifests/{p.segment_id}.json": p.manifest for p in batch}
-        self._commit(manifests | self._card(batch), f"{len(batch)} segments")
-
-    def _card(self, batch: Sequence[Packed]) -> dict[str, bytes]:
-        """README.md; nothing where somebody wrote one by hand."""
-        try:
-            before = self._get("README.md", reading.MAX_MANIFEST_BYTES).decode(errors="replace")
-        except FileNotFoundError:
-            before = ""
-        if MARK not in before and before.strip():
-            return {}
-        for segment_id in self.segment_ids():
-            if segment_id not in self._known:
-                self._known[segment_id] = read_manifest(self, segment_id)[0]
-        for packed in batch:
-            self._known[packed.segment_id] = reading.parse_manifest(packed.manifest, packed.segment_id, self.url)
-        kept = re.search(r"^license: *([\w.-]+) *$", before, re.MULTILINE)
-        text = card(self._repo, list(self._known.values()), self._license or (kept[1] if kept else "unknown"))
-        return {"README.md": text.encode()}
+            raise WriteError(f"{self.address}: a revision is read-only; push to {self.address.partition('@')[0]}")
+        files = {f"segments/{p.segment_id}/{name}": data for p in batch for name, data in p.files.items()}
+        files |= {f"manifests/{p.segment_id}.json": p.manifest for p in batch}
+        self._commit(files, f"{len(batch)} segments")
 
     def _commit(self, files: dict[str, bytes], message: str) -> None:
         from huggingface_hub import CommitOperationAdd
@@ -103,17 +93,13 @@ class HubRemote(KeyedRemote):
             self._api.create_commit(self._repo, operations, commit_message=message, repo_type="dataset")
 
         try:
-            persistently(self.url, send, writing=True)
+            persistently(self.address, send, writing=True)
         except FileNotFoundError:
-            raise WriteError(f"{self.url}: no such repository, or no right to write to it") from None
+            raise WriteError(f"{self.address}: no such repository, or no right to write to it") from None
 
     def _get(self, key: str, limit: int) -> bytes:
         """Through a folder of its own, not the Hub client's cache, which would keep every segment a second time."""
-        from huggingface_hub.errors import (
-            EntryNotFoundError,
-            LocalEntryNotFoundError,
-            RepositoryNotFoundError,
-        )
+        from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, RepositoryNotFoundError
 
         def request() -> bytes:
             with tempfile.TemporaryDirectory() as folder:
@@ -128,4 +114,4 @@ class HubRemote(KeyedRemote):
                 with Path(path).open("rb") as file:
                     return file.read(limit + 1)
 
-        return persistently(f"{self.url}/{key}", request)
+        return persistently(f"{self.address}/{key}", request)

@@ -1,150 +1,118 @@
-"""A cache in an object store, through obstore: S3, Google Cloud, Azure, or memory.
+"""A cache in an object store (S3, Google Cloud, Azure), or read-only behind a web server, through obstore.
 
 Objects appear whole or not at all. Every one is created only if it is absent (`If-None-Match: *` on S3), data before
 the manifest, so that no writer ever replaces what another one has published.
+A web server must list its folder manifests/, as servers do for a folder without an index page.
 """
 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
-from ketchup_cache.cache import disk as durable
-from ketchup_cache.cache import segment_bytes as reading
+from ketchup_cache.cache.segment_bytes import MARKER, MARKER_BYTES, Packed, ids_among, in_parallel
+from ketchup_cache.console import one_line
 from ketchup_cache.errors import CacheError, WriteError
-from ketchup_cache.sharing.base import MARKER_BYTES, KeyedRemote, Packed, in_parallel, persistently
+from ketchup_cache.sharing.network import KeyedStore, persistently
 
-if TYPE_CHECKING:
-    from obstore.store import ObjectStore
-
-SCHEMES = ("s3", "s3a", "gs", "az", "abfs", "memory")
-"""Addresses that are served. memory:// lasts as long as the process: for tests and trials."""
+SCHEMES = ("s3", "s3a", "gs", "az", "abfs", "http", "https")
 TIMEOUTS = {"timeout": timedelta(seconds=300), "connect_timeout": timedelta(seconds=10)}
 RETRIES = {"max_retries": 2, "retry_timeout": timedelta(seconds=60)}
 """Of the client, for one request; `persistently` comes on top of it."""
-
+MAX_LISTING_BYTES = 2**26
+_LINK = re.compile(rb"""href\s*=\s*["']?(?:[^"'\s>]*/)?([0-9a-f]{64}\.json)["'\s>]""", re.IGNORECASE)
+_LISTING = re.compile(rb"index of|directory listing", re.IGNORECASE)
 Value = TypeVar("Value")
 
 
-class ObjectRemote(KeyedRemote):
+class ObjectStore(KeyedStore):
     batch_bytes = 0
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, address: str) -> None:
         """Raises CacheError where the client is not installed, or credentials are wanted that it can't read."""
-        self.url = url.rstrip("/")
-        self._store = _open_store(self.url)
+        self.address = address.rstrip("/")
+        self._web = address.startswith("http")
+        self._client = open_client(self.address)
 
     def create(self) -> None:
+        if self._web:
+            raise WriteError(f"{self.address}: web addresses are read-only; push to a path, s3:// or hf:// address")
         if not self.exists():
-            self._create(durable.MARKER, MARKER_BYTES)
+            self._create(MARKER, MARKER_BYTES)
 
     def segment_ids(self) -> list[str]:
         def names() -> list[str]:
-            found = self._store.list_with_delimiter("manifests")["objects"]
+            found = self._client.list_with_delimiter("manifests")["objects"]
             return [entry["path"].rpartition("/")[2] for entry in found]
 
         try:
-            return reading.ids_among(persistently(self.url, lambda: _plain(names)))
+            return ids_among(self._linked() if self._web else persistently(self.address, lambda: _plain(names)))
         except FileNotFoundError:
             return []
 
     def put(self, batch: Sequence[Packed]) -> None:
+        if self._web:
+            self.create()
         for packed in batch:
             files = {f"segments/{packed.segment_id}/{name}": data for name, data in packed.files.items()}
 
             def send(key: str, files: dict[str, bytes] = files) -> None:
-                if not self._create(key, files[key]):
-                    self._confirm(key, files[key])
+                self._send(key, files[key])
 
             in_parallel(send, list(files))
-            manifest = f"manifests/{packed.segment_id}.json"
-            if not self._create(manifest, packed.manifest):
-                self._confirm(manifest, packed.manifest)
+            self._send(f"manifests/{packed.segment_id}.json", packed.manifest)
+
+    def _linked(self) -> list[str]:
+        """Names on the page that lists manifests/. Raises CacheError where the server answers with another page."""
+        page = b""
+        with suppress(FileNotFoundError):
+            page = self._get("manifests/", MAX_LISTING_BYTES)
+        names = [name.decode() for name in dict.fromkeys(_LINK.findall(page))]
+        if not names and not _LISTING.search(page):
+            raise CacheError(f"{self.address}/manifests/: is not listed; turn on folder listings in the server")
+        return names
 
     def _get(self, key: str, limit: int) -> bytes:
         """More than `limit` bytes are enough to notice a longer object: the rest of it is never loaded."""
 
         def request() -> bytes:
-            answer = self._store.get(key)
+            answer, data = self._client.get(key), b""
             if answer.meta["size"] <= limit:
                 return bytes(answer.bytes())
-            data = b""
             for chunk in answer.stream(min_chunk_size=1):
                 data += bytes(chunk)
                 if len(data) > limit:
                     break
             return data[: limit + 1]
 
-        return persistently(f"{self.url}/{key}", lambda: _plain(request))
+        return persistently(f"{self.address}/{key}", lambda: _plain(request))
 
     def _create(self, key: str, data: bytes) -> bool:
         """Put an object where there is none; whether this call made it."""
 
         def request() -> None:
             # in several parts it could not be conditional; a segment's files are far below the limit of one
-            self._store.put(key, data, mode="create", use_multipart=False)
+            self._client.put(key, data, mode="create", use_multipart=False)
 
         try:
-            persistently(f"{self.url}/{key}", lambda: _plain(request), writing=True)
+            persistently(f"{self.address}/{key}", lambda: _plain(request), writing=True)
         except FileExistsError:
             return False
         except FileNotFoundError:
-            raise WriteError(f"{self.url}: no such bucket; make it first") from None
+            raise WriteError(f"{self.address}: no such bucket; make it first") from None
         return True
 
-    def _confirm(self, key: str, data: bytes) -> None:
+    def _send(self, key: str, data: bytes) -> None:
         """An object that is there already must hold the same bytes: names are hashes of what they hold."""
-        if self._must_get(key, len(data)) != data:
+        if not self._create(key, data) and self._must_get(key, len(data)) != data:
             raise WriteError(
-                f"{self.url}/{key}: is there already, with other bytes; delete it (it is damaged) and push again"
+                f"{self.address}/{key}: is there already, with other bytes; delete it (it is damaged) and push again"
             )
-
-
-class ObjectBoard:
-    """Notes (sharing/board.py) as objects under watch/."""
-
-    def __init__(self, remote: ObjectRemote, limit: int) -> None:
-        self.url, self._remote, self._limit = remote.url, remote, limit
-
-    def list(self, folder: str) -> dict[str, float]:
-        def times() -> dict[str, float]:
-            found = self._remote._store.list_with_delimiter(f"watch/{folder}")["objects"]
-            return {entry["path"].rpartition("/")[2]: entry["last_modified"].timestamp() for entry in found}
-
-        try:
-            return persistently(self.url, lambda: _plain(times))
-        except FileNotFoundError:
-            return {}
-
-    def read(self, name: str) -> bytes | None:
-        try:
-            return self._remote._get(f"watch/{name}", self._limit)
-        except FileNotFoundError:
-            return None
-
-    def create(self, name: str, data: bytes) -> bool:
-        # a request that arrived may be repeated, since its answer was lost: then what is there is what we sent
-        return self._remote._create(f"watch/{name}", data) or self.read(name) == data
-
-    def write(self, name: str, data: bytes) -> None:
-        def request() -> None:
-            self._remote._store.put(f"watch/{name}", data, use_multipart=False)
-
-        try:
-            persistently(f"{self.url}/watch/{name}", lambda: _plain(request), writing=True)
-        except FileNotFoundError:
-            raise WriteError(f"{self.url}: no such bucket; make it first") from None
-
-    def delete(self, name: str) -> None:
-        def request() -> None:
-            self._remote._store.delete(f"watch/{name}")
-
-        with suppress(FileNotFoundError):
-            persistently(f"{self.url}/watch/{name}", lambda: _plain(request), writing=True)
 
 
 def _plain(call: Callable[[], Value]) -> Value:
@@ -166,31 +134,25 @@ def _plain(call: Callable[[], Value]) -> Value:
         raise kinds.get(type(error), ConnectionError)(text) from None
 
 
-_memory: dict[str, ObjectStore] = {}
-
-
-def _open_store(url: str) -> Any:
-    """The client for an address, with the prefix of the address in front of all keys."""
-    scheme, _, rest = url.partition("://")
+def open_client(address: str) -> Any:
+    """The client for an address, with the prefix of the address in front of all keys. Raises CacheError."""
+    scheme = address.partition("://")[0]
     try:
-        from obstore.store import MemoryStore, from_url
+        from obstore.store import from_url
     except ImportError:
-        raise CacheError(f"{url}: {scheme}:// needs the package obstore: pip install 'ketchup-cache[s3]'") from None
-    if scheme == "memory":
-        return _memory.setdefault(rest, MemoryStore())
-    options: dict[str, Any] = {"client_options": TIMEOUTS, "retry_config": RETRIES}
-    if scheme in ("s3", "s3a"):
-        if os.environ.get("AWS_ENDPOINT_URL", "").startswith("http://"):  # a store of one's own, without TLS
-            options["client_options"] = {**TIMEOUTS, "allow_http": True}
-        if provider := _aws_profile(url):
-            options["credential_provider"] = provider
+        raise CacheError(f"{address}: {scheme}:// needs the package obstore: pip install 'ketchup-cache[s3]'") from None
+    own = scheme in ("s3", "s3a") and os.environ.get("AWS_ENDPOINT_URL", "").startswith("http://")
+    plain = own or scheme == "http"  # without TLS
+    options: dict[str, Any] = {"client_options": {**TIMEOUTS, "allow_http": plain}, "retry_config": RETRIES}
+    if scheme in ("s3", "s3a") and (provider := _aws_profile(address)):
+        options["credential_provider"] = provider
     try:
-        return from_url(url, **options)
+        return from_url(address, **options)
     except Exception as error:  # errors of the client about the address or the environment
-        raise CacheError(f"{url}: can't be opened ({str(error).partition(chr(10))[0][:200]})") from None
+        raise CacheError(f"{address}: can't be opened ({one_line(str(error).partition(chr(10))[0])})") from None
 
 
-def _aws_profile(url: str) -> Any:
+def _aws_profile(address: str) -> Any:
     """Credentials of ~/.aws, which the client leaves to boto3. None where the environment holds some, or there are
     none. Raises CacheError where a profile is asked for that can't be read.
     """
@@ -202,11 +164,9 @@ def _aws_profile(url: str) -> Any:
         from obstore.auth.boto3 import Boto3CredentialProvider
 
         return Boto3CredentialProvider(Session(profile_name=profile))
-    except ImportError:
-        if not profile:
-            return None
-        raise CacheError(f"{url}: AWS_PROFILE is read by the package boto3: pip install boto3") from None
     except Exception as error:
         if not profile:
             return None
-        raise CacheError(f"{url}: profile {profile!r} can't be used ({str(error)[:200]})") from None
+        missing = isinstance(error, ImportError)
+        why = "is read by the package boto3: pip install boto3" if missing else f"can't be used ({one_line(error)})"
+        raise CacheError(f"{address}: profile {profile!r} {why}") from None

@@ -48,10 +48,4 @@ def restrict(cache: Cache, pin: Path | None) -> None:
     """
     if pin is None:
         return
-    ids = read(pin)
-    if missing := set(ids) - set(cache.segment_ids()):
-        raise MismatchError(
-            f"{cache.address}: lacks {len(missing)} of the {len(ids)} segments in {pin}, "
-            f"{min(missing)[:12]} for one; use the cache of that run, or pull them"
-        )
-    cache.only = frozenset(ids)
+    cache.pin(read(pin))
