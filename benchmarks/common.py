@@ -24,7 +24,8 @@ from typing import Any
 
 import numpy as np
 
-from ketchup_cache.cache.cache import Cache, open_cache
+from ketchup_cache import open_cache
+from ketchup_cache.cache.cache import Cache
 from ketchup_cache.cache.manifest import PromptsInfo, RolloutsInfo, ScoresInfo
 from ketchup_cache.provenance import DataInfo, PolicyInfo, Sampling, TeacherInfo, TokenizerInfo
 from ketchup_cache.types import Prompts, Ragged, Rollouts, ScoredRollouts, Scores

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from benchmarks.common import ROOT, machine, options, publish, table
-from ketchup_cache.cache.cache import open_cache
+from ketchup_cache import open_cache
 
 TASK = ROOT / "data" / "translate"
 DECODING = {"max-new-tokens": 36, "rollout-batch": 256}

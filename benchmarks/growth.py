@@ -33,7 +33,7 @@ from benchmarks.common import (
     table,
     timed,
 )
-from ketchup_cache.cache.cache import open_cache
+from ketchup_cache import open_cache
 from ketchup_cache.training.batches import Stream
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.common import in_turn, options, publish, sample, t5, table
-from ketchup_cache.cache.cache import open_cache
+from ketchup_cache import open_cache
 from ketchup_cache.cache.zarr_files import encode
 from ketchup_cache.config.commands import LearnConfig, RolloutConfig, ScoreConfig
 from ketchup_cache.method import divergences

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.common import FLAN_T5_XL, commit_rollouts, options, publish, run, sample, t5, table, word_tokenizer
-from ketchup_cache.cache.cache import open_cache
+from ketchup_cache import open_cache
 from ketchup_cache.models.fingerprint import tokenizer_info
 
 SMALL = {"d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4}

@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.common import forget_peak, made_up_cache, options, peak, publish, sample, t5, table
-from ketchup_cache.cache.cache import open_cache
+from ketchup_cache import open_cache
 from ketchup_cache.training.batches import Stream, gather
 
 BATCH = 256

@@ -52,7 +52,7 @@ from benchmarks.common import (
     timed,
     word_tokenizer,
 )
-from ketchup_cache.cache.cache import open_cache
+from ketchup_cache import open_cache
 from ketchup_cache.config.commands import ScoreConfig
 from ketchup_cache.provenance import TeacherInfo, TokenizerInfo
 from ketchup_cache.scoring.teacher import Teacher

@@ -22,8 +22,9 @@ os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALL
 
 import pytest
 
-from ketchup_cache.cache.cache import open_cache
+from ketchup_cache import open_cache
 from tests.helpers.caches import make_cache
+from tests.helpers.stores import KEYS, SameKeys, emulated_s3, families, kill_copies, make_bucket, same_keys
 from tests.helpers.tiny import save_model
 from tests.helpers.trust import (
     ERRORS,
@@ -35,7 +36,6 @@ from tests.helpers.trust import (
     kill_writers,
     write_at_once,
 )
-from tests.helpers.trust_s3 import KEYS, SameKeys, emulated_s3, families, kill_copies, make_bucket, same_keys
 from tests.sharing.test_compact import small_segments
 
 NONE = "lost partial torn silent false_acknowledgements unclear two_creators early"

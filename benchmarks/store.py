@@ -18,7 +18,8 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.common import commit_rollouts, options, publish, sample, table, timed
-from ketchup_cache.cache.cache import Cache, open_cache
+from ketchup_cache import open_cache
+from ketchup_cache.cache.cache import Cache
 from ketchup_cache.config.commands import CompactConfig
 from ketchup_cache.sharing.compact import compact
 from ketchup_cache.types import ScoredRollouts, Scores

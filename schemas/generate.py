@@ -25,8 +25,10 @@ class _EveryFieldRequired(GenerateJsonSchema):
 
 def manifest_schema() -> dict[str, Any]:
     schema = {"$schema": DIALECT} | Manifest.model_json_schema(schema_generator=_EveryFieldRequired)
-    schema["required"].remove("author")
-    del schema["properties"]["author"]["default"]  # it stands for a key that is not there
+    rollouts = schema["$defs"]["RolloutsInfo"]
+    for record, key in ((schema, "author"), (rollouts, "finished")):
+        record["required"].remove(key)
+        del record["properties"][key]["default"]  # it stands for a key that is not there
     return schema
 
 

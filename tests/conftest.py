@@ -35,11 +35,19 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _memory_stores():
+    from tests.helpers.stores import memory_stores
+
+    with memory_stores():
+        yield
+
+
 @pytest.fixture(scope="session")
 def s3_endpoint():
     """Address of an emulated S3 on loopback."""
     pytest.importorskip("moto.server", reason="moto is not installed: pip install 'ketchup-cache[dev]'")
-    from tests.helpers.trust_s3 import emulated_s3
+    from tests.helpers.stores import emulated_s3
 
     with emulated_s3() as endpoint:
         yield endpoint
@@ -48,7 +56,7 @@ def s3_endpoint():
 @pytest.fixture
 def bucket(s3_endpoint, monkeypatch):
     """Name of a new, empty bucket; the environment leads to it."""
-    from tests.helpers.trust_s3 import KEYS, make_bucket
+    from tests.helpers.stores import KEYS, make_bucket
 
     for key, value in {"AWS_ENDPOINT_URL": s3_endpoint, **KEYS}.items():
         monkeypatch.setenv(key, value)

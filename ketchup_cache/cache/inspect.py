@@ -198,6 +198,15 @@ def verify(cache: Cache, *, deep: bool = True) -> VerifyReport:
             manifests[segment_id] = found
         else:
             problems[found] = None
+
+    def own_problem(segment_id: str) -> list[str]:
+        """Loading may have stopped at the parent."""
+        try:
+            read_segment(store, segment_id, manifests[segment_id], b"")
+        except KetchupError as error:
+            return [str(error)]
+        return []
+
     fresh, right = Cache(store, Index(manifests, cache.address)), 0
     for segment_id in sorted(manifests, key=lambda id_: _family(id_, manifests[id_])):
         manifest = manifests[segment_id]
@@ -210,7 +219,7 @@ def verify(cache: Cache, *, deep: bool = True) -> VerifyReport:
                 read_segment(store, segment_id, manifest, b"")
             right += manifest.data_bytes
         except KetchupError as error:
-            problems[str(error)] = None
+            problems |= dict.fromkeys((str(error), *(own_problem(segment_id) if deep else ())))
     left: tuple[str, ...] = ()
     if isinstance(store, FolderStore):
         left = tuple(str(path.relative_to(store.path)) for path in leftovers(store.path, _named(manifests.values())))

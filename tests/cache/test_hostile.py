@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import pickle
 import shutil
 import time
 from collections.abc import Callable
@@ -14,11 +15,14 @@ import numcodecs
 import numpy as np
 import pytest
 
-from ketchup_cache.cache import zarr_files as arrays
-from ketchup_cache.cache.cache import Cache, open_cache
-from ketchup_cache.cache.inspect import verify
+from ketchup_cache import open_cache
+from ketchup_cache.cache import zarr_files
+from ketchup_cache.cache.cache import Cache
+from ketchup_cache.cache.inspect import clean, verify
 from ketchup_cache.errors import CacheError, CorruptError, KetchupError, MismatchError
 from tests.helpers.segments import exit_code, fill, fingerprint, in_child, make_prompts, prompts_info, same
+
+ARCHIVE = zarr_files.ARCHIVE
 
 
 @pytest.fixture
@@ -28,8 +32,8 @@ def cache(tmp_path: Path) -> Cache:
 
 def load_all(root: Path) -> None:
     cache = open_cache(root)
-    for segment_id, manifest in cache.manifests():
-        getattr(cache, f"load_{manifest.kind}")(segment_id)
+    for segment_id in cache.segment_ids():
+        cache.load(segment_id)
 
 
 def refused(root: Path, error: type[KetchupError] = CorruptError, match: str = ": ") -> str:
@@ -50,26 +54,27 @@ def refused(root: Path, error: type[KetchupError] = CorruptError, match: str = "
 
 def test_one_flipped_bit_anywhere_is_refused(cache: Cache) -> None:
     segment_id = cache.commit_prompts(make_prompts((2, 3)), prompts_info())
-    folder = cache.path / "segments" / segment_id
-    paths = [cache.path / "manifests" / f"{segment_id}.json", *(p for p in folder.rglob("*") if p.is_file())]
-    assert len(paths) == 8
-    for path in paths:
+    archive = cache.path / "segments" / segment_id / ARCHIVE
+    for path in (cache.path / "manifests" / f"{segment_id}.json", archive):
         whole = path.read_bytes()
         for position in range(len(whole)):
             damaged = bytearray(whole)
             damaged[position] ^= 1 << position % 8
             path.write_bytes(damaged)
             with pytest.raises(CorruptError) as caught:
-                Cache(cache.path).load_prompts(segment_id)
+                open_cache(cache.path).load_prompts(segment_id)
             assert str(path) in str(caught.value)
         path.write_bytes(whole)
-    Cache(cache.path).load_prompts(segment_id)
+    open_cache(cache.path).load_prompts(segment_id)
 
 
-def test_deleted_cut_lengthened_swapped_and_linked_files(cache: Cache, tmp_path: Path) -> None:
+@pytest.mark.parametrize("version", [1, 2])
+def test_deleted_cut_lengthened_swapped_and_linked_files(cache: Cache, tmp_path: Path, version: int) -> None:
     _, _, scores = fill(cache)
-    folder = cache.path / "segments" / scores
-    for path in [p for p in folder.rglob("*") if p.is_file()]:
+    folder = cache.path / "segments" / (scores if version == 2 else forge(cache, scores, lambda m, f: None, version=1))
+    paths = [path for path in folder.rglob("*") if path.is_file()]
+    assert len(paths) == (1 if version == 2 else 11)
+    for path in paths:
         whole = path.read_bytes()
         for change in (
             path.unlink,
@@ -90,23 +95,43 @@ def test_deleted_cut_lengthened_swapped_and_linked_files(cache: Cache, tmp_path:
         assert "not a regular file" in refused(cache.path)
         path.unlink()
         path.write_bytes(whole)
-    q, max_q = folder / "q/c/0", folder / "max_q/c/0"
-    first, second = q.read_bytes(), max_q.read_bytes()
-    q.write_bytes(second)
-    max_q.write_bytes(first)
-    refused(cache.path)
-    report = verify(open_cache(cache.path))
-    assert {str(q), str(max_q)} == {problem.split(": ")[0] for problem in report.problems}
-    q.write_bytes(first)
-    max_q.write_bytes(second)
+    if version == 1:
+        q, max_q = folder / "q/c/0", folder / "max_q/c/0"
+        first, second = q.read_bytes(), max_q.read_bytes()
+        q.write_bytes(second)
+        max_q.write_bytes(first)
+        assert "q/c/0: its bytes are not those its manifest promises" in refused(cache.path)
+        q.write_bytes(first)
+        max_q.write_bytes(second)
     load_all(cache.path)
+
+
+@pytest.mark.parametrize("name", ["manifests", "segments", "tmp", "a segment"])
+def test_folders_that_are_links_lead_nowhere(cache: Cache, tmp_path: Path, name: str) -> None:
+    """Neither reading, nor writing, nor cleaning follows one to somebody else's files."""
+    fill(cache)
+    folder = cache.path / (f"segments/{cache.segment_ids()[0]}" if name == "a segment" else name)
+    outside = tmp_path / "outside"
+    if folder.exists():
+        shutil.move(folder, outside)
+    outside.mkdir(exist_ok=True)
+    (outside / "thesis.tex").write_text("words")
+    folder.symlink_to(outside)
+    if name != "tmp":
+        with pytest.raises(CorruptError, match="is a symbolic link"):
+            load_all(cache.path)
+    if name != "a segment":
+        with pytest.raises(CorruptError, match="is a symbolic link"):
+            open_cache(cache.path).commit_prompts(make_prompts(seed=3), prompts_info())
+        with pytest.raises(CorruptError, match="is a symbolic link"):
+            clean(open_cache(cache.path), hours=0)
+    assert (outside / "thesis.tex").read_text() == "words"
 
 
 def test_files_that_no_manifest_names_change_nothing(cache: Cache) -> None:
     ids = fill(cache)
     before = cache.load_scored(cache.scored()[0])
     folder = cache.path / "segments" / ids[2]
-    (folder / "q/c/1").write_bytes(b"stray")
     (folder / "evil").mkdir()
     (folder / "evil/zarr.json").write_text("{")
     (folder / ".zmetadata").write_text("{")
@@ -115,19 +140,29 @@ def test_files_that_no_manifest_names_change_nothing(cache: Cache) -> None:
     again = open_cache(cache.path)
     assert same(again.load_scored(again.scored()[0]), before)
     report = verify(again)
-    assert (report.ok, report.strays, report.orphans, report.unfinished) == (True, 3, 1, 0)
+    assert (report.ok, report.leftovers) == (True, (f"segments/{'0' * 64}",))
+
+
+def test_a_lost_manifest_is_reported_and_its_data_stays(cache: Cache) -> None:
+    """A child names it, so it is no leftover: it comes back with a copy of its manifest."""
+    _, rollouts_id, _ = fill(cache)
+    manifest = cache.path / "manifests" / f"{rollouts_id}.json"
+    lost = manifest.read_bytes()
+    manifest.unlink()
+    refused(cache.path, CacheError, "needs rollouts")
+    assert clean(open_cache(cache.path), hours=0) == ((), 0)
+    manifest.write_bytes(lost)
+    load_all(cache.path)
 
 
 def test_verify_lists_every_problem(cache: Cache) -> None:
-    ids = fill(cache)
-    names = ("tokens/c/0", "completion_offsets/c/0", "q/c/0")
-    for segment_id, name in zip(ids, names, strict=True):
-        (cache.path / "segments" / segment_id / name).write_bytes(b"?")
-    report = verify(cache)
-    assert [problem.split(": ")[0] for problem in report.problems] == [
-        str(cache.path / "segments" / segment_id / name) for segment_id, name in zip(ids, names, strict=True)
-    ]
-    assert report.bytes == 0
+    paths = [cache.path / "segments" / segment_id / ARCHIVE for segment_id in fill(cache)]
+    for path in paths:
+        path.write_bytes(b"?")
+    for deep in (False, True):
+        report = verify(cache, deep=deep)
+        assert {problem.split(": ")[0] for problem in report.problems} == set(map(str, paths))
+        assert report.bytes == 0
     assert "3 problems" in str(report)
 
 
@@ -136,21 +171,29 @@ def test_verify_lists_every_problem(cache: Cache) -> None:
 Change = Callable[[dict, dict[str, bytes]], object]
 
 
-def forge(cache: Cache, segment_id: str, change: Change, keep: bool = False) -> str:
-    """A segment changed by someone who knows the format: every length and hash fits again."""
+def forge(cache: Cache, segment_id: str, change: Change, keep: bool = False, version: int = 2) -> str:
+    """A segment changed by someone who knows the format: every length and hash fits again.
+
+    change: gets the manifest and the members of the group; names in manifest["files"] are those of version 1.
+    """
     folder, path = cache.path / "segments" / segment_id, cache.path / "manifests" / f"{segment_id}.json"
     manifest = json.loads(path.read_bytes())
-    files = {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-    old = dict(files)
+    old = {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    files = dict(zarr_files.unpack(old[ARCHIVE]) if manifest["version"] == 2 else old)
+    manifest["files"], manifest["version"] = {name: entry(data) for name, data in files.items()}, version
+    before = dict(files)
     change(manifest, files)
-    for name in old.keys() | files.keys():
+    for name in before.keys() | files.keys():
         if name not in files:
             manifest["files"].pop(name, None)
-        elif files[name] != old.get(name):
-            manifest["files"][name] = {
-                "length": len(files[name]),
-                "sha256": hashlib.sha256(files[name]).hexdigest(),
-            }
+        elif files[name] != before.get(name):
+            manifest["files"][name] = entry(files[name])
+    if version == 2:
+        packed = zarr_files.pack(files)
+        says = [e for name, e in manifest["files"].items() if name not in files or e != entry(files[name])]
+        files, manifest["files"] = {ARCHIVE: packed}, {ARCHIVE: entry(packed) | (says[0] if says else {})}
+    else:
+        manifest["info"].pop("finished", None)
     data = json.dumps(manifest).encode()
     forged = hashlib.sha256(data).hexdigest()
     if not keep:
@@ -161,12 +204,17 @@ def forge(cache: Cache, segment_id: str, change: Change, keep: bool = False) -> 
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(content)
     (cache.path / "manifests" / f"{forged}.json").write_bytes(data)
+    cache.refresh()
     return forged
+
+
+def entry(data: bytes) -> dict:
+    return {"length": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
 def stored(array: np.ndarray, name: str) -> dict[str, bytes]:
     """The files of one array."""
-    return {key: data for key, data in arrays.encode({name: array}).items() if key.startswith(name)}
+    return {key: data for key, data in zarr_files.encode({name: array}).items() if key.startswith(name)}
 
 
 def replaced(name: str, array: np.ndarray) -> Change:
@@ -200,10 +248,10 @@ class Payload:
 
 
 ZSTD = numcodecs.Zstd(level=1)
-PROMPTS_8_TOKENS = {
-    "a path out of the segment": (renamed("tokens/c/0", "../../tokens"), "is foreign|is missing"),
-    "an absolute path": (renamed("tokens/c/0", "/etc/passwd"), "is foreign|is missing"),
-    "a foreign file": (lambda m, f: f.update({"run.py": b"print()"}), "is foreign"),
+HOSTILE = {
+    "a path out of the segment": (renamed("tokens/c/0", "../../tokens"), "is foreign|is missing|is not part"),
+    "an absolute path": (renamed("tokens/c/0", "/etc/passwd"), "is foreign|is missing|is not part"),
+    "a foreign file": (lambda m, f: f.update({"run.py": b"print()"}), "is foreign|is not part"),
     "a missing chunk": (lambda m, f: f.pop("tokens/c/0"), "is missing"),
     "a foreign array": (lambda m, f: m["arrays"].update(x={"dtype": "uint8", "shape": [1]}), "array 'x'"),
     "a missing array": (lambda m, f: m["arrays"].pop("ids"), "array 'ids'"),
@@ -224,7 +272,7 @@ PROMPTS_8_TOKENS = {
         "limit is",
     ),
     "a negative shape": (lambda m, f: m["arrays"]["tokens"].update(shape=[-1]), "arrays.tokens.shape"),
-    "a huge file": (lambda m, f: m["files"]["tokens/c/0"].update(length=2**40), "limit is"),
+    "a huge file": (lambda m, f: m["files"]["tokens/c/0"].update(length=2**40, sha256="0" * 64), "limit is"),
     "no version": (lambda m, f: m.pop("version"), "format and version"),
     "an unknown key": (lambda m, f: m.update(extra=1), "extra"),
     "metadata of another shape": (edited("tokens/zarr.json", shape=[7]), "not the Zarr metadata"),
@@ -240,7 +288,7 @@ PROMPTS_8_TOKENS = {
                 "tokens/zarr.json",
                 codecs=[{"name": "bytes"}, {"name": "numcodecs.pickle", "configuration": {"id": "pickle"}}],
             )(m, f),
-            f.update({"tokens/c/0": __import__("pickle").dumps(Payload())}),
+            f.update({"tokens/c/0": pickle.dumps(Payload())}),
         ),
         "not the Zarr metadata",
     ),
@@ -272,7 +320,7 @@ PROMPTS_8_TOKENS = {
         "tokenizer.fingerprint",
     ),
     "a hash in capitals": (
-        lambda m, f: m["files"]["zarr.json"].update(sha256=m["files"]["zarr.json"]["sha256"].upper()),
+        lambda m, f: m["files"]["zarr.json"].update(sha256="A" * 64),
         "sha256",
     ),
     "a name with credentials": (
@@ -300,12 +348,13 @@ def understated(frame: bytes, size: int) -> bytes:
     return frame[:5] + bytes([size]) + frame[6:]
 
 
-@pytest.mark.parametrize("name", PROMPTS_8_TOKENS)
-def test_hostile_prompts(cache: Cache, name: str, monkeypatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_prompts(cache: Cache, name: str, version: int, monkeypatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
-    change, match = PROMPTS_8_TOKENS[name]
+    change, match = HOSTILE[name]
     segment_id = cache.commit_prompts(make_prompts((3, 1, 4)), prompts_info())
-    forged = forge(cache, segment_id, change)
+    forged = forge(cache, segment_id, change, version=version)
     message = refused(cache.path, match=match)
     assert forged in message
     assert "SECRET" not in message
@@ -331,6 +380,7 @@ def test_the_forger_forges_valid_segments(cache: Cache) -> None:
     # and so does the chunk with a checksum made here
     again = forge(cache, forged, lambda m, f: f.update({"tokens/c/0": chunk(bytes(ZSTD.encode(bytes(16))))}))
     assert open_cache(cache.path).load_prompts(again).tokens.values.tolist() == [0] * 8
+    assert open_cache(cache.path).load_prompts(forge(cache, again, lambda m, f: None, version=1)).tokens.values[0] == 0
 
 
 NAN, INF = np.float32("nan"), np.float32("inf")
@@ -383,14 +433,14 @@ def test_bytes_that_are_no_booleans(cache: Cache) -> None:
     (cache.path / "manifests" / f"{scores}.json").unlink()
     odd = np.array([2, 0, 1], np.uint8)
     forge(cache, rollouts_id, lambda m, f: f.update({"finished/c/0": stored(odd, "finished")["finished/c/0"]}))
-    refused(cache.path, match="finished/c/0: holds bytes that are neither true nor false")
+    refused(cache.path, match="finished: holds bytes that are neither true nor false")
 
 
 def test_parents_must_be_there_and_fit(cache: Cache) -> None:
     prompts, rollouts_id, scores_id = fill(cache)
     other = {"name": "other", "fingerprint": fingerprint("other"), "vocab_size": 60}
     forged = forge(cache, scores_id, lambda m, f: m["info"].update(tokenizer=other), keep=True)
-    assert "same tokenizer" in refused(cache.path, MismatchError, "made with tokenizer other")
+    assert "share a tokenizer" in refused(cache.path, MismatchError, "other and words encode differently")
     shutil.rmtree(cache.path / "segments" / forged)
     (cache.path / "manifests" / f"{forged}.json").unlink()
 
@@ -419,15 +469,15 @@ def test_parents_must_be_there_and_fit(cache: Cache) -> None:
 def test_manifest_of_another_version_says_so(cache: Cache) -> None:
     fill(cache)
     segment_id = cache.manifests("scores")[0][0]
-    forge(cache, segment_id, lambda m, f: m.update(version=2, news={}))
-    with pytest.raises(CacheError, match=r"is of format version 2, this program reads version 1; upgrade"):
+    forge(cache, segment_id, lambda m, f: m.update(version=3, news={}))
+    with pytest.raises(CacheError, match=r"is of format version 3, this program reads versions up to 2; upgrade"):
         open_cache(cache.path).manifests()
 
 
 @pytest.mark.parametrize(
     ("marker", "match"),
     [
-        (b'{"format":"ketchup-cache","version":2}', "format version 2, .* upgrade ketchup-cache"),
+        (b'{"format":"ketchup-cache","version":3}', "format version 3, .* upgrade ketchup-cache"),
         (b'{"format":"ketchup-cache","version":true}', "format version True"),
         (b'{"format":"something","version":1}', "does not say that this is a ketchup cache"),
         (b"[]", "does not say that this is a ketchup cache"),

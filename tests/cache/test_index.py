@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ketchup_cache.cache.cache import Cache, open_cache
+from ketchup_cache import open_cache
+from ketchup_cache.cache.cache import Cache
 from ketchup_cache.cache.index import gaps
 from ketchup_cache.cache.inspect import describe
 from ketchup_cache.errors import CacheError
@@ -170,10 +171,12 @@ def test_policies(family: Family) -> None:
         open_cache(cache.path.parent / "new", create=True).select_policy("student")
 
 
-def test_commits_of_others_show_up_in_an_open_cache(family: Family) -> None:
+def test_commits_of_others_show_up_after_a_refresh(family: Family) -> None:
     reader = open_cache(family.cache.path)
     assert [kind for _, m in reader.manifests() for kind in [m.kind]] == ["prompts", "rollouts"]
     segment_id = family.score(0, 6)
+    assert reader.manifests("scores") == []
+    reader.refresh()
     assert [i for i, _ in reader.manifests("scores")] == [segment_id]
     assert reader.scored()[0].scores_id == segment_id
 
@@ -226,8 +229,8 @@ def test_info(family: Family) -> None:
     on_disk = [p for folder in ("manifests", "segments") for p in (cache.path / folder).rglob("*") if p.is_file()]
     assert info.bytes == sum(p.stat().st_size for p in on_disk)
     assert info.bytes_per_completion_token == info.bytes / 36
-    assert [(t.name, t.scored, t.unscored) for t in info.teachers] == [("teacher", 4, 8), ("flan", 6, 6)]
-    assert [(p.name, p.rollouts) for p in info.policies] == [("student", 6), ("step-10", 6)]
+    assert [(t["name"], t["scored"], t["unscored"]) for t in info.teachers] == [("teacher", 4, 8), ("flan", 6, 6)]
+    assert [(p["name"], p["rollouts"]) for p in info.policies] == [("student", 6), ("step-10", 6)]
     assert len(info.sampling) == len(info.tokenizers) == len(info.data) == len(info.tools) == 1
     assert json.loads(json.dumps(info.to_dict()))["teachers"][1]["name"] == "flan"
     for part in ("12 (36 tokens)", "flan", "4 scored, 8 not yet", "3 scores", "samples 2"):

@@ -6,55 +6,19 @@ import hashlib
 import json
 import shutil
 
-import jsonschema
 import pytest
 
-from ketchup_cache.cache.cache import open_cache
-from ketchup_cache.cache.inspect import verify
+from ketchup_cache import open_cache
 from ketchup_cache.cache.segment_bytes import parse_manifest
 from ketchup_cache.cli import main
 from ketchup_cache.errors import CorruptError
-from ketchup_cache.schemas.generate import FOLDER
 from tests.helpers.caches import make_cache
-from tests.helpers.segments import fill, make_prompts, prompts_info
+from tests.helpers.segments import make_prompts, prompts_info
 from tests.helpers.tiny import save_model
 
 
 def manifest_bytes(cache, segment_id):
     return (cache.path / "manifests" / f"{segment_id}.json").read_bytes()
-
-
-def test_the_author_is_recorded_where_it_is_set_and_nowhere_else(tmp_path, monkeypatch, capsys):
-    monkeypatch.delenv("KETCHUP_CACHE_AUTHOR", raising=False)
-    nameless = open_cache(tmp_path / "c", create=True)
-    first = nameless.commit_prompts(make_prompts(), prompts_info())
-    assert b"author" not in manifest_bytes(nameless, first)
-    monkeypatch.setenv("KETCHUP_CACHE_AUTHOR", " Ana Núñez ")
-    signed = open_cache(tmp_path / "c")
-    second = signed.commit_prompts(make_prompts(seed=1), prompts_info())
-    record = json.loads(manifest_bytes(signed, second))
-    assert record["author"] == "Ana Núñez"
-    jsonschema.validate(record, json.loads((FOLDER / "manifest.schema.json").read_text()))
-    assert hashlib.sha256(manifest_bytes(signed, second)).hexdigest() == second
-    assert signed.manifest(second).to_bytes() == manifest_bytes(signed, second)
-    assert verify(signed).ok
-    assert main(["info", str(tmp_path / "c"), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["authors"] == ["Ana Núñez"]
-    assert main(["info", str(tmp_path / "c")]) == 0
-    assert "author      Ana Núñez\n" in capsys.readouterr().out
-    assert main(["ls", str(tmp_path / "c"), "--json"]) == 0
-    assert [entry["author"] for entry in json.loads(capsys.readouterr().out)["segments"]] == ["", "Ana Núñez"]
-
-
-@pytest.mark.parametrize("name", ["x" * 201, "a\x1b[2Jb", "https://u:SECRET@h/"])
-def test_a_name_that_is_none_is_refused_in_one_line(tmp_path, monkeypatch, capsys, name):
-    fill(open_cache(tmp_path / "c", create=True))
-    monkeypatch.setenv("KETCHUP_CACHE_AUTHOR", name)
-    assert main(["info", str(tmp_path / "c")]) == 2
-    error = capsys.readouterr().err
-    assert "KETCHUP_CACHE_AUTHOR must be a name" in error
-    assert "SECRET" not in error
-    assert len(error.splitlines()) == 1
 
 
 @pytest.mark.parametrize("author", ["null", '""', "7", json.dumps("x" * 201)])

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ketchup_cache.cache.cache import Cache, open_cache
+from ketchup_cache import open_cache
+from ketchup_cache.cache.cache import Cache
 from ketchup_cache.cache.inspect import describe, verify
-from ketchup_cache.cache.sizes import array_sizes
 from ketchup_cache.errors import CacheError, CorruptError, KetchupError, NumericsError
 from ketchup_cache.types import Scores, TopLogits
 from tests.cache.test_hostile import forge, refused, replaced, stored
@@ -70,7 +70,7 @@ def fill_top(cache: Cache, top: int, *, by: str = "teacher") -> tuple[str, Score
 @pytest.mark.parametrize("top", [1, 4, VOCAB - 1, VOCAB])
 def test_round_trip(cache: Cache, top: int) -> None:
     id_, scores = fill_top(cache, top)
-    loaded = Cache(cache.path).load_scores(id_)
+    loaded = open_cache(cache.path).load_scores(id_)
     assert same(loaded, scores)
     assert not any(array.flags.writeable for array in vars(loaded.top).values())
     # nothing is left outside of the whole vocabulary, so nothing is stored of it
@@ -91,7 +91,7 @@ def test_equal_logits_are_within_the_rules_after_rounding(cache: Cache, vocab: i
     scores = scores_of(logits, tokens, np.where(rollouts.finished, 0, 1).astype(np.float32), top)
     info = scores_info(rollouts_id, 0, 3, vocab_size=vocab)
     id_ = cache.commit_scores(scores, info.model_copy(update={"keep_top": top, "storage": "compact"}))
-    read = Cache(cache.path).load_scores(id_)
+    read = open_cache(cache.path).load_scores(id_)
     np.testing.assert_allclose(read.top.rest_logsumexp, scores.top.rest_logsumexp, atol=0.02)
 
 
@@ -177,8 +177,9 @@ def test_arrays_that_are_missing_or_too_many(cache: Cache) -> None:
     segment_id, scores = fill_top(cache, 4)
     for names in (("rest_logsumexp",), ("top_ids",), ("top_q", "top_ids", "rest_logsumexp")):
         forged = forge(cache, segment_id, without(*names), keep=True)
-        with pytest.raises(CorruptError, match="arrays"):
-            Cache(cache.path).load_scores(forged)
+        with pytest.raises(CorruptError, match="arrays?"):
+            open_cache(cache.path).load_scores(forged)
+        (cache.path / "manifests" / f"{forged}.json").unlink()
 
     def of_other_size(manifest, files):
         """`keep_top` says 5."""
@@ -198,8 +199,9 @@ def test_arrays_that_are_missing_or_too_many(cache: Cache) -> None:
     for change in (of_other_size, with_rest_of_nothing, wide_ids, too_many):
         forged = forge(cache, segment_id, change, keep=True)
         with pytest.raises(CorruptError):
-            Cache(cache.path).load_scores(forged)
-    Cache(cache.path).load_scores(segment_id)
+            open_cache(cache.path).load_scores(forged)
+        (cache.path / "manifests" / f"{forged}.json").unlink()
+    open_cache(cache.path).load_scores(segment_id)
 
 
 @pytest.mark.parametrize("said", [0, 3, 5])
@@ -239,28 +241,18 @@ def test_fewer_logits_are_those_that_would_have_been_kept(seed: int, scale: floa
         few.with_top(fewer + 1)
 
 
-def test_info_gives_bytes_per_token_of_every_array(cache: Cache) -> None:
+def test_info_gives_bytes_per_token_of_each_choice_of_score(cache: Cache) -> None:
     fill_top(cache, 4)
     _, scores = fill_top(cache, 0, by="another")
     assert scores.keep_top == 0
     info = describe(cache)
-    assert [(s.kind, s.keep_top) for s in info.arrays] == [
-        ("prompts", 0),
-        ("rollouts", 0),
-        ("scores", 0),
-        ("scores", 4),
+    assert list(info.sizes) == ["prompts", "rollouts", "scores", "scores, --keep-top 4"]
+    folders = [cache.path / "segments" / id_ for id_, m in cache.manifests("scores") if m.info.keep_top]
+    paths = [
+        *(folder / "arrays.zip" for folder in folders),
+        *(cache.path / f"manifests/{f.name}.json" for f in folders),
     ]
-    assert [s.tokens for s in info.arrays] == [16, 28, 14, 14]
-    assert sum(sum(s.bytes.values()) for s in info.arrays) == info.bytes
-    # against the files themselves
-    folder = cache.path / "segments" / next(i for i, m in cache.manifests("scores") if m.info.keep_top)
-    for name in ("top_q", "top_ids", "rest_logsumexp", "q"):
-        size = sum(p.stat().st_size for p in (folder / name).rglob("*") if p.is_file())
-        assert info.arrays[3].bytes[name] == size
-        assert info.arrays[3].bytes_per_token[name] == size / 14
-        assert f"{name} {size / 14:.2f}" in str(info)
-    assert "top_q" not in info.arrays[2].bytes
+    assert info.sizes["scores, --keep-top 4"] == sum(path.stat().st_size for path in paths) / 14
     assert "scores, --keep-top 4: " in str(info)
-    assert json.loads(json.dumps(info.to_dict()))["arrays"][3]["bytes_per_token"]["top_q"] > 0
-    assert array_sizes([]) == ()
-    assert fingerprint("teacher") in {t.fingerprint for t in info.teachers}
+    assert json.loads(json.dumps(info.to_dict()))["sizes"]["scores"] > 0
+    assert fingerprint("teacher") in {t["fingerprint"] for t in info.teachers}

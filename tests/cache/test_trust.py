@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import os
 import resource
-import shutil
 from pathlib import Path
 
 import pytest
 
-from ketchup_cache.cache.cache import open_cache
+from ketchup_cache import open_cache
 from ketchup_cache.errors import WriteError
 from ketchup_cache.sharing import remote_cache as view
-from tests.cache.test_hostile import PROMPTS_8_TOKENS
+from tests.cache.test_hostile import HOSTILE
 from tests.helpers.segments import exit_code, in_child, make_prompts, prompts_info
-from tests.helpers.trust import ERRORS, fail_every_step, flips, kill_command, kill_gc, kill_writers, write_at_once
-from tests.helpers.trust_s3 import KEYS, kill_copies
-from tests.sharing.test_compact import small_segments
+from tests.helpers.stores import KEYS, kill_copies
+from tests.helpers.trust import ERRORS, fail_every_step, flips, kill_clean, kill_writers, write_at_once
 
 
 def test_killed_writers(tmp_path: Path) -> None:
@@ -25,22 +23,8 @@ def test_killed_writers(tmp_path: Path) -> None:
     assert count.acknowledged > 5
 
 
-def test_killed_compact(tmp_path: Path) -> None:
-    cache = small_segments(tmp_path / "c")
-    into = tmp_path / "d"
-    words = ["compact", str(cache.path), "--into", str(into), "--segment-tokens", "5"]
-
-    def reset() -> None:
-        shutil.rmtree(into, ignore_errors=True)
-        open_cache(into, create=True)
-
-    count = kill_command(words, into, reset, 10)
-    assert (count.kills, count.lost, count.partial) == (10, 0, 0)
-    assert count.acknowledged
-
-
-def test_killed_gc(tmp_path: Path) -> None:
-    count = kill_gc(tmp_path / "c", 5)
+def test_killed_clean(tmp_path: Path) -> None:
+    count = kill_clean(tmp_path / "c", 5)
     assert (count.kills, count.lost, count.partial) == (5, 0, 0)
 
 
@@ -54,7 +38,7 @@ def test_killed_copies_to_and_from_s3(tmp_path: Path, monkeypatch, pull: bool) -
 
 
 def test_failing_writes(tmp_path: Path, monkeypatch) -> None:
-    count = fail_every_step(tmp_path, monkeypatch, every=7)
+    count = fail_every_step(tmp_path, monkeypatch, every=2)
     assert count.failures > 10 * len(ERRORS)
     assert (count.false_acknowledgements, count.unclear) == (0, 0)
 
@@ -86,5 +70,5 @@ def test_eight_writers_and_a_reader(tmp_path: Path) -> None:
 
 
 def test_there_are_at_least_forty_hostile_segments() -> None:
-    """Beside hostile scores, parents, markers and compact segments, which have tests of their own."""
-    assert len(PROMPTS_8_TOKENS) >= 40
+    """Beside hostile scores, parents and markers, which have tests of their own. Each runs for both format versions."""
+    assert len(HOSTILE) >= 40

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import io
+import warnings
+import zipfile
+
 import numcodecs
 import numpy as np
 import pytest
@@ -23,6 +27,37 @@ SAMPLE = {
 }
 ENTRIES = {name: ArrayEntry(dtype=array.dtype.name, shape=array.shape) for name, array in SAMPLE.items()}
 ENCODED = arrays.encode(SAMPLE)
+PACKED = arrays.pack(ENCODED)
+
+
+@settings(examples, max_examples=400)
+@given(st.data())
+def test_unpack_refuses_or_reads_files(data: st.DataObject) -> None:
+    """Whatever happens to an archive's bytes: the same arrays, or one error."""
+    at = data.draw(st.integers(0, len(PACKED) - 1))
+    changed = PACKED[:at] + data.draw(st.binary(max_size=4)) + PACKED[at + data.draw(st.integers(0, 3)) :]
+    try:
+        decoded = arrays.decode(arrays.unpack(changed), ENTRIES)
+    except CorruptError:
+        return
+    assert all(same(decoded[name], array) for name, array in SAMPLE.items())
+
+
+def test_archives_that_are_larger_inside_are_refused() -> None:
+    def archive(compression: int, names: list[str]) -> bytes:
+        made = io.BytesIO()
+        with warnings.catch_warnings(), zipfile.ZipFile(made, "w", compression) as file:
+            warnings.simplefilter("ignore")  # of a name that comes twice
+            for name in names:
+                file.writestr(name, bytes(10**6))
+        return made.getvalue()
+
+    for bad in (archive(zipfile.ZIP_DEFLATED, ["zarr.json"]), archive(zipfile.ZIP_STORED, ["a", "a"])):
+        with pytest.raises(CorruptError, match=r"arrays\.zip: is compressed, encrypted, or holds a file twice"):
+            arrays.unpack(bad)
+    with pytest.raises(CorruptError, match="is not a zip archive"):
+        arrays.unpack(b"PK")
+    assert arrays.pack(dict(reversed(ENCODED.items()))) == PACKED
 
 
 @settings(examples, max_examples=400)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForSeq2SeqLM
 
-from ketchup_cache.cache.cache import open_cache
+from ketchup_cache import open_cache
 from ketchup_cache.cache.manifest import PromptsInfo, RolloutsInfo, ScoresInfo
 from ketchup_cache.models.fingerprint import tokenizer_info, weights_fingerprint
 from ketchup_cache.provenance import DataInfo, PolicyInfo, Sampling, TeacherInfo, in_precision

@@ -18,9 +18,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from ketchup_cache.cache import disk as durable
-from ketchup_cache.cache.cache import Cache, open_cache
+from ketchup_cache import open_cache
+from ketchup_cache.cache import disk
+from ketchup_cache.cache.cache import Cache
 from ketchup_cache.cache.inspect import verify
+from ketchup_cache.cache.segment_bytes import MARKER, Packed
 from ketchup_cache.cli import main
 from ketchup_cache.errors import KetchupError, WriteError
 from tests.cache.test_crash import Interrupted, count_steps
@@ -41,14 +43,13 @@ ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES, errn
 
 
 def load(cache: Cache, segment_id: str) -> object:
-    return getattr(cache, f"load_{cache.manifest(segment_id).kind}")(segment_id)
+    return cache.load(segment_id)
 
 
 def load_all(root: Path) -> None:
-    cache = Cache(root)
-    durable.read_file(root / durable.MARKER, 2**16)
-    for segment_id, _ in open_cache(root).manifests():
-        load(cache, segment_id)
+    cache = open_cache(root)
+    for segment_id, _ in cache.manifests():
+        cache.load(segment_id)
 
 
 # ---------------------------------------------------------------------------------------------------------- kills
@@ -77,7 +78,7 @@ def kill_at_random(work: Callable[[], object], root: Path, count: Kills, times: 
         count.kills += killed
         acknowledged |= ids
         count.acknowledged += len(ids)
-        if not (root / durable.MARKER).exists():
+        if not (root / MARKER).exists():
             count.lost += len(acknowledged)
             continue
         cache = open_cache(root)
@@ -99,13 +100,13 @@ def _killed(work: Callable[[], object], after_s: float) -> tuple[set[str], bool]
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, 1)
         os.dup2(nowhere, 2)
-        commit = durable.Stage.commit
+        publish = disk.publish
 
-        def then_say_so(stage: durable.Stage, segment_id: str, manifest: bytes) -> None:
-            commit(stage, segment_id, manifest)
-            os.write(write, f"{segment_id}\n".encode())
+        def then_say_so(root: Path, packed: Packed) -> None:
+            publish(root, packed)
+            os.write(write, f"{packed.segment_id}\n".encode())
 
-        durable.Stage.commit = then_say_so  # type: ignore[method-assign]
+        disk.publish = then_say_so
         work()
 
     pid = in_child(acknowledging)
@@ -182,10 +183,10 @@ def kill_command(words: list[str], root: Path, reset: Callable[[], object], time
     return count
 
 
-def kill_gc(root: Path, times: int, leftovers: int = 40, seed: int = 0) -> Kills:
-    """Kill gc while it tidies what looks like the remains of commits that were killed. Whole segments must stay."""
+def kill_clean(root: Path, times: int, leftovers: int = 40, seed: int = 0) -> Kills:
+    """Kill `verify --clean` while it tidies what looks like remains of killed commits. Whole segments must stay."""
     cache, count, rng = open_cache(root, create=True), Kills(), random.Random(seed)
-    kept = list(fill(cache))
+    kept, words = list(fill(cache)), ["verify", str(root), "--clean", "--older-than", "0"]
     count.acknowledged = len(kept)
     whole_s = 0.0
     while count.kills < times:
@@ -195,7 +196,8 @@ def kill_gc(root: Path, times: int, leftovers: int = 40, seed: int = 0) -> Kills
                 shutil.copytree(root / "segments" / kept[0], copied, dirs_exist_ok=True)
         began = time.monotonic()
         _, killed = _killed(
-            lambda: _run(["gc", str(root), "--older-than", "0"]), rng.uniform(0, 0.9 * whole_s) if whole_s else 600
+            lambda: _run(words),
+            rng.uniform(0, 0.9 * whole_s) if whole_s else 600,
         )
         whole_s = whole_s or time.monotonic() - began
         count.kills += killed
@@ -206,10 +208,10 @@ def kill_gc(root: Path, times: int, leftovers: int = 40, seed: int = 0) -> Kills
                 load(open_cache(root), segment_id)
             except KetchupError:
                 count.partial += 1
-    _killed(lambda: _run(["gc", str(root), "--older-than", "0"]), 600)  # and at last it finishes
+    _killed(lambda: _run(words), 600)  # and at last it finishes
     report = verify(open_cache(root))
     assert report.ok
-    assert report.orphans == 0
+    assert report.leftovers == ()
     return count
 
 
@@ -251,7 +253,7 @@ def fail_every_step(folder: Path, patch_with, errors: tuple[int, ...] = ERRORS, 
 
             count.failures += 1
             with patch_with.context() as patch:
-                patch.setattr(durable, "os", Interrupted(at, fail))
+                patch.setattr(disk, "os", Interrupted(at, fail))
                 try:
                     segment_id = cache.commit_prompts(*new)
                 except WriteError as error:
@@ -282,8 +284,7 @@ def sample_cache(root: Path) -> Cache:
     fill(cache)
     prompts = cache.manifests("prompts")[0][0]
     rollouts = make_rollouts((300, 0, 200), seed=3)
-    info = rollouts_info(prompts, 3).model_copy(update={"storage": "compact", "original": "0" * 64})
-    rollouts_id = cache.commit_rollouts(rollouts, info)
+    rollouts_id = cache.commit_rollouts(rollouts, rollouts_info(prompts, 3))
     compact = scores_info(rollouts_id, 0, 3).model_copy(update={"storage": "compact"})
     cache.commit_scores(make_scores(rollouts, 0, 3), compact)
     return cache
@@ -343,7 +344,7 @@ def write_at_once(folder: Path, processes: int, each: int) -> Writers:
     count, seen, text = Writers(), set(), b""
     for new in _until_closed(read):
         text += new
-        if not (root / durable.MARKER).exists():
+        if not (root / MARKER).exists():
             continue
         count.looks += 1
         try:

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from ketchup_cache.cache.cache import Cache, open_cache
+from ketchup_cache import open_cache
+from ketchup_cache.cache.cache import Cache
 from ketchup_cache.config.commands import RolloutConfig
 from ketchup_cache.errors import DataError, KetchupError, MismatchError
 from ketchup_cache.models.fingerprint import weights_fingerprint

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForSeq2SeqLM
 
-from ketchup_cache.cache.cache import open_cache
+from ketchup_cache import open_cache
 from ketchup_cache.cache.manifest import ScoresInfo
 from ketchup_cache.cli import main
 from ketchup_cache.config.commands import LearnConfig, ScoreConfig

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ketchup_cache.cache.cache import Cache, open_cache
+from ketchup_cache import open_cache
+from ketchup_cache.cache.cache import Cache
 from ketchup_cache.cache.manifest import PromptsInfo, RolloutsInfo
 from ketchup_cache.config.commands import ScoreConfig
 from ketchup_cache.errors import CacheError, KetchupError, MismatchError, NumericsError

@@ -19,14 +19,13 @@ from urllib.parse import urlsplit
 import numpy as np
 import pytest
 
-from ketchup_cache.cache.cache import open_cache
-from ketchup_cache.cache.garbage import collect
-from ketchup_cache.cache.inspect import verify
+from ketchup_cache import open_cache
+from ketchup_cache.cache import segment_bytes
+from ketchup_cache.cache.inspect import clean, verify
 from ketchup_cache.cli import main
 from ketchup_cache.errors import KetchupError
-from ketchup_cache.sharing import base
-from ketchup_cache.sharing import remote_cache as view
-from ketchup_cache.sharing.stores import open_remote
+from ketchup_cache.sharing import network, remote_cache
+from ketchup_cache.sharing.stores import open_store
 from ketchup_cache.sharing.transfer import copy, merge
 from tests.helpers.segments import exit_code, fill, in_child, make_prompts, make_rollouts, prompts_info, rollouts_info
 
@@ -35,8 +34,8 @@ KILLS = 50 if os.environ.get("KETCHUP_SOAK") else 3
 
 @pytest.fixture(autouse=True)
 def _home(monkeypatch, tmp_path):
-    monkeypatch.setattr(base, "FIRST_PAUSE_S", 0.01)
-    monkeypatch.setenv(view.HOME_VARIABLE, str(tmp_path / "home"))
+    monkeypatch.setattr(network, "FIRST_PAUSE_S", 0.01)
+    monkeypatch.setenv(remote_cache.HOME_VARIABLE, str(tmp_path / "home"))
 
 
 @pytest.fixture(scope="module")
@@ -78,14 +77,14 @@ def test_killed_pushes_and_pulls_show_nothing_partial_and_go_on(big, url, tmp_pa
     hit = 0
     for _ in range(KILLS):
         # a child that was forked can't use the threads of the S3 client
-        hit += killed(start(COPY, big.path, url), 1.0) if "://" in url else killed(lambda: copy(big.path, url), 0.4)
-        if open_remote(url).exists():
-            assert verify(view.open_cache(url), deep=False).ok
+        hit += killed(start(COPY, big.path, url), 1.0) if "://" in url else killed(lambda: copy(big.path, url), 0.06)
+        if open_store(url).exists():
+            assert verify(open_cache(url), deep=False).ok
     copy(big.path, url)
-    assert verify(view.open_cache(url), deep=False).segments == 20
+    assert verify(open_cache(url), deep=False).segments == 20
     for _ in range(KILLS):
         back = tmp_path / "back"
-        hit += killed(start(COPY, url, back), 0.6) if "://" in url else killed(lambda: copy(url, back), 0.4)  # noqa: B023
+        hit += killed(start(COPY, url, back), 0.6) if "://" in url else killed(lambda: copy(url, back), 0.06)  # noqa: B023
         if (tmp_path / "back" / "ketchup-cache.json").exists():
             assert verify(open_cache(tmp_path / "back")).ok
     report = copy(url, tmp_path / "back")
@@ -94,24 +93,26 @@ def test_killed_pushes_and_pulls_show_nothing_partial_and_go_on(big, url, tmp_pa
     assert hit
 
 
-def test_killed_merges_and_gcs_lose_nothing(big, tmp_path):
+def test_killed_merges_and_cleanings_lose_nothing(big, tmp_path):
     other = open_cache(tmp_path / "other", create=True)
     fill(other)
     ours = open_cache(tmp_path / "ours", create=True)
     kept = set(fill(ours))
     hit = 0
     for _ in range(KILLS):
-        hit += killed(lambda: merge([big.path, other.path], ours.path), 0.4)
+        hit += killed(lambda: merge([big.path, other.path], ours.path), 0.1)
         assert verify(open_cache(ours.path)).ok
-        for name in range(40):  # garbage for gc to be killed at
+        for name in range(40):  # garbage for `clean` to be killed at
             shutil.copytree(next((other.path / "segments").iterdir()), ours.path / "segments" / f"{name:064x}")
-        hit += killed(lambda: collect(ours, hours=0), 0.1)
+        hit += killed(lambda: clean(ours, hours=0), 0.05)
         report = verify(open_cache(ours.path))
         assert report.ok
+        ours.refresh()
         assert kept <= set(ours.segment_ids())
-        assert main(["gc", str(ours.path), "--older-than", "0"]) == 0
-        assert verify(open_cache(ours.path)).orphans == 0
+        assert main(["verify", str(ours.path), "--clean", "--older-than", "0"]) == 0
+        assert verify(open_cache(ours.path)).leftovers == ()
     assert main(["merge", str(big.path), str(other.path), "--into", str(ours.path)]) == 0
+    ours.refresh()
     assert set(ours.segment_ids()) == kept | set(big.segment_ids()) | set(other.segment_ids())
     assert verify(open_cache(ours.path)).ok
     assert hit
@@ -125,8 +126,8 @@ def test_processes_that_copy_the_same_segments_to_one_folder_all_succeed(big, tm
 
 
 READ = """
-from ketchup_cache.sharing import remote_cache as view
-cache = view.open_cache(sys.argv[1])
+from ketchup_cache import open_cache
+cache = open_cache(sys.argv[1])
 for _ in range(2):
     for id_, _ in cache.manifests("prompts"):
         cache._decoded.clear()
@@ -137,7 +138,7 @@ for _ in range(2):
 def test_processes_share_a_segment_cache_that_is_too_small(big, bucket, tmp_path, monkeypatch):
     """Each drops what the others have fetched, and all read what is right."""
     copy(big.path, f"s3://{bucket}/cache")
-    monkeypatch.setenv(view.SIZE_VARIABLE, "30KB")
+    monkeypatch.setenv(remote_cache.SIZE_VARIABLE, "30KB")
     processes = [start(READ, f"s3://{bucket}/cache") for _ in range(3)]
     assert [process.wait() for process in processes] == [0] * 3
     held = sum(p.stat().st_size for p in (tmp_path / "home" / "segments").rglob("*") if p.is_file())
@@ -202,14 +203,14 @@ def test_connections_that_are_cut_are_made_again(big, flaky, tmp_path):
 def test_a_lost_connection_is_one_line_and_the_next_push_goes_on(big, flaky, tmp_path, capsys, monkeypatch):
     url, relay = flaky
     relay.limits = iter(())
-    sent, put = [], base.Packed
+    sent, packed = [], segment_bytes.Packed
 
     def lost_after_ten(id_, manifest, files):
         sent.append(id_)
         relay.down = relay.down or len(sent) > 10
-        return put(id_, manifest, files)
+        return packed(id_, manifest, files)
 
-    monkeypatch.setattr(base, "Packed", lost_after_ten)
+    monkeypatch.setattr(segment_bytes, "Packed", lost_after_ten)
     monkeypatch.setattr("ketchup_cache.sharing.object_store.RETRIES", {"max_retries": 0})
     assert main(["push", str(big.path), url]) == 2
     (line,) = capsys.readouterr().err.splitlines()
@@ -219,8 +220,8 @@ def test_a_lost_connection_is_one_line_and_the_next_push_goes_on(big, flaky, tmp
     with pytest.raises(KetchupError, match="can't be reached"):
         copy(url, tmp_path / "b")
     relay.down = False
-    monkeypatch.setattr(base, "Packed", put)
-    there = len(open_remote(url).segment_ids())
+    monkeypatch.setattr(segment_bytes, "Packed", packed)
+    there = len(open_store(url).segment_ids())
     assert there == 10
     report = copy(big.path, url)
     assert (report.already, sum(report.segments.values())) == (10, 10)

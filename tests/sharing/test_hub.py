@@ -10,10 +10,10 @@ import yaml
 from huggingface_hub import HfApi
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
-from ketchup_cache.cache.cache import open_cache
+from ketchup_cache import open_cache
 from ketchup_cache.cache.inspect import verify
 from ketchup_cache.errors import CacheError, WriteError
-from ketchup_cache.sharing import base, hub, transfer
+from ketchup_cache.sharing import hub, network, transfer
 from ketchup_cache.sharing import stores as opening
 from tests.helpers.segments import fill
 
@@ -56,11 +56,11 @@ class FakeApi:
 
 
 @pytest.fixture
-def api(monkeypatch):
+def api(monkeypatch, tmp_path):
     fake = FakeApi()
-    monkeypatch.setattr(base, "FIRST_PAUSE_S", 0.001)
-    remote = lambda url, license_id=None: hub.HubRemote(url, fake, license_id)  # noqa: E731
-    monkeypatch.setattr(opening, "HubRemote", remote)
+    monkeypatch.setenv("KETCHUP_CACHE_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(network, "FIRST_PAUSE_S", 0.001)
+    monkeypatch.setattr(opening, "HubStore", lambda url, license_id=None: hub.HubStore(url, license_id, fake))
     return fake
 
 
@@ -79,39 +79,41 @@ def test_the_stand_in_takes_the_arguments_of_the_real_client():
         assert set(inspect.signature(getattr(FakeApi, name)).parameters) <= set(real), name
 
 
-def test_data_is_committed_before_manifests(api, cache, tmp_path):
+def test_a_batch_is_one_commit_and_a_killed_upload_shows_nothing(api, cache, tmp_path, monkeypatch):
     transfer.copy(cache.path, URL)
     assert api.private is True
-    marker, *rest = api.commits
-    assert marker == ["ketchup-cache.json"]
-    there: set[str] = set()
-    for names in rest:
-        for name in names:
-            if name.startswith("manifests/"):
-                assert {f"segments/{name[10:74]}/{f}" for f in cache.manifest(name[10:74]).files} <= there
-        there |= set(names)
+    assert api.commits[0] == ["README.md", "ketchup-cache.json"]
+    for names in api.commits[1:]:
+        ids = [name[10:74] for name in names if name.startswith("manifests/")]
+        assert set(names) == {f"manifests/{i}.json" for i in ids} | {f"segments/{i}/arrays.zip" for i in ids}
     transfer.copy(URL, tmp_path / "b")
     assert verify(open_cache(tmp_path / "b")).segments == 3
     done = len(api.commits)
     assert transfer.copy(cache.path, URL).already == 3
     assert len(api.commits) == done
+    fill(cache)
+
+    def killed(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(api, "create_commit", killed)
+        with pytest.raises(KeyboardInterrupt):
+            transfer.copy(cache.path, URL)
+    assert verify(open_cache(URL)).segments == 3
+    transfer.copy(cache.path, URL)
+    assert verify(open_cache(URL)).segments == 6
 
 
-def test_the_card(api, cache):
+def test_a_new_repository_says_what_it_holds_and_one_by_hand_stays(api, cache):
+    api.files["README.md"] = b"# by hand"
+    transfer.copy(cache.path, URL)
+    assert api.files.pop("README.md") == b"# by hand"
+    del api.files["ketchup-cache.json"]
     transfer.copy(cache.path, URL, license_id="cc-by-4.0")
     text = api.files["README.md"].decode()
     assert yaml.safe_load(text.split("---")[1])["license"] == "cc-by-4.0"
-    for line in ("`teacher (float32)`", "`student`", "`words`", "`made-up`", "| prompts | 3 rows |", "14"):
-        assert line in text
-    fill(cache)
-    transfer.copy(cache.path, URL)
-    text = api.files["README.md"].decode()
-    assert "license: cc-by-4.0" in text
-    assert "| prompts | 6 rows |" in text
-    api.files["README.md"] = b"# by hand"
-    fill(cache)
-    transfer.copy(cache.path, URL)
-    assert api.files["README.md"] == b"# by hand"
+    assert f"ketchup-cache info {URL}" in text
 
 
 def test_conflicts_are_tried_again_and_errors_hide_tokens(api, cache, tmp_path):

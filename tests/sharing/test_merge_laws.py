@@ -16,11 +16,10 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from ketchup_cache.cache.cache import open_cache
+from ketchup_cache import open_cache
 from ketchup_cache.cache.inspect import verify
-from ketchup_cache.cache.segment_bytes import segment_ids
-from ketchup_cache.sharing.base import Packed, read_manifest, read_segment
-from ketchup_cache.sharing.stores import open_remote
+from ketchup_cache.cache.segment_bytes import Packed, read_manifest, read_segment
+from ketchup_cache.sharing.stores import open_store
 from ketchup_cache.sharing.transfer import copy, merge
 from tests.helpers.segments import make_prompts, make_rollouts, make_scores, prompts_info, rollouts_info, scores_info
 
@@ -42,7 +41,7 @@ def _not_the_disk():
 def families() -> list[list[Packed]]:
     """Prompts, their rollouts, and two scores segments of these; each after its parent."""
     with tempfile.TemporaryDirectory() as folder:
-        cache, made, remote = open_cache(folder, create=True), [], open_remote(folder)
+        cache, made, remote = open_cache(folder, create=True), [], open_store(folder)
         for seed in range(20):
             prompts = cache.commit_prompts(make_prompts([2, 1], seed=seed), prompts_info())
             rollouts = make_rollouts([3, 2], prompts=2, seed=seed)
@@ -66,14 +65,14 @@ class MergeLaws(RuleBasedStateMachine):
         self.model: list[set[str]] = [set() for _ in CACHES]
         self.steps = 0
         for address in self.caches:
-            open_remote(address).create()
+            open_store(address).create()
 
     @rule(i=st.sampled_from(CACHES), family=st.integers(0, 19), member=st.integers(0, 3))
     def commit(self, i, family, member):
         """Different caches may commit the same segment. A member brings its parents along."""
         segments = families()[family]
         chain = [*segments[: min(member, 2)], segments[member]]
-        open_remote(self.caches[i]).put(chain)
+        open_store(self.caches[i]).put(chain)
         self.model[i] |= {packed.segment_id for packed in chain}
 
     @rule(a=st.sampled_from(CACHES), b=st.sampled_from(CACHES), into=st.sampled_from(CACHES))
@@ -92,7 +91,7 @@ class MergeLaws(RuleBasedStateMachine):
     @invariant()
     def sets_agree(self):
         self.steps += 1
-        assert [set(open_remote(address).segment_ids()) for address in self.caches] == self.model
+        assert [set(open_store(address).segment_ids()) for address in self.caches] == self.model
 
     def teardown(self):
         a, b, c = self.caches
@@ -101,7 +100,7 @@ class MergeLaws(RuleBasedStateMachine):
         merge([left, c], left)
         merge([c, b], bc)
         merge([bc, a], right)
-        assert set(segment_ids(left)) == set(segment_ids(right)) == set().union(*self.model)
+        assert set(open_cache(left).segment_ids()) == set(open_cache(right).segment_ids()) == set().union(*self.model)
         assert contents(left) == contents(right)
         assert verify(open_cache(left)).ok
         self.folder.cleanup()

@@ -7,9 +7,9 @@ import shutil
 
 import pytest
 
+from ketchup_cache import open_cache
 from ketchup_cache.cli import main
-from ketchup_cache.sharing.remote_cache import open_cache
-from ketchup_cache.sharing.stores import open_remote
+from ketchup_cache.sharing.stores import open_store
 from tests.helpers.tiny import save_model, write_prompts
 
 
@@ -58,7 +58,7 @@ def test_a_whole_run_at_an_address(made, url, tmp_path, capsys, monkeypatch):
     # everything is at the address, nothing only in the segment cache; a run repeats from there, pinned
     shutil.rmtree(tmp_path / "home")
     pin = tmp_path / "there" / "offline" / "pins.json"
-    assert set(json.loads(pin.read_text())["segments"]) < set(open_remote(url).segment_ids())
+    assert set(json.loads(pin.read_text())["segments"]) < set(open_store(url).segment_ids())
     again = ["--student", student, "--cache", url, "--max-new-tokens", 6, "--device", "cpu", "--batch-size", 4]
     repeated = run(
         capsys, "learn", *again, "--lr", 1e-3, "--unfinished", "bootstrap", "--pin", pin, "--out", tmp_path / "again"
@@ -69,20 +69,11 @@ def test_a_whole_run_at_an_address(made, url, tmp_path, capsys, monkeypatch):
     assert run(capsys, "score", "--teacher", teacher, "--cache", url, "--device", "cpu") is not None
 
 
-def test_gc_and_credentials(capsys, monkeypatch):
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "SECRET")
-    assert main(["gc", "s3://lab/xsum"]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert "gc tidies folders" in line
-
-
 def test_a_profile_of_aws_is_read_by_boto3(tmp_path, monkeypatch, bucket, capsys):
     """As `aws configure` writes it. Without it, one line."""
-    from ketchup_cache.cache.cache import open_cache as open_folder
     from tests.helpers.segments import fill
 
-    fill(open_folder(tmp_path / "c", create=True))
+    fill(open_cache(tmp_path / "c", create=True))
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))
@@ -94,14 +85,13 @@ def test_a_profile_of_aws_is_read_by_boto3(tmp_path, monkeypatch, bucket, capsys
     assert "profile 'lab' can't be used" in line
     (tmp_path / "credentials").write_text("[lab]\naws_access_key_id = key\naws_secret_access_key = SECRET\n")
     assert main(words) == 0
-    assert len(open_remote(words[2]).segment_ids()) == 3
+    assert len(open_store(words[2]).segment_ids()) == 3
 
 
 def test_a_bucket_that_is_not_there_is_one_line(tmp_path, bucket, capsys):
-    from ketchup_cache.cache.cache import open_cache as open_folder
     from tests.helpers.segments import fill
 
-    fill(open_folder(tmp_path / "c", create=True))
+    fill(open_cache(tmp_path / "c", create=True))
     assert main(["push", str(tmp_path / "c"), f"s3://not-{bucket}/cache"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "no such bucket" in line

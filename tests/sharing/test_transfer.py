@@ -1,4 +1,4 @@
-"""push, pull, merge, diff, gc and caches at addresses: folders, memory, a real web server, S3 through moto."""
+"""push, pull, merge, info A B, verify --clean; caches at addresses: folders, memory, a web server, S3 by moto."""
 
 from __future__ import annotations
 
@@ -16,30 +16,29 @@ from typing import ClassVar
 import numpy as np
 import pytest
 
-from ketchup_cache.cache.cache import open_cache as open_folder
-from ketchup_cache.cache.garbage import collect
-from ketchup_cache.cache.inspect import describe, verify
-from ketchup_cache.cache.segment_bytes import segment_ids
+from ketchup_cache import open_cache
+from ketchup_cache.cache.cache import Cache
+from ketchup_cache.cache.inspect import clean, compare, describe, verify
+from ketchup_cache.cache.segment_bytes import read_manifest, read_segment
 from ketchup_cache.cli import main
 from ketchup_cache.errors import CacheError, CorruptError, KetchupError, MismatchError, WriteError
-from ketchup_cache.sharing import base
-from ketchup_cache.sharing import remote_cache as view
-from ketchup_cache.sharing.object_store import ObjectRemote
-from ketchup_cache.sharing.stores import open_remote
-from ketchup_cache.sharing.transfer import copy, diff
+from ketchup_cache.sharing import network, remote_cache
+from ketchup_cache.sharing.object_store import ObjectStore
+from ketchup_cache.sharing.stores import open_store
+from ketchup_cache.sharing.transfer import copy
 from tests.helpers.segments import exit_code, fill, in_child, make_prompts, prompts_info
-from tests.helpers.trust_s3 import same_keys
+from tests.helpers.stores import same_keys
 
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch, tmp_path):
-    monkeypatch.setattr(base, "FIRST_PAUSE_S", 0.001)
-    monkeypatch.setenv(view.HOME_VARIABLE, str(tmp_path / "home"))
+    monkeypatch.setattr(network, "FIRST_PAUSE_S", 0.001)
+    monkeypatch.setenv(remote_cache.HOME_VARIABLE, str(tmp_path / "home"))
 
 
 @pytest.fixture
 def cache(tmp_path):
-    made = open_folder(tmp_path / "a", create=True)
+    made = open_cache(tmp_path / "a", create=True)
     fill(made)
     return made
 
@@ -55,7 +54,7 @@ def contents(root: Path) -> dict[str, bytes]:
 
 def test_push_and_pull_bring_back_every_byte(cache, url, tmp_path):
     planned = copy(cache.path, url, dry_run=True)
-    assert not open_remote(url).exists()
+    assert not open_store(url).exists()
     pushed = copy(cache.path, url)
     moved = (planned.segments, planned.rows, planned.bytes)
     assert moved == (pushed.segments, pushed.rows, pushed.bytes)
@@ -68,7 +67,7 @@ def test_push_and_pull_bring_back_every_byte(cache, url, tmp_path):
 
 def test_a_cache_at_an_address_reads_as_the_folder_does(cache, url):
     copy(cache.path, url)
-    there = view.open_cache(url)
+    there = open_cache(url)
     for mine, theirs in zip(cache.rows(), there.rows(), strict=True):
         np.testing.assert_array_equal(mine.q, theirs.q)
         np.testing.assert_array_equal(mine.completion_tokens, theirs.completion_tokens)
@@ -79,11 +78,11 @@ def test_a_cache_at_an_address_reads_as_the_folder_does(cache, url):
 
 def test_what_is_committed_at_an_address_is_there_for_others(cache, url, tmp_path):
     copy(cache.path, url)
-    new = view.open_cache(url).commit_prompts(make_prompts(seed=9), prompts_info())
-    assert new in open_remote(url).segment_ids()
+    new = open_cache(url).commit_prompts(make_prompts(seed=9), prompts_info())
+    assert new in open_store(url).segment_ids()
     copy(url, tmp_path / "b")
-    assert verify(open_folder(tmp_path / "b")).ok
-    assert new in segment_ids(tmp_path / "b")
+    assert verify(open_cache(tmp_path / "b")).ok
+    assert new in open_cache(tmp_path / "b").segment_ids()
 
 
 @pytest.fixture
@@ -116,8 +115,8 @@ def test_a_web_server_is_read_only(cache, web, tmp_path):
     address, _ = web
     copy(address, tmp_path / "b")
     assert contents(tmp_path / "b") == contents(cache.path)
-    assert len(list(view.open_cache(address).rows())) == 3
-    other = open_folder(tmp_path / "c", create=True)
+    assert len(list(open_cache(address).rows())) == 3
+    other = open_cache(tmp_path / "c", create=True)
     fill(other)
     with pytest.raises(WriteError, match="read-only"):
         copy(other.path, address)
@@ -134,16 +133,16 @@ def test_a_connection_that_is_cut_is_tried_again(cache, web, tmp_path):
 @pytest.mark.parametrize("damage", ["flip", "shorter", "longer", "gone"])
 def test_tampered_bytes_are_never_committed(cache, web, tmp_path, damage):
     address, _ = web
-    victim = next((cache.path / "segments" / cache.manifests("scores")[0][0] / "q" / "c").iterdir())
+    victim = cache.path / "segments" / cache.manifests("scores")[0][0] / "arrays.zip"
     data = victim.read_bytes()
     changed = {"flip": bytes([data[0] ^ 1]) + data[1:], "shorter": data[:-1], "longer": data + b"x"}
     victim.unlink() if damage == "gone" else victim.write_bytes(changed[damage])
-    with pytest.raises(CorruptError, match="/q/c/0: "):
+    with pytest.raises(CorruptError, match=r"/arrays\.zip: "):
         copy(address, tmp_path / "b")
-    assert [m.kind for _, m in open_folder(tmp_path / "b").manifests()] == ["prompts", "rollouts"]
-    with pytest.raises(CorruptError, match="/q/c/0"):
-        list(view.open_cache(address).rows())
-    assert not verify(view.open_cache(address), deep=False).ok
+    assert [m.kind for _, m in open_cache(tmp_path / "b").manifests()] == ["prompts", "rollouts"]
+    with pytest.raises(CorruptError, match=r"/arrays\.zip"):
+        list(open_cache(address).rows())
+    assert not verify(open_cache(address), deep=False).ok
     with pytest.raises(CorruptError):
         copy(cache.path, tmp_path / "c")
 
@@ -159,7 +158,7 @@ def test_a_child_without_its_parent_does_not_travel(cache, tmp_path):
     (cache.path / "manifests" / f"{cache.manifests('prompts')[0][0]}.json").unlink()
     with pytest.raises(CacheError, match="needs prompts"):
         copy(cache.path, tmp_path / "b")
-    assert not segment_ids(tmp_path / "b")
+    assert not (tmp_path / "b").exists()
 
 
 @pytest.mark.parametrize("url", ["s3"], indirect=True)
@@ -167,21 +166,21 @@ def test_eight_writers_of_the_same_keys(tmp_path, url):
     """Every object has one creator, and all eight pushes succeed."""
     count = same_keys(tmp_path, url, 8, 8)
     assert (count.two_creators, count.lost, count.early) == (0, 0, 0)
-    assert count.objects == 1 + 8 * (7 + 1)  # the marker; of each segment seven files and the manifest
+    assert count.objects == 1 + 8 * 2  # the marker; of each segment the archive and the manifest
 
 
 def test_damaged_data_in_the_store_is_not_published(cache, tmp_path):
-    remote = ObjectRemote(f"memory://{uuid.uuid4().hex}/cache")
+    remote = ObjectStore(f"memory://{uuid.uuid4().hex}/cache")
     prompts = cache.manifests("prompts")[0][0]
-    remote._create(f"segments/{prompts}/zarr.json", b"{}")
+    remote._create(f"segments/{prompts}/arrays.zip", b"{}")
     with pytest.raises(WriteError, match="with other bytes"):
-        copy(cache.path, remote.url)
+        copy(cache.path, remote.address)
     assert remote.segment_ids() == []
 
 
 def test_killed_pulls_go_on(tmp_path):
     """At no moment does a kill leave a partial segment; the next pull ends the work."""
-    cache = open_folder(tmp_path / "a", create=True)
+    cache = open_cache(tmp_path / "a", create=True)
     for seed in range(30):
         cache.commit_prompts(make_prompts([300] * 20, seed=seed), prompts_info())
     rng, killed = np.random.default_rng(0), 0
@@ -191,37 +190,48 @@ def test_killed_pulls_go_on(tmp_path):
         os.kill(pid, signal.SIGKILL)
         killed += exit_code(pid) == -signal.SIGKILL
         if (tmp_path / "b" / "ketchup-cache.json").exists():
-            assert verify(open_folder(tmp_path / "b")).ok
+            assert verify(open_cache(tmp_path / "b")).ok
     assert killed >= 1
     copy(cache.path, tmp_path / "b")
     assert contents(tmp_path / "b").keys() >= contents(cache.path).keys()
-    assert verify(open_folder(tmp_path / "b")).segments == 30
+    assert verify(open_cache(tmp_path / "b")).segments == 30
 
 
-def test_diff_says_what_each_side_lacks(cache, tmp_path):
+def test_info_of_two_says_what_each_lacks(cache, tmp_path):
     copy(cache.path, tmp_path / "b")
-    new = open_folder(tmp_path / "b").commit_prompts(make_prompts(seed=5), prompts_info())
-    report = diff(cache.path, tmp_path / "b")
+    new = open_cache(tmp_path / "b").commit_prompts(make_prompts(seed=5), prompts_info())
+    report = compare(cache, open_cache(tmp_path / "b"))
     assert report.both == 3
-    assert (report.only[0].ids, report.only[1].ids) == ((), (new,))
-    assert diff(tmp_path / "b", cache.path).only[0].rows == {"prompts": 3, "rollouts": 0, "scores": 0}
+    assert [[e["id"] for e in entries] for entries in report.only.values()] == [[], [new]]
+    assert "3 rows of prompts: made-up" in str(report)
+    assert main(["info", str(cache.path), str(tmp_path / "b")]) == 0
 
 
-def test_gc_takes_old_garbage_only(cache):
+def test_only_some_segments_travel_with_their_parents(cache, tmp_path):
+    fill(cache)
+    scores = cache.manifests("scores")[0][0]
+    assert copy(cache.path, tmp_path / "b", only=[scores]).segments == {"prompts": 1, "rollouts": 1, "scores": 1}
+    assert verify(open_cache(tmp_path / "b")).ok
+    assert copy(cache.path, tmp_path / "b", only=[scores]).already == 1
+
+
+def test_clean_takes_old_leftovers_only(cache):
     before = contents(cache.path)
     orphan, stage = cache.path / "segments" / ("0" * 64), cache.path / "tmp" / "dead"
     for folder in (orphan, stage):
         folder.mkdir()
         (folder / "x").write_bytes(b"123")
-    young = collect(cache)
-    assert (young.removed, young.kept) == ((), 2)
-    planned = collect(cache, hours=0, dry_run=True)
+    assert clean(cache) == ((), 2)
+    planned = clean(cache, hours=0, dry_run=True)
     assert orphan.exists()
-    done = collect(cache, hours=0)
-    assert set(done.removed) == set(planned.removed) == {"tmp/dead", f"segments/{'0' * 64}"}
-    assert done.bytes == 6
+    assert clean(cache, hours=0) == planned == (("tmp/dead", f"segments/{'0' * 64}"), 0)
     assert contents(cache.path) == before
     assert not list((cache.path / "tmp").iterdir())
+    assert main(["verify", str(cache.path), "--clean"]) == 0
+
+
+def mirrored(url, folder, limit=10**9):
+    return Cache(remote_cache.MirroredStore(open_store(url), folder, limit))
 
 
 def test_the_segment_cache_keeps_the_most_recently_used(cache, tmp_path):
@@ -229,58 +239,35 @@ def test_the_segment_cache_keeps_the_most_recently_used(cache, tmp_path):
     copy(cache.path, url)
     ids = {kind: cache.manifests(kind)[0][0] for kind in ("prompts", "rollouts", "scores")}
     size = {id_: sum(f.length for f in cache.manifest(id_).files.values()) for id_ in ids.values()}
-    home = view.SegmentCache(tmp_path / "home", size[ids["prompts"]] + size[ids["scores"]])
-    there = view.RemoteCache(open_remote(url), home)
-    there.check_bytes(ids["prompts"], there.manifest(ids["prompts"]))
-    for kind in ("prompts", "rollouts"):
-        there.load_prompts(ids[kind]) if kind == "prompts" else there.load_rollouts(ids[kind])
-    os.utime(home.path / "segments" / ids["rollouts"], (1, 1))
+    home = tmp_path / "home"
+    there = mirrored(url, home, size[ids["prompts"]] + size[ids["scores"]])
+    there.load_prompts(ids["prompts"])
+    there.load_rollouts(ids["rollouts"])
+    os.utime(home / "segments" / ids["rollouts"], (1, 1))
     there.load_scores(ids["scores"])
-    held = {p.name for p in (home.path / "segments").iterdir()}
+    held = {p.name for p in (home / "segments").iterdir()}
     assert ids["scores"] in held
     assert ids["rollouts"] not in held
-    victim = next((home.path / "segments" / ids["scores"] / "q" / "c").iterdir())
-    victim.write_bytes(b"damaged")
-    assert len(list(view.RemoteCache(open_remote(url), home).rows())) == 3
-
-
-def test_some_arrays_of_a_segment_do_not_bring_all_of_it(cache, tmp_path):
-    url = f"memory://{uuid.uuid4().hex}/cache"
-    copy(cache.path, url)
-    there = view.RemoteCache(open_remote(url), view.SegmentCache(tmp_path / "home", 10**9))
-    id_, manifest = there.manifests("rollouts")[0]
-    asked, file = [], there.remote.file
-    there.remote.file = lambda segment, name, length: asked.append(name) or file(segment, name, length)
-    found = there.read_arrays(id_, manifest, {"finished"})["finished"]
-    np.testing.assert_array_equal(found, cache.load_rollouts(id_).finished)
-    assert sorted(asked) == ["finished/c/0", "finished/zarr.json", "zarr.json"]
-    assert not (tmp_path / "home" / "segments").exists()
 
 
 def test_a_segment_cache_that_can_not_be_written_is_no_obstacle(cache, tmp_path, capsys):
     url = f"memory://{uuid.uuid4().hex}/cache"
     copy(cache.path, url)
     (tmp_path / "home").write_bytes(b"a file where the folder should be")
-    there = view.RemoteCache(open_remote(url), view.SegmentCache(tmp_path / "home", 10**9))
+    there = mirrored(url, tmp_path / "home")
     assert len(list(there.rows())) == 3
     (line,) = capsys.readouterr().err.splitlines()
     assert "warning: segments are not kept here" in line
 
 
 def test_leftovers_of_killed_processes_leave_the_segment_cache(cache, tmp_path):
-    home = view.SegmentCache(tmp_path / "home", 10**9)
-    old, young = (home.path / "tmp" / name for name in ("old", "young"))
+    home = tmp_path / "home"
+    old, young = (home / "tmp" / name for name in ("old", "young"))
     for folder in (old, young):
         folder.mkdir(parents=True)
     os.utime(old, (1, 1))
-    local = open_remote(cache.path)
-    home.keep(base.read_segment(local, *_first(local)))
+    list(mirrored(cache.path, home).rows())
     assert (old.exists(), young.exists()) == (False, True)
-
-
-def _first(remote):
-    id_ = remote.segment_ids()[0]
-    return id_, *base.read_manifest(remote, id_)
 
 
 @pytest.mark.parametrize(
@@ -300,7 +287,7 @@ def test_credentials_in_an_address_are_refused_and_never_repeated(address, tmp_p
         assert "SECRET" not in shown.out + shown.err
         assert "must hold no user" in shown.err
         assert len(shown.err.splitlines()) == 1
-    assert base.scrub("GET https://u:SECRET@h/x?sig=SECRET failed") == "GET https://h/x failed"
+    assert network.scrub("GET https://u:SECRET@h/x?sig=SECRET failed") == "GET https://h/x failed"
 
 
 def test_a_place_without_a_cache_is_one_clear_line(tmp_path, capsys):
@@ -308,7 +295,7 @@ def test_a_place_without_a_cache_is_one_clear_line(tmp_path, capsys):
         assert main(["pull", address, str(tmp_path / "b")]) == 2
         assert len(capsys.readouterr().err.splitlines()) == 1
     with pytest.raises(KetchupError):
-        view.open_cache("memory://nothing/here")
+        open_cache("memory://nothing/here")
 
 
 def test_pins_show_the_pinned_segments_alone(cache, tmp_path):
@@ -320,13 +307,13 @@ def test_pins_show_the_pinned_segments_alone(cache, tmp_path):
     record.add(used)
     assert pins.read(tmp_path / "run" / "pins.json") == used
     fill(cache)
-    again = open_folder(cache.path)
+    again = open_cache(cache.path)
     pins.restrict(again, tmp_path / "run" / "pins.json")
     assert [id_ for id_, _ in again.manifests()] == used
     assert {ref.scores_id for ref in again.scored()} <= set(used)
     with pytest.raises(MismatchError, match="pinned"):
         again.commit_prompts(make_prompts(), prompts_info())
-    other = open_folder(tmp_path / "other", create=True)
+    other = open_cache(tmp_path / "other", create=True)
     fill(other)
     with pytest.raises(MismatchError, match="lacks 3 of the 3"):
         pins.restrict(other, tmp_path / "run" / "pins.json")
@@ -335,29 +322,37 @@ def test_pins_show_the_pinned_segments_alone(cache, tmp_path):
 def test_a_damaged_copy_in_the_segment_cache_is_fetched_again(cache, tmp_path):
     url = f"memory://{uuid.uuid4().hex}/cache"
     copy(cache.path, url)
-    home = view.SegmentCache(tmp_path / "home", 10**9)
     scores = cache.manifests("scores")[0][0]
-    view.RemoteCache(open_remote(url), home).load_scores(scores)
-    victim = home.path / "segments" / scores / "q" / "c" / "0"
+    mirrored(url, tmp_path / "home").load_scores(scores)
+    victim = tmp_path / "home" / "segments" / scores / "arrays.zip"
     victim.write_bytes(b"damaged")
-    np.testing.assert_array_equal(
-        view.RemoteCache(open_remote(url), home).load_scores(scores).q, cache.load_scores(scores).q
-    )
-    assert victim.read_bytes() == (cache.path / "segments" / scores / "q" / "c" / "0").read_bytes()
+    read = mirrored(url, tmp_path / "home").load_scores(scores)
+    np.testing.assert_array_equal(read.q, cache.load_scores(scores).q)
+    assert victim.read_bytes() == (cache.path / "segments" / scores / "arrays.zip").read_bytes()
 
 
 def test_a_file_that_came_short_is_asked_for_once_more(cache):
-    remote = open_remote(cache.path)
-    whole, asked = remote.file, []
+    store = open_store(cache.path)
+    whole, asked = store.file, []
 
     def short_at_first(segment, name, length):
         asked.append(name)
         return whole(segment, name, length)[: length // 2 if asked.count(name) == 1 else length]
 
-    remote.file = short_at_first
-    packed = base.read_segment(remote, *_first(remote))
-    assert dict(packed.files) == {name: whole(packed.segment_id, name, 10**6) for name in packed.files}
+    store.file = short_at_first
+    id_ = cache.segment_ids()[0]
+    packed = read_segment(store, id_, *read_manifest(store, id_))
+    assert dict(packed.files) == {name: whole(id_, name, 10**6) for name in packed.files}
     assert len(asked) == 2 * len(packed.files)
+
+
+@pytest.mark.parametrize("page", [b"<html>Please log in</html>", b"not found"])
+def test_a_listing_that_is_none_is_an_error_and_no_empty_cache(cache, web, tmp_path, page):
+    """A login page with status 200 must not make `pull` end well."""
+    (cache.path / "manifests" / "index.html").write_bytes(page)
+    with pytest.raises(CacheError, match="is not listed"):
+        copy(web[0], tmp_path / "b")
+    assert not (tmp_path / "b").exists()
 
 
 def test_two_copies_of_one_segment_at_the_same_moment(cache, tmp_path, monkeypatch):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForSeq2SeqLM
 
-from ketchup_cache.cache.cache import open_cache
+from ketchup_cache import open_cache
 from ketchup_cache.config.commands import LearnConfig, ScoreConfig
 from ketchup_cache.errors import CacheError, NumericsError
 from ketchup_cache.models.head import Head

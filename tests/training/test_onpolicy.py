@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 import ketchup_cache.scoring.score
 import ketchup_cache.training.learn
-from ketchup_cache.cache.cache import open_cache
+from ketchup_cache import open_cache
 from ketchup_cache.cli import main
 from ketchup_cache.models.fingerprint import weights_fingerprint
 from ketchup_cache.training.policy_gradient import train_step

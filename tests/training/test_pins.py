@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from ketchup_cache.cache.cache import open_cache
+from ketchup_cache import open_cache
 from ketchup_cache.cli import main
 from ketchup_cache.config.commands import LearnConfig
 from ketchup_cache.errors import MismatchError

@@ -1,4 +1,4 @@
-"""Trouble with an emulated S3 (moto's server on loopback): kills of push and pull, writers of the same keys."""
+"""Stores for tests: in memory, and an emulated S3 (moto's server on loopback) kills, writers of the same keys."""
 
 from __future__ import annotations
 
@@ -19,18 +19,40 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from ketchup_cache.cache.cache import Cache, open_cache
+import pytest
+
+from ketchup_cache import open_cache
+from ketchup_cache.cache.cache import Cache
 from ketchup_cache.cache.inspect import verify
+from ketchup_cache.cache.segment_bytes import parse_manifest, read_manifest, read_segment
 from ketchup_cache.errors import KetchupError
-from ketchup_cache.sharing import base
-from ketchup_cache.sharing import remote_cache as view
-from ketchup_cache.sharing.object_store import ObjectRemote
-from ketchup_cache.sharing.stores import open_remote
+from ketchup_cache.sharing import object_store, remote_cache, stores
+from ketchup_cache.sharing.object_store import ObjectStore
+from ketchup_cache.sharing.stores import open_store
 from ketchup_cache.sharing.transfer import copy
 from tests.helpers.segments import make_prompts, make_rollouts, prompts_info, rollouts_info
 from tests.helpers.trust import Kills, load
 
 KEYS = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "SECRET"}
+
+
+@contextmanager
+def memory_stores() -> Iterator[None]:
+    """memory://NAME/PREFIX is an object store in this process while the block runs."""
+    import obstore.store
+
+    made: dict[str, object] = {}
+    real = object_store.open_client
+
+    def client(address: str) -> object:
+        if address.startswith("memory://"):
+            return made.setdefault(address, obstore.store.MemoryStore())
+        return real(address)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stores, "SCHEMES", (*stores.SCHEMES, "memory"))
+        patch.setattr(object_store, "open_client", client)
+        yield
 
 
 @contextmanager
@@ -64,8 +86,8 @@ def families(root: Path, count: int = 10) -> Cache:
 COPY = """
 import sys
 from ketchup_cache.sharing import transfer
-from ketchup_cache.sharing.stores import open_remote
-open_remote(sys.argv[1]), open_remote(sys.argv[2])
+from ketchup_cache.sharing.stores import open_store
+open_store(sys.argv[1]), open_store(sys.argv[2])
 print("go", flush=True)
 transfer.copy(sys.argv[1], sys.argv[2])
 """
@@ -87,7 +109,7 @@ def kill_copies(folder: Path, times: int, *, pull: bool, seed: int = 0) -> Kills
     source = families(folder / "source")
     wanted = set(source.segment_ids())
     rng, count, whole_s, number = random.Random(seed), Kills(), 0.0, 0
-    os.environ[view.HOME_VARIABLE] = str(folder / "home")
+    os.environ[remote_cache.HOME_VARIABLE] = str(folder / "home")
     with emulated_s3() as endpoint:
         os.environ |= {"AWS_ENDPOINT_URL": endpoint, **KEYS}
         while count.kills < times:
@@ -107,11 +129,11 @@ def kill_copies(folder: Path, times: int, *, pull: bool, seed: int = 0) -> Kills
                 time.sleep(rng.uniform(0, 0.9 * whole_s))
                 process.send_signal(signal.SIGKILL)
                 count.kills += process.wait() == -signal.SIGKILL
-                there = set(open_remote(taken).segment_ids()) if open_remote(taken).exists() else set()
+                there = set(open_store(taken).segment_ids()) if open_store(taken).exists() else set()
                 count.lost += len(seen - there)
                 for segment_id in there - seen:
                     try:
-                        load(view.open_cache(taken), segment_id)
+                        load(open_cache(taken), segment_id)
                     except KetchupError:
                         count.partial += 1
                 count.acknowledged += len(there - seen)
@@ -119,14 +141,14 @@ def kill_copies(folder: Path, times: int, *, pull: bool, seed: int = 0) -> Kills
                 if there == wanted:
                     break
             copy(given, taken)
-            assert set(open_remote(taken).segment_ids()) == wanted
-            assert verify(view.open_cache(taken)).ok
+            assert set(open_store(taken).segment_ids()) == wanted
+            assert verify(open_cache(taken)).ok
             if pull:
                 shutil.rmtree(taken)
     return count
 
 
-class Watched(ObjectRemote):
+class Watched(ObjectStore):
     """Tells who created what, and looks that no manifest is there before its data."""
 
     def __init__(self, url: str, created: list[str], early: list[str]) -> None:
@@ -136,7 +158,7 @@ class Watched(ObjectRemote):
     def _create(self, key: str, data: bytes) -> bool:
         if key.startswith("manifests/"):
             segment = key[10:74]
-            for name in base.reading.parse_manifest(data, segment, key).files:
+            for name in parse_manifest(data, segment, key).files:
                 try:
                     self._get(f"segments/{segment}/{name}", 10**6)
                 except FileNotFoundError:
@@ -168,10 +190,10 @@ def same_keys(folder: Path, url: str, writers: int, segments: int) -> SameKeys:
     early: list[str] = []
 
     def push(_: int) -> None:
-        remote, local = Watched(url, created, early), open_remote(cache.path)
+        remote, local = Watched(url, created, early), open_store(cache.path)
         remote.create()
         for id_ in cache.segment_ids():
-            remote.put([base.read_segment(local, id_, cache.manifest(id_), local.manifest(id_))])
+            remote.put([read_segment(local, id_, *read_manifest(local, id_))])
 
     with ThreadPoolExecutor(writers) as pool:
         list(pool.map(push, range(writers)))
