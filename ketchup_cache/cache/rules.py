@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from ketchup_cache.cache import float16
-from ketchup_cache.cache.manifest import ArrayEntry, Info, PromptsInfo, RolloutsInfo, ScoresInfo
+from ketchup_cache.cache.manifest import ArrayEntry, Info, RolloutsInfo, ScoresInfo
 from ketchup_cache.errors import CacheError, NumericsError
 from ketchup_cache.provenance import TokenizerInfo
 from ketchup_cache.types import PER_TOKEN, TOKEN_DTYPE, Prompts, Ragged, Rollouts, Scores, TopLogits
@@ -61,55 +61,52 @@ def layout(info: Info, rows: int, tokens: int) -> dict[str, ArrayEntry]:
 
 def pack(segment: Segment, info: Info) -> dict[str, NDArray]:
     """The arrays to store, of a segment that passed `check`. Raises NumericsError where float16 can't hold a value."""
-    token = np.uint16 if info.tokenizer.vocab_size <= 2**16 else np.uint32
-    if isinstance(segment, Prompts):
-        return {
-            "ids": segment.ids,
-            "tokens": segment.tokens.values.astype(token),
-            "offsets": segment.tokens.offsets,
-        }
-    if isinstance(segment, Rollouts):
-        arrays = {
-            "prompt_index": segment.prompt_index,
-            "completion_tokens": segment.completions.values.astype(token),
-            "completion_offsets": segment.completions.offsets,
-            "behavior_logprob": segment.behavior_logprob,
-            "finished": segment.finished,
-        }
-        return arrays | ({"forced": segment.forced} if segment.forced.any() else {})
-    assert isinstance(info, ScoresInfo)
-    if info.storage == "compact":
+    arrays = _arrays(segment)
+    if isinstance(segment, Scores) and isinstance(info, ScoresInfo) and info.storage == "compact":
         arrays = float16.shrink(segment)
-    else:
-        arrays = {**segment.per_token(), "final_max_q": segment.final_max_q}
-        if top := segment.top:
-            arrays |= {"top_q": top.q, "top_ids": top.ids, "rest_logsumexp": top.rest_logsumexp}
-    if segment.top:
-        arrays["top_ids"] = segment.top.ids.astype(token)
-    kept = layout(info, *size(segment))
-    return {name: array for name, array in arrays.items() if name in kept}
+    if isinstance(segment, Rollouts) and not segment.forced.any():
+        del arrays["forced"]
+    stored = layout(info, *size(segment))
+    return {name: array.astype(stored[name].dtype, copy=False) for name, array in arrays.items() if name in stored}
 
 
 def unpack(info: Info, arrays: Mapping[str, NDArray]) -> Segment:
     """The segment that `pack` made these arrays of, given in the dtypes of memory. Its arrays are read-only, because
     loaded segments are shared."""
+    segment: Segment
     match info.kind:
         case "prompts":
-            return Prompts(_frozen(arrays["ids"]), _ragged(arrays["tokens"], arrays["offsets"]))
+            segment = Prompts(arrays["ids"], Ragged(arrays["tokens"], arrays["offsets"]))
         case "rollouts":
-            completions = _ragged(arrays["completion_tokens"], arrays["completion_offsets"])
-            forced = arrays["forced"] if "forced" in arrays else np.zeros(len(completions.values), np.bool_)
-            plain = (_frozen(arrays[name]) for name in ("prompt_index", "behavior_logprob", "finished"))
-            prompt_index, behavior_logprob, finished = plain
-            return Rollouts(prompt_index, completions, behavior_logprob, _frozen(forced), finished)
+            completions = Ragged(arrays["completion_tokens"], arrays["completion_offsets"])
+            forced = arrays.get("forced", np.zeros(len(completions.values), np.bool_))
+            prompt_index, behavior_logprob = arrays["prompt_index"], arrays["behavior_logprob"]
+            segment = Rollouts(prompt_index, completions, behavior_logprob, forced, arrays["finished"])
+        case "scores" if info.storage == "compact":
+            segment = float16.restore(arrays)
         case "scores":
-            if info.storage == "compact":
-                return _frozen_scores(float16.restore(arrays))
             top = None
             if info.keep_top:
                 nothing = np.full(len(arrays["q"]), -np.inf, np.float32)
                 top = TopLogits(arrays["top_q"], arrays["top_ids"], arrays.get("rest_logsumexp", nothing))
-            return _frozen_scores(Scores(**{name: arrays[name] for name in (*PER_TOKEN, "final_max_q")}, top=top))
+            segment = Scores(**{name: arrays[name] for name in (*PER_TOKEN, "final_max_q")}, top=top)
+    for array in _arrays(segment).values():
+        array.flags.writeable = False
+    return segment
+
+
+def _arrays(segment: Segment) -> dict[str, NDArray]:
+    """All arrays of a segment as they are in memory, by the names that the format has for them."""
+    if isinstance(segment, Prompts):
+        return {"ids": segment.ids, "tokens": segment.tokens.values, "offsets": segment.tokens.offsets}
+    if isinstance(segment, Rollouts):
+        tokens = {"completion_tokens": segment.completions.values, "completion_offsets": segment.completions.offsets}
+        rest = ("prompt_index", "behavior_logprob", "finished", "forced")
+        return tokens | {name: getattr(segment, name) for name in rest}
+    arrays: dict[str, NDArray] = {**segment.per_token(), "final_max_q": segment.final_max_q}
+    if top := segment.top:
+        arrays |= {"top_q": top.q, "top_ids": top.ids, "rest_logsumexp": top.rest_logsumexp}
+    return arrays
 
 
 def size(segment: Segment) -> tuple[int, int]:
@@ -125,29 +122,33 @@ def check(segment: Segment, info: Info, parent: Rollouts | None = None) -> None:
 
     parent: for scores, the rollouts they belong to.
     """
-    if isinstance(segment, Prompts) and isinstance(info, PromptsInfo):
-        _check_prompts(segment, info)
-    elif isinstance(segment, Rollouts) and isinstance(info, RolloutsInfo):
-        _check_rollouts(segment, info)
-    elif isinstance(segment, Scores) and isinstance(info, ScoresInfo) and parent is not None:
-        _check_scores(segment, info)
-        _check_pair(segment, info, parent)
-    else:
+    kinds = {"prompts": Prompts, "rollouts": Rollouts, "scores": Scores}
+    if not isinstance(segment, kinds[info.kind]):
         raise CacheError(f"{type(segment).__name__} can't be a segment of kind {info.kind}")
-
-
-def _check_prompts(prompts: Prompts, info: PromptsInfo) -> None:
-    _check_tokens("tokens", prompts.tokens, info.tokenizer)
-    _check_array("ids", prompts.ids, np.uint8, (len(prompts), 16))
+    rows, tokens = size(segment)
+    if isinstance(info, ScoresInfo) and isinstance(segment, Scores):
+        rows = info.row_stop - info.row_start
+        if segment.keep_top != info.keep_top:
+            raise CacheError(f"top_q has {segment.keep_top} logits of each state, must be {info.keep_top}")
+    exact = info if info.kind == "prompts" else info.model_copy(update={"storage": "lossless"})
+    wanted = layout(exact, rows, tokens)
+    for name, array in _arrays(segment).items():
+        if name in wanted:  # rest_logsumexp of nothing is not stored
+            _check_array(
+                name, array, np.dtype(IN_MEMORY.get(wanted[name].dtype, wanted[name].dtype)), wanted[name].shape
+            )
+    if isinstance(segment, Prompts):
+        _check_tokens("tokens", segment.tokens, info.tokenizer)
+    elif isinstance(segment, Rollouts) and isinstance(info, RolloutsInfo):
+        _check_tokens("completion_tokens", segment.completions, info.tokenizer)
+        _check_rollouts(segment, info)
+    elif isinstance(segment, Scores) and isinstance(info, ScoresInfo):
+        _check_scores(segment, info)
+        assert parent is not None
+        _check_pair(segment, info, parent)
 
 
 def _check_rollouts(rollouts: Rollouts, info: RolloutsInfo) -> None:
-    _check_tokens("completion_tokens", rollouts.completions, info.tokenizer)
-    rows, tokens = size(rollouts)
-    _check_array("prompt_index", rollouts.prompt_index, np.int64, (rows,))
-    _check_array("behavior_logprob", rollouts.behavior_logprob, np.float32, (tokens,))
-    _check_array("forced", rollouts.forced, np.bool_, (tokens,))
-    _check_array("finished", rollouts.finished, np.bool_, (rows,))
     outside = (rollouts.prompt_index < info.prompt_start) | (rollouts.prompt_index >= info.prompt_stop)
     _refuse("prompt_index", outside, f"is outside its prompts, {info.prompt_start} to {info.prompt_stop}")
     _refuse("behavior_logprob", rollouts.behavior_logprob > TOLERANCE, "is the logarithm of more than 1")
@@ -158,23 +159,6 @@ def _check_rollouts(rollouts: Rollouts, info: RolloutsInfo) -> None:
 
 
 def _check_scores(scores: Scores, info: ScoresInfo) -> None:
-    rows, tokens = info.row_stop - info.row_start, len(scores.q)
-    for name, array in scores.per_token().items():
-        _check_kind(name, array, np.float32, (tokens,))
-    if scores.keep_top != info.keep_top:
-        raise CacheError(f"top_q has {scores.keep_top} logits of each state, must be {info.keep_top}")
-    if top := scores.top:
-        _check_kind("top_q", top.q, np.float32, (tokens, info.keep_top))
-        _check_kind("top_ids", top.ids, TOKEN_DTYPE, (tokens, info.keep_top))
-        _check_kind("rest_logsumexp", top.rest_logsumexp, np.float32, (tokens,))
-    _check_array("final_max_q", scores.final_max_q, np.float32, (rows,))
-    kept = scores.per_token()
-    if scores.top:
-        kept |= {"top_q": scores.top.q}
-        if info.keep_top < info.tokenizer.vocab_size:
-            kept |= {"rest_logsumexp": scores.top.rest_logsumexp}
-    for name, array in kept.items():
-        _check_finite(name, array)
     max_q = scores.max_q
     rounding = float16.ROUNDING if info.storage == "compact" else 0
     highest = max_q + np.float32(math.log(info.tokenizer.vocab_size) * (1 + rounding))
@@ -233,13 +217,10 @@ def _check_pair(scores: Scores, info: ScoresInfo, rollouts: Rollouts) -> None:
 
 def _check_tokens(name: str, ragged: Ragged, tokenizer: TokenizerInfo) -> None:
     values, offsets = ragged.values, ragged.offsets
-    _check_array(f"offsets of {name}", offsets, np.int64, (max(1, len(offsets)),))
-    _check_array(name, values, TOKEN_DTYPE, (len(values),))
     if offsets[0] != 0 or offsets[-1] != len(values) or (np.diff(offsets) < 0).any():
         raise CacheError(f"offsets of {name} do not rise from 0 to {len(values)}, the number of tokens")
-    _refuse(
-        name, _beyond(values, tokenizer), f"is not a token id of {tokenizer.name}, which has {tokenizer.vocab_size}"
-    )
+    unknown = f"is not a token id of {tokenizer.name}, which has {tokenizer.vocab_size}"
+    _refuse(name, _beyond(values, tokenizer), unknown)
 
 
 def _beyond(ids: NDArray[np.int32], tokenizer: TokenizerInfo) -> NDArray[np.bool_]:
@@ -247,20 +228,10 @@ def _beyond(ids: NDArray[np.int32], tokenizer: TokenizerInfo) -> NDArray[np.bool
     return ids.view(np.uint32) >= min(tokenizer.vocab_size, MAX_VOCABULARY)
 
 
-def _check_array(name: str, array: NDArray, dtype: type[np.generic], shape: tuple[int, ...]) -> None:
-    _check_kind(name, array, dtype, shape)
-    if array.dtype.kind == "f":
-        _check_finite(name, array)
-
-
-def _check_kind(name: str, array: NDArray, dtype: type[np.generic], shape: tuple[int, ...]) -> None:
+def _check_array(name: str, array: NDArray, dtype: np.dtype, shape: tuple[int, ...]) -> None:
     if array.dtype != dtype or array.shape != shape:
-        wanted, found = f"{np.dtype(dtype)} {list(shape)}", f"{array.dtype} {list(array.shape)}"
-        raise CacheError(f"{name} is {found}, must be {wanted}")
-
-
-def _check_finite(name: str, array: NDArray) -> None:
-    if not np.isfinite(array).all():
+        raise CacheError(f"{name} is {array.dtype} {list(array.shape)}, must be {dtype} {list(shape)}")
+    if dtype.kind == "f" and not np.isfinite(array).all():
         place = tuple(np.argwhere(~np.isfinite(array))[0])
         raise NumericsError(f"{name}[{int(place[0])}] is {array[place]}: scores and log-probabilities must be finite")
 
@@ -273,19 +244,3 @@ def _refuse(name: str, wrong: NDArray[np.bool_], reason: str) -> None:
 
 def _float(info: RolloutsInfo | ScoresInfo) -> str:
     return "float16" if info.storage == "compact" else "float32"
-
-
-def _ragged(tokens: NDArray, offsets: NDArray) -> Ragged:
-    return Ragged(_frozen(tokens), _frozen(offsets))
-
-
-def _frozen_scores(scores: Scores) -> Scores:
-    for array in (*vars(scores).values(), *(vars(scores.top).values() if scores.top else ())):
-        if isinstance(array, np.ndarray):
-            _frozen(array)
-    return scores
-
-
-def _frozen(array: NDArray) -> NDArray:
-    array.flags.writeable = False
-    return array

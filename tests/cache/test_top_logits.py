@@ -177,7 +177,7 @@ def test_arrays_that_are_missing_or_too_many(cache: Cache) -> None:
     segment_id, scores = fill_top(cache, 4)
     for names in (("rest_logsumexp",), ("top_ids",), ("top_q", "top_ids", "rest_logsumexp")):
         forged = forge(cache, segment_id, without(*names), keep=True)
-        with pytest.raises(CorruptError, match="arrays?"):
+        with pytest.raises(CorruptError, match=r"arrays?"):
             open_cache(cache.path).load_scores(forged)
         (cache.path / "manifests" / f"{forged}.json").unlink()
 
