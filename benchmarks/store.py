@@ -20,8 +20,7 @@ import numpy as np
 from benchmarks.common import commit_rollouts, options, publish, sample, table, timed
 from ketchup_cache import open_cache
 from ketchup_cache.cache.cache import Cache
-from ketchup_cache.config.commands import CompactConfig
-from ketchup_cache.sharing.compact import compact
+from ketchup_cache.cache.inspect import describe
 from ketchup_cache.types import ScoredRollouts, Scores
 
 LENGTH = 100
@@ -98,19 +97,11 @@ def gathering(part: ScoredRollouts, label: str) -> dict[str, object]:
     }
 
 
-def sizes(cache: Cache, r: str, s: str) -> dict[str, object]:
-    files = {name: e.length for i in (r, s) for name, e in cache.manifest(i).files.items() if "/c/" in name}
-    parts = {
-        "q + max_q + token ids": ("q", "max_q", "gap", "completion_tokens"),
-        "all scores": ("q", "max_q", "gap", "logsumexp", "logsumexp_gap", "mean_q", "mean_gap", "final_max_q"),
-        "all scores and rollouts": tuple({name.split("/")[0] for name in files}),
+def sizes(cache: Cache) -> dict[str, object]:
+    results: dict[str, object] = {
+        f"{kind}, bytes/token": round(size, 2) for kind, size in describe(cache).sizes.items()
     }
-    results: dict[str, object] = {}
-    storage = cache.manifest(s).info.storage  # type: ignore[union-attr]
-    for label, names in parts.items():
-        stored = sum(size for name, size in files.items() if name.split("/")[0] in names) / cache.manifest(s).tokens
-        results[f"{label}, {storage}, bytes/token"] = round(stored, 2)
-    print("\n" + table((storage, "bytes/token"), list(results.items())))
+    print("\n" + table(("", "bytes/token"), list(results.items())))
     return results
 
 
@@ -130,10 +121,9 @@ def main() -> None:
         results["files of a segment"] = max(counts)
         loaded = cache.load_scored(cache.scored()[0])
         results |= gathering(loaded, f"{LENGTH} tokens") | gathering(sample(0, 10_480), "25 ± 8 tokens")
-        results |= sizes(cache, *ids)
-        small = open_cache(folder / "small", create=True)
-        compact(CompactConfig(cache=cache.path, into=small.path))
-        results |= sizes(small, *(small.manifests(kind)[-1][0] for kind in ("rollouts", "scores")))
+        info = cache.manifest(ids[1]).info.model_copy(update={"storage": "compact"})  # type: ignore[union-attr]
+        cache.commit_scores(part.scores, info)  # type: ignore[arg-type]
+        results |= sizes(cache)
     publish("store", chosen, **results)
 
 
