@@ -8,112 +8,109 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from pydantic import BaseModel
+
 from ketchup_cache.cache.cache import Cache
 from ketchup_cache.cache.disk import FolderStore, delete, leftovers, weigh
 from ketchup_cache.cache.index import Index, check_parent, distinct, parent_id
-from ketchup_cache.cache.manifest import KINDS, Manifest, PromptsInfo, RolloutsInfo, ScoresInfo
+from ketchup_cache.cache.manifest import KINDS, Manifest, PromptsInfo, ScoresInfo
 from ketchup_cache.cache.segment_bytes import in_parallel, read_manifest, read_segment
 from ketchup_cache.console import Report, printable, size_text
 from ketchup_cache.errors import KetchupError
 
+Record = dict[str, Any]
+
 
 @dataclass(frozen=True)
 class CacheInfo(Report):
-    """Counts are over the whole cache; rows that are stored twice count once. `str()` is what `info` prints.
+    """What `info` prints. Counts are over the whole cache; rows that are stored twice count once.
 
-    segments: number by kind. finished: rollouts that ended in EOS before the length limit. bytes: of all manifests and
-    data. sizes: bytes per token by kind and storage of segments. policies, teachers: with the rows of each.
-    sampling: every different setting that rollouts were drawn with. created: first and last commit, UTC.
-    listing: every segment, in the order of commits.
+    finished: rollouts that ended in EOS before the length limit. policies, teachers: with the rows of each. sampling:
+    every different setting that rollouts were drawn with. listing: every segment, in the order of commits.
     """
 
     path: str
-    segments: dict[str, int]
-    prompts: int
-    prompt_tokens: int
     rollouts: int
     finished: int
     completion_tokens: int
-    bytes: int
-    sizes: dict[str, float]
-    policies: tuple[dict[str, Any], ...]
-    teachers: tuple[dict[str, Any], ...]
-    tokenizers: tuple[dict[str, Any], ...]
-    data: tuple[dict[str, Any], ...]
-    sampling: tuple[dict[str, Any], ...]
-    tools: tuple[str, ...]
-    created: tuple[str, str] | None
-    listing: tuple[dict[str, Any], ...]
+    policies: list[Record]
+    teachers: list[Record]
+    tokenizers: list[Record]
+    data: list[Record]
+    sampling: list[Record]
+    listing: list[Record]
 
     @property
-    def bytes_per_completion_token(self) -> float | None:
-        return self.bytes / self.completion_tokens if self.completion_tokens else None
+    def segments(self) -> dict[str, int]:
+        """Number of segments by kind."""
+        return {kind: sum(e["kind"] == kind for e in self.listing) for kind in KINDS}
+
+    @property
+    def prompts(self) -> int:
+        return sum(e["rows"] for e in self.listing if e["kind"] == "prompts")
+
+    @property
+    def bytes(self) -> int:
+        """Of all manifests and data."""
+        return sum(e["bytes"] for e in self.listing)
+
+    @property
+    def sizes(self) -> dict[str, float]:
+        """Bytes per token by kind of segment, and by the options of `score` that decide its size."""
+        tokens, sizes = Counter[str](), Counter[str]()
+        for e in self.listing:
+            tokens[e["stores"]] += e["tokens"]
+            sizes[e["stores"]] += e["bytes"]
+        return {label: sizes[label] / tokens[label] for label in sorted(sizes) if tokens[label]}
 
     def __str__(self) -> str:
-        per_token = self.bytes_per_completion_token
         share = f", {self.finished / self.rollouts:.1%} finished" if self.rollouts else ""
         lines = [
             ("cache", self.path),
             ("segments", ", ".join(f"{count:,} {kind}" for kind, count in self.segments.items())),
-            ("prompts", f"{self.prompts:,} ({self.prompt_tokens:,} tokens)"),
+            ("prompts", f"{self.prompts:,}"),
             ("rollouts", f"{self.rollouts:,} ({self.completion_tokens:,} tokens){share}"),
-            ("size", size_text(self.bytes) + (f" ({per_token:.1f} bytes per completion token)" if per_token else "")),
-            *(("", f"{kind}: {size:.1f} bytes per token") for kind, size in self.sizes.items()),
+            ("size", size_text(self.bytes)),
+            *(("", f"{label}: {size:.1f} bytes per token") for label, size in self.sizes.items()),
             *(("data", f"{_id(d)}, template {d['template']!r}") for d in self.data),
             *(("tokenizer", f"{_id(t)}, {t['vocab_size']:,} tokens") for t in self.tokenizers),
             *(("sampling", ", ".join(f"{key} {value}" for key, value in s.items())) for s in self.sampling),
-            *(("policy", f"{_id(p)}{_step(p['step'])}: {p['rollouts']:,} rollouts") for p in self.policies),
+            *(("policy", f"{_id(p)}{_step(p)}: {p['rollouts']:,} rollouts") for p in self.policies),
             *(("teacher", f"{_id(t)}, {t['dtype']}: {t['scored']:,} scored, {t['unscored']:,} not yet")
               for t in self.teachers),
-            *(("written by", tool) for tool in self.tools),
-            *([("created", f"{self.created[0]} to {self.created[1]}")] if self.created else []),
+            *(("written by", tool) for tool in sorted({e["tool"] for e in self.listing})),
+            *[("created", f"{e[0]['created']} to {e[-1]['created']}") for e in [self.listing] if e],
         ]  # fmt: skip
         return "\n".join(f"{label:<11} {printable(text)}" for label, text in lines)
 
 
 def describe(cache: Cache) -> CacheInfo:
     """Sum up a cache from its manifests. Raises CorruptError where one is damaged, CacheError for a missing parent."""
-    index = cache.index
-    manifests = index.manifests
-    prompts = [m for _, m in index.of_kind("prompts")]
-    rows = {id_: manifests[id_].rows for id_, _ in index.rollouts}
+    index, manifests = cache.index, cache.index.manifests
     drawn, scored = Counter[str](), Counter[str]()
+    finished = 0
     for id_, info in index.rollouts:
-        drawn[info.policy.fingerprint] += rows[id_]
+        drawn[info.policy.fingerprint] += manifests[id_].rows
+        # version 1 does not count them in its manifests
+        finished += int(cache.load_rollouts(id_).finished.sum()) if info.finished is None else info.finished
     for ref in index.scored():
         scored[ref.teacher.fingerprint] += ref.rows
-    total = sum(rows.values())
-    tokens, sizes = Counter[str](), Counter[str]()
-    for m in manifests.values():
-        tokens[_label(m)] += m.tokens
-        sizes[_label(m)] += m.data_bytes + len(m.to_bytes())
-    times = sorted(m.created for m in manifests.values())
-    # version 1 does not count the finished ones in its manifests
-    counts = [cache.load_rollouts(i).finished.sum() if r.finished is None else r.finished for i, r in index.rollouts]
+    policies, teachers = distinct(info.policy for _, info in index.rollouts), cache.teachers()
+    total = drawn.total()
     return CacheInfo(
         path=cache.address,
-        segments={kind: len(index.of_kind(kind)) for kind in KINDS},
-        prompts=sum(m.rows for m in prompts),
-        prompt_tokens=sum(m.tokens for m in prompts),
         rollouts=total,
-        finished=int(sum(counts)),
-        completion_tokens=sum(manifests[id_].tokens for id_ in rows),
-        bytes=sizes.total(),
-        sizes={label: sizes[label] / tokens[label] for label in sorted(sizes) if tokens[label]},
-        policies=tuple(
-            p.model_dump() | {"rollouts": drawn[p.fingerprint]}
-            for p in distinct(info.policy for _, info in index.rollouts)
-        ),
-        teachers=tuple(
+        finished=finished,
+        completion_tokens=sum(manifests[id_].tokens for id_, _ in index.rollouts),
+        policies=[p.model_dump() | {"rollouts": drawn[p.fingerprint]} for p in policies],
+        teachers=[
             t.model_dump() | {"scored": scored[t.fingerprint], "unscored": total - scored[t.fingerprint]}
-            for t in cache.teachers()
-        ),
-        tokenizers=_different(m.info.tokenizer.model_dump() for m in manifests.values()),
-        data=_different(m.info.data.model_dump() for m in prompts if isinstance(m.info, PromptsInfo)),
-        sampling=_different(info.sampling.model_dump() for _, info in index.rollouts),
-        tools=tuple(sorted({manifest.tool for manifest in manifests.values()})),
-        created=(times[0], times[-1]) if times else None,
-        listing=tuple(_entry(id_, m) for id_, m in manifests.items()),
+            for t in teachers
+        ],
+        tokenizers=_different(m.info.tokenizer for m in manifests.values()),
+        data=_different(m.info.data for m in manifests.values() if isinstance(m.info, PromptsInfo)),
+        sampling=_different(info.sampling for _, info in index.rollouts),
+        listing=[_entry(id_, m) for id_, m in manifests.items()],
     )
 
 
@@ -124,7 +121,7 @@ def describe(cache: Cache) -> CacheInfo:
 class Difference(Report):
     """What each of two caches has that the other lacks. both: segments that are in both."""
 
-    only: dict[str, tuple[dict[str, Any], ...]]
+    only: dict[str, list[Record]]
     both: int
 
     def __str__(self) -> str:
@@ -142,7 +139,7 @@ def compare(one: Cache, other: Cache) -> Difference:
     """From the manifests alone."""
     ids = [set(cache.segment_ids()) for cache in (one, other)]
     only = {
-        cache.address: tuple(_entry(id_, cache.manifest(id_)) for id_ in cache.segment_ids() if id_ in missing)
+        cache.address: [_entry(id_, cache.manifest(id_)) for id_ in cache.segment_ids() if id_ in missing]
         for cache, missing in ((one, ids[0] - ids[1]), (other, ids[1] - ids[0]))
     }
     return Difference(only, len(ids[0] & ids[1]))
@@ -256,36 +253,29 @@ def _family(segment_id: str, manifest: Manifest) -> tuple[int, str, str]:
     return KINDS.index(manifest.kind), parent, segment_id
 
 
-def _entry(segment_id: str, manifest: Manifest) -> dict[str, Any]:
+def _entry(segment_id: str, manifest: Manifest) -> Record:
     """A segment in one line. model: the data of prompts, the policy of rollouts, the teacher of scores."""
     info = manifest.info
-    made_by = (
-        info.data if isinstance(info, PromptsInfo) else info.policy if isinstance(info, RolloutsInfo) else info.teacher
-    )
+    top = f", --keep-top {info.keep_top}" if isinstance(info, ScoresInfo) and info.keep_top else ""
+    compact = ", float16" if not isinstance(info, PromptsInfo) and info.storage == "compact" else ""
+    model = {"prompts": "data", "rollouts": "policy", "scores": "teacher"}[info.kind]
     return {
         **{name: getattr(manifest, name) for name in ("kind", "rows", "tokens", "created", "tool", "author")},
         "id": segment_id,
-        "bytes": manifest.data_bytes,
-        "model": _id(made_by.model_dump()),
+        "bytes": manifest.data_bytes + len(manifest.to_bytes()),
+        "stores": manifest.kind + compact + top,
+        "model": _id(getattr(info, model).model_dump()),
         "parent": None if isinstance(info, PromptsInfo) else parent_id(info),
     }
 
 
-def _label(manifest: Manifest) -> str:
-    """Kind of segment, and the options of `score` that decide its size."""
-    info = manifest.info
-    compact = ", float16" if not isinstance(info, PromptsInfo) and info.storage == "compact" else ""
-    top = f", --keep-top {info.keep_top}" if isinstance(info, ScoresInfo) and info.keep_top else ""
-    return manifest.kind + compact + top
+def _different(records: Iterable[BaseModel]) -> list[Record]:
+    return [record.model_dump() for record in {repr(record): record for record in records}.values()]
 
 
-def _different(records: Iterable[dict[str, Any]]) -> tuple[dict[str, Any], ...]:
-    return tuple({repr(record): record for record in records}.values())
-
-
-def _id(record: dict[str, Any]) -> str:
+def _id(record: Record) -> str:
     return f"{record['name']} ({record['fingerprint'][:12]})"
 
 
-def _step(step: int | None) -> str:
-    return "" if step is None else f", step {step:,}"
+def _step(policy: Record) -> str:
+    return "" if policy["step"] is None else f", step {policy['step']:,}"

@@ -224,14 +224,13 @@ def test_info(family: Family) -> None:
     family.draw("step-10")
     info = describe(cache)
     assert info.segments == {"prompts": 1, "rollouts": 2, "scores": 3}
-    assert (info.prompts, info.prompt_tokens, info.rollouts, info.completion_tokens) == (3, 8, 12, 36)
+    assert (info.prompts, info.rollouts, info.completion_tokens) == (3, 12, 36)
     assert info.finished == 2 * family.rollouts.finished.sum()
     on_disk = [p for folder in ("manifests", "segments") for p in (cache.path / folder).rglob("*") if p.is_file()]
     assert info.bytes == sum(p.stat().st_size for p in on_disk)
-    assert info.bytes_per_completion_token == info.bytes / 36
     assert [(t["name"], t["scored"], t["unscored"]) for t in info.teachers] == [("teacher", 4, 8), ("flan", 6, 6)]
     assert [(p["name"], p["rollouts"]) for p in info.policies] == [("student", 6), ("step-10", 6)]
-    assert len(info.sampling) == len(info.tokenizers) == len(info.data) == len(info.tools) == 1
+    assert len(info.sampling) == len(info.tokenizers) == len(info.data) == 1
     assert json.loads(json.dumps(info.to_dict()))["teachers"][1]["name"] == "flan"
     for part in ("12 (36 tokens)", "flan", "4 scored, 8 not yet", "3 scores", "samples 2"):
         assert part in str(info)
@@ -239,7 +238,7 @@ def test_info(family: Family) -> None:
 
 def test_info_of_an_empty_cache(tmp_path: Path) -> None:
     info = describe(open_cache(tmp_path / "cache", create=True))
-    assert (info.rollouts, info.bytes, info.created, info.bytes_per_completion_token) == (0, 0, None, None)
+    assert (info.rollouts, info.bytes, info.listing) == (0, 0, [])
     assert "0 rollouts" in str(info)
 
 
