@@ -164,42 +164,41 @@ def wilson(p: float, n: int, z: float = 1.959964) -> tuple[float, float]:
 # ---------------------------------------------------------------------------------------------------------- files
 
 
-def _pairs(config: JudgeConfig) -> list[tuple[str, str, str]]:
-    """(prompt, system's output, baseline's output) of the chosen lines, in the order of the files."""
-    system, baseline = _read_outputs(config.system), _read_outputs(config.baseline)
-    for number, (ours, theirs) in enumerate(zip_longest(system, baseline, fillvalue=(None, "")), start=1):
-        if ours[0] != theirs[0]:
-            raise DataError(
-                f"{config.system} ({len(system)} outputs) and {config.baseline} ({len(baseline)}): output {number} has "
-                "another prompt or is missing: evaluate both systems on the same data, with the same --template"
-            )
-    pairs = [(prompt, ours, theirs) for (prompt, ours), (_, theirs) in zip(system, baseline, strict=True)]
-    chosen = range(len(pairs))
-    if 0 < config.limit < len(pairs):
-        return [pairs[i] for i in sorted(random.Random(config.seed).sample(chosen, config.limit))]
-    return pairs
-
-
 class _Output(BaseModel):
+    """A line of `evaluate --outputs`."""
+
     prompt: str
     output: str
 
 
-def _read_outputs(path: Path) -> list[tuple[str, str]]:
-    """(prompt, output) of each line. Raises DataError."""
-    found = []
+def _pairs(config: JudgeConfig) -> list[tuple[str, str, str]]:
+    """(prompt, system's output, baseline's output) of the chosen lines, in the order of the files."""
+    system, baseline = _read_outputs(config.system), _read_outputs(config.baseline)
+    for number, (ours, theirs) in enumerate(zip_longest(system, baseline), start=1):
+        if ours is None or theirs is None or ours.prompt != theirs.prompt:
+            raise DataError(
+                f"{config.system} ({len(system)} outputs) and {config.baseline} ({len(baseline)}): output {number} has "
+                "another prompt or is missing: evaluate both systems on the same data, with the same --template"
+            )
+    pairs = [(ours.prompt, ours.output, theirs.output) for ours, theirs in zip(system, baseline, strict=True)]
+    if not 0 < config.limit < len(pairs):
+        return pairs
+    return [pairs[i] for i in sorted(random.Random(config.seed).sample(range(len(pairs)), config.limit))]
+
+
+def _read_outputs(path: Path) -> list[_Output]:
+    """Raises DataError."""
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: can't be read ({getattr(error, 'strerror', None) or 'not UTF-8'})") from None
+    found = []
     for number, line in enumerate(lines, start=1):
-        if line.strip():
-            try:
-                output = _Output.model_validate_json(line)
-            except ValueError:
-                hint = "no prompt and output; `evaluate --outputs FILE` writes such files"
-                raise DataError(f"{path}: line {number}: {hint}") from None
-            found.append((output.prompt, output.output))
+        try:
+            found += [_Output.model_validate_json(line)] if line.strip() else []
+        except ValueError:
+            hint = "no prompt and output; `evaluate --outputs FILE` writes such files"
+            raise DataError(f"{path}: line {number}: {hint}") from None
     if not found:
         raise DataError(f"{path}: holds no outputs")
     return found
@@ -268,7 +267,7 @@ def _client(config: JudgeConfig) -> Any:
     except ImportError:
         raise ConfigError(["judge needs the openai package: pip install 'ketchup-cache[judge]'"]) from None
     url, secret = config.base_url or os.environ.get("OPENAI_BASE_URL"), os.environ.get("OPENAI_API_KEY")
-    if not (url or secret):
+    if not url and not secret:
         raise ConfigError(["no endpoint: give --base-url, and its key in the environment as OPENAI_API_KEY"])
-    options: Any = {"max_retries": config.retries, "timeout": config.timeout}
-    return openai.AsyncOpenAI(base_url=url, api_key=secret or "none", **options)
+    key = secret or "none"
+    return openai.AsyncOpenAI(base_url=url, api_key=key, max_retries=config.retries, timeout=config.timeout)
