@@ -14,6 +14,6 @@ from .app import Result, command
 )
 def judge(config: JudgeConfig) -> Result:
     """Win rates of one system's outputs over another's, by a language model (Table 2)."""
-    from ketchup_cache.report.judge.driver import judge
+    from ketchup_cache.report.judge import judge
 
     return judge(config)

@@ -13,8 +13,7 @@ from dataclasses import asdict
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as RichProgress
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column
 
 LOG_EVERY_S = 30.0
@@ -62,89 +61,53 @@ def size_text(count: float) -> str:
 class Bar:
     """What a worker holds: `advance(n)` after n more units, `note(text)` for a figure beside the bar."""
 
-    def __init__(self, label: str, total: int | None, unit: str) -> None:
-        self.label, self.total, self.unit, self.done, self.text = label, total, unit, 0, ""
+    def __init__(self, label: str, total: int | None, unit: str, shown: Progress | None = None) -> None:
+        """shown: the bars on the terminal; without them progress is lines in a log."""
+        self.label, self.total, self.unit, self.done, self.text, self._shown = label, total, unit, 0, "", shown
         self.began = self._logged = time.monotonic()
+        self.task = shown.add_task(label, total=total, rate="", text="") if shown else None
 
     def advance(self, n: int = 1) -> None:
         self.done += n
-        now = time.monotonic()
-        if now - self._logged >= LOG_EVERY_S:
-            self._logged = now
-            self._log(now)
+        if self._shown and self.task is not None:
+            self._shown.update(self.task, completed=self.done, rate=self.rate, text=self.text)
+        elif time.monotonic() - self._logged >= LOG_EVERY_S:
+            self._logged = time.monotonic()
+            seconds = (self._logged - self.began) / max(self.done, 1)
+            of = f" of {self.total:,}" if self.total else ""
+            left = f", {(self.total - self.done) * seconds / 60:.1f} min left" if self.total and self.done else ""
+            line = f"{self.label}: {self.done:,}{of} {self.unit} ({self.rate}{left}) {self.text}"
+            print(line.rstrip(), file=sys.stderr, flush=True)
 
     def note(self, text: str) -> None:
         self.text = text
+        if self._shown and self.task is not None:
+            self._shown.update(self.task, text=text)
 
     @property
-    def rate(self) -> float:
-        """Units per second since the start."""
-        return self.done / max(time.monotonic() - self.began, 1e-9)
-
-    def _log(self, now: float) -> None:
-        left = ""
-        if self.total and self.done:
-            seconds = (self.total - self.done) * (now - self.began) / self.done
-            left = f", {seconds / 60:.1f} min left"
-        of = f" of {self.total:,}" if self.total else ""
-        print(
-            f"{self.label}: {self.done:,}{of} {self.unit} ({self.rate:,.0f}/s{left}) {self.text}".rstrip(),
-            file=sys.stderr,
-            flush=True,
-        )
+    def rate(self) -> str:
+        """Units a second since the start, or the seconds that one takes."""
+        each = (time.monotonic() - self.began) / max(self.done, 1e-9)
+        return f"{1 / max(each, 1e-9):,.0f}/s" if each <= 1 else f"{each:,.1f} s each"
 
 
-class _RichBar(Bar):
-    def __init__(self, label: str, total: int | None, unit: str, rich: RichProgress) -> None:
-        super().__init__(label, total, unit)
-        self.rich = rich
-        self.task = rich.add_task(label, total=total, unit=unit, rate="", text="")
-
-    def advance(self, n: int = 1) -> None:
-        self.done += n
-        self.rich.update(self.task, completed=self.done, rate=f"{self.rate:,.0f} {self.unit}/s", text=self.text)
-
-    def note(self, text: str) -> None:
-        super().note(text)
-        self.rich.update(self.task, text=text)
-
-
-_shown: RichProgress | None = None
-"""The display on the terminal, while there is one: work within work adds a line to it."""
+_console = Console(stderr=True)
 
 
 @contextmanager
 def progress(label: str, total: int | None = None, unit: str = "tokens") -> Iterator[Bar]:
     """Show progress on stderr while the block runs. `total`: units to do, None where that is not known."""
-    console = Console(stderr=True)
-    if not console.is_terminal:
+    if not _console.is_terminal:
         yield Bar(label, total, unit)
         return
-    with _display(console) as rich:
-        bar = _RichBar(label, total, unit, rich)
-        try:
-            yield bar
-        finally:
-            rich.remove_task(bar.task)
-
-
-@contextmanager
-def _display(console: Console) -> Iterator[RichProgress]:
-    global _shown
-    if _shown is not None:
-        yield _shown
-        return
+    text = TextColumn("{task.fields[text]}", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1))
     columns = (
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=16),
+        "{task.description}",
+        BarColumn(16),
         MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]}", table_column=Column(no_wrap=True)),
-        TimeRemainingColumn(table_column=Column(no_wrap=True, min_width=7)),
-        # the only one that may be cut where the terminal is narrow
-        TextColumn("{task.fields[text]}", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1)),
+        "{task.fields[rate]}",
+        TimeRemainingColumn(),
+        text,
     )
-    with RichProgress(*columns, console=console, transient=True, expand=True) as _shown:
-        try:
-            yield _shown
-        finally:
-            _shown = None
+    with Progress(*columns, console=_console, transient=True, expand=True) as shown:
+        yield Bar(label, total, unit, shown)

@@ -63,7 +63,7 @@ def test_an_error_inside_publishes_nothing(tmp_path):
 def test_progress_within_progress_shares_the_terminal(monkeypatch):
     """A second live display would be an error; scoring within learning has one."""
     screen = io.StringIO()
-    monkeypatch.setattr(progress, "Console", lambda stderr: Console(file=screen, force_terminal=True, width=120))
+    monkeypatch.setattr(progress, "_console", Console(file=screen, force_terminal=True, width=120))
     with progress.progress("learning", 2, "steps") as outer:
         for _ in range(2):
             with progress.progress("scoring", 5) as inner:
@@ -77,13 +77,16 @@ def test_progress_within_progress_shares_the_terminal(monkeypatch):
 def test_progress_in_a_log_is_lines_with_rate_and_time_left(monkeypatch, capsys):
     clock = [100.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
-    with progress.progress("scoring", 4000) as bar:
-        for _ in range(4):
-            clock[0] += 20
-            bar.note("hit rate 5%")
-            bar.advance(500)
+    for n in (500, 5):
+        with progress.progress("scoring", 8 * n) as bar:
+            for _ in range(4):
+                clock[0] += 20
+                bar.note("hit rate 5%")
+                bar.advance(n)
     # at 40 s: 1,000 of 4,000 in 40 s, so 25 a second and two minutes left
     assert capsys.readouterr().err.splitlines() == [
         "scoring: 1,000 of 4,000 tokens (25/s, 2.0 min left) hit rate 5%",
         "scoring: 2,000 of 4,000 tokens (25/s, 1.3 min left) hit rate 5%",
+        "scoring: 10 of 40 tokens (4.0 s each, 2.0 min left) hit rate 5%",
+        "scoring: 20 of 40 tokens (4.0 s each, 1.3 min left) hit rate 5%",
     ]

@@ -240,7 +240,7 @@ class JudgeConfig(Config):
     """Model that judges, by the name that the endpoint has for it."""
     base_url: str | None = None
     """OpenAI-compatible endpoint. Without it: OPENAI_BASE_URL, else OpenAI. The key is read from OPENAI_API_KEY."""
-    kind: Literal["summary", "translation", "answer"] = "summary"
+    kind: Literal["summary", "translation"] = "summary"
     """What the outputs are; the question is worded for it."""
     aspects: AspectList = ("quality", "informativeness", "coherence")
     """Questions, comma-separated: quality, informativeness, coherence."""

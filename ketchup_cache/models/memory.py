@@ -1,28 +1,28 @@
 """How many tokens go through a model at once: as many as were asked for, or as fit into memory.
 
-Running out is an exception on a GPU, and on a CPU where the operating system limits the process. Where it rather kills
-processes, only `auto` helps, which looks first.
+Running out is an exception on a GPU, and on a CPU where the operating system limits the process. Where the system
+kills processes instead, only `auto` helps, which looks at what is free first.
 """
 
 from __future__ import annotations
 
-import sys
+import re
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
+import psutil
 import torch
+
+from ketchup_cache.console import say
 
 PROBE = 2048
 """Tokens of the batches that `auto` looks at: they keep a machine busy already (`models/batching.py`)."""
-MOST = {"cuda": 65_536}
-"""Largest budget that `auto` takes, by kind of device; more than this gains nothing."""
-MOST_ELSEWHERE = 4096
-"""On a CPU blocks of a few megabytes come from the allocator again and again, larger ones from the system each time."""
-SHARE = {"cuda": 0.8}
+MOST = {"cuda": 65_536, "cpu": 4096}
+"""Largest budget of `auto` by device: more gains nothing. Large blocks of a CPU come from the system each time."""
+SHARE = {"cuda": 0.8, "cpu": 0.5}
 """Of the free memory. Others live in a CPU's, and going over ends the process there, not the batch."""
-SHARE_ELSEWHERE = 0.5
-
 MESSAGES = ("out of memory", "can't allocate memory", "not enough memory", "alloc_failed")
 
 
@@ -33,140 +33,82 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(message in str(error).lower() for message in MESSAGES)
 
 
-def say(text: str) -> None:
-    print(f"score: {text}", file=sys.stderr, flush=True)
-
-
 class TokenBudget:
     """Largest batch, in tokens. It is found once, and after that it only shrinks: keep it for a whole run."""
 
     def __init__(self, asked: int | Literal["auto"], say: Callable[[str], None] = say) -> None:
         """asked: a number of tokens, or what `auto` finds in the first full batches. say: told of what was found."""
-        self._tokens = PROBE if asked == "auto" else asked
-        self.open = asked == "auto"
-        self._warm = False
-        self._say = say
+        self.tokens = PROBE if asked == "auto" else asked
+        self.open, self._warm, self._say = asked == "auto", False, say
+        self._before: dict[torch.device, int] = {}
 
-    @property
-    def tokens(self) -> int:
-        return self._tokens
+    def watch(self, devices: Iterable[torch.device]) -> None:
+        """Measure what the next batch takes, while `auto` is open. Devices nobody can measure (MPS) are left out."""
+        if self.open:
+            self._before = {device: used(device) for device in set(devices) if device.type in MOST}
 
-    def watch(self, devices: Iterable[torch.device]) -> Watch | None:
-        """To be made before a batch, where its memory is wanted."""
-        return Watch(devices) if self.open else None
+    def fitted(self, size: int) -> bool:
+        """A batch of this many tokens fitted. Returns whether that has settled the budget.
 
-    def fitted(self, watch: Watch, size: int) -> bool:
-        """A batch of so many tokens went through. Returns whether that has settled the budget.
-
-        The first one is not counted: it also reads weights from the disk and sets libraries up.
+        The first one is not counted: it also reads weights from the disk and sets libraries up. The batch's rows
+        should be the longest ones: attention takes more for a token of a long row.
         """
-        if not self._warm or size < PROBE // 2:
+        if not self.open or not self._warm or size < PROBE // 2:
             self._warm = True
             return False
-        fitting = watch.fitting(size)
-        self._tokens, self.open = max(PROBE, fitting), False
-        if fitting < watch.most:
-            self._say(f"batches of up to {self._tokens:,} tokens fit into memory (--batch-tokens auto)")
+        most = fitting = min((MOST[device.type] for device in self._before), default=MOST["cpu"])
+        for device, before in self._before.items():
+            with suppress(OSError):  # macOS does not say what a process took
+                each = max(peak(device) - before, 1) / size
+                fitting = min(fitting, int(SHARE[device.type] * free(device) / each))
+        self.tokens, self.open = max(PROBE, fitting), False
+        if fitting < most:
+            self._say(f"batches of up to {self.tokens:,} tokens fit into memory (--batch-tokens auto)")
         return True
 
     def halve(self, size: int) -> None:
-        """A batch of so many tokens did not go through."""
-        self._tokens, self.open = max(min(self._tokens, size) // 2, 1), False
-        self._say(f"out of memory at a batch of {size:,} tokens: going on with at most {self._tokens:,}")
+        """A batch of this many tokens did not fit. What it had goes back to the device."""
+        torch.cuda.empty_cache()
+        if torch.backends.mps.is_available():
+            torch.mps.empty_cache()
+        self.tokens, self.open = max(min(self.tokens, size) // 2, 1), False
+        self._say(f"out of memory at a batch of {size:,} tokens: going on with at most {self.tokens:,}")
 
 
-class Watch:
-    """The memory that a batch takes on each of the devices, from here on."""
-
-    def __init__(self, devices: Iterable[torch.device]) -> None:
-        self._before = {device: _used(device) for device in set(devices)}
-        for device in self._before:
-            _forget_peak(device)
-
-    @property
-    def most(self) -> int:
-        """Tokens beyond which a larger batch is of no use on these devices."""
-        return min(MOST.get(device.type, MOST_ELSEWHERE) for device in self._before)
-
-    def fitting(self, size: int) -> int:
-        """How many tokens like those of this batch fit into what is free now, at most what is of use.
-
-        The rows of the batch should be the longest ones: attention takes more for a token of a long row.
-        """
-        found = [self.most]
-        for device, before in self._before.items():
-            peak, free = _peak(device), _free(device)
-            if before is not None and peak is not None and free is not None:
-                each = max(peak - before, 1) / size
-                found.append(int(SHARE.get(device.type, SHARE_ELSEWHERE) * free / each))
-        return min(found)
-
-
-def release() -> None:
-    """Give what a failed batch had back to the device."""
-    torch.cuda.empty_cache()
-    if torch.backends.mps.is_available():
-        torch.mps.empty_cache()
-
-
-# ------------------------------------------------------- bytes of one device; None where nobody knows (MPS, macOS)
-
-
-def _used(device: torch.device) -> int | None:
-    if device.type == "cuda":
-        return torch.cuda.memory_allocated(device)
-    return _status("VmRSS") if device.type == "cpu" else None
-
-
-def _forget_peak(device: torch.device) -> None:
+def used(device: torch.device) -> int:
+    """Bytes in use by this process. From here on `peak` counts."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    elif device.type == "cpu":
-        try:
-            Path("/proc/self/clear_refs").write_text("5")
-        except OSError:
-            return
+        return torch.cuda.memory_allocated(device)
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+    return psutil.Process().memory_info().rss
 
 
-def _peak(device: torch.device) -> int | None:
+def peak(device: torch.device) -> int:
+    """Most bytes in use since `used`. Raises OSError on a CPU without Linux."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return _status("VmHWM") if device.type == "cpu" else None
+    found = re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())
+    return int(found[1]) * 1024 if found else 0
 
 
-def _free(device: torch.device) -> int | None:
+def free(device: torch.device) -> int:
+    """Bytes that this process can still take."""
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
-    return free_ram() if device.type == "cpu" else None
+    return free_ram()
 
 
-def free_ram(root: Path = Path("/")) -> int | None:
-    """Bytes that this process can still take without making the machine swap or its container end it."""
-    known = [_line(root / "proc/meminfo", "MemAvailable:", 1024)]
-    groups = root / "sys/fs/cgroup"
-    for limit, used, cache in (
-        (groups / "memory.max", groups / "memory.current", "inactive_file"),
-        (groups / "memory/memory.limit_in_bytes", groups / "memory/memory.usage_in_bytes", "total_inactive_file"),
-    ):
-        most, taken = _line(limit), _line(used)
-        if most is not None and taken is not None:
-            known.append(most - taken + (_line(used.parent / "memory.stat", cache) or 0))
-    found = [value for value in known if value is not None]
-    return max(min(found), 0) if found else None
-
-
-def _status(name: str) -> int | None:
-    return _line(Path("/proc/self/status"), f"{name}:", 1024)
-
-
-def _line(file: Path, name: str = "", unit: int = 1) -> int | None:
-    """The number behind a name, or the only one of a file; None where there is none (`max` means no limit)."""
-    try:
-        for line in file.read_text().splitlines():
-            words = line.split()
-            if not name or words[0] == name:
-                return int(words[bool(name)]) * unit
-    except (OSError, ValueError, IndexError):
-        return None
-    return None
+def free_ram(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+    """Bytes to take without making the machine swap or its container (cgroup, version 2 or 1) end the process."""
+    found = [psutil.virtual_memory().available]
+    v2 = (cgroup, "memory.max", "memory.current", "inactive_file")
+    v1 = (cgroup / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+    for folder, limit, taken, cache in (v2, v1):
+        with suppress(OSError, ValueError):  # no such file, or `max`: no limit
+            left = int((folder / limit).read_text()) - int((folder / taken).read_text())
+            reusable = re.search(rf"^{cache} (\d+)", (folder / "memory.stat").read_text(), re.MULTILINE)
+            found.append(left + int(reusable[1] if reusable else 0))
+    return max(min(found), 0)

@@ -6,7 +6,7 @@ import gc
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from ketchup_cache.config.commands import EvaluateConfig
-from ketchup_cache.console import progress
+from ketchup_cache.console import Report, progress
 from ketchup_cache.errors import DataError, MismatchError
 from ketchup_cache.files import write_file
 from ketchup_cache.method.returns import rollout_returns
@@ -50,7 +50,7 @@ class MeanReturn:
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class Evaluation(Report):
     """Metrics are in percent (`metrics.compute`), lengths in tokens with EOS, `finished` is a share.
 
     left_out: examples over the prompt limit (`long_prompts="drop"`). metrics: None where the data has no targets.
@@ -66,27 +66,23 @@ class Evaluation:
     finished: float
     returns: MeanReturn | None
 
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
     def __str__(self) -> str:
         left_out = f" ({self.left_out:,} left out)" if self.left_out else ""
-        lines = [f"{self.model}, greedy, on {self.examples:,} examples of {self.data}{left_out}"]
-        metrics = self.metrics or {}
-        rows = [(name, f"{value:.2f}") for name, value in metrics.items() if not isinstance(value, str)]
+        metrics = {name.replace("_", " "): value for name, value in (self.metrics or {}).items()}
+        rows = {name: f"{value:.2f}" for name, value in metrics.items() if not isinstance(value, str)}
         if self.metrics is None:
-            rows.append(("task metrics", "none: the data has no targets (see --target-field)"))
-        rows.append(("length", f"{self.length_mean:.1f} tokens{_spread('s.d.', self.length_sd)}"))
-        rows.append(("finished", f"{100 * self.finished:.1f} %"))
+            rows["task metrics"] = "none: the data has no targets (see --target-field)"
+        rows["length"] = f"{self.length_mean:.1f} tokens{_spread('s.d.', self.length_sd)}"
+        rows["finished"] = f"{100 * self.finished:.1f} %"
         if r := self.returns:
-            rows.append(("return", f"{r.mean:.3f}{_spread('s.e.', r.se)}{_spread('s.d.', r.sd)}"))
+            rows["return"] = f"{r.mean:.3f}{_spread('s.e.', r.se)}{_spread('s.d.', r.sd)}"
             if self.finished < 1:
-                alone = "–" if r.mean_finished is None else f"{r.mean_finished:.3f}"
-                rows[-1] = (rows[-1][0], rows[-1][1] + " (at most: unfinished outputs count up to the cut)")
-                rows.append(("… of finished", alone))
-            rows.append(("… under", f"{r.teacher}, {r.normalization}"))
-        rows += [(name.replace("_", " "), value) for name, value in metrics.items() if isinstance(value, str)]
-        return "\n".join(lines + [f"  {name:<16} {value}" for name, value in rows])
+                rows["return"] += " (at most: unfinished outputs count up to the cut)"
+                rows["… of finished"] = "–" if r.mean_finished is None else f"{r.mean_finished:.3f}"
+            rows["… under"] = f"{r.teacher}, {r.normalization}"
+        rows |= {name: value for name, value in metrics.items() if isinstance(value, str)}
+        head = f"{self.model}, greedy, on {self.examples:,} examples of {self.data}{left_out}"
+        return "\n".join([head, *(f"  {name:<16} {value}" for name, value in rows.items())])
 
 
 def evaluate(config: EvaluateConfig) -> Evaluation:
@@ -106,19 +102,17 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     if config.teacher is not None:
         _check_teacher(config.teacher, tokenizer, vocabulary, config)
 
-    calculator = Calculator(tokenizer, config.model) if config.calculator else None
-    rollouts = _decode(prompts.tokens, vocabulary.vocab_size, config, calculator)
+    rollouts = _decode(prompts.tokens, tokenizer, vocabulary.vocab_size, config)
     outputs = [tokenizer.decode(row, skip_special_tokens=True) for row in rollouts.completions]
     if config.outputs is not None:
         write_file(config.outputs, _jsonl(kept, outputs, rollouts.finished))
-    metrics = compute(config.metrics, outputs, targets) if targets is not None else None
     lengths = rollouts.completions.lengths
     return Evaluation(
         model=config.model,
         data=config.data,
         examples=len(kept),
         left_out=len(examples) - len(kept),
-        metrics=metrics,
+        metrics=compute(config.metrics, outputs, targets) if targets is not None else None,
         length_mean=float(lengths.mean()),
         length_sd=_sd(lengths),
         finished=float(rollouts.finished.mean()),
@@ -138,33 +132,24 @@ def _targets(examples: Sequence[Example], config: EvaluateConfig) -> list[str] |
     return targets or None
 
 
-def _check_teacher(
-    teacher: str, tokenizer: PreTrainedTokenizerBase, vocabulary: TokenizerInfo, config: EvaluateConfig
-) -> None:
-    _, theirs = Teacher.identify(teacher, dtype=config.dtype, trust_remote_code=config.trust_remote_code)
-    if theirs.fingerprint != vocabulary.fingerprint:
-        other = load_tokenizer(teacher, trust_remote_code=config.trust_remote_code)
+def _check_teacher(name: str, tokenizer: PreTrainedTokenizerBase, mine: TokenizerInfo, config: EvaluateConfig) -> None:
+    _, theirs = Teacher.identify(name, dtype=config.dtype, trust_remote_code=config.trust_remote_code)
+    if theirs.fingerprint != mine.fingerprint:
+        other = load_tokenizer(name, trust_remote_code=config.trust_remote_code)
         raise MismatchError(
-            f"teacher {teacher} and model {config.model} have tokenizers that encode differently "
+            f"teacher {name} and model {config.model} have tokenizers that encode differently "
             f"({first_difference(other, tokenizer)}): choose a teacher that shares it, or leave --teacher out"
         )
 
 
-def _decode(prompts: Ragged, vocab_size: int, config: EvaluateConfig, calculator: Calculator | None = None) -> Rollouts:
+def _decode(prompts: Ragged, tokenizer: PreTrainedTokenizerBase, vocab_size: int, config: EvaluateConfig) -> Rollouts:
     """One greedy completion of each prompt. The model is gone afterwards."""
+    calculator = Calculator(tokenizer, config.model) if config.calculator else None
     model = load_model(config.model, device=config.device, trust_remote_code=config.trust_remote_code)
     greedy = Sampling(greedy=True, max_new_tokens=config.max_new_tokens, calculator=config.calculator)
     with progress("decode", len(prompts), "outputs") as bar:
-        rollouts = sample_completions(
-            model,
-            vocab_size,
-            prompts,
-            greedy,
-            first_prompt=0,
-            batch=config.rollout_batch,
-            calculator=calculator,
-            on_batch=bar.advance,
-        )
+        options: Any = {"batch": config.rollout_batch, "calculator": calculator, "on_batch": bar.advance}
+        rollouts = sample_completions(model, vocab_size, prompts, greedy, first_prompt=0, **options)
     del model
     gc.collect()
     torch.cuda.empty_cache()
@@ -172,18 +157,11 @@ def _decode(prompts: Ragged, vocab_size: int, config: EvaluateConfig, calculator
 
 
 def _mean_return(name: str, prompts: Ragged, rollouts: Rollouts, config: EvaluateConfig) -> MeanReturn:
-    teacher = Teacher.load(
-        name,
-        dtype=config.dtype,
-        device=config.device,
-        device_map=config.device_map,
-        trust_remote_code=config.trust_remote_code,
-    )
+    teacher = Teacher.load(name, **config.model_dump(include={"dtype", "device", "device_map", "trust_remote_code"}))
     with progress("score", len(rollouts.completions.values)) as bar:
         scores = teacher.score(prompts, rollouts, batch_tokens=config.batch_tokens, on_batch=bar.advance)
     (one_step,) = rollout_returns(rollouts, scores, [1], normalization=config.normalization, unfinished="bootstrap")
-    returns = one_step[:, 0]
-    finished = returns[rollouts.finished]
+    returns, finished = one_step[:, 0], one_step[rollouts.finished, 0]
     sd = _sd(returns)
     return MeanReturn(
         teacher=teacher.info.name,
@@ -197,14 +175,11 @@ def _mean_return(name: str, prompts: Ragged, rollouts: Rollouts, config: Evaluat
 
 
 def _jsonl(examples: Sequence[Example], outputs: Sequence[str], finished: NDArray[np.bool_]) -> bytes:
-    lines = [
-        json.dumps(
-            {"id": e.id.hex(), "prompt": e.prompt, "output": output, "target": e.target, "finished": bool(done)},
-            ensure_ascii=False,
-        )
-        for e, output, done in zip(examples, outputs, finished, strict=True)
-    ]
-    return ("\n".join(lines) + "\n").encode()
+    lines = []
+    for e, output, done in zip(examples, outputs, finished.tolist(), strict=True):
+        record = {"id": e.id.hex(), "prompt": e.prompt, "output": output, "target": e.target, "finished": done}
+        lines.append(json.dumps(record, ensure_ascii=False) + "\n")
+    return "".join(lines).encode()
 
 
 def _sd(values: NDArray) -> float | None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,6 @@ from numpy.typing import NDArray
 
 from ketchup_cache.files import write_file
 
-DPI = 150
 MARKERS = "os^Dv<>Pp*hX"
 DASHES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 3)))
 COLOURS = ("#000000", "#E69F00", "#0072B2", "#D55E00", "#56B4E9", "#009E73", "#CC79A7")
@@ -47,13 +45,7 @@ def variance_bias_figure(analysis: Mapping[str, Any]) -> Figure:
     columns = 1 if len(policies) <= 6 else 2
     figure = _figure(9, 4.1 + 0.18 * len(policies) / columns)
     panels = figure.subplots(1, 2)
-    for axes, quantity, title, label in zip(
-        panels,
-        ("variance", "bias"),
-        ("Variance over a prompt's rollouts", "Bias of the K-step return"),
-        ("Var[Ĝ₁]  (logit units²)", "E[Ĝ₁ − G₁]  (logit units)"),
-        strict=True,
-    ):
+    for axes, quantity in zip(panels, ("variance", "bias"), strict=True):
         for i, policy in enumerate(policies):
             points = [p for p in policy["by_k"] if p[quantity] is not None]
             if not points:
@@ -63,151 +55,86 @@ def variance_bias_figure(analysis: Mapping[str, Any]) -> Figure:
                 [p[quantity] for p in points],
                 [p[f"{quantity}_se"] or 0 for p in points],
                 label=f"{_short(policy['label'], 60 // columns)}   (KL {policy['kl_per_token']:.3g} nats per token)",
-                capsize=3,
-                markersize=5,
                 # an order, so shades of one map: dark is near to the teacher
                 color=colormaps["cividis"](0.8 * i / max(len(policies) - 1, 1)),
                 marker=MARKERS[i % len(MARKERS)],
                 linestyle=DASHES[i % len(DASHES)],
+                capsize=3,
+                markersize=5,
                 clip_on=False,  # a bias of 0 sits on the axis
             )
         if not axes.lines:
             axes.text(0.5, 0.5, "needs 2 rollouts per prompt", ha="center", va="center", transform=axes.transAxes)
-        axes.set_title(title)
-        axes.set_ylabel(label)
-        axes.set_xlabel("K (steps per jump)")
         axes.set_xscale("log", base=2)
-        axes.set_xlim(ks[0] / 1.2, ks[-1] * 1.2)
+        axes.set(xlabel="K (steps per jump)", xlim=(ks[0] / 1.2, ks[-1] * 1.2))
         axes.xaxis.set_major_locator(FixedLocator(ks))
         axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_major_formatter("{x:.0f}")
         axes.set_ylim(bottom=0)
         axes.grid(axis="y", alpha=0.3)
+    panels[0].set(title="Variance over a prompt's rollouts", ylabel="Var[Ĝ₁]  (logit units²)")
+    panels[1].set(title="Bias of the K-step return", ylabel="E[Ĝ₁ − G₁]  (logit units)")
     # the bias panel holds every policy, the variance panel may not
-    figure.legend(
-        *panels[1].get_legend_handles_labels(),
-        loc="outside lower center",
-        ncols=columns,
-        fontsize="small",
-        title="Bars: ± 1 standard error over prompts",
-        title_fontsize="small",
-    )
+    _legend(figure, panels[1], "Bars: ± 1 standard error over prompts", ncols=columns)
     return figure
 
 
 # ---------------------------------------------------------------------------------------------- learning curves
 
-
-@dataclass(frozen=True)
-class Panel:
-    """One quantity against the optimizer step: its key in the records, and its name with the unit.
-
-    `band` is the key of a half-width to draw around it, `band_label` says in words what that is.
-    """
-
-    key: str
-    label: str
-    band: str | None = None
-    band_label: str = "± 1 standard deviation"
-
-
-LEARNING = (
-    Panel("return_mean", "mean return $G_1$\n(logit units)", "return_sd", "± 1 s.d. over the batch's rollouts"),
-    Panel("length_mean", "mean length\n(tokens)"),
-    Panel("ess", "effective sample\nsize (share)"),
-    Panel("grad_norm", "gradient norm\nbefore clipping"),
-)
-"""Panels for the records of `learn` (metrics.jsonl)."""
+Records = Sequence[Mapping[str, Any]]
+"""One mapping per optimizer step, in order, as in `learn`'s metrics.jsonl: quantities, `step`, and `refreshed`."""
 
 
 def plot_learning_curves(
-    runs: Mapping[str, Sequence[Mapping[str, Any]]], path: Path, panels: Sequence[Panel] = LEARNING, **options: Any
+    runs: Mapping[str, Records], path: Path, panels: Mapping[str, str], *, window: int = 1, title: str = ""
 ) -> None:
-    """Write `learning_curves_figure(runs, panels, **options)` to `path` as PNG. Raises WriteError."""
-    _write(learning_curves_figure(runs, panels, **options), path)
+    """Write `learning_curves_figure(runs, panels, …)` to `path` as PNG. Raises WriteError."""
+    _write(learning_curves_figure(runs, panels, window=window, title=title), path)
 
 
 def learning_curves_figure(
-    runs: Mapping[str, Sequence[Mapping[str, Any]]],
-    panels: Sequence[Panel] = LEARNING,
-    *,
-    step: str = "step",
-    refreshed: str = "refreshed",
-    window: int = 1,
-    title: str = "",
+    runs: Mapping[str, Records], panels: Mapping[str, str], *, window: int = 1, title: str = ""
 ) -> Figure:
     """One panel below the other, a line for each run.
 
     Args:
-        runs: label → one mapping per optimizer step, in order. Steps where a key is missing or None are left out.
-        step, refreshed: keys of the optimizer step, and of whether rollouts were sampled anew before it.
-            Such steps get a tick at the bottom of each panel, in the run's colour.
+        runs: label → records. Steps where a quantity is missing or None are left out. Steps before which rollouts were
+            sampled anew (`refreshed`) get a tick at the bottom of each panel, in the run's colour.
+        panels: quantity in the records → its name with the unit.
         window: the line is the mean of this many steps up to each (of fewer at the start); the values themselves
-            are drawn faintly behind it. 1: the values alone. Bands are averaged likewise.
+            are drawn faintly behind it. 1: the values alone.
     """
     figure = _figure(8, 0.6 + 2.2 * len(panels) + 0.2 * len(runs))
     grid = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
-    for axes, panel in zip(grid, panels, strict=True):
+    for axes, (quantity, name) in zip(grid, panels.items(), strict=True):
         for i, (label, records) in enumerate(runs.items()):
-            _draw_run(axes, panel, i, label, records, step, refreshed, window)
-        axes.set_ylabel(panel.label)
+            _draw_run(axes, quantity, i, label, records, window)
+        axes.set_ylabel(name)
         axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
         axes.grid(alpha=0.3)
         axes.margins(x=0.01, y=0.12)
-        if panel.band:
-            axes.set_title(f"shaded: {panel.band_label}", fontsize="small", loc="right")
     grid[-1].set_xlabel("optimizer step")
     grid[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
     if title:
         figure.suptitle(title)
     key = [f"lines: mean of the last {window} steps; faint: each step"] if window > 1 else []
-    if any(record.get(refreshed) for records in runs.values() for record in records):
+    if any(record.get("refreshed") for records in runs.values() for record in records):
         key.append("ticks: rollouts sampled anew")
-    figure.legend(
-        *grid[0].get_legend_handles_labels(),
-        loc="outside lower center",
-        fontsize="small",
-        title="\n".join(key) or None,
-        title_fontsize="small",
-    )
+    _legend(figure, grid[0], "\n".join(key) or None)
     return figure
 
 
-def _draw_run(
-    axes: Axes,
-    panel: Panel,
-    place: int,
-    label: str,
-    records: Sequence[Mapping[str, Any]],
-    step: str,
-    refreshed: str,
-    window: int,
-) -> None:
-    colour, dash = COLOURS[place % len(COLOURS)], DASHES[place % len(DASHES)]
-    present = [record for record in records if record.get(panel.key) is not None]
-    steps = np.array([record[step] for record in present])
-    values = np.array([record[panel.key] for record in present], dtype=float)
-    line = running_mean(values, window)
+def _draw_run(axes: Axes, quantity: str, place: int, label: str, records: Records, window: int) -> None:
+    colour, dash, marker = (styles[place % len(styles)] for styles in (COLOURS, DASHES, MARKERS))
+    present = [record for record in records if record.get(quantity) is not None]
+    steps = np.array([record["step"] for record in present])
+    values = np.array([record[quantity] for record in present], dtype=float)
     if window > 1:
         axes.plot(steps, values, color=colour, alpha=0.3, linewidth=0.7)
-    axes.plot(
-        steps,
-        line,
-        label=_short(label),
-        color=colour,
-        linestyle=dash,
-        marker=MARKERS[place % len(MARKERS)],
-        markersize=4,
-        markevery=max(len(steps) // 8, 1),
-    )
-    if panel.band:
-        half = running_mean(np.array([record.get(panel.band) or 0 for record in present], dtype=float), window)
-        axes.fill_between(steps, line - half, line + half, color=colour, alpha=0.1, linewidth=0)
-        axes.plot(
-            steps, np.stack([line - half, line + half], 1), color=colour, alpha=0.5, linewidth=0.7, linestyle=dash
-        )
+    style: Any = {"color": colour, "linestyle": dash, "marker": marker, "markersize": 4}
+    axes.plot(steps, running_mean(values, window), label=_short(label), markevery=max(len(steps) // 8, 1), **style)
     # a rug: rows of ticks in axes coordinates, one row for each run
-    ticks = [record[step] for record in records if record.get(refreshed)]
+    ticks = [record["step"] for record in records if record.get("refreshed")]
     bottom = 0.02 + 0.035 * place
     axes.vlines(ticks, bottom, bottom + 0.03, transform=axes.get_xaxis_transform(), color=colour, linewidth=1)
 
@@ -225,17 +152,20 @@ def running_mean(values: NDArray[np.float64], window: int) -> NDArray[np.float64
 
 def _figure(width: float, height: float) -> Figure:
     """A figure outside pyplot, so that nothing is left behind in global state."""
-    figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
+    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     return figure
 
 
+def _legend(figure: Figure, axes: Axes, title: str | None, **options: Any) -> None:
+    small: Any = {"fontsize": "small", "title_fontsize": "small", **options}
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", title=title, **small)
+
+
 def _short(label: str, longest: int = 60) -> str:
     """Long labels lose their middle: paths differ at their ends."""
-    if len(label) <= longest:
-        return label
     half = (longest - 1) // 2
-    return f"{label[:half]}…{label[-half:]}"
+    return label if len(label) <= longest else f"{label[:half]}…{label[-half:]}"
 
 
 def _write(figure: Figure, path: Path) -> None:

@@ -1,10 +1,21 @@
-"""The calculator in decoding: after `<<48/2=` the next tokens are those of `24>>`, whatever the model would have said.
+"""The calculator of GSM8K's solutions: after `<<48/2=` the next tokens are those of `24>>`, not the model's choice.
 
 It looks at generated tokens only, one row at a time and one token at a time, so it serves encoder-decoder and
 decoder-only models alike, and what it costs does not grow with the length of the text.
+
+Expressions come out of a language model, so anything can stand there: Python parses them and evaluates nothing, all
+sizes are bounded, and what is not an expression gives None, never an error. There are no powers and inputs are short,
+so no intermediate result is long.
 """
 
 from __future__ import annotations
+
+import ast
+import operator
+import re
+from collections.abc import Callable
+from fractions import Fraction
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,9 +24,70 @@ from torch import Tensor
 from transformers import LogitsProcessor, PreTrainedTokenizerBase
 
 from ketchup_cache.errors import ModelError
-from ketchup_cache.rollouts.arithmetic import LONGEST, calculate
 
 OPEN, CLOSE = "<<", ">>"
+LONGEST = 100
+"""Characters of an expression. The longest in GSM8K has 30."""
+DEEPEST = 16
+"""Parentheses and signs of numbers inside one another. GSM8K needs 2."""
+LONGEST_RESULT = 24
+"""Characters of a result; a longer one is refused."""
+DECIMALS = 6
+"""A result with more of them, or with no end, is rounded to so many, half to even. GSM8K needs 3."""
+
+NUMBER = re.compile(r"\$?((?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]*)?|\.[0-9]+)(%?)")
+"""With $ before it or % after it. `[0-9]`, because `\\d` matches digits of every script."""
+OPERATIONS: dict[type, Callable[..., Any]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+    ast.UAdd: operator.pos,
+    ast.USub: operator.neg,
+    ast.Invert: operator.pos,
+}
+"""`~`, which no expression holds, stands before each parenthesis, so that parentheses are nodes of the tree too."""
+
+
+def calculate(expression: str) -> str | None:
+    """`48/2` → `24`, `7/2` → `3.5`, `10/3` → `3.333333`, `1,000*20%` → `200`.
+
+    Numbers are decimal, with or without commas between thousands, $ before or % (a hundredth) after them; + - * /,
+    parentheses and a sign before a factor as in school. No zeros at the end of the result, and none of the spellings
+    that GSM8K uses for money (`16.00`): those do not follow from the expression.
+
+    None for everything else: not an expression, division by zero, too long, too deep, a result that is too long, or
+    so near zero that nothing would be left of it.
+    """
+    if len(expression) > LONGEST or not re.fullmatch(r"[-+*/().,$%0-9 ]*", expression):
+        return None
+    numbers: list[Fraction] = []
+
+    def name(number: re.Match[str]) -> str:
+        numbers.append(Fraction(number[1].replace(",", "")) / (100 if number[2] else 1))
+        return f" n{len(numbers) - 1} "
+
+    text = NUMBER.sub(name, expression).replace("(", "~(").strip()
+    try:
+        value = _value(ast.parse(text, mode="eval").body, numbers)
+    except (SyntaxError, KeyError, ZeroDivisionError):
+        return None
+    scaled = round(value * 10**DECIMALS)
+    whole, part = divmod(abs(scaled), 10**DECIMALS)
+    result = "-" * (scaled < 0) + f"{whole}.{part:0{DECIMALS}d}".rstrip("0").rstrip(".")
+    return None if len(result) > LONGEST_RESULT or (value and result == "0") else result
+
+
+def _value(node: ast.expr, numbers: list[Fraction], depth: int = 0) -> Fraction:
+    """Raises KeyError for whatever is no number, operation, sign or parenthesis, and for one that is too deep."""
+    match node:
+        case ast.Name(id=name):
+            return numbers[int(name[1:])]
+        case ast.UnaryOp(op, operand) if depth < DEEPEST:
+            return OPERATIONS[type(op)](_value(operand, numbers, depth + 1))
+        case ast.BinOp(left, op, right):
+            return OPERATIONS[type(op)](_value(left, numbers, depth), _value(right, numbers, depth))
+    raise KeyError(node)
 
 
 class Calculator:

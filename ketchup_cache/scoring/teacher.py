@@ -16,7 +16,7 @@ from ketchup_cache.models.fingerprint import tokenizer_info, weights_fingerprint
 from ketchup_cache.models.forward import Batch, completion_states, computes_prompts_once
 from ketchup_cache.models.head import Head
 from ketchup_cache.models.load import load_model, load_tokenizer, resolve_folder
-from ketchup_cache.models.memory import TokenBudget, out_of_memory, release
+from ketchup_cache.models.memory import TokenBudget, out_of_memory
 from ketchup_cache.provenance import TeacherInfo, TokenizerInfo, in_precision
 from ketchup_cache.types import TOKEN_DTYPE, Ragged, Rollouts, Scores, TopLogits
 
@@ -104,7 +104,7 @@ class Teacher:
             places = waiting.pop()
             batch = Batch.of_rows(prompts, prompt_index, completions, places)
             size = batch_size(prompt_lengths[places], lengths[places], prompt_index[places], once=once)
-            watch = budget.watch(self._devices)
+            budget.watch(self._devices)
             try:
                 part = self._score_batch(batch, rollouts.finished[names[places]], names[places], scores.keep_top)
             except Exception as error:
@@ -118,11 +118,10 @@ class Teacher:
                         f"{lengths[places[0]]:,} completion tokens) does not fit into memory on its own: "
                         "use --dtype bfloat16 or --device-map auto, or make rollouts with a lower --max-prompt-tokens"
                     )
-                release()
                 budget.halve(size)
                 waiting = split(np.sort(np.concatenate([*waiting, places])))
                 continue
-            if watch and budget.fitted(watch, size) and waiting:
+            if budget.fitted(size) and waiting:
                 waiting = split(np.sort(np.concatenate(waiting)))
             where = tokens.take(places).values
             scores.fill(where, places, part)

@@ -36,19 +36,18 @@ TABLE_1 = {
     "gsm8k": {2: 25.32, 4: 25.40, 8: 25.71, 16: 25.47},
 }
 TABLE_8_K = {"xsum": 2, "europarl": 2, "gsm8k": 16}
-GIVEN = {
-    "student": "s",
-    "cache": "c",
-    "out": "o",
-    "model": "m",
-    "data": "d",
-    "teacher": "t",
-}
+GIVEN = {"student": "s", "cache": "c", "out": "o", "model": "m", "data": "d", "teacher": "t", "to": "parquet"}
 ALL = [(task, variant) for task in TASKS for variant in MODELS]
 
 
 def from_recipe(command, name, **flags):
     return resolve(command, None, flags, name)
+
+
+def required(command) -> dict[str, str]:
+    """A value for each option that has no default."""
+    fields = COMMANDS[command].model_fields
+    return {key: GIVEN.get(key, "x") for key, field in fields.items() if field.is_required()}
 
 
 def test_these_are_all_the_recipes():
@@ -99,10 +98,7 @@ def test_test_examples_are_none_of_the_training_examples():
 @pytest.mark.parametrize("command", list(COMMANDS))
 @pytest.mark.parametrize("name", recipe_names())
 def test_every_recipe_fits_every_command(command, name):
-    fields = COMMANDS[command].model_fields
-    flags = {key: GIVEN.get(key, "x") for key, field in fields.items() if field.is_required()}
-    if command == "export":
-        flags["to"] = "parquet"
+    flags = required(command)
     if command in ("pretrain", "score"):  # one of several options that name what is read
         flags["cache"] = "c"
     assert isinstance(from_recipe(command, name, **flags), COMMANDS[command])
@@ -167,25 +163,23 @@ def test_a_circle_is_refused(tmp_path, monkeypatch):
 def test_list_and_one_recipe(capsys):
     assert main(["recipes"]) == 0
     shown = capsys.readouterr().out
-    assert all(f"\n{name} " in shown for name in recipe_names())
+    assert all(f"{name} " in shown for name in recipe_names())
     assert "FLAN-T5-XL (3B) → T5-large (800M)" in shown
     assert main(["recipes", "--json"]) == 0
     assert [r["name"] for r in json.loads(capsys.readouterr().out)["recipes"]] == recipe_names()
-    assert {r.task for r in catalogue().recipes} == {
-        "XSum summarisation",
-        "Europarl EN–NL translation",
-        "GSM8K reasoning",
-    }
+    tasks = {r["task"] for r in catalogue().recipes}
+    assert tasks == {"XSum summarisation", "Europarl EN–NL translation", "GSM8K reasoning"}
 
     assert main(["recipes", "gsm8k-qwen"]) == 0
     shown = capsys.readouterr().out
-    for name in ("gsm8k-qwen", "gsm8k"):
-        assert find_recipe(name).read_text() in shown
+    assert find_recipe("gsm8k-qwen").read_text() in shown
+    assert "extends: gsm8k" in shown
     assert shown.rstrip().splitlines()[-1] == "ketchup-cache evaluate --recipe gsm8k-qwen --model k16/student"
-    yaml.safe_load(shown.split("# Commands")[0].split("# --- gsm8k.yaml")[1])
+    assert yaml.safe_load(shown.split("# Commands")[0])["learn"] == {"k": 16}
     assert main(["recipes", "gsm8k-qwen", "--json"]) == 0
     one = json.loads(capsys.readouterr().out)
-    assert (one["options"]["learn"]["k"], one["options"]["learn"]["epochs"], one["student"]) == (16, 5, "Qwen1.5-0.5B")
+    assert (one["options"]["learn"]["k"], one["options"]["learn"]["epochs"]) == (16, 5)
+    assert one["about"]["student"] == "Qwen1.5-0.5B"
 
     assert main(["recipes", "gsm8k-gpt"]) == 2
     assert "no recipe `gsm8k-gpt`" in capsys.readouterr().err
@@ -197,8 +191,5 @@ def test_list_and_one_recipe(capsys):
 @pytest.mark.parametrize("variant", MODELS)
 def test_gsm8k_is_decoded_with_the_calculator_everywhere(variant):
     for command in ("rollout", "learn", "evaluate"):
-        flags = {
-            key: GIVEN.get(key, "x") for key, field in COMMANDS[command].model_fields.items() if field.is_required()
-        }
-        assert from_recipe(command, "gsm8k" + variant, **flags).calculator
-        assert not from_recipe(command, "xsum" + variant, **flags).calculator
+        assert from_recipe(command, "gsm8k" + variant, **required(command)).calculator
+        assert not from_recipe(command, "xsum" + variant, **required(command)).calculator

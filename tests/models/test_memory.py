@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 
 from ketchup_cache.errors import ModelError
 from ketchup_cache.models import memory
-from ketchup_cache.models.memory import PROBE, TokenBudget, Watch, free_ram, out_of_memory
+from ketchup_cache.models.memory import PROBE, TokenBudget, free_ram, out_of_memory
 from ketchup_cache.scoring.teacher import Teacher
 from tests.helpers.oracle import assert_same_scores, plain_scores, random_rollouts
 from tests.scoring.test_teacher import MODELS, TEACHERS
@@ -77,7 +78,7 @@ def test_each_failure_is_said_in_a_line(monkeypatch, capsys):
     scored(monkeypatch, Fails(LONGEST), TokenBudget(10_000))
     lines = capsys.readouterr().err.splitlines()
     whole = int(PROMPTS.lengths[np.unique(ROLLOUTS.prompt_index)].sum()) + len(ROLLOUTS.completions.values)
-    assert lines[0] == f"score: out of memory at a batch of {whole} tokens: going on with at most {whole // 2}"
+    assert lines[0] == f"ketchup-cache: out of memory at a batch of {whole} tokens: going on with at most {whole // 2}"
     limits = [int(line.split()[-1]) for line in lines]
     assert limits == sorted(limits, reverse=True)
     assert len(set(limits)) == len(limits) > 1
@@ -85,9 +86,7 @@ def test_each_failure_is_said_in_a_line(monkeypatch, capsys):
 
 def test_the_scores_of_a_row_that_never_fits_are_refused_with_what_to_do(monkeypatch):
     fails = Fails(LONGEST - 1, FAILURES[2])
-    with pytest.raises(
-        ModelError, match=r"rollout row \d+ .* does not fit into memory on its own: use --dtype"
-    ) as error:
+    with pytest.raises(ModelError, match=r"rollout row \d+ .* does not fit into memory on its own: use --dt") as error:
         scored(monkeypatch, fails, 1000)
     assert "\n" not in str(error.value)
     assert fails.sizes[-1] == LONGEST
@@ -107,130 +106,92 @@ def test_other_errors_are_not_taken_for_it(monkeypatch, error):
 # ----------------------------------------------------------------------------------------------------------- auto
 
 GB = 2**30
+CPU = torch.device("cpu")
+
+
+def found(*devices: torch.device, size: int = PROBE, between=lambda: None) -> int:
+    """What `auto` finds when the second batch of this size does `between`."""
+    budget = TokenBudget("auto", lambda _: None)
+    budget.watch(devices)
+    assert not budget.fitted(size)
+    assert (budget.tokens, budget.open) == (PROBE, True)
+    budget.watch(devices)
+    between()
+    assert budget.fitted(size)
+    assert not budget.open
+    return budget.tokens
 
 
 @pytest.fixture
 def gpus(monkeypatch):
-    """Two GPUs, with what the allocator has `reserved`, of which `used` is in use."""
-    state = {"free": [8 * GB, 8 * GB], "reserved": [3 * GB, 3 * GB], "used": [2 * GB, 2 * GB], "peak": [0, 0]}
-
-    def read(name):
-        return lambda device: state[name][device.index]
-
-    monkeypatch.setattr(torch.cuda, "memory_allocated", read("used"))
-    monkeypatch.setattr(torch.cuda, "memory_reserved", read("reserved"))
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", read("peak"))
+    """Two GPUs with 8 GB free, and 3 GB reserved by the allocator, of which 2 are in use."""
+    state = {"free": [8 * GB, 8 * GB], "peak": [2 * GB, 2 * GB]}
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 2 * GB)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 3 * GB)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: state["peak"][device.index])
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (state["free"][device.index], 80 * GB))
-
-    def reset(device):
-        state["peak"][device.index] = state["used"][device.index]
-
-    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", reset)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
     return state
 
 
-def test_a_gpu_is_filled_to_a_share_of_what_is_free(gpus):
-    device = torch.device("cuda", 0)
-    watch = Watch([device])
-    gpus["peak"][0] += 2048 * 400_000
-    # free on the device, and what the allocator holds without need
-    assert watch.fitting(2048) == int(0.8 * 9 * GB / 400_000)
-    gpus["free"][0] = 0
-    assert watch.fitting(2048) == int(0.8 * GB / 400_000)
-    gpus["free"][0] = 79 * GB
-    gpus["peak"][0] = gpus["used"][0] + 2048 * 1000
-    assert watch.fitting(2048) == memory.MOST["cuda"]
+@pytest.mark.parametrize(
+    ("free", "each", "tokens"),
+    [
+        # free on the device, and what the allocator holds without need
+        ((8, 8), (400_000, 1), 0.8 * 9 * GB / 400_000),
+        ((0, 8), (400_000, 1), 0.8 * GB / 400_000),
+        ((79, 79), (1000, 1000), memory.MOST["cuda"]),
+        # the fullest of several devices decides
+        ((8, 8), (100_000, 800_000), 0.8 * 9 * GB / 800_000),
+        ((0.5, 70), (100_000, 800_000), 0.8 * 1.5 * GB / 100_000),
+    ],
+)
+def test_a_gpu_is_filled_to_a_share_of_what_is_free(gpus, free, each, tokens):
+    gpus["free"] = [int(gigabytes * GB) for gigabytes in free]
+    gpus["peak"] = [2 * GB + PROBE * bytes_ for bytes_ in each]
+    assert found(torch.device("cuda", 0), torch.device("cuda", 1)) == max(int(tokens), PROBE)
 
 
-def test_the_fullest_of_several_devices_decides(gpus):
-    watch = Watch([torch.device("cuda", 0), torch.device("cuda", 1)])
-    gpus["peak"] = [2 * GB + 2048 * 100_000, 2 * GB + 2048 * 800_000]
-    assert watch.fitting(2048) == int(0.8 * 9 * GB / 800_000)
-    gpus["free"] = [GB // 2, 70 * GB]
-    assert watch.fitting(2048) == int(0.8 * 1.5 * GB / 100_000)
+@pytest.mark.parametrize(("free", "tokens"), [(64 * GB, 4096), (int(0.4 * GB), 3355), (1000, PROBE)])
+def test_on_a_cpu_auto_is_the_default_where_memory_is_plenty_and_less_where_it_is_not(monkeypatch, free, tokens):
+    """Never less than what has just gone through. A batch takes 128 MB here, in 2,000 tokens."""
+    monkeypatch.setattr(memory, "free_ram", lambda: free)
+    assert found(CPU, size=2000, between=lambda: np.ones(16_000_000).sum()) == pytest.approx(tokens, rel=0.1)
 
 
-def test_on_a_cpu_auto_is_the_default_where_memory_is_plenty_and_less_where_it_is_not(monkeypatch):
-    cpu = [torch.device("cpu")]
-    keep = []
-
-    def batch() -> Watch:
-        watch = Watch(cpu)
-        keep.append(np.ones(16_000_000))  # 128 MB, in 2,000 tokens
-        keep.clear()
-        return watch
-
-    monkeypatch.setattr(memory, "free_ram", lambda: 64 * GB)
-    assert batch().fitting(2000) == 4096
-    monkeypatch.setattr(memory, "free_ram", lambda: GB // 2)
-    assert batch().fitting(2000) == pytest.approx(0.5 * GB / 2 / 64_000, rel=0.1)
-
-
-def test_what_nobody_can_measure_has_a_limit_too(monkeypatch):
-    assert Watch([torch.device("mps")]).fitting(2000) == 4096
-    monkeypatch.setattr(memory, "free_ram", lambda: None)
-    assert Watch([torch.device("cpu")]).fitting(2000) == 4096
-
-
-def test_auto_is_found_in_the_second_full_batch_and_kept(monkeypatch):
-    said, fits = [], iter([55])
-    monkeypatch.setattr(memory, "PROBE", 16)
-    monkeypatch.setattr(Watch, "fitting", lambda self, size: next(fits))
-    budget, fails = TokenBudget("auto", said.append), Fails(10**6)
-    assert (budget.tokens, budget.open) == (16, True)
-    assert_same_scores(scored(monkeypatch, fails, budget), PLAIN)
-    assert (budget.tokens, budget.open) == (55, False)
-    assert max(fails.sizes[:2]) <= 16 < max(fails.sizes[2:]) <= 55
-    assert sorted(fails.rows) == list(range(12))
-    assert said == ["batches of up to 55 tokens fit into memory (--batch-tokens auto)"]
-    scored(monkeypatch, fails, budget)
-    assert len(said) == 1
+def test_what_nobody_can_measure_has_a_limit_too():
+    assert found(torch.device("mps")) == memory.MOST["cpu"]
 
 
 def test_small_batches_settle_nothing_and_a_failure_does():
-    said: list[str] = []
-    budget = TokenBudget("auto", said.append)
+    budget = TokenBudget("auto", lambda _: None)
     for _ in range(5):
-        watch = budget.watch([torch.device("cpu")])
-        assert watch is not None
-        assert not budget.fitted(watch, PROBE // 2 - 1)
+        budget.watch([CPU])
+        assert not budget.fitted(PROBE // 2 - 1)
     assert budget.open
     budget.halve(PROBE)
-    assert budget.tokens == PROBE // 2
-    assert budget.watch([torch.device("cpu")]) is None  # from here on it only shrinks
+    budget.watch([CPU])
+    assert (budget.tokens, budget.fitted(PROBE)) == (PROBE // 2, False)  # from here on it only shrinks
 
 
-def test_auto_never_goes_below_what_just_went_through(monkeypatch):
-    monkeypatch.setattr(Watch, "fitting", lambda self, padded: 3)
-    budget = TokenBudget("auto", lambda _: None)
-    watch = budget.watch([torch.device("cpu")])
-    assert [budget.fitted(watch, PROBE) for _ in range(2)] == [False, True]
-    assert budget.tokens == PROBE
-
-
-def test_free_memory_is_that_of_the_machine_or_of_the_container(tmp_path):
-    assert free_ram(tmp_path) is None
-    (tmp_path / "proc").mkdir()
-    (tmp_path / "proc/meminfo").write_text("MemTotal:  9000 kB\nMemFree:  100 kB\nMemAvailable:  5000 kB\n")
-    assert free_ram(tmp_path) == 5000 * 1024
-    group = tmp_path / "sys/fs/cgroup"
-    group.mkdir(parents=True)
-    (group / "memory.max").write_text("max\n")
-    (group / "memory.current").write_text("1000000\n")
-    assert free_ram(tmp_path) == 5000 * 1024
-    (group / "memory.max").write_text("3000000\n")
-    assert free_ram(tmp_path) == 2_000_000
-    (group / "memory.stat").write_text("anon 5\ninactive_file 400000\n")
-    assert free_ram(tmp_path) == 2_400_000
-    (group / "memory.current").write_text("4000000\n")
-    assert free_ram(tmp_path) == 0
-    older = group / "memory"
+def test_free_memory_is_that_of_the_machine_or_of_the_container(tmp_path, monkeypatch):
+    monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: SimpleNamespace(available=5_000_000))
+    older = tmp_path / "memory"
     older.mkdir()
-    (group / "memory.max").unlink()
-    (older / "memory.limit_in_bytes").write_text("700000\n")
-    (older / "memory.usage_in_bytes").write_text("600000\n")
-    assert free_ram(tmp_path) == 100_000
-    assert free_ram() is None or free_ram() > 0
+
+    def free(folder, **files) -> int:
+        for name, content in files.items():
+            (folder / name.replace("_of_", ".")).write_text(content)
+        return free_ram(tmp_path)
+
+    assert free_ram(tmp_path) == 5_000_000
+    assert free(tmp_path, memory_of_max="max\n", memory_of_current="1000000\n", memory_of_stat="anon 5\n") == 5_000_000
+    assert free(tmp_path, memory_of_max="3000000\n") == 2_000_000
+    assert free(tmp_path, memory_of_stat="anon 5\ninactive_file 400000\n") == 2_400_000
+    assert free(tmp_path, memory_of_current="4000000\n") == 0
+    (tmp_path / "memory.max").unlink()
+    old = {"memory_of_limit_in_bytes": "700000\n", "memory_of_usage_in_bytes": "600000\n", "memory_of_stat": ""}
+    assert free(older, **old) == 100_000
 
 
 LIMITED = """
@@ -265,7 +226,7 @@ def test_a_process_that_may_have_no_more_memory_goes_on():
     difference, found = json.loads(done.stdout)
     assert difference < 1e-4
     assert 300 <= found < 400 * 304
-    assert done.stderr.splitlines()[0].startswith("score: out of memory at a batch of 121,600 tokens")
+    assert done.stderr.splitlines()[0].startswith("ketchup-cache: out of memory at a batch of 121,600 tokens")
 
 
 # ------------------------------------------------------------------------------------------------------- in `score`
@@ -298,19 +259,18 @@ def test_score_keeps_the_budget_from_segment_to_segment_and_reports_it(tmp_path,
     assert again.batch_tokens is None
 
 
-@pytest.mark.parametrize("limited", [True, False])
-def test_auto_in_score(tmp_path, monkeypatch, capsys, limited):
+@pytest.mark.parametrize(("peak", "tokens"), [(1, 4096), (2 * 10**6, 40)])
+def test_auto_in_score_is_found_in_the_second_full_batch(tmp_path, monkeypatch, capsys, peak, tokens):
     """The size is said where memory is what limits it."""
     from tests.scoring.test_score import add_rollouts, assert_scored, open_cache, options, save_model, score
 
-    monkeypatch.setattr(memory, "PROBE", 40)
-    monkeypatch.setattr(Watch, "fitting", lambda self, size: 123 if limited else self.most)
+    for name, value in {"PROBE": 40, "used": lambda d: 0, "peak": lambda d: peak, "free": lambda d: 1000}.items():
+        monkeypatch.setattr(memory, name, value)
     folder = save_model(tmp_path / "teacher", "1.1")
     cache = open_cache(tmp_path / "cache", create=True)
     ids = [add_rollouts(cache, *random_rollouts(1, 30, prompts=9))]
-    config = options(cache, folder).model_copy(update={"batch_tokens": "auto"})
-    report = score(config)
+    report = score(options(cache, folder).model_copy(update={"batch_tokens": "auto"}))
     assert_scored(cache, folder, ids)
-    assert report.batch_tokens == (123 if limited else memory.MOST_ELSEWHERE)
-    said = "score: batches of up to 123 tokens fit into memory (--batch-tokens auto)"
-    assert capsys.readouterr().err.splitlines().count(said) == limited
+    assert report.batch_tokens == tokens
+    said = f"ketchup-cache: batches of up to {tokens} tokens fit into memory (--batch-tokens auto)"
+    assert capsys.readouterr().err.splitlines().count(said) == (tokens < 4096)

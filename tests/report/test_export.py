@@ -15,7 +15,6 @@ import pytest
 from ketchup_cache import open_cache
 from ketchup_cache.cli import main
 from ketchup_cache.report import export as exporting
-from ketchup_cache.report import tables
 from ketchup_cache.types import Scores, TopLogits
 from tests.helpers.segments import VOCAB, make_prompts, make_rollouts, prompts_info, rollouts_info, scores_info
 
@@ -59,7 +58,7 @@ def cache(tmp_path_factory):
 @pytest.fixture
 def small(monkeypatch):
     """Several tables for each segment, and a file for each three rows or so."""
-    monkeypatch.setattr(tables, "ROWS", 2)
+    monkeypatch.setattr(exporting, "ROWS", 2)
     monkeypatch.setattr(exporting, "FILE_BYTES", 1500)
 
 

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from ketchup_cache.config.commands import JudgeConfig
-from ketchup_cache.report.judge.driver import judge
+from ketchup_cache.report.judge import judge
 
 for module in ("openai", "fastapi", "uvicorn"):
     pytest.importorskip(module)

@@ -4,50 +4,38 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 from matplotlib.image import imread
 
 from ketchup_cache.errors import WriteError
+from ketchup_cache.report.demo import CURVES
 from ketchup_cache.report.plots import (
-    LEARNING,
-    Panel,
     learning_curves_figure,
     plot_learning_curves,
     plot_variance_bias,
     variance_bias_figure,
 )
 
-FAR = {
-    "label": "far",
-    "kl_per_token": 1.25,
-    "by_k": [
-        {"k": 1, "variance": 40.0, "variance_se": 4.0, "bias": 0.0, "bias_se": 0.0},
-        {"k": 2, "variance": 22.0, "variance_se": 2.0, "bias": 5.0, "bias_se": 0.5},
-        {"k": 8, "variance": 11.0, "variance_se": 1.0, "bias": 7.0, "bias_se": 0.75},
-    ],
-}
-NEAR = {
-    "label": "near",
-    "kl_per_token": 0.5,
-    "by_k": [
-        {"k": k, "variance": None, "variance_se": None, "bias": b, "bias_se": None}
-        for k, b in ((1, 0.0), (2, 1.5), (8, 3.0))
-    ],
-}
 
+def policy(label, kl, points):
+    names = ("k", "variance", "variance_se", "bias", "bias_se")
+    return {"label": label, "kl_per_token": kl, "by_k": [dict(zip(names, point, strict=True)) for point in points]}
+
+
+FAR = policy("far", 1.25, [(1, 40.0, 4.0, 0.0, 0.0), (2, 22.0, 2.0, 5.0, 0.5), (8, 11.0, 1.0, 7.0, 0.75)])
+NEAR = policy("near", 0.5, [(k, None, None, bias, None) for k, bias in ((1, 0.0), (2, 1.5), (8, 3.0))])
 RUNS = {
     "K = 1": [
-        {"step": 1, "return": -8.0, "sd": 2.0, "ess": None},
-        {"step": 2, "return": -6.0, "sd": 1.0, "ess": 0.5, "refreshed": True},
-        {"step": 3, "return": -7.0, "sd": 4.0},
-        {"step": 4, "return": -1.0, "sd": 1.0, "ess": 0.75, "refreshed": True},
+        {"step": 1, "return": -8.0, "ess": None},
+        {"step": 2, "return": -6.0, "ess": 0.5, "refreshed": True},
+        {"step": 3, "return": -7.0},
+        {"step": 4, "return": -1.0, "ess": 0.75, "refreshed": True},
     ],
-    "K = 4": [{"step": 10, "return": -3.0, "sd": 1.0, "ess": 1.0}, {"step": 20, "return": -2.0, "sd": 1.0, "ess": 1.0}],
+    "K = 4": [{"step": 10, "return": -3.0, "ess": 1.0}, {"step": 20, "return": -2.0, "ess": 1.0}],
 }
-PANELS = [Panel("return", "mean return", "sd"), Panel("ess", "effective sample size")]
+PANELS = {"return": "mean return", "ess": "effective sample size"}
 
 
 def drawn(axes, label: str) -> tuple[list[float], list[float], list[list[float]]]:
@@ -78,11 +66,8 @@ def test_an_unknown_variance_is_left_out_not_drawn_as_zero():
 
 def test_policies_are_named_with_their_kl_from_near_to_far_and_look_different():
     figure = variance_bias_figure({"policies": [FAR, NEAR]})
-    (legend,) = figure.legends
-    assert [t.get_text() for t in legend.get_texts()] == [
-        "near   (KL 0.5 nats per token)",
-        "far   (KL 1.25 nats per token)",
-    ]
+    names = [t.get_text() for t in figure.legends[0].get_texts()]
+    assert names == ["near   (KL 0.5 nats per token)", "far   (KL 1.25 nats per token)"]
     near, far = (container[0] for container in figure.axes[1].containers)
     assert near.get_marker() != far.get_marker()
     assert near.get_linestyle() != far.get_linestyle()
@@ -99,37 +84,26 @@ def test_k_axis_is_logarithmic_with_the_given_ks_as_ticks():
         assert axes.get_ylim()[0] == 0
 
 
-def test_learning_curves_draw_the_values_themselves_without_a_window():
+def test_learning_curves_are_the_values_themselves_or_with_a_window_the_mean_of_the_last_steps_too():
     returns, ess = learning_curves_figure(RUNS, PANELS).axes
-    mean, low, high = lines(returns, [1, 2, 3, 4])
-    assert mean == [-8, -6, -7, -1]
-    assert low == [-10, -7, -11, -2]
-    assert high == [-6, -5, -3, 0]
+    assert lines(returns, [1, 2, 3, 4]) == [[-8, -6, -7, -1]]
     assert lines(ess, [2, 4]) == [[0.5, 0.75]]  # steps without a value are left out
     assert lines(ess, [10, 20]) == [[1, 1]]
-
-
-def test_learning_curves_with_a_window_show_the_mean_of_the_last_steps_and_the_values():
-    raw, mean, low, high = lines(learning_curves_figure(RUNS, PANELS[:1], window=3).axes[0], [1, 2, 3, 4])
+    raw, mean = lines(learning_curves_figure(RUNS, PANELS, window=3).axes[0], [1, 2, 3, 4])
     assert raw == [-8, -6, -7, -1]
     assert mean == pytest.approx([-8, -7, -7, -14 / 3])
-    half = np.array([2, 3 / 2, 7 / 3, 2])  # of the band, averaged likewise
-    assert low == pytest.approx(list(np.array(mean) - half))
-    assert high == pytest.approx(list(np.array(mean) + half))
 
 
 def test_learning_curves_mark_where_rollouts_were_refreshed():
     figure = learning_curves_figure(RUNS, PANELS)
     for axes in figure.axes:
-        ticks = [
-            [segment[0, 0] for segment in c.get_segments()] for c in axes.collections if hasattr(c, "get_segments")
-        ]
-        assert ticks == [[2, 4], []]
+        rugs = [c for c in axes.collections if hasattr(c, "get_segments")]
+        assert [[segment[0, 0] for segment in rug.get_segments()] for rug in rugs] == [[2, 4], []]
     assert figure.legends[0].get_title().get_text() == "ticks: rollouts sampled anew"
     assert [t.get_text() for t in figure.legends[0].get_texts()] == ["K = 1", "K = 4"]
 
 
-def test_files_are_png_of_150_dpi(tmp_path: Path):
+def test_files_are_png_of_150_dpi(tmp_path):
     plot_variance_bias({"policies": [FAR]}, tmp_path / "new" / "analysis.png")
     plot_learning_curves(RUNS, tmp_path / "curves.png", PANELS, window=2, title="A run")
     for path, width in ((tmp_path / "new" / "analysis.png", 9 * 150), (tmp_path / "curves.png", 8 * 150)):
@@ -145,14 +119,13 @@ def test_pyplot_with_its_global_state_is_not_touched():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_default_panels_are_figures_that_learn_reports():
+def test_the_demo_draws_figures_that_learn_reports():
     from ketchup_cache.training.metrics import StepMetrics
 
-    wanted = {key for panel in LEARNING for key in (panel.key, panel.band) if key} | {"step", "refreshed"}
-    assert wanted <= set(StepMetrics.model_fields)
+    assert {*CURVES, "step", "refreshed"} <= set(StepMetrics.model_fields)
 
 
-def test_nothing_overlaps(tmp_path: Path):
+def test_nothing_overlaps():
     long = dict(FAR, label="runs/" + "a-long-folder-name/" * 6 + "student, step 1000", kl_per_token=3.0)
     for figure in (
         variance_bias_figure({"policies": [FAR, NEAR, long]}),
@@ -170,7 +143,7 @@ def test_nothing_overlaps(tmp_path: Path):
             assert not any(one.overlaps(other) for other in boxes[i + 1 :])
 
 
-def test_a_place_that_can_not_be_written_is_one_line(tmp_path: Path):
+def test_a_place_that_can_not_be_written_is_one_line(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(WriteError, match=r"x\.png: can't be written") as caught:
         plot_variance_bias({"policies": [FAR]}, tmp_path / "file" / "x.png")

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ketchup_cache.report.task_metrics import compute
-from ketchup_cache.rollouts.arithmetic import DEEPEST, LONGEST, LONGEST_RESULT, calculate
+from ketchup_cache.rollouts.calculator import DEEPEST, LONGEST, LONGEST_RESULT, calculate
 
 GSM8K = Path(__file__).resolve().parents[3] / "shared" / "data" / "gsm8k"
 

@@ -16,8 +16,7 @@ from ketchup_cache import open_cache
 from ketchup_cache.cli import main
 from ketchup_cache.errors import ModelError
 from ketchup_cache.provenance import Sampling
-from ketchup_cache.rollouts.arithmetic import calculate
-from ketchup_cache.rollouts.calculator import Calculator, ForcedResults
+from ketchup_cache.rollouts.calculator import Calculator, ForcedResults, calculate
 from ketchup_cache.rollouts.sample import sample_completions
 from ketchup_cache.types import Ragged, Rollouts
 from tests.helpers.tiny import make_t5
