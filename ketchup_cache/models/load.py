@@ -58,11 +58,9 @@ def pick_device(device: str) -> torch.device:
         picked = torch.device(device)
     except RuntimeError:
         raise ModelError(f"device {device!r} is not a device name: use auto, cpu, cuda, cuda:1 or mps") from None
-    count = {
-        "cpu": 1,
-        "cuda": torch.cuda.device_count(),
-        "mps": int(torch.backends.mps.is_available()),
-    }.get(picked.type, 0)
+    count = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}.get(
+        picked.type, 0
+    )
     if (picked.index or 0) >= count:
         raise ModelError(f"device {device!r} is not on this machine: use auto, or one of {_devices()}")
     return picked

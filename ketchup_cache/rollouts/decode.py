@@ -13,13 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import (
-    DynamicCache,
-    EncoderDecoderCache,
-    GenerationMixin,
-    LogitsProcessor,
-    PreTrainedModel,
-)
+from transformers import DynamicCache, EncoderDecoderCache, GenerationMixin, LogitsProcessor, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from ketchup_cache.models.batching import token_budget_batches

@@ -14,14 +14,8 @@ from ketchup_cache.provenance import PolicyInfo
 from ketchup_cache.rollouts.calculator import Calculator
 from ketchup_cache.rollouts.segments import ensure_prompts, held_rollouts, rollout_chunks, rollout_range, sampling_of
 from ketchup_cache.sharing.remote_cache import open_cache
-from ketchup_cache.text.prompts import (
-    as_chat,
-    data_info,
-    kept_examples,
-    read_examples,
-    tokenize_prompts,
-    without_duplicates,
-)
+from ketchup_cache.text.prompts import as_chat, kept_examples, tokenize_prompts, without_duplicates
+from ketchup_cache.text.read import data_info, read_examples
 
 
 @dataclass(frozen=True)

@@ -141,11 +141,6 @@ def rollout_range(
         on_batch=bar.advance if bar else None,
     )
     info = RolloutsInfo(
-        prompts=prompts_id,
-        prompt_start=start,
-        prompt_stop=stop,
-        policy=policy,
-        tokenizer=tokenizer,
-        sampling=sampling,
+        prompts=prompts_id, prompt_start=start, prompt_stop=stop, policy=policy, tokenizer=tokenizer, sampling=sampling
     )
     return cache.commit_rollouts(replace(sampled, prompt_index=sampled.prompt_index + start), info)

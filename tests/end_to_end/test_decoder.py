@@ -17,7 +17,8 @@ from ketchup_cache.errors import ConfigError, DataError, ModelError
 from ketchup_cache.models.load import load_model, load_tokenizer
 from ketchup_cache.report.evaluate import evaluate
 from ketchup_cache.rollouts.rollout import rollout
-from ketchup_cache.text.prompts import as_chat, data_info, read_examples, tokenize_prompts
+from ketchup_cache.text.prompts import as_chat, tokenize_prompts
+from ketchup_cache.text.read import data_info, read_examples
 from ketchup_cache.training.pretrain import pretrain
 from tests.helpers.decoders import make_decoder, make_decoder_tokenizer, plain_row_logits, save_decoder
 from tests.helpers.tiny import WORDS

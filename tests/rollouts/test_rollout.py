@@ -22,7 +22,7 @@ from ketchup_cache.rollouts import rollout as rollout_module
 from ketchup_cache.rollouts import segments as sampling_module
 from ketchup_cache.rollouts.rollout import rollout
 from ketchup_cache.rollouts.segments import rollout_chunks, rollout_range, sampling_of
-from ketchup_cache.text.prompts import read_examples
+from ketchup_cache.text.read import read_examples
 from ketchup_cache.types import Rollouts
 from tests.helpers.tiny import WORDS, make_t5, make_tokenizer, save_model, write_prompts
 

@@ -19,14 +19,8 @@ import pytest
 from ketchup_cache.config.options import DataOptions
 from ketchup_cache.errors import ConfigError, DataError
 from ketchup_cache.text import prompts as prompts_module
-from ketchup_cache.text.prompts import (
-    Example,
-    data_info,
-    kept_examples,
-    read_examples,
-    tokenize_prompts,
-    without_duplicates,
-)
+from ketchup_cache.text.prompts import Example, kept_examples, tokenize_prompts, without_duplicates
+from ketchup_cache.text.read import data_info, read_examples
 from tests.helpers.tiny import WORDS, make_tokenizer
 
 TEXTS = [
@@ -119,7 +113,7 @@ def test_a_changed_file_is_seen_and_nothing_is_left_behind(tmp_path):
     program = (
         "import sys, json, tempfile; from pathlib import Path\n"
         "from ketchup_cache.errors import DataError\n"
-        "from ketchup_cache.text.prompts import read_examples; from ketchup_cache.config.options import DataOptions\n"
+        "from ketchup_cache.text.read import read_examples; from ketchup_cache.config.options import DataOptions\n"
         "for text in ('one', 'two'):\n"  # same length, and within the resolution of a time stamp
         "    for name, content in (('d.jsonl', json.dumps({'prompt': text})), ('d.csv', 'prompt\\n' + text + '\\n')):\n"
         "        Path(name).write_text(content)\n"
@@ -269,7 +263,7 @@ def test_hub_dataset(monkeypatch):
         asked.append((name, config, split))
         return [{"prompt": "a"}, {"prompt": "b"}]
 
-    monkeypatch.setattr(prompts_module.datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     hub = options("owner/name-1.5:en-nl", split="validation", limit=1)
     examples = read_examples(hub)
     assert [e.prompt for e in examples] == ["a"]
@@ -280,7 +274,7 @@ def test_hub_dataset(monkeypatch):
     def unreachable(*_, **__):
         raise ConnectionError("Couldn't reach 'owner/name' on the Hub\nmany more lines")
 
-    monkeypatch.setattr(prompts_module.datasets, "load_dataset", unreachable)
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
     assert error_of("owner/name", split="dev") == (
         "owner/name: no such file, and the Hugging Face Hub does not give split 'dev' of such a dataset "
         "(Couldn't reach 'owner/name' on the Hub many more lines)"
@@ -291,7 +285,7 @@ def test_hub_dataset(monkeypatch):
 
 
 def example(text: str, target: str | None = None, row: int = 0) -> Example:
-    return Example(hashlib.sha256(text.encode()).digest()[:16], text, target, row)
+    return Example(text, target, row)
 
 
 def test_duplicates_first_wins():
