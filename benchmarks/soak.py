@@ -24,7 +24,7 @@ import pytest
 
 from ketchup_cache.cache.cache import open_cache
 from tests.helpers.caches import make_cache
-from tests.helpers.tiny import save_model
+from tests.helpers.models import save_model
 from tests.helpers.trust import (
     ERRORS,
     Kills,

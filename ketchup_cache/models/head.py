@@ -7,7 +7,6 @@ them is noise. So the head's weights, products and reductions are float32 here, 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,7 @@ from transformers import PreTrainedModel
 
 from ketchup_cache.errors import ModelError
 from ketchup_cache.models.forward import Batch, completion_states, decoder_start
-from ketchup_cache.models.load import input_device
+from ketchup_cache.models.load import evaluating, input_device
 from ketchup_cache.types import Ragged
 
 STATES_AT_ONCE = {"cuda": 4096}
@@ -197,7 +196,7 @@ def _probe(model: PreTrainedModel, vocab_size: int) -> tuple[Tensor, Tensor]:
         for lengths in ((7, 4, 1), (3, 5, 1, 4))
     )
     batch = Batch(prompts, np.array([0, 1, 2, 1]), completions)
-    with _evaluating(model):
+    with evaluating(model):
         rows = zip(prompts.take(batch.prompt_index), completions, strict=True)
         states, logits = zip(*(_own_pass(model, *row) for row in rows), strict=True)
         # fed one token more than the rows alone: a model that looks ahead is found out too
@@ -231,13 +230,3 @@ def _own_pass(model: PreTrainedModel, prompt: NDArray, completion: NDArray) -> t
     finally:
         hook.remove()
     return captured[0][0, first:], logits[0, first:]
-
-
-@contextmanager
-def _evaluating(model: PreTrainedModel) -> Iterator[None]:
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)

@@ -18,8 +18,8 @@ from ketchup_cache.provenance import Sampling, TeacherInfo
 from ketchup_cache.rollouts.sample import sample_completions
 from ketchup_cache.scoring.teacher import Teacher
 from ketchup_cache.types import Ragged, Rollouts
-from tests.helpers.decoders import FAMILIES, VOCAB, make_decoder, make_decoder_tokenizer, plain_row_logits, save_decoder
-from tests.helpers.oracle import assert_same_scores, make_rollouts, plain_scores, random_rollouts
+from tests.helpers.models import FAMILIES, VOCAB, make_decoder, make_decoder_tokenizer, save_decoder
+from tests.helpers.oracle import assert_same_scores, make_rollouts, plain_logits, plain_scores, random_rollouts
 
 TOKENIZER = tokenizer_info(make_decoder_tokenizer(), "tiny")
 SEVERAL_ENDS = [1, 7, 11, 23, 40, 51]
@@ -156,7 +156,7 @@ def test_logprob_is_that_of_a_plain_pass(family):
     logprob = rollouts.completions.with_values(rollouts.behavior_logprob)
     for row, prompt in enumerate(rollouts.prompt_index):
         completion = rollouts.completions[row]
-        plain = torch.tensor(plain_row_logits(model, PROMPTS[prompt], completion)[:-1, :VOCAB]).log_softmax(1)
+        plain = plain_logits(model, PROMPTS[prompt], completion)[:, :VOCAB].log_softmax(1)
         np.testing.assert_allclose(logprob[row], plain[range(len(completion)), completion.tolist()], atol=2e-4)
 
 
@@ -283,7 +283,7 @@ def test_a_model_that_looks_ahead_is_refused(tmp_path):
 
 
 def test_a_tokenizer_that_ends_every_text_is_refused(tmp_path):
-    from tests.helpers.tiny import make_tokenizer
+    from tests.helpers.models import make_tokenizer
 
     folder = save_decoder(tmp_path, tokenizer=make_tokenizer())
     with pytest.raises(ModelError, match="ends every text with '</s>', but a decoder-only model goes on") as refused:

@@ -12,7 +12,7 @@ from ketchup_cache.models.fingerprint import first_difference, state_fingerprint
 from ketchup_cache.models.load import load_model
 from ketchup_cache.provenance import in_precision
 from ketchup_cache.scoring.teacher import Teacher
-from tests.helpers.tiny import WORDS, make_t5, make_tokenizer, save_model
+from tests.helpers.models import WORDS, make_t5, make_tokenizer, save_model
 
 VERSIONS = ("1.0", "1.1")
 

@@ -7,9 +7,8 @@ import torch
 from ketchup_cache.errors import DataError, ModelError
 from ketchup_cache.models.forward import Batch, completion_states, decoder_start, training_states
 from ketchup_cache.types import Ragged
-from tests.helpers.decoders import make_decoder
+from tests.helpers.models import make_decoder, make_t5
 from tests.helpers.oracle import random_rollouts
-from tests.helpers.tiny import make_t5
 
 VERSIONS = ("1.0", "1.1")
 

@@ -7,8 +7,8 @@ from ketchup_cache.models import forward
 from ketchup_cache.models.forward import Batch, completion_states
 from ketchup_cache.models.head import Head
 from ketchup_cache.types import Scores
+from tests.helpers.models import make_t5
 from tests.helpers.oracle import assert_same_scores, plain_scores, random_rollouts
-from tests.helpers.tiny import make_t5
 
 
 def head_scores(model, prompts, rollouts, vocab_size=60) -> Scores:

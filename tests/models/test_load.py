@@ -9,8 +9,7 @@ from transformers.activations import NewGELUActivation
 
 from ketchup_cache.errors import ModelError
 from ketchup_cache.models.load import load_model, load_tokenizer, pick_device, resolve_folder
-from tests.helpers.decoders import save_decoder
-from tests.helpers.tiny import make_t5, make_tokenizer, save_model
+from tests.helpers.models import make_t5, make_tokenizer, save_decoder, save_model
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from ketchup_cache.models import shared_prompt as shared
 from ketchup_cache.models.forward import Batch, completion_states
 from ketchup_cache.models.shared_prompt import SharedRows, can_share
 from ketchup_cache.types import Ragged
-from tests.helpers.decoders import FAMILIES, make_decoder
+from tests.helpers.models import FAMILIES, make_decoder
 
 SHARED = ("qwen2", "qwen2-tied", "qwen3", "gpt2", "llama", "cohere", "granite", "wide")
 pytestmark = pytest.mark.usefixtures("one_thread")

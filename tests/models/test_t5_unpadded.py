@@ -14,8 +14,8 @@ from ketchup_cache.models import t5_unpadded as ragged
 from ketchup_cache.models.forward import Batch, completion_states
 from ketchup_cache.models.t5_unpadded import groups_of, is_ragged
 from ketchup_cache.types import Ragged
+from tests.helpers.models import WORDS, make_t5
 from tests.helpers.oracle import random_rollouts
-from tests.helpers.tiny import WORDS, make_t5
 
 
 def of_family(kind: str, **more):

@@ -12,8 +12,8 @@ from ketchup_cache.provenance import Sampling
 from ketchup_cache.rollouts.decode import LEAVE, can_decode
 from ketchup_cache.rollouts.sample import sample_completions
 from ketchup_cache.types import Ragged, Rollouts
-from tests.helpers.decoders import FAMILIES, VOCAB, make_decoder, plain_row_logits
-from tests.helpers.tiny import make_t5
+from tests.helpers.models import FAMILIES, VOCAB, make_decoder, make_t5
+from tests.helpers.oracle import plain_logits
 
 ENDS = [1, 7, 11, 23, 40, 51]
 PROMPTS = Ragged.from_rows([np.random.default_rng(n).integers(2, VOCAB, size=n) for n in (3, 9, 1, 5, 30, 4)], np.int32)
@@ -57,7 +57,7 @@ def by_generate(monkeypatch, model, prompts=PROMPTS, **settings) -> Rollouts:
     """As before there was a loop of our own."""
     with monkeypatch.context() as patched:
         patched.setattr(sample_module, "can_decode", lambda _: False)
-        patched.setattr(sample_module, "_decode", None)
+        patched.setattr(sample_module, "decode", None)
         return sample(model, prompts, **settings)
 
 
@@ -104,12 +104,7 @@ def test_every_row_is_what_it_would_be_alone(family):
         numbers = np.random.default_rng([seed, first + prompt]).random((samples, longest))[row % samples]
         written: list[int] = []
         for step in range(longest):
-            if family == "qwen2":
-                logits = plain_row_logits(model, PROMPTS[prompt], written)[-1].astype(np.float64)
-            else:
-                with torch.no_grad():
-                    ids, started = torch.tensor([PROMPTS[prompt].tolist()]), torch.tensor([[0, *written]])
-                    logits = model(input_ids=ids, decoder_input_ids=started).logits[0, -1].double().numpy()
+            logits = plain_logits(model, PROMPTS[prompt], written, after=True)[-1].double().numpy()
             shares = np.exp(logits[:VOCAB] - logits[:VOCAB].max())
             shares /= shares.sum()
             written.append(int(np.argmax(shares.cumsum() > numbers[step])))

@@ -22,7 +22,7 @@ from ketchup_cache.rollouts import rollout as rollout_module
 from ketchup_cache.rollouts.rollout import rollout, rollout_chunks, rollout_range, sampling_of
 from ketchup_cache.text.read import read_examples
 from ketchup_cache.types import Rollouts
-from tests.helpers.tiny import WORDS, make_t5, make_tokenizer, save_model, write_prompts
+from tests.helpers.models import WORDS, make_t5, make_tokenizer, save_model, write_prompts
 
 SMALL = {"ROLLOUTS_PER_SEGMENT": 8, "PROMPTS_PER_SEGMENT": 10, "PROMPT_TOKENS_PER_SEGMENT": 60}
 

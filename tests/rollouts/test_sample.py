@@ -12,7 +12,7 @@ from ketchup_cache.errors import ConfigError, ModelError, NumericsError
 from ketchup_cache.provenance import Sampling
 from ketchup_cache.rollouts.sample import sample_completions
 from ketchup_cache.types import Ragged, Rollouts
-from tests.helpers.tiny import WORDS, make_t5
+from tests.helpers.models import WORDS, make_t5
 
 VOCAB = len(WORDS) + 3
 ENDS = [1, 5, 9, 17, 23]

@@ -14,7 +14,7 @@ from ketchup_cache.provenance import Sampling
 from ketchup_cache.rollouts.sample import sample_completions
 from ketchup_cache.rollouts.t5_decode import ROOM, T5Rows, can_step
 from ketchup_cache.types import Ragged
-from tests.helpers.tiny import make_t5
+from tests.helpers.models import make_t5
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -21,7 +21,7 @@ from ketchup_cache.errors import ConfigError, DataError
 from ketchup_cache.text import prompts as prompts_module
 from ketchup_cache.text.prompts import Example, kept_examples, tokenize_prompts, without_duplicates
 from ketchup_cache.text.read import data_info, read_examples
-from tests.helpers.tiny import WORDS, make_tokenizer
+from tests.helpers.models import WORDS, make_tokenizer
 
 TEXTS = [
     "the cat sees {two} dogs",

@@ -21,9 +21,9 @@ from ketchup_cache.sharing import remote_cache as view
 from ketchup_cache.sharing.board import RefusalNote, ScorerNote, open_board
 from ketchup_cache.sharing.presence import Presence
 from ketchup_cache.training import waiting
+from tests.helpers.models import save_model
 from tests.helpers.segments import exit_code, in_child
 from tests.helpers.segments import teacher as made_up
-from tests.helpers.tiny import save_model
 from tests.helpers.watchers import TASK, options, watching
 
 SAMPLING = ["--student", str(TASK / "predistilled"), "--samples", "2", "--max-new-tokens", "16", "--device", "cpu"]
