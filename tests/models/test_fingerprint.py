@@ -117,7 +117,7 @@ def test_damaged_weights_are_refused(content, tmp_path):
     (tmp_path / "model.safetensors").write_bytes(safetensors_bytes({"a": TENSOR}))
     weights_fingerprint(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(content)
-    with pytest.raises(ModelError, match=r"model\.safetensors: (is damaged|tensor a has the unknown number format)"):
+    with pytest.raises(ModelError, match=r"model\.safetensors: is damaged"):
         weights_fingerprint(tmp_path)
 
 
