@@ -107,8 +107,7 @@ def _ragged_pass(model: PreTrainedModel, batch: Batch, read: NDArray[np.int64]) 
     """Of a T5, without padding."""
     order = np.argsort(batch.prompt_index, kind="stable")
     inputs = _decoder_inputs(model, (batch.completions[row] for row in order), read[order])
-    prompts, owner = batch.prompts, batch.prompt_index[order]
-    states = t5_states(model, prompts.values, prompts.lengths, inputs.values, inputs.lengths, owner)
+    states = t5_states(model, batch.prompts, inputs, batch.prompt_index[order])
     starts = np.empty(len(order), np.int64)
     starts[order] = inputs.offsets[:-1]
     return states, starts
@@ -120,7 +119,7 @@ def _encoder_decoder_pass(model: PreTrainedModel, batch: Batch, read: NDArray[np
     input_ids, prompt_mask = padded(batch.prompts, device)
     encoded = model.get_encoder()(input_ids=input_ids, attention_mask=prompt_mask).last_hidden_state
     decoder_ids, decoder_mask = padded(_decoder_inputs(model, batch.completions, read), device)
-    states = _head_input(
+    states = head_input(
         model,
         encoder_outputs=BaseModelOutput(last_hidden_state=encoded[_to(batch.prompt_index, encoded.device)]),
         attention_mask=prompt_mask[_to(batch.prompt_index, device)],
@@ -137,7 +136,7 @@ def _shared_pass(model: PreTrainedModel, batch: Batch, read: NDArray[np.int64]) 
     device = input_device(model)
     mask = rows.mask(model.get_input_embeddings().weight.dtype, device)
     inputs, positions = (padded(values, device)[0] for values in (rows.inputs, rows.positions))
-    states = _head_input(model, input_ids=inputs, attention_mask=mask, position_ids=positions)
+    states = head_input(model, input_ids=inputs, attention_mask=mask, position_ids=positions)
     return states.flatten(0, 1), rows.row * states.shape[1] + rows.column
 
 
@@ -152,7 +151,7 @@ def _decoder_only_pass(model: PreTrainedModel, batch: Batch, read: NDArray[np.in
     rows = zip(batch.prompt_index, batch.completions, fed, strict=True)
     inputs = Ragged.from_rows((np.append(batch.prompts[p], row)[:end] for p, row, end in rows), np.int64)
     input_ids, mask = padded(inputs, input_device(model))
-    states = _head_input(model, input_ids=input_ids, attention_mask=mask)
+    states = head_input(model, input_ids=input_ids, attention_mask=mask)
     return states.flatten(0, 1), np.arange(len(fed)) * states.shape[1] + prompts - 1
 
 
@@ -173,7 +172,7 @@ class _AtHead(BaseException):
         self.states = states
 
 
-def _head_input(model: PreTrainedModel, **inputs: Any) -> Tensor:
+def head_input(model: PreTrainedModel, **inputs: Any) -> Tensor:
     """What `model(**inputs)` would feed to its head. The head, and all that comes after it, is not run."""
     head = model.get_output_embeddings()
     if head is None:

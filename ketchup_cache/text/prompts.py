@@ -7,17 +7,14 @@ import string
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 import numpy as np
+from transformers import PreTrainedTokenizerBase
 
 from ketchup_cache.config.options import DataOptions
 from ketchup_cache.console import one_line
 from ketchup_cache.errors import ConfigError, DataError
 from ketchup_cache.types import TOKEN_DTYPE, Prompts, Ragged
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 TOKENIZE_AT_ONCE = 4096
 
@@ -110,35 +107,28 @@ def tokenize_prompts(examples: Sequence[Example], tokenizer: PreTrainedTokenizer
     Raises DataError for a prompt without tokens, for one that is refused, and where no prompt is left.
     """
     limit, rows, ids = options.max_prompt_tokens, [], []
+    special = {"add_special_tokens": not options.chat, "return_attention_mask": False, "verbose": False}
     for start in range(0, len(examples), TOKENIZE_AT_ONCE):
         chunk = examples[start : start + TOKENIZE_AT_ONCE]
-        encoded = tokenizer(
-            [e.prompt for e in chunk], add_special_tokens=not options.chat, return_attention_mask=False, verbose=False
-        )["input_ids"]
+        encoded = tokenizer([example.prompt for example in chunk], **special)["input_ids"]
         for example, tokens in zip(chunk, encoded, strict=True):
-            where = f"{options.data}: row {example.row}"
+            where = f"{options.data}: row {example.row}: the"
             if not tokens:
-                raise DataError(
-                    f"{where}: the tokenizer makes no token of this prompt, and a model needs one: "
-                    "leave the row out, or use a --template that adds some text"
-                )
+                hint = "leave the row out, or use a --template that adds some text"
+                raise DataError(f"{where} tokenizer makes no token of this prompt, and a model needs one: {hint}")
             if len(tokens) > limit:
                 if options.long_prompts == "drop":
                     continue
                 if options.long_prompts == "refuse":
-                    raise DataError(
-                        f"{where}: the prompt has {len(tokens):,} tokens, more than {limit:,}: "
-                        "raise --max-prompt-tokens, or set --long-prompts to truncate or drop"
-                    )
+                    hint = "raise --max-prompt-tokens, or set --long-prompts to truncate or drop"
+                    raise DataError(f"{where} prompt has {len(tokens):,} tokens, more than {limit:,}: {hint}")
                 ends = tokens[-1:] if tokens[-1] == tokenizer.eos_token_id else []
                 tokens = tokens[: limit - len(ends)] + ends
             rows.append(np.asarray(tokens, TOKEN_DTYPE))
             ids.append(example.id)
     if not rows:
-        raise DataError(
-            f"{options.data}: no prompt left: all {len(examples):,} have more than {limit:,} tokens: "
-            "raise --max-prompt-tokens, or set --long-prompts truncate"
-        )
+        hint = f"all {len(examples):,} have more than {limit:,} tokens: raise --max-prompt-tokens, or set"
+        raise DataError(f"{options.data}: no prompt left: {hint} --long-prompts truncate")
     return Prompts(np.frombuffer(b"".join(ids), np.uint8).reshape(-1, 16), Ragged.from_rows(rows, TOKEN_DTYPE))
 
 

@@ -13,24 +13,22 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import datasets
 import huggingface_hub
+from transformers import PreTrainedTokenizerBase
 
 from ketchup_cache.config.options import DataOptions
 from ketchup_cache.console import one_line
 from ketchup_cache.errors import DataError
 from ketchup_cache.provenance import DataInfo
 from ketchup_cache.text.prompts import Example, parse_template, user_turn
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 Record = dict[str, Any]
 """One row of the data: column → value."""
@@ -70,9 +68,7 @@ def read_examples(options: DataOptions, *, need_target: bool = False) -> list[Ex
     return examples
 
 
-def data_info(
-    examples: Sequence[Example], options: DataOptions, tokenizer: PreTrainedTokenizerBase | None = None
-) -> DataInfo:
+def data_info(examples: Iterable[Example], options: DataOptions, tokenizer: PreTrainedTokenizerBase) -> DataInfo:
     """Name and content hash of the prompts, for the manifest.
 
     With `options.chat`, the template that is recorded is the whole turn, as `tokenizer` renders it.
@@ -82,10 +78,7 @@ def data_info(
         text = example.prompt.encode()
         content.update(len(text).to_bytes(8, "little") + text)
     name = f"{options.data} [{options.split}]" if _is_hub_name(options.data) else options.data
-    template = options.template
-    if options.chat:
-        assert tokenizer is not None
-        template = user_turn(template, tokenizer, options.system)
+    template = user_turn(options.template, tokenizer, options.system) if options.chat else options.template
     return DataInfo(name=name, fingerprint=content.hexdigest(), template=template)
 
 

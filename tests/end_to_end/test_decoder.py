@@ -180,7 +180,7 @@ def test_a_chat_prompt_is_one_user_turn_with_the_assistants_open(tmp_path):
             assert tokenizer.convert_ids_to_tokens(row.tolist()) == words  # one BOS, no EOS
         info = data_info(examples, options, tokenizer)
         assert info.template == f"<s>{before}<< user {{prompt}} >> << assistant"
-        assert info.fingerprint != data_info(plain, DataOptions(data=str(data))).fingerprint
+        assert info.fingerprint != data_info(plain, DataOptions(data=str(data)), tokenizer).fingerprint
     assert as_chat(plain, tokenizer, DataOptions(data=str(data))) == plain
 
 

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -153,10 +155,7 @@ def test_the_head_is_float32_under_a_bfloat16_body():
 @pytest.mark.parametrize("offset", [0.0, 300.0, -300.0])
 def test_blocks_of_the_vocabulary_change_nothing(block, offset, monkeypatch):
     """Wherever the largest logit stands, and where exponentials of the logits themselves would overflow or vanish."""
-    model = make_t5("1.1", scale=20)
-    model.final_logits_bias = torch.full((1, 80), offset)  # as BART has one
-    head = Head.of(make_t5("1.1", scale=20), 60)
-    head._bias = model.final_logits_bias
+    head = replace(Head.of(make_t5("1.1", scale=20), 60), bias=torch.full((1, 80), offset))  # as BART has one
     monkeypatch.setattr("ketchup_cache.models.head.BLOCK_ELSEWHERE", block * 5)
     monkeypatch.setattr("ketchup_cache.models.head.STATES_AT_ONCE_ELSEWHERE", 5)
     states = torch.randn(33, 32, generator=torch.Generator().manual_seed(1)) * 3

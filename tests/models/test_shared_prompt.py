@@ -32,9 +32,9 @@ def make_batch(seed: int = 0) -> Batch:
 def passes_of(model, monkeypatch) -> list[int]:
     """Counts rows that go through the model."""
     rows: list[int] = []
-    plain = forward._head_input
+    plain = forward.head_input
     monkeypatch.setattr(
-        forward, "_head_input", lambda m, **inputs: rows.append(len(inputs["input_ids"])) or plain(m, **inputs)
+        forward, "head_input", lambda m, **inputs: rows.append(len(inputs["input_ids"])) or plain(m, **inputs)
     )
     return rows
 

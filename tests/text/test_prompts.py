@@ -269,7 +269,7 @@ def test_hub_dataset(monkeypatch):
     assert [e.prompt for e in examples] == ["a"]
     read_examples(options("owner/name"))
     assert asked == [("owner/name-1.5", "en-nl", "validation"), ("owner/name", None, "train")]
-    assert data_info(examples, hub).name == "owner/name-1.5:en-nl [validation]"
+    assert data_info(examples, hub, make_tokenizer()).name == "owner/name-1.5:en-nl [validation]"
 
     def unreachable(*_, **__):
         raise ConnectionError("Couldn't reach 'owner/name' on the Hub\nmany more lines")
@@ -295,7 +295,9 @@ def test_duplicates_first_wins():
 
 def test_data_fingerprint_is_of_the_texts_in_order(tmp_path):
     def fingerprint(*texts: str) -> str:
-        return data_info([example(t) for t in texts], options("d.jsonl", template="{prompt}")).fingerprint
+        return data_info(
+            [example(t) for t in texts], options("d.jsonl", template="{prompt}"), make_tokenizer()
+        ).fingerprint
 
     assert fingerprint("ab", "c") == fingerprint("ab", "c")
     assert (
@@ -303,7 +305,7 @@ def test_data_fingerprint_is_of_the_texts_in_order(tmp_path):
     )
     one, other = jsonl(tmp_path / "one.jsonl", {"prompt": "x a"}), jsonl(tmp_path / "other.jsonl", {"q": "a"})
     plain, rendered = options(one), options(other, prompt_field="q", template="x {prompt}")
-    infos = [data_info(read_examples(o), o) for o in (plain, rendered)]
+    infos = [data_info(read_examples(o), o, make_tokenizer()) for o in (plain, rendered)]
     assert infos[0].fingerprint == infos[1].fingerprint
     assert (infos[1].name, infos[1].template) == (str(other), "x {prompt}")
 
