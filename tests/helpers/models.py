@@ -1,4 +1,4 @@
-"""Tiny models, their tokenizers and prompts files, made on the spot: T5, and a decoder of each architecture."""
+"""Tiny models, their tokenizers and prompts files, made on the spot: T5, and one model of each architecture."""
 
 from __future__ import annotations
 
@@ -75,8 +75,24 @@ def make_t5(version: str = "1.0", *, seed: int = 0, vocab_size: int = VOCAB, d_m
     return model
 
 
-# ---------------------------------------------------------------------------------------------------------- decoders
+# ---------------------------------------------------------------------------------------------- other architectures
 
+T5_SIZES = {
+    "vocab_size": VOCAB, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4,
+    "relative_attention_num_buckets": 8, "relative_attention_max_distance": 16, "decoder_start_token_id": 0,
+}  # fmt: skip
+BART = {
+    "vocab_size": VOCAB, "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "max_position_embeddings": 64,
+    "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 3, "decoder_start_token_id": 1, "init_std": 0.4,
+}  # fmt: skip
+ENCODERS = {
+    "mt5": ("MT5", T5_SIZES),
+    "umt5": ("UMT5", T5_SIZES),
+    "bart": ("Bart", BART),
+    "marian": ("Marian", BART),
+    "nllb-moe": ("NllbMoe", BART | {"num_experts": 2}),  # its encoder has an output class of its own
+}
 SIZES = {
     "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 3, "eos_token_id": 1,
@@ -106,10 +122,29 @@ FAMILIES = {
 
 def make_decoder(family: str, *, seed: int = 0, attention: str | None = None, **options):
     """Random weights, wide enough that the distribution is far from uniform."""
-    name, settings = FAMILIES[family]
+    return _of_config(*FAMILIES[family], transformers.AutoModelForCausalLM, seed, attention, options)
+
+
+def make_model(family: str, *, ends: list[int] | None = None, **options):
+    """Of ENCODERS, FAMILIES, or "t5-1.0" and "t5-1.1". ends: the ids that end its completions."""
+    if family in ENCODERS:
+        model = _of_config(*ENCODERS[family], transformers.AutoModelForSeq2SeqLM, 0, None, options)
+    else:
+        t5 = family.removeprefix("t5-")
+        model = make_t5(t5, **options) if family != t5 else make_decoder(family, **options)
+    model.generation_config.eos_token_id = ends or model.generation_config.eos_token_id
+    return model
+
+
+def _of_config(name: str, settings: dict, kind, seed: int, attention: str | None, options: dict):
     torch.manual_seed(seed)
     config = getattr(transformers, f"{name}Config")(**settings | options)
-    return transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
+    model = kind.from_config(config, attn_implementation=attention).eval()
+    if name.endswith("MT5"):  # of which only the norms would matter otherwise
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                torch.nn.init.normal_(parameter, 0, 0.3)
+    return model
 
 
 # ------------------------------------------------------------------------------------------------------------- files
