@@ -24,6 +24,7 @@ import pytest
 
 from ketchup_cache.cache.cache import open_cache
 from tests.helpers.caches import make_cache
+from tests.helpers.segments import fill
 from tests.helpers.tiny import save_model
 from tests.helpers.trust import (
     ERRORS,
@@ -36,22 +37,10 @@ from tests.helpers.trust import (
     write_at_once,
 )
 from tests.helpers.trust_s3 import KEYS, SameKeys, emulated_s3, families, kill_copies, make_bucket, same_keys
-from tests.sharing.test_compact import small_segments
 
 NONE = "lost partial torn silent false_acknowledgements unclear two_creators early"
 GOOD = dict.fromkeys(NONE.split(), 0)
 """What every count of these names must be."""
-
-
-def kill_compact(folder: Path, times: int) -> Kills:
-    cache, into = small_segments(folder / "compact"), folder / "into"
-    words = ["compact", str(cache.path), "--into", str(into), "--segment-tokens", "5"]
-
-    def reset() -> None:
-        shutil.rmtree(into, ignore_errors=True)
-        open_cache(into, create=True)
-
-    return kill_command(words, into, reset, times)
 
 
 def kill_score(folder: Path, times: int) -> Kills:
@@ -87,7 +76,7 @@ def kill_copy(folder: Path, times: int, command: str) -> Kills:
         families(source)
     words = [command, str(source), str(into)]
     if command == "merge":
-        small_segments(folder / "other")
+        fill(open_cache(folder / "other", create=True))
         words = [command, str(source), str(folder / "other"), "--into", str(into)]
 
     def reset() -> None:
@@ -127,11 +116,10 @@ def main() -> int:
 
     troubles: dict[str, Callable[[Path], Any]] = {
         "kill a writer": lambda folder: kill_writers(folder, cases(600)),
-        "kill compact": lambda folder: kill_compact(folder, cases(80)),
         "kill push": lambda folder: kill_copy(folder, cases(60), "push"),
         "kill pull": lambda folder: kill_copy(folder, cases(60), "pull"),
         "kill merge": lambda folder: kill_copy(folder, cases(60), "merge"),
-        "kill gc": lambda folder: kill_gc(folder / "gc", cases(40)),
+        "kill verify --clean": lambda folder: kill_gc(folder / "gc", cases(40)),
         "kill a push to S3": lambda folder: kill_copies(folder, cases(20), pull=False),
         "kill a pull from S3": lambda folder: kill_copies(folder, cases(20), pull=True),
         "kill score": lambda folder: kill_score(folder, cases(40)),

@@ -19,8 +19,6 @@ import numpy as np
 
 from benchmarks.common import commit_rollouts, options, publish, sample, table, timed
 from ketchup_cache.cache.cache import Cache, open_cache
-from ketchup_cache.config.commands import CompactConfig
-from ketchup_cache.sharing.compact import compact
 from ketchup_cache.types import ScoredRollouts, Scores
 
 LENGTH = 100
@@ -130,9 +128,8 @@ def main() -> None:
         loaded = cache.load_scored(cache.scored()[0])
         results |= gathering(loaded, f"{LENGTH} tokens") | gathering(sample(0, 10_480), "25 ± 8 tokens")
         results |= sizes(cache, *ids)
-        small = open_cache(folder / "small", create=True)
-        compact(CompactConfig(cache=cache.path, into=small.path))
-        results |= sizes(small, *(small.manifests(kind)[-1][0] for kind in ("rollouts", "scores")))
+        info = cache.manifest(ids[1]).info.model_copy(update={"storage": "compact"})
+        results |= sizes(cache, ids[0], cache.commit_scores(loaded.scores, info))  # type: ignore[arg-type]
     publish("store", chosen, **results)
 
 

@@ -141,7 +141,7 @@ def _targets(examples: Sequence[Example], config: EvaluateConfig) -> list[str] |
 def _check_teacher(
     teacher: str, tokenizer: PreTrainedTokenizerBase, vocabulary: TokenizerInfo, config: EvaluateConfig
 ) -> None:
-    _, theirs = Teacher.identify(teacher, dtype=config.dtype, trust_remote_code=config.trust_remote_code)
+    _, theirs = Teacher.identify(teacher, config)
     if theirs.fingerprint != vocabulary.fingerprint:
         other = load_tokenizer(teacher, trust_remote_code=config.trust_remote_code)
         raise MismatchError(
@@ -172,13 +172,7 @@ def _decode(prompts: Ragged, vocab_size: int, config: EvaluateConfig, calculator
 
 
 def _mean_return(name: str, prompts: Ragged, rollouts: Rollouts, config: EvaluateConfig) -> MeanReturn:
-    teacher = Teacher.load(
-        name,
-        dtype=config.dtype,
-        device=config.device,
-        device_map=config.device_map,
-        trust_remote_code=config.trust_remote_code,
-    )
+    teacher = Teacher.load(name, config)
     with progress("score", len(rollouts.completions.values)) as bar:
         scores = teacher.score(prompts, rollouts, batch_tokens=config.batch_tokens, on_batch=bar.advance)
     (one_step,) = rollout_returns(rollouts, scores, [1], normalization=config.normalization, unfinished="bootstrap")

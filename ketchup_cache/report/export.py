@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ketchup_cache.cache.cache import Cache
-from ketchup_cache.config.caches import ExportConfig
+from ketchup_cache.config.commands import ExportConfig
 from ketchup_cache.console import printable, progress, size_text
 from ketchup_cache.errors import CacheError, ConfigError
 from ketchup_cache.files import publishing

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -102,49 +101,6 @@ class ObjectRemote(KeyedRemote):
             raise WriteError(
                 f"{self.url}/{key}: is there already, with other bytes; delete it (it is damaged) and push again"
             )
-
-
-class ObjectBoard:
-    """Notes (sharing/board.py) as objects under watch/."""
-
-    def __init__(self, remote: ObjectRemote, limit: int) -> None:
-        self.url, self._remote, self._limit = remote.url, remote, limit
-
-    def list(self, folder: str) -> dict[str, float]:
-        def times() -> dict[str, float]:
-            found = self._remote._store.list_with_delimiter(f"watch/{folder}")["objects"]
-            return {entry["path"].rpartition("/")[2]: entry["last_modified"].timestamp() for entry in found}
-
-        try:
-            return persistently(self.url, lambda: _plain(times))
-        except FileNotFoundError:
-            return {}
-
-    def read(self, name: str) -> bytes | None:
-        try:
-            return self._remote._get(f"watch/{name}", self._limit)
-        except FileNotFoundError:
-            return None
-
-    def create(self, name: str, data: bytes) -> bool:
-        # a request that arrived may be repeated, since its answer was lost: then what is there is what we sent
-        return self._remote._create(f"watch/{name}", data) or self.read(name) == data
-
-    def write(self, name: str, data: bytes) -> None:
-        def request() -> None:
-            self._remote._store.put(f"watch/{name}", data, use_multipart=False)
-
-        try:
-            persistently(f"{self.url}/watch/{name}", lambda: _plain(request), writing=True)
-        except FileNotFoundError:
-            raise WriteError(f"{self.url}: no such bucket; make it first") from None
-
-    def delete(self, name: str) -> None:
-        def request() -> None:
-            self._remote._store.delete(f"watch/{name}")
-
-        with suppress(FileNotFoundError):
-            persistently(f"{self.url}/watch/{name}", lambda: _plain(request), writing=True)
 
 
 def _plain(call: Callable[[], Value]) -> Value:

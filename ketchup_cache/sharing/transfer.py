@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -70,8 +70,11 @@ def copy(
     *,
     dry_run: bool = False,
     license_id: str | None = None,
+    only: Collection[str] | None = None,
 ) -> TransferReport:
     """Bring all segments of `source` that `target` lacks to it; make `target` where there is none.
+
+    only: ids to copy, with their parents.
 
     Raises CacheError where the source is no cache, a parent is missing or an address can't be reached;
     CorruptError where bytes are not those a manifest promises (that segment is not committed, those before it are);
@@ -80,7 +83,7 @@ def copy(
     giver, taker = open_existing(source), open_remote(target, license_id)
     began = time.monotonic()
     there = set(taker.segment_ids()) if taker.exists() else set()
-    offered = giver.segment_ids()
+    offered = giver.segment_ids() if only is None else _with_parents(giver, only)
     missing = in_order(_read(giver, [id_ for id_ in offered if id_ not in there]))
     _check_parents(missing, taker, there)
     total = sum(data_bytes(manifest) for manifest, _ in missing.values())
@@ -119,6 +122,15 @@ def in_order(segments: Segments) -> Segments:
 def _read(remote: Remote, ids: Iterable[str]) -> Segments:
     ids = list(ids)
     return dict(zip(ids, in_parallel(lambda id_: read_manifest(remote, id_), ids), strict=True))
+
+
+def _with_parents(remote: Remote, ids: Collection[str]) -> list[str]:
+    found: set[str] = set()
+    while ids:
+        found |= set(ids)
+        infos = [manifest.info for manifest, _ in _read(remote, ids).values()]
+        ids = {coverage.parent_id(info) for info in infos if isinstance(info, RolloutsInfo | ScoresInfo)}
+    return sorted(found)
 
 
 def _check_parents(missing: Segments, taker: Remote, there: set[str]) -> None:

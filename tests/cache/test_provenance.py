@@ -42,8 +42,6 @@ def test_the_author_is_recorded_where_it_is_set_and_nowhere_else(tmp_path, monke
     assert json.loads(capsys.readouterr().out)["authors"] == ["Ana Núñez"]
     assert main(["info", str(tmp_path / "c")]) == 0
     assert "author      Ana Núñez\n" in capsys.readouterr().out
-    assert main(["ls", str(tmp_path / "c"), "--json"]) == 0
-    assert [entry["author"] for entry in json.loads(capsys.readouterr().out)["segments"]] == ["", "Ana Núñez"]
 
 
 @pytest.mark.parametrize("name", ["x" * 201, "a\x1b[2Jb", "https://u:SECRET@h/"])

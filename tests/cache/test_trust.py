@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import resource
-import shutil
 from pathlib import Path
 
 import pytest
@@ -14,29 +13,14 @@ from ketchup_cache.errors import WriteError
 from ketchup_cache.sharing import remote_cache as view
 from tests.cache.test_hostile import PROMPTS_8_TOKENS
 from tests.helpers.segments import exit_code, in_child, make_prompts, prompts_info
-from tests.helpers.trust import ERRORS, fail_every_step, flips, kill_command, kill_gc, kill_writers, write_at_once
+from tests.helpers.trust import ERRORS, fail_every_step, flips, kill_gc, kill_writers, write_at_once
 from tests.helpers.trust_s3 import KEYS, kill_copies
-from tests.sharing.test_compact import small_segments
 
 
 def test_killed_writers(tmp_path: Path) -> None:
     count = kill_writers(tmp_path, 25)
     assert (count.kills, count.lost, count.partial) == (25, 0, 0)
     assert count.acknowledged > 5
-
-
-def test_killed_compact(tmp_path: Path) -> None:
-    cache = small_segments(tmp_path / "c")
-    into = tmp_path / "d"
-    words = ["compact", str(cache.path), "--into", str(into), "--segment-tokens", "5"]
-
-    def reset() -> None:
-        shutil.rmtree(into, ignore_errors=True)
-        open_cache(into, create=True)
-
-    count = kill_command(words, into, reset, 10)
-    assert (count.kills, count.lost, count.partial) == (10, 0, 0)
-    assert count.acknowledged
 
 
 def test_killed_gc(tmp_path: Path) -> None:

@@ -187,16 +187,14 @@ def kill_gc(root: Path, times: int, leftovers: int = 40, seed: int = 0) -> Kills
     cache, count, rng = open_cache(root, create=True), Kills(), random.Random(seed)
     kept = list(fill(cache))
     count.acknowledged = len(kept)
-    whole_s = 0.0
+    whole_s, clean = 0.0, ["verify", str(root), "--clean", "--older-than", "0"]
     while count.kills < times:
         for name in range(leftovers):
             for place in ("segments", "tmp"):
                 copied = root / place / f"{name:064x}"
                 shutil.copytree(root / "segments" / kept[0], copied, dirs_exist_ok=True)
         began = time.monotonic()
-        _, killed = _killed(
-            lambda: _run(["gc", str(root), "--older-than", "0"]), rng.uniform(0, 0.9 * whole_s) if whole_s else 600
-        )
+        _, killed = _killed(lambda: _run(clean), rng.uniform(0, 0.9 * whole_s) if whole_s else 600)
         whole_s = whole_s or time.monotonic() - began
         count.kills += killed
         visible = {segment_id for segment_id, _ in open_cache(root).manifests()}
@@ -206,7 +204,7 @@ def kill_gc(root: Path, times: int, leftovers: int = 40, seed: int = 0) -> Kills
                 load(open_cache(root), segment_id)
             except KetchupError:
                 count.partial += 1
-    _killed(lambda: _run(["gc", str(root), "--older-than", "0"]), 600)  # and at last it finishes
+    _killed(lambda: _run(clean), 600)  # and at last it finishes
     report = verify(open_cache(root))
     assert report.ok
     assert report.orphans == 0

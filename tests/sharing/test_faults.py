@@ -109,7 +109,7 @@ def test_killed_merges_and_gcs_lose_nothing(big, tmp_path):
         report = verify(open_cache(ours.path))
         assert report.ok
         assert kept <= set(ours.segment_ids())
-        assert main(["gc", str(ours.path), "--older-than", "0"]) == 0
+        assert main(["verify", str(ours.path), "--clean", "--older-than", "0"]) == 0
         assert verify(open_cache(ours.path)).orphans == 0
     assert main(["merge", str(big.path), str(other.path), "--into", str(ours.path)]) == 0
     assert set(ours.segment_ids()) == kept | set(big.segment_ids()) | set(other.segment_ids())

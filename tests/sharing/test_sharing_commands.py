@@ -72,9 +72,9 @@ def test_a_whole_run_at_an_address(made, url, tmp_path, capsys, monkeypatch):
 def test_gc_and_credentials(capsys, monkeypatch):
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "SECRET")
-    assert main(["gc", "s3://lab/xsum"]) == 2
+    assert main(["verify", "s3://lab/xsum", "--clean"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert "gc tidies folders" in line
+    assert "--clean is for folders" in line
 
 
 def test_a_profile_of_aws_is_read_by_boto3(tmp_path, monkeypatch, bucket, capsys):

@@ -7,14 +7,10 @@ import pytest
 import torch
 from transformers import AutoModelForSeq2SeqLM
 
-from ketchup_cache.models.head import Head
-from ketchup_cache.models.load import load_model
-from ketchup_cache.training.policy_gradient import learning_signal, score_weights, train_step
+from ketchup_cache.training.policy_gradient import learning_signal, policy_gradient_step, score_weights
 from tests.helpers.caches import make_cache, plain_logits
-from tests.helpers.learning import CapturedGradient, config, whole_batch
-from tests.helpers.tiny import WORDS, assert_bfloat16_gradient, make_t5
-
-VOCAB = len(WORDS) + 3
+from tests.helpers.learning import config, learner_of, whole_batch
+from tests.helpers.tiny import assert_bfloat16_gradient, make_t5
 
 
 @pytest.fixture
@@ -23,10 +19,9 @@ def cache(tmp_path, folders):
 
 
 def captured_gradient(folders, batch, options):
-    model = load_model(str(folders[0]), device="cpu")
-    optimizer = CapturedGradient(model)
-    metrics = train_step(model, Head.of(model, VOCAB), optimizer, batch, options, 0)
-    return optimizer.gradient, metrics
+    learner = learner_of(folders[0], options)
+    metrics = policy_gradient_step(learner, batch, 0)
+    return learner.optimizer.gradient, metrics
 
 
 def literal_gradient(folders, batch, options):
@@ -112,9 +107,9 @@ def test_bfloat16_rounds_the_gradient_and_nothing_else(cache, tmp_path, folders,
 
 
 def test_bfloat16_rounds_what_the_min_variance_baseline_weighs_by(cache, tmp_path, folders):
-    model, batch = load_model(str(folders[0]), device="cpu"), whole_batch(cache)
+    batch = whole_batch(cache)
     exact, rounded = (
-        score_weights(model, Head.of(model, VOCAB), batch, config(tmp_path, folders, precision=precision))
+        score_weights(learner_of(folders[0], config(tmp_path, folders, precision=precision)), batch)
         for precision in ("float32", "bfloat16")
     )
     assert 2**-12 < np.linalg.norm(rounded - exact) / np.linalg.norm(exact) < 2**-3
