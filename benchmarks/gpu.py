@@ -43,15 +43,15 @@ from benchmarks.common import (
     table,
 )
 from benchmarks.scoring import plain_way
-from ketchup_cache.config.commands import LearnConfig
+from ketchup_cache.config.options import LossOptions
 from ketchup_cache.models.head import Head
 from ketchup_cache.models.load import fuse_gelu
 from ketchup_cache.models.memory import TokenBudget
 from ketchup_cache.provenance import Sampling, TeacherInfo, TokenizerInfo
 from ketchup_cache.rollouts.sample import sample_completions
 from ketchup_cache.scoring.teacher import Teacher
-from ketchup_cache.training.optimizer import Optimizer
-from ketchup_cache.training.policy_gradient import train_step
+from ketchup_cache.training.optimizer import Learner, Optimizer
+from ketchup_cache.training.policy_gradient import policy_gradient_step
 from ketchup_cache.types import Ragged, ScoredRollouts
 
 TINY = {"d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4}
@@ -181,12 +181,12 @@ def learning(
     sampled and scored together. One token in 25 ends a completion, so that they are as long as the made-up ones."""
     few = sample(1, size)
     head = Head.of(student, VOCAB)
-    optimizer = Optimizer(student, lr=1e-5, weight_decay=0, max_grad_norm=1, warmup=0, schedule="constant", steps=99)
     found: dict[str, Any] = {"learn": {}, "learn_peak_bytes": {}}
     for precision in PRECISIONS:
-        config = LearnConfig(student="", cache="", batch_size=size, precision=precision)  # type: ignore[arg-type]
+        options = LossOptions(weight_decay=0, precision=precision)
+        learner = Learner(student, head, Optimizer(student, options, 99), options)
         gpu.forget()
-        found["learn"][precision] = gpu.seconds(lambda: train_step(student, head, optimizer, few, config, 1))  # noqa: B023
+        found["learn"][precision] = gpu.seconds(lambda: policy_gradient_step(learner, few, 1))  # noqa: B023
         found["learn_peak_bytes"][precision] = gpu.peak()
     if teacher is None:
         return found

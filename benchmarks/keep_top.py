@@ -21,7 +21,8 @@ from torch import Tensor
 from benchmarks.common import in_turn, options, publish, sample, t5, table
 from ketchup_cache import open_cache
 from ketchup_cache.cache.zarr_files import encode
-from ketchup_cache.config.commands import LearnConfig, RolloutConfig, ScoreConfig
+from ketchup_cache.config.commands import RolloutConfig, ScoreConfig
+from ketchup_cache.config.options import LossOptions
 from ketchup_cache.method import divergences
 from ketchup_cache.models.forward import Batch, completion_states
 from ketchup_cache.models.head import Head
@@ -29,9 +30,8 @@ from ketchup_cache.models.load import load_model
 from ketchup_cache.rollouts.rollout import rollout
 from ketchup_cache.scoring.score import score
 from ketchup_cache.shipped import task
-from ketchup_cache.training.divergence import ON_STUDENT, ON_TEACHER
-from ketchup_cache.training.optimizer import Optimizer
-from ketchup_cache.training.policy_gradient import train_step
+from ketchup_cache.training.optimizer import Learner, Optimizer
+from ketchup_cache.training.policy_gradient import policy_gradient_step
 from ketchup_cache.types import Scores, TopLogits
 
 METHODS = ("kl", "reverse-kl", "js", "tvd")
@@ -125,7 +125,8 @@ def lumped(method: str, part: Part, rows: slice, logits: Tensor, few: Scores) ->
 
 def terms_on(part: Part) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
     """Of each method that learns from such states."""
-    return ON_TEACHER if part.from_teacher else ON_STUDENT
+    place = 0 if part.from_teacher else 1
+    return {method: terms[place] for method, terms in divergences.TERMS.items() if terms[place]}
 
 
 def value_and_gradient(part: Part, rows: slice, terms: Callable[[Tensor], Tensor]) -> tuple[float, Tensor]:
@@ -212,16 +213,11 @@ def costs(states: int) -> dict[str, float]:
         {"0": lambda: head.reduce(hidden, targets), "64": lambda: head.reduce(hidden, targets, keep_top=64)}, 3
     )
     batch = sample(0, 16)
-    config = LearnConfig(student="s", cache=Path("c"), batch_size=16, k=2, unfinished="bootstrap", device="cpu")
-    optimizer = Optimizer(model, lr=1e-9, weight_decay=0, max_grad_norm=1, warmup=0, schedule="constant", steps=99)
-    minimal = config.model_copy(update={"baseline": "min-variance"})
-    step = in_turn(
-        {
-            "none": lambda: train_step(model, head, optimizer, batch, config, 0),
-            "min-variance": lambda: train_step(model, head, optimizer, batch, minimal, 0),
-        },
-        3,
-    )
+    plain = LossOptions(k=2, lr=1e-9, weight_decay=0)
+    optimizer = Optimizer(model, plain, 99)
+    ways = {"none": plain, "min-variance": plain.model_copy(update={"baseline": "min-variance"})}
+    learners = {name: Learner(model, head, optimizer, options) for name, options in ways.items()}
+    step = in_turn({name: lambda it=it: policy_gradient_step(it, batch, 0) for name, it in learners.items()}, 3)
     return {
         "reduce, keep_top 64 / 0": reduce["64"] / reduce["0"],
         "optimizer step, min-variance / none": step["min-variance"] / step["none"],

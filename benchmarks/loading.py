@@ -96,15 +96,14 @@ def gather_alone(folder: Path, repeats: int = 50) -> float:
 
 def waiting(folder: Path, steps: int, batch_size: int) -> dict[str, float]:
     """Seconds of waiting and of stepping in a loop like learn's, a segment boundary included."""
-    from ketchup_cache.config.commands import LearnConfig
+    from ketchup_cache.config.options import LossOptions
     from ketchup_cache.models.head import Head
-    from ketchup_cache.training.optimizer import Optimizer
-    from ketchup_cache.training.policy_gradient import train_step
+    from ketchup_cache.training.optimizer import Learner, Optimizer
+    from ketchup_cache.training.policy_gradient import policy_gradient_step
 
     model = t5({"d_model": 512, "d_kv": 64, "d_ff": 2048, "num_layers": 6, "num_heads": 8})
-    config = LearnConfig(student="", cache=folder, batch_size=batch_size)
-    head = Head.of(model, 32_100)
-    optimizer = Optimizer(model, lr=1e-5, weight_decay=0, max_grad_norm=1, warmup=0, schedule="constant", steps=steps)
+    options = LossOptions(weight_decay=0)
+    learner = Learner(model, Head.of(model, 32_100), Optimizer(model, options, steps), options)
     cache = open_cache(folder)
     refs = cache.scored()
     # so that the second batch needs a segment that was not read yet
@@ -114,7 +113,7 @@ def waiting(folder: Path, steps: int, batch_size: int) -> dict[str, float]:
         began = time.perf_counter()
         batch = next(stream)
         loaded = time.perf_counter()
-        train_step(model, head, optimizer, batch, config, step)
+        policy_gradient_step(learner, batch, step)
         waits.append(loaded - began)
         works.append(time.perf_counter() - loaded)
     return {

@@ -3,8 +3,8 @@
     python -m benchmarks.micro_batches [--rollouts 32]
 
 Random weights of T5-small's shape, the realistic mix of lengths. Both ways take the gradient of the same loss over
-the same rollouts: `train_step`'s way (token-budget micro-batches sorted by length, each prompt encoded once, head
-on real tokens in recomputed chunks), and the usual one (rows shuffled, 8 a batch, each padded to the longest,
+the same rollouts: `policy_gradient_step`'s way (token-budget micro-batches sorted by length, each prompt encoded once,
+head on real tokens in recomputed chunks), and the usual one (rows shuffled, 8 a batch, each padded to the longest,
 logits [B, T, V]). The gradients are compared in float64 on a small model, where rounding leaves little room for a
 difference.
 """

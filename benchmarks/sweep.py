@@ -15,7 +15,6 @@ import tempfile
 from pathlib import Path
 
 from benchmarks.common import ROOT, options, publish, table, timed
-from ketchup_cache.cli.learn import _scorer
 from ketchup_cache.config.commands import LearnConfig, RolloutConfig, ScoreConfig
 from ketchup_cache.rollouts.rollout import rollout
 from ketchup_cache.scoring.score import score
@@ -62,7 +61,7 @@ def main() -> None:
                 own = folder / f"cache-{runs}"
                 shutil.copytree(folder / "prompts", own)
                 live = LearnConfig(cache=own, out=folder / f"live-{runs}", teacher=teacher, refresh_every=1, **options_)
-                count("live", "learn", *timed(lambda: learn(live, _scorer(live)))[:2])  # noqa: B023
+                count("live", "learn", *timed(lambda: learn(live))[:2])  # noqa: B023
                 shutil.rmtree(own)
     total = {way: sum(v for key, v in found.items() if "cpu" not in key) for way, found in parts.items()}
     busy = {way: sum(v for key, v in found.items() if "cpu" in key) for way, found in parts.items()}

@@ -2,13 +2,11 @@
 
     python -m benchmarks.timed_run COMMAND '{"options": "as JSON"}' TIMES.json
 
-`in_parts` starts it and returns, in seconds (wall) and CPU seconds: the whole process (`seconds`, `cpu_seconds`), its
-`peak_bytes`, and of the command's own work: `load` (reading models), `work` (everything else), and of the latter
-`score` (the teacher) and `train` (optimizer steps); what remains is mostly sampling. Models are read once, however long
-a run is, and here runs are short; therefore `work` is without it.
-
-A live teacher stays in memory, as in any loop that has one. (`learn` itself frees its teacher after each refresh and
-reads it again for the next.)
+`in_parts` starts it and returns the whole process's `seconds` (wall), `cpu_seconds` and `peak_bytes`, and of the
+command's own work: `load` (reading models), `work` (everything else, also in CPU seconds), and of the latter `score`
+(the teacher) and `train` (optimizer steps), as the reports of the commands have them; what remains is mostly sampling.
+`learn` frees its teacher after each refresh and reads it again for the next; a loop with a live teacher would keep it,
+and a long run reads its models once. Therefore `work` is without reading.
 """
 
 from __future__ import annotations
@@ -17,7 +15,6 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,7 +42,7 @@ def together(*measured: dict[str, Any]) -> dict[str, Any]:
     total: dict[str, Any] = {unit: sum(one[unit] for one in measured) for unit in UNITS}
     total["peak_bytes"] = max(one["peak_bytes"] for one in measured)
     for part in PARTS:
-        total[part] = {unit: sum(one[part][unit] for one in measured) for unit in UNITS}
+        total[part] = {unit: sum(one[part][unit] for one in measured) for unit in measured[0][part]}
     return total
 
 
@@ -162,69 +159,34 @@ HEAD = ("", "wall s", "CPU s", "sampling, reading, writing (s)", "teacher (s)", 
         "× live (wall)", "× live (CPU)", "peak MB")  # fmt: skip
 
 
-class Clock:
-    def __init__(self) -> None:
-        self.parts = {part: dict.fromkeys(UNITS, 0.0) for part in PARTS}
-
-    def timed(self, part: str, call: Callable[..., Any]) -> Callable[..., Any]:
-        def with_clock(*args: Any, **more: Any) -> Any:
-            wall, cpu = time.perf_counter(), time.process_time()
-            try:
-                return call(*args, **more)
-            finally:
-                self.parts[part]["seconds"] += time.perf_counter() - wall
-                self.parts[part]["cpu_seconds"] += time.process_time() - cpu
-
-        return with_clock
-
-    def watch(self, where: Any, name: str, part: str) -> None:
-        setattr(where, name, self.timed(part, getattr(where, name)))
-
-
 def main() -> None:
     command, options, times = sys.argv[1], json.loads(sys.argv[2]), Path(sys.argv[3])
     # all imports before the clock starts
     from ketchup_cache.config.commands import LearnConfig, RolloutConfig, ScoreConfig
-    from ketchup_cache.rollouts import rollout
-    from ketchup_cache.scoring import score
-    from ketchup_cache.training import learn as loop
+    from ketchup_cache.models.load import load_model
+    from ketchup_cache.rollouts.rollout import rollout
+    from ketchup_cache.scoring.score import score
+    from ketchup_cache.training.learn import learn
 
-    clock = Clock()
-    for module, name, part in (
-        (rollout, "load_model", "load"),
-        (loop, "load_model", "load"),
-        (score.Teacher, "load", "load"),
-        (loop, "train_step", "train"),
-        (loop, "divergence_step", "train"),
-    ):
-        clock.watch(module, name, part)
-
-    def learn() -> None:
-        config = LearnConfig(**options)
-        if config.teacher is None:
-            loop.learn(config)
-            return
-        scorer = score.Scorer(config, config.teacher)
-        scorer.stay()
-
-        def score_rollouts(cache: Any, ids: Any) -> str:
-            scorer.ensure(cache, ids)
-            return scorer.info.fingerprint
-
-        loop.learn(config, clock.timed("score", score_rollouts))
-
-    calls: dict[str, Callable[[], Any]] = {
-        "rollout": lambda: rollout.rollout(RolloutConfig(**options)),
-        "score": lambda: clock.timed("score", score.score)(ScoreConfig(**options)),
-        "learn": learn,
-    }
-    clock.timed("work", calls[command])()
-    for unit in UNITS:
-        loading = clock.parts["load"][unit]
-        clock.parts["work"][unit] -= loading
-        if command == "score":
-            clock.parts["score"][unit] -= loading
-    times.write_text(json.dumps(clock.parts))
+    seconds = dict.fromkeys(PARTS, 0.0)
+    if command == "rollout":  # its report does not say how long it read the model
+        began = time.perf_counter()
+        load_model(options["student"])
+        seconds["load"] = time.perf_counter() - began
+    wall, cpu = time.perf_counter(), time.process_time()
+    if command == "rollout":
+        rollout(RolloutConfig(**options))
+    elif command == "score":
+        scored = score(ScoreConfig(**options))
+        seconds |= {"load": scored.load_s, "score": scored.seconds - scored.load_s}
+    else:
+        learned = learn(LearnConfig(**options))
+        seconds |= {"load": learned.load_s, "score": learned.score_s, "train": learned.train_s}
+    seconds["work"] = time.perf_counter() - wall - seconds["load"]
+    parts = {part: {"seconds": value} for part, value in seconds.items()}
+    # reading models keeps one processor busy
+    parts["work"]["cpu_seconds"] = time.process_time() - cpu - seconds["load"]
+    times.write_text(json.dumps(parts))
 
 
 if __name__ == "__main__":

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Annotated, Any, Protocol
 
 import typer
+import typer.core
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from ketchup_cache.config.base import Config, Positive
 from ketchup_cache.config.commands import COMMANDS
+from ketchup_cache.config.options import Config, Positive
 from ketchup_cache.config.resolve import choices, flag, resolve
 from ketchup_cache.errors import KetchupError
 from ketchup_cache.shipped import recipe
@@ -34,6 +35,21 @@ app = typer.Typer(
 _UsageError: type[Exception] = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 
 
+# What went away → what does the same now. For one release.
+GONE_COMMANDS = {
+    "compact": "score --storage float16",
+    "diff": "info CACHE OTHER",
+    "gc": "verify CACHE --clean",
+    "ls": "info CACHE",
+}
+GONE_OPTIONS = {
+    ("score", "--watch"): "--follow with --cache",
+    ("score", "--idle-exit"): "--until-idle",
+    ("learn", "--scorer"): "--scores-from",
+    ("learn", "--scorer-timeout"): "--scores-timeout",
+}
+
+
 class Result(Protocol):
     """What a command returns: a text for people and a dictionary for `--json`."""
 
@@ -48,7 +64,11 @@ def command(
 
     def register(run: Callable[[Any], Result]) -> Callable[[Any], Result]:
         name = run.__name__
-        fields = COMMANDS[name].model_fields
+        config_class = COMMANDS[name]
+        order = ["Required", *(_title(group) for group in config_class.__mro__)]
+        fields = sorted(
+            config_class.model_fields.items(), key=lambda field: order.index(_panel(config_class, field[0]))
+        )
 
         def invoke(**flags: Any) -> None:
             config_file, recipe_name, as_json = (flags.pop(key) for key in ("config", "recipe", "as_json"))
@@ -60,67 +80,88 @@ def command(
             if getattr(result, "ok", True) is False:
                 raise typer.Exit(2)
 
-        parameters = [_parameter(key, info, key in positional) for key, info in fields.items()]
-        parameters += [_config_parameter(), _recipe_parameter(), _json_parameter()]
-        # Click wants arguments before options; a stable sort keeps the order of the fields otherwise.
+        parameters = [_parameter(key, info, key in positional, _panel(config_class, key)) for key, info in fields]
+        parameters += [
+            _option("config", str | None, "YAML file with these options. Flags win.", metavar="FILE"),
+            _option(
+                "recipe",
+                str | None,
+                "Published settings (`ketchup-cache recipes`). --config and flags win.",
+                metavar="NAME",
+            ),
+            _option("as_json", bool, "Print the result as JSON.", words="--json", default=False),
+        ]
+        # Click wants arguments before options
         parameters.sort(key=lambda p: p.name not in positional)
         invoke.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         invoke.__annotations__ = {p.name: p.annotation for p in parameters}
         epilog = "\b\nExamples:\n" + "\n".join(f"  {line}" for line in examples)
-        app.command(name, help=inspect.getdoc(run), epilog=epilog)(invoke)
+        app.command(name, cls=_Command, help=inspect.getdoc(run), epilog=epilog)(invoke)
         return run
 
     return register
 
 
-def _parameter(name: str, info: FieldInfo, positional: bool) -> inspect.Parameter:
+class _Command(typer.core.TyperCommand):
+    """Its help lists options in panels, required ones first."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        panels: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):
+            if (record := parameter.get_help_record(ctx)) is not None:
+                panels.setdefault(getattr(parameter, "rich_help_panel", None) or "General", []).append(record)
+        for title, records in panels.items():
+            with formatter.section(title):
+                formatter.write_dl(records)
+
+
+def _title(group: type) -> str:
+    """A group of options by its docstring; what a command has of its own is headed `Options`."""
+    text = (group.__doc__ or "").splitlines() or [""]
+    return "Options" if text[0].startswith("Options of") else text[0]
+
+
+def _panel(config_class: type[Config], name: str) -> str:
+    """Title of the panel of an option: that of the group that declares it."""
+    if config_class.model_fields[name].is_required():
+        return "Required"
+    return _title(next(c for c in reversed(config_class.__mro__) if name in getattr(c, "__annotations__", {})))
+
+
+def _parameter(name: str, info: FieldInfo, positional: bool, panel: str) -> inspect.Parameter:
     """Every flag is read as text and checked by the config class, so that all wrong values are reported at once."""
     text = info.description or ""
-    if info.is_required():
-        text += "  [required]"
-    elif info.default not in (None, "", PydanticUndefined):
+    if not info.is_required() and info.default not in (None, "", PydanticUndefined):
         shown = ",".join(map(str, info.default)) if isinstance(info.default, tuple) else str(info.default)
         text += f"  [default: {shown if not isinstance(info.default, bool) else shown.lower()}]"
-    kind: Any = str | None
-    declared: Any
     if positional:
-        declared = typer.Argument(metavar=name.upper(), help=text, show_default=False)
-    elif info.annotation is bool:
+        argument = typer.Argument(metavar=name.upper(), help=text, show_default=False, rich_help_panel="Arguments")
+        return _keyword(name, str | None, argument, None)
+    if info.annotation is bool:
         both = f"{flag(name)}/--no-{name.replace('_', '-')}"
-        kind, declared = bool | None, typer.Option(both, help=text, show_default=False)
-    else:
-        declared = typer.Option(flag(name), metavar=_metavar(info), help=text, show_default=False)
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind, declared])
+        return _option(name, bool | None, text, words=both, panel=panel)
+    return _option(name, str | None, text, metavar=_metavar(info), panel=panel)
 
 
-def _config_parameter() -> inspect.Parameter:
+def _option(
+    name: str,
+    kind: Any,
+    text: str,
+    *,
+    words: str = "",
+    metavar: str | None = None,
+    default: Any = None,
+    panel: str = "",
+) -> inspect.Parameter:
     option = typer.Option(
-        "--config",
-        metavar="FILE",
-        help="YAML file with these options; flags win.",
-        show_default=False,
+        words or flag(name), metavar=metavar, help=text, show_default=False, rich_help_panel=panel or None
     )
+    return _keyword(name, kind, option, default)
+
+
+def _keyword(name: str, kind: Any, declared: Any, default: Any) -> inspect.Parameter:
     return inspect.Parameter(
-        "config", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[str | None, option]
-    )
-
-
-def _recipe_parameter() -> inspect.Parameter:
-    option = typer.Option(
-        "--recipe",
-        metavar="NAME",
-        help="Published settings to start from (`ketchup-cache recipes`); --config and flags win.",
-        show_default=False,
-    )
-    return inspect.Parameter(
-        "recipe", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[str | None, option]
-    )
-
-
-def _json_parameter() -> inspect.Parameter:
-    option = typer.Option("--json", help="Print the result as JSON.", show_default=False)
-    return inspect.Parameter(
-        "as_json", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Annotated[bool, option]
+        name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, declared]
     )
 
 
@@ -151,12 +192,26 @@ def _root(
         raise typer.Exit
 
 
+def _gone(arguments: Sequence[str]) -> str | None:
+    """What to use in place of a command or an option that went away."""
+    command = next((word for word in arguments if not word.startswith("-")), "")
+    if command in GONE_COMMANDS:
+        return f"`{command}` is gone: use `ketchup-cache {GONE_COMMANDS[command]}`"
+    for word in arguments:
+        if instead := GONE_OPTIONS.get((command, word.partition("=")[0])):
+            return f"`{command} {word.partition('=')[0]}` is gone: use {instead}"
+    return None
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0, 2 for an error the user can mend, 130 for Ctrl-C."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments
     # accepted before or after the command
     arguments = [a for a in arguments if a != "--debug"] or ["--help"]
+    if gone := _gone(arguments):
+        print(f"ketchup-cache: {gone}", file=sys.stderr)
+        return 2
     try:
         return app(arguments, standalone_mode=False) or 0
     except KetchupError as error:

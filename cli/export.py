@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from ketchup_cache.config.caches import ExportConfig
+from ketchup_cache.config.commands import ExportConfig
 
 from .app import Result, command
 

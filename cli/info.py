@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from ketchup_cache.config.caches import InfoConfig
+from ketchup_cache.config.commands import InfoConfig
 
 from .app import Result, command
 

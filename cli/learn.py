@@ -1,13 +1,8 @@
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from ketchup_cache.config.commands import LearnConfig
 
 from .app import Result, command
-
-if TYPE_CHECKING:
-    from ketchup_cache.training.source import ScoreRollouts
 
 
 @command(
@@ -19,9 +14,9 @@ if TYPE_CHECKING:
         "ketchup-cache learn --student student/model --cache cache --k 4 --refresh-every 8 \\",
         "    --teacher google/flan-t5-xl --dtype bfloat16 --out run",
         "",
-        "# the same, scored elsewhere by `ketchup-cache score --watch s3://lab/xsum --teacher google/flan-t5-xl`",
+        "# the same, scored elsewhere by `score --follow --cache s3://lab/xsum --teacher google/flan-t5-xl`",
         "ketchup-cache learn --student student/model --cache cache --k 4 --refresh-every 8 \\",
-        "    --scorer s3://lab/xsum --out run",
+        "    --scores-from s3://lab/xsum --out run",
     ]
 )
 def learn(config: LearnConfig) -> Result:
@@ -32,22 +27,4 @@ def learn(config: LearnConfig) -> Result:
     """
     from ketchup_cache.training.learn import learn
 
-    if config.scorer is not None:
-        from ketchup_cache.training.waiting import WaitForScores
-
-        return learn(config, WaitForScores(config))
-    return learn(config, _scorer(config) if config.teacher else None)
-
-
-def _scorer(config: LearnConfig) -> ScoreRollouts:
-    """The teacher enters here and nowhere else, so that offline learning never imports it."""
-    from ketchup_cache.scoring.score import Scorer
-
-    assert config.teacher is not None
-    scorer = Scorer(config, config.teacher)
-
-    def score_rollouts(cache, rollout_ids):  # type: ignore[no-untyped-def]
-        scorer.ensure(cache, rollout_ids)
-        return scorer.info.fingerprint
-
-    return score_rollouts
+    return learn(config)

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from ketchup_cache.config.caches import MergeConfig
+from ketchup_cache.config.commands import MergeConfig
 
 from .app import Result, command
 

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from ketchup_cache.config.caches import PullConfig
+from ketchup_cache.config.commands import PullConfig
 
 from .app import Result, command
 

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from ketchup_cache.config.caches import PushConfig
+from ketchup_cache.config.commands import PushConfig
 
 from .app import Result, command
 

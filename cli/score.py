@@ -10,20 +10,12 @@ from .app import Result, command
         "ketchup-cache score --teacher google/flan-t5-xl --dtype bfloat16 --cache cache",
         "ketchup-cache score --teacher teacher/model --cache cache --json",
         "",
-        "# a lab teacher: stays loaded and scores what anybody's `learn --scorer` puts there",
-        "ketchup-cache score --teacher google/flan-t5-xl --dtype bfloat16 --watch s3://lab/xsum",
+        "# the teacher stays loaded and scores what anybody's `learn --scores-from` puts there",
+        "ketchup-cache score --follow --teacher google/flan-t5-xl --dtype bfloat16 --cache s3://lab/xsum",
     ]
 )
 def score(config: ScoreConfig) -> Result:
-    """Run the frozen teacher over all rollouts not scored yet.
+    """Run the frozen teacher over all rollouts not scored yet; with --follow, over those that appear later too."""
+    from ketchup_cache.scoring.score import score
 
-    With --watch it stays loaded and scores what appears, until Ctrl-C. Several of them share the work, and take over
-    that of one that died.
-    """
-    from ketchup_cache.scoring.score import Scorer, score
-
-    if config.watch is not None:
-        from ketchup_cache.scoring.watch import watch
-
-        return watch(config, Scorer(config, config.teacher, commit_tokens=config.commit_tokens))
     return score(config)

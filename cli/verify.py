@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from ketchup_cache.config.caches import VerifyConfig
+from ketchup_cache.config.commands import VerifyConfig
 
 from .app import Result, command
 

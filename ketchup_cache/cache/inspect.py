@@ -16,7 +16,7 @@ from ketchup_cache.cache.index import Index, check_parent, distinct, parent_id
 from ketchup_cache.cache.manifest import KINDS, Manifest, PromptsInfo, ScoresInfo
 from ketchup_cache.cache.segment_bytes import in_parallel, read_manifest, read_segment
 from ketchup_cache.console import Report, printable, size_text
-from ketchup_cache.errors import KetchupError
+from ketchup_cache.errors import CacheError, KetchupError
 
 Record = dict[str, Any]
 
@@ -228,11 +228,11 @@ def clean(cache: Cache, *, hours: float = 24.0, dry_run: bool = False) -> tuple[
 
     A commit renames its data to segments/ and right after that its manifest: the age must be longer than that takes,
     and than clocks of machines differ. Data that a manifest names as its parent stays, though its own manifest is lost.
-    Nothing is deleted at an address. Raises CorruptError where tmp/ or segments/ is a link, WriteError.
+    Raises CacheError for a cache at an address, CorruptError where tmp/ or segments/ is a link, WriteError.
     """
     store = cache.store
     if not isinstance(store, FolderStore):
-        return (), 0
+        raise CacheError(f"{cache.address}: --clean is for folders; the next push completes what a killed one has left")
     limit, gone, young = time.time() - hours * 3600, [], 0
     for path in leftovers(store.path, _named(cache.index.manifests.values())):
         if weigh(path)[0] > limit:

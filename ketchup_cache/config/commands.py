@@ -1,8 +1,6 @@
-"""Every option of every command, once: flags, YAML keys, JSON Schema and help all come from here, config_base,
-config_caches, config_groups and config_watch.
+"""Every command's options, one class per command: flags, YAML keys, JSON Schema and help all come from here.
 
-The text under a field is its help. The classes share groups of options through inheritance, so that an option
-that several commands have means the same and has the same default in all of them.
+Options that several commands share are in config/options.py, so that each means the same in all of them.
 """
 
 from __future__ import annotations
@@ -12,30 +10,25 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from ketchup_cache.config.base import CacheAddress, Config, Positive
-from ketchup_cache.config.caches import (
-    ExportConfig,
-    InfoConfig,
-    MergeConfig,
-    PullConfig,
-    PushConfig,
-    VerifyConfig,
-)
+from ketchup_cache.config.methods import METHODS
 from ketchup_cache.config.options import (
+    Above0,
+    CacheAddress,
+    Config,
+    Count,
     DataOptions,
     DeviceOptions,
+    LossOptions,
     Normalization,
+    NotNegative,
+    Positive,
     ReturnOptions,
     SamplingOptions,
     ScoringOptions,
+    SelectOptions,
     StepOptions,
-    Tail,
-    Unfinished,
 )
-from ketchup_cache.config.watch import ScorerOptions, WatchOptions
 
-Baseline = Literal["none", "mean", "min-variance", "leave-one-out"]
-Method = Literal["ketchup", "llmr", "seqkd", "kl", "reverse-kl", "js", "tvd"]
 Metric = Literal["rouge", "bleu", "chrf", "ter", "exact", "gsm8k"]
 Aspect = Literal["quality", "informativeness", "coherence"]
 
@@ -49,34 +42,32 @@ MetricList = Annotated[tuple[Metric, ...], BeforeValidator(_split)]
 AspectList = Annotated[tuple[Aspect, ...], BeforeValidator(_split), Field(min_length=1)]
 
 
-class PretrainConfig(DeviceOptions, DataOptions, StepOptions):
+class PretrainConfig(DataOptions, StepOptions, DeviceOptions):
     """Options of `ketchup-cache pretrain`."""
 
-    data: str = ""
-    """References to learn (teacher fine-tuning): a file or dataset with prompt and target. Not with --cache."""
-    cache: CacheAddress | None = None
-    """Completions to learn (pre-distillation, SeqKD): the finished rollouts in this cache."""
-    policy: str | None = None
-    """With --cache: only rollouts of this policy (name, or start of its fingerprint)."""
     model: str
     """Model to train: a folder or a Hub id."""
     out: Path
-    """Folder for the trained model."""
+    """Folder of the run. The trained model is in model/."""
+    data: str = ""
+    """References to learn (teacher fine-tuning): a file or dataset with prompt and target. Not with --cache."""
+    cache: CacheAddress | None = None
+    """Cache whose finished rollouts are learned (pre-distillation, SeqKD). Not with --data."""
+    policy: str | None = None
+    """With --cache: policy whose rollouts are learned, by name or start of its fingerprint."""
     epochs: Positive = 5
     """Passes over the data."""
-    lr: float = Field(default=3e-5, gt=0, allow_inf_nan=False)
-    """Peak learning rate of AdamW."""
     batch_size: Positive = 8
     """Examples per optimizer step."""
-    schedule: Literal["constant", "linear"] = "constant"
-    """Learning rate after the warm-up."""
+    lr: Above0 = 3e-5
+    """Peak learning rate of AdamW."""
     max_new_tokens: Positive = 64
-    """Longest target; longer ones are cut."""
+    """Longest target, in tokens. Longer ones are cut."""
     dropout: bool = True
-    """Keep the model's own dropout on."""
-    checkpoint_every: int = Field(default=500, ge=0)
-    """Optimizer steps between checkpoints. 0: none."""
-    seed: int = Field(default=0, ge=0)
+    """Use the model's own dropout."""
+    checkpoint_every: Count = 500
+    """Optimizer steps between checkpoints. 0: none before the end."""
+    seed: Count = 0
     """Seed of the order of examples and of dropout."""
 
     @model_validator(mode="after")
@@ -86,127 +77,114 @@ class PretrainConfig(DeviceOptions, DataOptions, StepOptions):
         return self
 
 
-class RolloutConfig(DeviceOptions, DataOptions, SamplingOptions):
+class RolloutConfig(SamplingOptions, DataOptions, DeviceOptions):
     """Options of `ketchup-cache rollout`."""
 
     student: str
-    """Policy that samples: a folder or a Hub id. A teacher is a policy too."""
+    """Policy that samples: a folder or a Hub id. It may be a teacher."""
     cache: CacheAddress
-    """Cache that receives the rollouts; made if it is not there."""
-    first: int = Field(default=0, ge=0)
-    """Sample for the first so many prompts only; all are stored, for learn to go on with. 0: sample for all."""
+    """Cache that receives the rollouts. It is made if it does not exist."""
+    first: Count = 0
+    """Number of prompts to sample for. The others are stored too, for `learn` to sample later. 0: all."""
 
 
-class ScoreConfig(WatchOptions, DeviceOptions, ScoringOptions):
+class ScoreConfig(ScoringOptions):
     """Options of `ketchup-cache score`."""
 
     teacher: str
     """Frozen model whose logits are the Q-values: a folder or a Hub id."""
+    cache: CacheAddress
+    """Cache whose rollouts are scored."""
+    keep_top: Count = 0
+    """Number of top teacher logits stored per token, for `learn --method kl, reverse-kl, js, tvd`. 0: none."""
+    storage: Literal["float32", "float16"] = "float32"
+    """Precision of the stored scores. float16 takes about half the space."""
     commit_tokens: Positive = 262144
-    """Completion tokens per committed segment: the most that a killed run has to do again."""
-    keep_top: int = Field(default=0, ge=0)
-    """Also store the teacher's so many largest logits per token, for `learn --method kl, reverse-kl, js,
-    tvd`. 0: none."""
+    """Completion tokens per committed segment: the most that a killed run repeats."""
+    follow: bool = False
+    """Keep the teacher loaded and score new rollouts as they appear, until Ctrl-C."""
+    poll: Above0 = 2.0
+    """With --follow: seconds between two looks for new rollouts."""
+    until_idle: NotNegative = 0.0
+    """With --follow: stop when there was nothing to score for this many seconds. 0: never."""
 
 
-class LearnConfig(ScorerOptions, DeviceOptions, ReturnOptions, SamplingOptions, ScoringOptions, StepOptions):
+class LearnConfig(LossOptions, SelectOptions, SamplingOptions, ScoringOptions, StepOptions):
     """Options of `ketchup-cache learn`."""
 
-    method: Method = "ketchup"
-    """ketchup (K-step), llmr (K = 1), reverse-kl (on the student's samples), seqkd or kl (on teacher outputs), js or
-    tvd (half on the ones, half on the others)."""
     student: str
-    """Policy to train: a folder or a Hub id, best pre-distilled."""
+    """Policy to train: a folder or a Hub id. It should be pre-distilled."""
     cache: CacheAddress
-    """Cache with scored rollouts; refreshed rollouts go there too."""
+    """Cache with scored rollouts. New rollouts of the student go there too."""
     out: Path = Path("run")
-    """Folder for the run: metrics.jsonl, config.json, checkpoint, and the trained student in student/."""
-    scored_by: str | None = None
-    """Which teacher's scores to use where the cache holds several (name, or start of its fingerprint)."""
-    policy: str | None = None
-    """Train only on rollouts of this policy (name, or start of its fingerprint)."""
+    """Folder of the run: metrics.jsonl, config.json, checkpoints, and the trained student in student/."""
+    teacher: str | None = None
+    """Teacher that scores new rollouts in this process: a folder or a Hub id. Without it and --scores-from, learning is
+    offline: from the scores in the cache."""
+    scores_from: str | None = None
+    """Where `ketchup-cache score --follow` scores new rollouts, instead of --teacher: a path or an address; cache: in
+    --cache itself."""
+    scores_timeout: NotNegative = 0.0
+    """With --scores-from: give up when no scores came for this many seconds. 0: never."""
     pin: Path | None = None
-    """Use exactly the segments of another run: the pins.json in its folder. Anything else is refused."""
+    """Use the segments of another run and no others: the pins.json in its folder."""
     teacher_outputs: str | None = None
-    """seqkd, kl, js, tvd: policy whose rollouts are teacher outputs (name, or start of its fingerprint), if not the
-    teacher itself."""
-    keep_top: Positive = 64
-    """kl, reverse-kl, js, tvd: compute with so many of the teacher's largest logits, which scores must hold; the rest
-    is lumped."""
-    refresh_every: Positive = 16
-    """With a teacher or scorer: optimizer steps between new rollouts of the current student."""
-    reuse: Positive = 1
-    """With a teacher or scorer: steps that each new rollout is used in, in batches that are put together anew. It makes
-    sampling and scoring so much cheaper; must divide --refresh-every. (PPO's epochs.)"""
-    steps: int = Field(default=0, ge=0)
+    """Policy whose rollouts are the teacher outputs of seqkd, kl, js and tvd: its name or the start of its fingerprint.
+    Default: the teacher."""
+    steps: Count = 0
     """Optimizer steps. 0: as many as --epochs gives."""
     epochs: Positive = 1
-    """Passes over the scored rollouts (offline) or the prompts (with a teacher)."""
+    """Passes over the scored rollouts (offline) or over the prompts (with new rollouts)."""
     batch_size: Positive = 256
     """Rollouts per optimizer step (the paper's 8 x 32)."""
-    lr: float = Field(default=1e-5, gt=0, allow_inf_nan=False)
-    """Peak learning rate of AdamW."""
-    schedule: Literal["constant", "linear"] = "constant"
-    """Learning rate after the warm-up: constant, or linear to zero at the last step."""
-    baseline: Baseline = "none"
-    """Subtracted from the returns: mean or min-variance (per time step), or leave-one-out (samples of a prompt)."""
-    clip_return: float = Field(default=100.0, gt=0, allow_inf_nan=False)
-    """Returns are clipped to plus or minus this, after normalisation (paper, Tables 4 and 5)."""
-    max_ratio: float = Field(default=2.0, gt=0, allow_inf_nan=False)
-    """Truncation of the per-token importance ratio policy/behaviour."""
-    importance: bool = True
-    """Correct stale rollouts by the importance ratio. Off: treat every rollout as on-policy."""
-    checkpoint_every: int = Field(default=100, ge=0)
-    """Optimizer steps between checkpoints. 0: only at the end."""
+    refresh_every: Positive = 16
+    """With --teacher or --scores-from: optimizer steps between new rollouts of the student."""
+    reuse: Positive = 1
+    """With --teacher or --scores-from: optimizer steps that use each new rollout, in other batches each time (the
+    epochs of PPO). A divisor of --refresh-every."""
+
+    @property
+    def offline(self) -> bool:
+        """Whether all rollouts come from the cache as it is."""
+        return self.teacher is None and self.scores_from is None
 
     @model_validator(mode="before")
     @classmethod
-    def _llmr_is_k_1(cls, options: Any) -> Any:
-        if isinstance(options, dict) and options.get("method") == "llmr":
-            if options.get("k") not in (None, 1, "1"):
-                raise ValueError(f"method llmr is K = 1: leave --k out (it is {options['k']}), or use --method ketchup")
-            return {**options, "k": 1}
+    def _only_what_the_method_has(cls, options: Any) -> Any:
+        method = str(options.get("method")) if isinstance(options, dict) else ""
+        for name, (value, why) in METHODS[method].fixed.items() if method in METHODS else ():
+            given = options.get(name)
+            if given not in (None, value, str(value)):
+                flag = name.replace("_", "-")
+                raise ValueError(f"method {method} {why}: leave --{flag} out (it is {given}), or use another --method")
+            if value != cls.model_fields[name].default:
+                options = {**options, name: value}
         return options
 
     @model_validator(mode="after")
-    def _method_fits(self) -> LearnConfig:
-        if self.method in ("seqkd", "kl"):
-            if self.refresher:
-                raise ValueError(
-                    f"method {self.method} learns from teacher outputs in the cache: leave {self.refresher} out"
-                )
-            if self.policy is not None:
-                raise ValueError(
-                    f"method {self.method} has no rollouts of a student: use --teacher-outputs, not --policy"
-                )
-        if self.method in ("js", "tvd") and self.batch_size // 2 % self.samples + self.batch_size % 2:
+    def _batches_fit(self) -> LearnConfig:
+        rule = METHODS[self.method]
+        if self.teacher is not None and self.scores_from is not None:
+            raise ValueError(
+                "with --scores-from the teacher is elsewhere: leave --teacher out, and choose one with --scored-by"
+            )
+        if rule.samples and rule.outputs and self.batch_size // 2 % self.samples + self.batch_size % 2:
             raise ValueError(
                 f"method {self.method} takes half of the {self.batch_size} rollouts from the teacher: "
                 f"make half of --batch-size a multiple of --samples {self.samples}"
             )
-        if self.method not in ("ketchup", "llmr") and self.baseline != "none":
-            raise ValueError(f"method {self.method} has no returns, so no baseline: leave --baseline out")
-        return self
-
-    @property
-    def top_needed(self) -> int:
-        """How many of the teacher's largest logits scores must hold for this run."""
-        return self.keep_top if self.method in ("kl", "reverse-kl", "js", "tvd") else 0
-
-    @model_validator(mode="after")
-    def _batches_fit(self) -> LearnConfig:
-        if self.reuse > 1 and not self.refresher:
-            raise ValueError("reuse is of new rollouts (--teacher or --scorer); from a cache alone, use --epochs")
+        if self.reuse > 1 and self.offline:
+            raise ValueError("reuse is of new rollouts (--teacher, --scores-from); from a cache alone, use --epochs")
         if self.refresh_every % self.reuse:
             raise ValueError(f"refresh_every {self.refresh_every} must be a multiple of reuse {self.reuse}")
-        if self.baseline == "leave-one-out" and self.refresher and self.samples < 2:
+        if self.baseline == "leave-one-out" and not self.offline and self.samples < 2:
             raise ValueError("baseline leave-one-out compares samples of one prompt: set --samples to 2 or more")
         if self.batch_size % self.samples:
             raise ValueError(f"batch_size {self.batch_size} must be a multiple of samples {self.samples}")
         return self
 
 
-class EvaluateConfig(DeviceOptions, DataOptions, ScoringOptions):
+class EvaluateConfig(DataOptions, ScoringOptions):
     """Options of `ketchup-cache evaluate`."""
 
     model: str
@@ -216,28 +194,28 @@ class EvaluateConfig(DeviceOptions, DataOptions, ScoringOptions):
     metrics: MetricList = ("rouge", "bleu", "chrf", "ter", "exact")
     """Task metrics, comma-separated: rouge, bleu, chrf, ter, exact, gsm8k."""
     teacher: str | None = None
-    """Also report the mean return of the outputs under this teacher."""
+    """Teacher under which the mean return of the outputs is reported too."""
     normalization: Normalization = "logprob"
-    """Of the return that is reported."""
+    """Normalization of that return: raw, centred or logprob."""
     max_new_tokens: Positive = 64
-    """Longest output."""
+    """Longest output, in tokens."""
     rollout_batch: Positive = 64
     """Outputs generated at once."""
     calculator: bool = False
-    """Compute what stands between << and = (GSM8K's annotations) and write the result for the model."""
+    """Compute what stands between << and = (annotations of GSM8K) and write the result for the model."""
     outputs: Path | None = None
-    """Also write every prompt, output and target to this JSONL file."""
+    """JSONL file that receives every prompt, output and target."""
 
 
 class JudgeConfig(Config):
     """Options of `ketchup-cache judge`."""
 
     system: Path
-    """Outputs of the system in question, as `evaluate --outputs` writes them."""
+    """Outputs of the system to judge, as `evaluate --outputs` writes them."""
     baseline: Path
-    """Outputs of the system it is compared with, for the same prompts."""
+    """Outputs of the system to compare with, for the same prompts."""
     judge_model: str
-    """Model that judges, by the name that the endpoint has for it."""
+    """Model that judges, by its name at the endpoint."""
     base_url: str | None = None
     """OpenAI-compatible endpoint. Without it: OPENAI_BASE_URL, else OpenAI. The key is read from OPENAI_API_KEY."""
     kind: Literal["summary", "translation"] = "summary"
@@ -245,72 +223,129 @@ class JudgeConfig(Config):
     aspects: AspectList = ("quality", "informativeness", "coherence")
     """Questions, comma-separated: quality, informativeness, coherence."""
     answers: Path = Path("judge-answers.jsonl")
-    """File of all answers; what stands there is not asked again."""
-    limit: int = Field(default=0, ge=0)
-    """Judge only so many pairs, drawn at random. 0: all."""
-    seed: int = Field(default=0, ge=0)
-    """Seed of that choice."""
+    """File of all answers. What it holds is not asked again."""
+    limit: Count = 0
+    """Number of pairs to judge, drawn at random. 0: all."""
+    seed: Count = 0
+    """Seed of that draw."""
     concurrency: Positive = 8
-    """Queries under way at once."""
-    judge_temperature: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    """Queries at the same time."""
+    judge_temperature: NotNegative = 0.0
     """Sampling temperature of the judge."""
     judge_tokens: Positive = 256
-    """Longest answer of the judge."""
-    retries: int = Field(default=5, ge=0)
-    """Tries after one that failed (busy, broken or no connection), with growing pauses."""
-    timeout: float = Field(default=120.0, gt=0, allow_inf_nan=False)
-    """Seconds to wait for an answer."""
+    """Longest answer of the judge, in tokens."""
+    retries: Count = 5
+    """Tries after a query that failed (busy, broken or no connection), with growing pauses."""
+    timeout: Above0 = 120.0
+    """NotNegative to wait for an answer."""
 
 
-class AnalyzeConfig(Config):
+class AnalyzeConfig(SelectOptions, ReturnOptions):
     """Options of `ketchup-cache analyze`."""
 
     cache: CacheAddress
     """Cache with scored rollouts, several per prompt."""
     ks: IntList = (1, 2, 4, 8, 16)
     """Values of K."""
-    scored_by: str | None = None
-    """Which teacher's scores to use where the cache holds several (name, or start of its fingerprint)."""
-    policy: str | None = None
-    """Only rollouts of this policy (name, or start of its fingerprint). Without it, each policy on its own."""
-    tail: Tail = "one-step"
-    """The last K steps: one-step (Algorithm 1) or jump (Eq. 7)."""
-    normalization: Normalization = "logprob"
-    """Subtracted from all logits of a state."""
-    unfinished: Unfinished = "bootstrap"
-    """Rollouts cut at the length limit: bootstrap, zero or drop."""
     out: Path | None = None
-    """Folder for analysis.json and analysis.png."""
+    """Folder that receives analysis.json and analysis.png."""
+
+
+class InfoConfig(Config):
+    """Options of `ketchup-cache info`."""
+
+    cache: CacheAddress
+    """Cache to describe: a path or an address."""
+    other: CacheAddress | None = None
+    """Another cache. Shows what only one of the two has."""
+
+
+class VerifyConfig(Config):
+    """Options of `ketchup-cache verify`."""
+
+    cache: CacheAddress
+    """Cache to check: every byte against its manifest."""
+    deep: bool = False
+    """Also decode every array and check every rule of the format."""
+    clean: bool = False
+    """Delete what crashes have left: data without a manifest, and unfinished files. Segments stay."""
+    older_than: NotNegative = 24.0
+    """With --clean: hours. Younger files stay, since a writer may need them."""
+    dry_run: bool = False
+    """With --clean: only say what would be deleted."""
+
+
+class CopyOptions(Config):
+    """Options"""
+
+    dry_run: bool = False
+    """Only say what would be copied."""
+
+
+class PushConfig(CopyOptions):
+    """Options of `ketchup-cache push`."""
+
+    cache: CacheAddress
+    """Cache whose segments are copied: a path or an address."""
+    url: str
+    """Target: a path, s3://bucket/name, gs://…, or hf://datasets/owner/name. It is made if it does not exist."""
+    license: str | None = None
+    """License id for the card of a Hub data set. Default: it stays as it is."""
+
+
+class PullConfig(CopyOptions):
+    """Options of `ketchup-cache pull`."""
+
+    url: str
+    """Source: a path, s3://bucket/name, gs://…, https://…, or hf://datasets/owner/name."""
+    cache: CacheAddress
+    """Cache that receives the segments: a path or an address. It is made if it does not exist."""
+
+
+class MergeConfig(CopyOptions):
+    """Options of `ketchup-cache merge`."""
+
+    a: str
+    """A cache: a path or an address."""
+    b: str
+    """Another cache."""
+    into: str
+    """Cache that receives what it lacks of both. It may be one of the two; it is made if it does not exist."""
+
+
+class ExportConfig(SelectOptions):
+    """Options of `ketchup-cache export`."""
+
+    cache: CacheAddress
+    """Cache to export: a path or an address."""
+    out: Path
+    """New folder for the files."""
+    to: Literal["parquet", "hf-dataset"]
+    """parquet: files. hf-dataset: a folder for `datasets.load_from_disk`."""
+    keep_top: Count = 0
+    """Number of top teacher logits per token to export. Only rollouts whose scores keep them. 0: none."""
+    unscored: bool = False
+    """Also export rollouts without scores. What would come from the teacher is null."""
 
 
 class RecipesConfig(Config):
     """Options of `ketchup-cache recipes`."""
 
     name: str | None = None
-    """Recipe to print with its commands. Without it, all are listed."""
+    """Recipe to print with its commands. Default: a list of all."""
 
 
 class DemoConfig(Config):
     """Options of `ketchup-cache demo`."""
 
     out: Path = Path("demo-run")
-    """Folder for everything the demo makes. Interrupted, it goes on from there."""
+    """Folder for everything the demo makes. An interrupted demo goes on there."""
 
 
 COMMANDS: dict[str, type[Config]] = {
-    "pretrain": PretrainConfig,
-    "rollout": RolloutConfig,
-    "score": ScoreConfig,
-    "learn": LearnConfig,
-    "evaluate": EvaluateConfig,
-    "judge": JudgeConfig,
-    "analyze": AnalyzeConfig,
-    "info": InfoConfig,
-    "verify": VerifyConfig,
-    "push": PushConfig,
-    "pull": PullConfig,
-    "merge": MergeConfig,
-    "export": ExportConfig,
-    "demo": DemoConfig,
-    "recipes": RecipesConfig,
-}
+    config.__name__.removesuffix("Config").lower(): config
+    for config in (
+        PretrainConfig, RolloutConfig, ScoreConfig, LearnConfig, EvaluateConfig, JudgeConfig, AnalyzeConfig, InfoConfig,
+        VerifyConfig, PushConfig, PullConfig, MergeConfig, ExportConfig, DemoConfig, RecipesConfig,
+    )
+}  # fmt: skip

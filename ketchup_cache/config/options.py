@@ -1,20 +1,55 @@
-"""Groups of options that several commands share."""
+"""Groups of options that several commands share. The text under a field is its help; that under a group is its title.
+
+Parts of the program take the group that they need, so a test or a script gives them `LossOptions(k=2)` and no more.
+"""
 
 from __future__ import annotations
 
-from typing import Literal
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from ketchup_cache.config.base import Config, Positive, TokensOrAuto
+from ketchup_cache.config.methods import METHODS, Method
 
 Normalization = Literal["raw", "centred", "logprob"]
-Tail = Literal["one-step", "jump"]
-Unfinished = Literal["drop", "bootstrap", "zero"]
-Dtype = Literal["float32", "bfloat16"]
+Baseline = Literal["none", "mean", "min-variance", "leave-one-out"]
+
+
+class Config(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+def _folder_or_address(value: Path | str) -> Path | str:
+    return Path(value) if isinstance(value, str) and "://" not in value else value
+
+
+CacheAddress = Annotated[str | Path, AfterValidator(_folder_or_address)]
+"""A folder, or an address: pathlib would make one slash of the two in s3://."""
+Positive = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=0)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Above0 = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+def _tokens_or_auto(value: Any) -> Any:
+    if value == "auto":
+        return value
+    try:
+        number = int(value) if isinstance(value, str | int) and not isinstance(value, bool) else 0
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise ValueError("must be a whole number of 1 or more, or auto")
+    return number
+
+
+TokensOrAuto = Annotated[Positive | Literal["auto"], BeforeValidator(_tokens_or_auto)]
 
 
 class DeviceOptions(Config):
+    """Device"""
+
     device: str = "auto"
     """Where models run: auto (a GPU if there is one), cpu, cuda, cuda:1, mps."""
     trust_remote_code: bool = False
@@ -22,28 +57,31 @@ class DeviceOptions(Config):
 
 
 class DataOptions(Config):
+    """Prompts"""
+
     data: str
     """Prompts: a .jsonl, .csv or .parquet file, or a Hugging Face dataset (owner/name or owner/name:config)."""
     split: str = "train"
     """Split of a Hugging Face dataset."""
     prompt_field: str = "prompt"
-    """Column that holds the prompt; translation.en is the part `en` of the column `translation`."""
+    """Column of the prompts. translation.en is the part `en` of the column `translation`."""
     target_field: str = "target"
-    """Column that holds the reference."""
+    """Column of the references."""
     template: str = "{prompt}"
-    """Text given to the model. {prompt} stands for the prompt's text."""
-    skip: int = Field(default=0, ge=0)
-    """Leave out the first so many rows."""
-    limit: int = Field(default=0, ge=0)
-    """Use only so many rows. 0: all."""
+    """Text given to the model. {prompt} is replaced by the prompt."""
+    skip: Count = 0
+    """Number of rows to leave out at the start."""
+    limit: Count = 0
+    """Number of rows to use. 0: all."""
     max_prompt_tokens: Positive = 1024
-    """Longest prompt the model is given."""
+    """Longest prompt, in tokens."""
     long_prompts: Literal["refuse", "truncate", "drop"] = "refuse"
-    """What to do with a longer one: stop, cut it at the end (EOS is kept), or leave it out."""
+    """What happens to a longer prompt. refuse: an error. truncate: it is cut at the end, EOS is kept. drop: it is left
+    out."""
     chat: bool = False
-    """Wrap the prompt as a user turn with the tokenizer's chat template, and leave the assistant's turn open."""
+    """Wrap each prompt as a user turn by the tokenizer's chat template, and open the assistant's turn."""
     system: str = ""
-    """With --chat: text of a system turn before it."""
+    """Text of a system turn before the prompt. Needs --chat."""
 
     @model_validator(mode="after")
     def _whole_turns(self) -> DataOptions:
@@ -55,24 +93,26 @@ class DataOptions(Config):
 
 
 class SamplingOptions(Config):
+    """Sampling"""
+
     samples: Positive = 1
     """Completions per prompt."""
     greedy: bool = False
     """Take the most likely token instead of sampling."""
-    temperature: float = Field(default=1.0, gt=0, allow_inf_nan=False)
-    """Sampling temperature. 1, with no top-k and top-p, is the policy itself (Algorithm 1)."""
-    top_k: int = Field(default=0, ge=0)
+    temperature: Above0 = 1.0
+    """Sampling temperature. 1, without top-k and top-p, is the policy itself (Algorithm 1)."""
+    top_k: Count = 0
     """Sample from the k most likely tokens. 0: from all."""
     top_p: float = Field(default=1.0, gt=0, le=1, allow_inf_nan=False)
-    """Sample from the smallest set of tokens with this much probability. 1: from all."""
+    """Sample from the smallest set of tokens with this probability. 1: from all."""
     max_new_tokens: Positive = 64
-    """Longest completion. A rollout that reaches it without EOS is unfinished."""
-    seed: int = Field(default=0, ge=0)
+    """Longest completion, in tokens. A rollout that reaches it without EOS is unfinished."""
+    seed: Count = 0
     """Seed of all sampling. The same seed gives the same rollouts."""
     rollout_batch: Positive = 64
     """Completions generated at once."""
     calculator: bool = False
-    """Compute what stands between << and = (GSM8K's annotations) and write the result for the model."""
+    """Compute what stands between << and = (annotations of GSM8K) and write the result for the model."""
 
     @model_validator(mode="after")
     def _greedy_is_one_sample(self) -> SamplingOptions:
@@ -81,36 +121,86 @@ class SamplingOptions(Config):
         return self
 
 
-class ScoringOptions(Config):
-    dtype: Dtype = "float32"
-    """Precision of the teacher's body. The head and its reductions always run in float32."""
+class ScoringOptions(DeviceOptions):
+    """Teacher"""
+
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of the teacher's body. The head and its reductions run in float32."""
     batch_tokens: TokensOrAuto = "auto"
-    """Largest batch of the teacher, in tokens: prompts once each, and completions. auto: what fits into memory."""
+    """Largest batch of the teacher, in tokens of prompts (each once) and completions. auto: what fits into memory."""
     device_map: str | None = None
-    """Spread a large teacher over devices: auto, balanced, sequential (through accelerate)."""
+    """Spread a large teacher over devices: auto, balanced or sequential (by accelerate)."""
+
+
+class SelectOptions(Config):
+    """Choice of models in a cache"""
+
+    scored_by: str | None = None
+    """Teacher whose scores are used: its name or the start of its fingerprint. Default: the only one."""
+    policy: str | None = None
+    """Policy whose rollouts are used: its name or the start of its fingerprint. Default: all."""
 
 
 class ReturnOptions(Config):
-    k: Positive = 4
-    """Steps per jump. 1 is LLMR; 2 to 8 did best in the paper."""
-    tail: Tail = "one-step"
-    """The last K steps: one-step (Algorithm 1) or jump over the end (Eq. 7)."""
+    """Returns"""
+
+    tail: Literal["one-step", "jump"] = "one-step"
+    """Return of the last K tokens. one-step: step by step (Algorithm 1). jump: over the end (Eq. 7)."""
     normalization: Normalization = "logprob"
-    """Subtracted from all logits of a state: nothing (raw), their mean (centred), their logsumexp (logprob)."""
-    unfinished: Unfinished = "bootstrap"
-    """Rollouts cut at the length limit: bootstrap from the teacher's value there, zero after the cut, or drop."""
+    """Subtracted from all logits of a state. raw: nothing. centred: their mean. logprob: their logsumexp."""
+    unfinished: Literal["drop", "bootstrap", "zero"] = "bootstrap"
+    """Rollouts cut at the length limit. bootstrap: the teacher's value follows. zero: nothing follows. drop: left
+    out."""
+
+    @property
+    def of_returns(self) -> dict[str, Any]:
+        """As `method.returns.rollout_returns` takes them."""
+        return {"tail": self.tail, "normalization": self.normalization, "unfinished": self.unfinished}
 
 
 class StepOptions(Config):
-    """An optimizer step, whatever it learns from."""
+    """Optimizer"""
 
-    warmup: int = Field(default=0, ge=0)
+    lr: Above0 = 1e-5
+    """Peak learning rate of AdamW."""
+    schedule: Literal["constant", "linear"] = "constant"
+    """Learning rate after the warm-up: constant, or linear to zero at the last step."""
+    warmup: Count = 0
     """Optimizer steps of linear warm-up."""
     weight_decay: float = Field(default=0.01, ge=0)
-    """AdamW's decoupled weight decay."""
-    max_grad_norm: float = Field(default=1.0, gt=0, allow_inf_nan=False)
-    """Clip the gradient's norm."""
+    """Decoupled weight decay of AdamW."""
+    max_grad_norm: Above0 = 1.0
+    """The gradient is clipped to this norm."""
     micro_batch_tokens: Positive = 16384
-    """Largest micro-batch, in tokens. Memory, not results, depends on it."""
+    """Largest micro-batch, in tokens. It changes memory, not results."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """Of the body's products; bfloat16 by autocast. Weights, gradients, head, loss and optimizer stay in float32."""
+    """Precision of the body's products, by autocast. Weights, gradients, head, loss and optimizer stay in float32."""
+    checkpoint_every: Count = 100
+    """Optimizer steps between checkpoints. 0: none before the end."""
+
+
+class LossOptions(ReturnOptions, StepOptions):
+    """Method"""
+
+    method: Method = "ketchup"
+    """ketchup (K-step returns), llmr (K = 1) and reverse-kl learn from rollouts of the student; seqkd and kl from
+    teacher outputs; js and tvd from half of each."""
+    k: Positive = 4
+    """Steps per jump of the return. 1 is LLMR. The paper's best are 2 to 8."""
+    keep_top: Positive = 64
+    """Number of top teacher logits used per token, for `--method kl, reverse-kl, js, tvd`. The scores must hold them;
+    all other tokens count as one."""
+    baseline: Baseline = "none"
+    """Subtracted from the returns. mean, min-variance: one per time step. leave-one-out: the other samples of the
+    prompt."""
+    clip_return: Above0 = 100.0
+    """Returns are clipped to plus or minus this, after normalization (paper, Tables 4 and 5)."""
+    max_ratio: Above0 = 2.0
+    """Largest importance ratio policy/behaviour policy of a token."""
+    importance: bool = True
+    """Weigh stale rollouts by the importance ratio. Off: all rollouts count as on-policy."""
+
+    @property
+    def top_needed(self) -> int:
+        """How many of the teacher's largest logits the scores must hold."""
+        return self.keep_top if METHODS[self.method].top_logits else 0

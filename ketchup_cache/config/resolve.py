@@ -11,27 +11,14 @@ import yaml
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from ketchup_cache.config.base import Config
 from ketchup_cache.config.commands import COMMANDS
+from ketchup_cache.config.methods import METHODS
+from ketchup_cache.config.options import Config
 from ketchup_cache.errors import ConfigError
 from ketchup_cache.shipped import recipe, recipe_names
 
 RECIPE_KEYS = {"extends", "about"}
 """Keys of a YAML file that are not options: the recipe it builds on, and what `ketchup-cache recipes` shows of it."""
-
-
-NOT_OF_METHOD = {
-    "llmr": ("k",),
-    "seqkd": ("teacher", "scorer", "policy", "baseline"),
-    "kl": ("teacher", "scorer", "policy", "baseline"),
-    "reverse-kl": ("baseline",),
-    "js": ("baseline",),
-    "tvd": ("baseline",),
-}
-"""Options that a method of `learn` has no use for: refused as flags, but passed over in a file, which may serve several
-methods and commands."""
-EITHER = {"score": ("watch", "cache"), "learn": ("scorer", "teacher")}
-"""Two ways of a command: a flag for one passes over the other in a file; so does the first one in a file."""
 
 
 def resolve(command: str, file: Path | None, flags: dict[str, Any], recipe_name: str | None = None) -> Config:
@@ -51,20 +38,26 @@ def resolve(command: str, file: Path | None, flags: dict[str, Any], recipe_name:
             values |= found
             problems += wrong
     values |= {key: value for key, value in flags.items() if value is not None}
-    for name in NOT_OF_METHOD.get(str(values.get("method")), ()):
-        if flags.get(name) is None:
-            values.pop(name, None)
-    for one, other in (EITHER[command], EITHER[command][::-1]) if command in EITHER else ():
-        if values.get(one) is not None and flags.get(other) is None:
-            values.pop(other, None)
-    config = None
+    for name in _passed_over(command, values, flags):
+        values.pop(name, None)
     try:
         config = config_class.model_validate(values)
     except ValidationError as error:
-        problems += [_explain(detail, config_class) for detail in error.errors()]
-    if problems or config is None:
+        raise ConfigError([*problems, *(_explain(detail, config_class) for detail in error.errors())]) from None
+    if problems:
         raise ConfigError(problems)
     return config
+
+
+def _passed_over(command: str, values: dict[str, Any], flags: dict[str, Any]) -> set[str]:
+    """Options that do not apply, and come from a file, which may serve several methods and commands."""
+    if command != "learn":
+        return set()
+    rule = METHODS.get(str(values.get("method")))
+    unused = set(rule.fixed) if rule else set()
+    if values.get("scores_from") is not None and values.get("teacher") is not None:
+        unused.add("scores_from" if flags.get("teacher") is not None else "teacher")
+    return {name for name in unused if flags.get(name) is None}
 
 
 def find_recipe(name: str) -> Path:
@@ -75,17 +68,13 @@ def find_recipe(name: str) -> Path:
     return recipe(name)
 
 
-def load_yaml(file: Path) -> dict[str, Any]:
-    """A YAML file on top of the recipe that it extends, and so on; underscores in all keys.
+def load_yaml(file: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """A YAML file on top of the recipe that it extends, and so on; underscores in all keys. above: what extends it.
 
     A section (a key that holds keys) is merged with the one below it, anything else replaces it.
 
     Raises ConfigError where the file is missing, unreadable or no mapping, or `extends` names no recipe or goes round.
     """
-    return _load(file, ())
-
-
-def _load(file: Path, above: tuple[Path, ...]) -> dict[str, Any]:
     try:
         loaded = yaml.safe_load(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -104,7 +93,7 @@ def _load(file: Path, above: tuple[Path, ...]) -> dict[str, Any]:
     below = find_recipe(str(own["extends"]))
     if below in (*above, file):
         raise ConfigError([f"{file}: `extends: {own['extends']}` goes round in a circle"])
-    merged = _load(below, (*above, file))
+    merged = load_yaml(below, (*above, file))
     for key, value in own.items():
         both = isinstance(value, dict) and isinstance(merged.get(key), dict)
         merged[key] = merged[key] | value if both else value
@@ -112,36 +101,27 @@ def _load(file: Path, above: tuple[Path, ...]) -> dict[str, Any]:
 
 
 def _underscored(values: dict[Any, Any]) -> dict[str, Any]:
-    return {_key(key): _underscored(value) if isinstance(value, dict) else value for key, value in values.items()}
+    return {str(k).replace("-", "_"): _underscored(v) if isinstance(v, dict) else v for k, v in values.items()}
 
 
 def _read_yaml(command: str, file: Path) -> tuple[dict[str, Any], list[str]]:
     """Options of one command, and what is wrong with the file."""
     loaded = load_yaml(file)
-    problems: list[str] = []
     shared = {key: value for key, value in loaded.items() if key not in COMMANDS and key not in RECIPE_KEYS}
     known = {name for config_class in COMMANDS.values() for name in config_class.model_fields}
-    problems += [f"{file}: unknown key `{key}`{_did_you_mean(key, known)}" for key in shared if key not in known]
-    sections: dict[str, dict[str, Any]] = {}
-    for name in COMMANDS:
-        section = loaded.get(name) or {}
+    problems = [f"{file}: unknown key `{key}`{_did_you_mean(key, known)}" for key in shared if key not in known]
+    for name, config_class in COMMANDS.items():
+        section, fields = loaded.get(name) or {}, config_class.model_fields
         if not isinstance(section, dict):
             problems.append(f"{file}: section `{name}` must hold `option: value` lines")
             continue
-        fields = COMMANDS[name].model_fields
-        sections[name] = section
+        unknown = [key for key in section if key not in fields]
         problems += [
-            f"{file}: unknown key `{key}` in section `{name}`{_did_you_mean(key, set(fields))}"
-            for key in sections[name]
-            if key not in fields
+            f"{file}: unknown key `{key}` in section `{name}`{_did_you_mean(key, set(fields))}" for key in unknown
         ]
-    own = COMMANDS[command].model_fields
-    values = shared | sections.get(command, {})
-    return {key: value for key, value in values.items() if key in own}, problems
-
-
-def _key(key: Any) -> str:
-    return str(key).replace("-", "_")
+        if name == command:
+            shared |= section
+    return {key: value for key, value in shared.items() if key in COMMANDS[command].model_fields}, problems
 
 
 def flag(name: str) -> str:
@@ -166,18 +146,19 @@ def _explain(detail: ErrorDetails, config_class: type[Config]) -> str:
     if kind == "extra_forbidden":
         return f"unknown option `{name}`{_did_you_mean(name, set(config_class.model_fields))}"
     wants = {
-        "greater_than": lambda: f"must be greater than {context['gt']}",
-        "greater_than_equal": lambda: f"must be {context['ge']} or more",
-        "less_than": lambda: f"must be less than {context['lt']}",
-        "less_than_equal": lambda: f"must be {context['le']} or less",
-        "literal_error": lambda: f"must be one of {context['expected']}",
-        "int_parsing": lambda: "must be a whole number",
-        "int_from_float": lambda: "must be a whole number",
-        "float_parsing": lambda: "must be a number",
-        "bool_parsing": lambda: "must be true or false",
-        "value_error": lambda: str(context["error"]),
-    }.get(kind, lambda: detail["msg"].lower())()
-    return f"{flag(name)} {wants}, not {given!r}"
+        "greater_than": "must be greater than {gt}",
+        "greater_than_equal": "must be {ge} or more",
+        "less_than": "must be less than {lt}",
+        "less_than_equal": "must be {le} or less",
+        "literal_error": "must be one of {expected}",
+        "int_parsing": "must be a whole number",
+        "int_from_float": "must be a whole number",
+        "float_parsing": "must be a number",
+        "bool_parsing": "must be true or false",
+        "value_error": "{error}",
+    }
+    wants_this = wants[kind].format(**context) if kind in wants else detail["msg"].lower()
+    return f"{flag(name)} {wants_this}, not {given!r}"
 
 
 def choices(annotation: Any) -> tuple[str, ...]:

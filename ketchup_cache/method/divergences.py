@@ -11,6 +11,7 @@ Values and gradients are finite for every such input.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -67,14 +68,18 @@ def js_student_half(teacher: Tensor, student: Tensor) -> Tensor:
     return _weighted(student, student - _mixture(teacher, student))
 
 
-def js(teacher: Tensor, student: Tensor) -> Tensor:
-    """½ KL(p‖m) + ½ KL(π‖m), → [n], between 0 and log 2."""
-    return (js_teacher_half(teacher, student) + js_student_half(teacher, student)) / 2
-
-
 def tvd(teacher: Tensor, student: Tensor) -> Tensor:
     """Total variation distance ½ Σ |p − π|, → [n], between 0 and 1. Where p = π its subgradient is taken as 0."""
     return (teacher.exp() - student.exp()).abs().sum(1) / 2
+
+
+TERMS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor] | None, Callable[[Tensor, Tensor], Tensor] | None]] = {
+    "kl": (forward_kl, None),
+    "reverse-kl": (None, reverse_kl),
+    "js": (js_teacher_half, js_student_half),
+    "tvd": (tvd, tvd),
+}
+"""Each method's term of the loss on teacher outputs, and on samples of the student. None: it has no such rollouts."""
 
 
 def _weighted(logprob: Tensor, values: Tensor) -> Tensor:

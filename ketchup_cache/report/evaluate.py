@@ -134,7 +134,7 @@ def _targets(examples: Sequence[Example], config: EvaluateConfig) -> list[str] |
 
 
 def _check_teacher(name: str, tokenizer: PreTrainedTokenizerBase, mine: TokenizerInfo, config: EvaluateConfig) -> None:
-    _, theirs = Teacher.identify(name, dtype=config.dtype, trust_remote_code=config.trust_remote_code)
+    _, theirs = Teacher.identify(name, config)
     if theirs.fingerprint != mine.fingerprint:
         other = load_tokenizer(name, trust_remote_code=config.trust_remote_code)
         raise MismatchError(
@@ -158,7 +158,7 @@ def _decode(prompts: Ragged, tokenizer: PreTrainedTokenizerBase, vocab_size: int
 
 
 def _mean_return(name: str, prompts: Ragged, rollouts: Rollouts, config: EvaluateConfig) -> MeanReturn:
-    teacher = Teacher.load(name, **config.model_dump(include={"dtype", "device", "device_map", "trust_remote_code"}))
+    teacher = Teacher.load(name, config)
     with progress("score", len(rollouts.completions.values)) as bar:
         scores = teacher.score(prompts, rollouts, batch_tokens=config.batch_tokens, on_batch=bar.advance)
     (one_step,) = rollout_returns(rollouts, scores, [1], normalization=config.normalization, unfinished="bootstrap")

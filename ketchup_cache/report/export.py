@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from ketchup_cache.cache.cache import Cache
 from ketchup_cache.cache.index import ScoredRef
 from ketchup_cache.cache.manifest import RolloutsInfo
-from ketchup_cache.config.caches import ExportConfig
+from ketchup_cache.config.commands import ExportConfig
 from ketchup_cache.console import Report, printable, progress, size_text
 from ketchup_cache.errors import CacheError, ConfigError
 from ketchup_cache.files import publishing

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import functools
 import gc
 import hashlib
+import random
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import numpy as np
 import torch
@@ -17,16 +18,20 @@ import torch
 from ketchup_cache.cache.cache import Cache
 from ketchup_cache.cache.index import ScoredRef
 from ketchup_cache.cache.manifest import RolloutsInfo, ScoresInfo
-from ketchup_cache.config.commands import EvaluateConfig, LearnConfig, ScoreConfig
-from ketchup_cache.console import Bar, progress
-from ketchup_cache.errors import MismatchError, NumericsError
+from ketchup_cache.config.commands import ScoreConfig
+from ketchup_cache.config.options import ScoringOptions
+from ketchup_cache.console import Bar, Report, progress, say
+from ketchup_cache.errors import CacheError, CorruptError, MismatchError, ModelError, NumericsError, WriteError
 from ketchup_cache.models.fingerprint import first_difference, tokenizer_info
 from ketchup_cache.models.load import load_tokenizer
 from ketchup_cache.models.memory import TokenBudget
+from ketchup_cache.provenance import TokenizerInfo, require_same_tokenizer
 from ketchup_cache.scoring.teacher import Teacher
 from ketchup_cache.sharing.remote_cache import open_cache
 from ketchup_cache.types import Ragged, Rollouts, Scores
 
+LONGEST_PAUSE_S = 60.0
+"""Between two tries in an outage."""
 COMMIT_TOKENS: int = ScoreConfig.model_fields["commit_tokens"].default
 
 TOP_BYTES = 2**28
@@ -36,7 +41,7 @@ TOP_ITEM_BYTES = 8
 
 
 @dataclass(frozen=True)
-class ScoreReport:
+class ScoreReport(Report):
     """What one run did. Rows are rollouts, tokens are completion tokens."""
 
     teacher: str
@@ -55,6 +60,15 @@ class ScoreReport:
     """Largest batch, in tokens, that was used in the end; None where the teacher had nothing to compute."""
     seconds: float = 0.0
     """From start to end, loading included."""
+    load_s: float = 0.0
+    """Of them, reading the teacher's weights."""
+
+    def plus(self, other: ScoreReport) -> ScoreReport:
+        """This and what was done after it."""
+        counts = {
+            name: getattr(self, name) + getattr(other, name) for name in ("computed", "tokens", "copied", "segments")
+        }
+        return replace(self, **counts, batch_tokens=other.batch_tokens or self.batch_tokens)
 
     @property
     def hit_rate(self) -> float:
@@ -64,9 +78,6 @@ class ScoreReport:
     @property
     def tokens_per_second(self) -> float:
         return self.tokens / self.seconds if self.seconds else 0.0
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self) | {"hit_rate": self.hit_rate, "tokens_per_second": self.tokens_per_second}
 
     def __str__(self) -> str:
         if not self.computed + self.copied:
@@ -84,127 +95,123 @@ def score(config: ScoreConfig) -> ScoreReport:
 
     Raises CacheError, ModelError, MismatchError (tokenizers), NumericsError, WriteError.
     """
-    assert config.cache is not None
-    cache = open_cache(config.cache)
-    return Scorer(config, config.teacher, commit_tokens=config.commit_tokens).ensure(cache)
+    cache = open_cache(config.cache, create=config.follow)
+    storage: Literal["lossless", "compact"] = "compact" if config.storage == "float16" else "lossless"
+    scorer = Scorer(config.teacher, config, config.keep_top, commit_tokens=config.commit_tokens, storage=storage)
+    return follow(cache, scorer, config) if config.follow else scorer.ensure(cache)
+
+
+def follow(cache: Cache, scorer: Scorer, config: ScoreConfig) -> ScoreReport:
+    """`score --follow`: score what lacks scores, look again every `--poll` seconds, until Ctrl-C or `--until-idle`.
+
+    Any number of these may work at one place. They do not talk to each other: each takes a segment at random, and the
+    format allows a row to be scored twice. Rollouts that this teacher can't score are said once and passed over. An
+    outage of the place is retried with growing pauses. Raises ModelError where the teacher can't be loaded.
+    """
+    began = time.monotonic()
+    scorer.stay()
+    idle_since, pause, passed_over = time.monotonic(), config.poll, set[str]()
+    done = ScoreReport(str(scorer), 0)
+    say(f"teacher {scorer} is loaded; scoring what appears in {cache.address} until Ctrl-C")
+    with suppress(KeyboardInterrupt):
+        while not config.until_idle or time.monotonic() - idle_since < config.until_idle:
+            try:
+                cache.refresh()
+                if waiting := sorted({id_ for id_, _, _ in scorer.unscored(cache)} - passed_over):
+                    chosen, pause = random.choice(waiting), 0.0
+                    try:
+                        done = done.plus(scorer.ensure(cache, [chosen]))
+                    except (MismatchError, NumericsError, ModelError, CorruptError) as error:
+                        passed_over.add(chosen)
+                        say(f"passed over: {error}")
+                    idle_since = time.monotonic()
+                else:
+                    pause = config.poll
+            except (CacheError, WriteError) as error:
+                pause, idle_since = min(2 * max(pause, config.poll), LONGEST_PAUSE_S), time.monotonic()
+                say(f"{error}; trying again in {pause:.0f} s")
+            time.sleep(pause)
+    return replace(done, seconds=time.monotonic() - began)
 
 
 class Scorer:
     """A teacher by name. Its files say at once who it is; its weights are in memory only while they compute.
 
-    info, tokenizer: what its scores are filed under.
+    info, tokenizer: what its scores are filed under. keep_top: how many of the largest logits they keep.
     """
 
     def __init__(
-        self, config: ScoreConfig | LearnConfig | EvaluateConfig, teacher: str, *, commit_tokens: int = COMMIT_TOKENS
+        self,
+        teacher: str,
+        options: ScoringOptions,
+        keep_top: int = 0,
+        *,
+        commit_tokens: int = COMMIT_TOKENS,
+        storage: Literal["lossless", "compact"] = "lossless",
     ) -> None:
-        """Raises ModelError where the teacher's files are missing or damaged."""
-        self._config, self._name, self._commit_tokens = config, teacher, commit_tokens
+        """storage: compact is float16. Raises ModelError where the teacher's files are missing or damaged."""
+        self._name, self._options, self._storage = teacher, options, storage
+        self._budget = TokenBudget(options.batch_tokens)
         self._known: _KnownScores | None = None
-        self._budget = TokenBudget(config.batch_tokens)
-        self._resident: Teacher | None = None
-        wanted = config.keep_top if isinstance(config, ScoreConfig) else getattr(config, "top_needed", 0)
-        self.info, self.tokenizer = Teacher.identify(
-            teacher, dtype=config.dtype, trust_remote_code=config.trust_remote_code
-        )
-        self.keep_top = min(wanted, self.tokenizer.vocab_size)
-        if self.keep_top:
-            fitting = TOP_BYTES // (self.keep_top * TOP_ITEM_BYTES)
-            self._commit_tokens = max(1, min(self._commit_tokens, fitting))
+        self._teacher: Teacher | None = None
+        self._stays, self._load_s = False, 0.0
+        self.info, self.tokenizer = Teacher.identify(teacher, options)
+        self.keep_top = min(keep_top, self.tokenizer.vocab_size)
+        fitting = TOP_BYTES // (self.keep_top * TOP_ITEM_BYTES) if self.keep_top else commit_tokens
+        self._commit_tokens = max(1, min(commit_tokens, fitting))
 
-    def ensure(self, cache: Cache, rollout_ids: Sequence[str] | None = None) -> ScoreReport:
+    def __str__(self) -> str:
+        return f"{self.info.name} ({self.info.fingerprint[:12]})"
+
+    def stay(self) -> None:
+        """Load the teacher now, and keep it in memory. Raises ModelError."""
+        self._stays = self._loaded() is not None
+
+    def unscored(self, cache: Cache) -> list[tuple[str, int, int]]:
+        """(rollouts id, row_start, row_stop) of all rows without scores by this teacher."""
+        return cache.unscored(self.info.fingerprint, keep_top=self.keep_top)
+
+    def ensure(self, cache: Cache, rollout_ids: Iterable[str] | None = None) -> ScoreReport:
         """Score every row of these rollouts segments (None: of the whole cache) that has no scores by this teacher.
 
         Raises MismatchError, before any weights are loaded, where the rollouts were written with another tokenizer;
         CacheError for an unknown id; ModelError, NumericsError and WriteError. What was committed before stays.
         """
-        began = time.monotonic()
+        began, loaded_s = time.monotonic(), self._load_s
         ids = {i for i, _ in cache.rollouts()} if rollout_ids is None else set(rollout_ids)
         rows = sum(cache.manifest(rollouts_id).rows for rollouts_id in ids)
-        missing = [part for part in cache.unscored(self.info.fingerprint, keep_top=self.keep_top) if part[0] in ids]
+        missing = [part for part in self.unscored(cache) if part[0] in ids]
         for rollouts_id, _, _ in missing:
             self._check_tokenizer(cache, rollouts_id)
-        already = rows - sum(stop - start for _, start, stop in missing)
-        report = ScoreReport(f"{self.info.name} ({self.info.fingerprint[:12]})", already)
-        if missing:
-            report = self._score_missing(cache, missing, report)
-        return replace(report, seconds=time.monotonic() - began)
-
-    def stay(self) -> None:
-        """Load the teacher now, and keep it in memory. Raises ModelError."""
-        self._resident = self._load()
-
-    def ranges(self, cache: Cache, rollouts_id: str, start: int, stop: int) -> Iterator[range]:
-        """Rows start..stop of a rollouts segment in the ranges that are committed one by one."""
-        manifest = cache.manifest(rollouts_id)
-        if manifest.tokens <= self._commit_tokens:  # most are: no need to read them
-            return iter([range(start, stop)])
-        return commit_ranges(cache.load_rollouts(rollouts_id).completions, start, stop, self._commit_tokens)
-
-    def score_range(self, cache: Cache, rollouts_id: str, rows: range, bar: Bar) -> tuple[int, int]:
-        """Score and commit these rows, whether they have scores or not; returns how many rows and tokens the teacher
-        computed. `bar.advance` may raise, to drop the work.
-
-        Raises the errors of `ensure`, and `CorruptError` where the rollouts are damaged.
-        """
-        self._check_tokenizer(cache, rollouts_id)
-        scores, computed, tokens = self._score_rows(
-            cache, rollouts_id, rows, self._known_in(cache), functools.cache(self._load), bar
-        )
-        cache.commit_scores(scores, self._scores_info(rollouts_id, rows))
-        return computed, tokens
-
-    def _known_in(self, cache: Cache) -> _KnownScores:
+        report = ScoreReport(str(self), rows - sum(stop - start for _, start, stop in missing))
         if self._known is None or self._known.cache is not cache:
             self._known = _KnownScores(cache, self.info.fingerprint, self.keep_top)
-        return self._known
-
-    def _score_missing(self, cache: Cache, missing: list[tuple[str, int, int]], report: ScoreReport) -> ScoreReport:
-        known = self._known_in(cache)
-        teacher = functools.cache(self._load)  # loaded at its first call, if there is one
         try:
             with progress("score", sum(_estimated_tokens(cache, *part) for part in missing)) as bar:
                 for rollouts_id, start, stop in missing:
                     completions = cache.load_rollouts(rollouts_id).completions
-                    for rows in commit_ranges(completions, start, stop, self._commit_tokens):
-                        scores, computed, tokens = self._score_rows(cache, rollouts_id, rows, known, teacher, bar)
-                        cache.commit_scores(scores, self._scores_info(rollouts_id, rows))
-                        report = replace(
-                            report,
-                            computed=report.computed + computed,
-                            tokens=report.tokens + tokens,
-                            copied=report.copied + len(rows) - computed,
-                            segments=report.segments + 1,
-                            batch_tokens=self._budget.tokens if report.computed + computed else None,
-                        )
+                    for part in commit_ranges(completions, start, stop, self._commit_tokens):
+                        report = report.plus(self._score_rows(cache, self._known, rollouts_id, part, bar))
         finally:
-            if teacher.cache_info().currsize and self._resident is None:  # a loaded one has reference cycles
-                del teacher
+            if self._teacher is not None and not self._stays:  # a loaded one has reference cycles
+                self._teacher = None
                 gc.collect()
                 torch.cuda.empty_cache()
-        return report
+        return replace(report, seconds=time.monotonic() - began, load_s=self._load_s - loaded_s)
 
-    def _score_rows(
-        self,
-        cache: Cache,
-        rollouts_id: str,
-        rows: range,
-        known: _KnownScores,
-        teacher: Callable[[], Teacher],
-        bar: Bar,
-    ) -> tuple[Scores, int, int]:
-        """Scores of a range of rows, and how many rows and tokens of it the teacher computed."""
+    def _score_rows(self, cache: Cache, known: _KnownScores, rollouts_id: str, rows: range, bar: Bar) -> ScoreReport:
+        """Score and commit a range of rows."""
         rollouts, prompts = _load(cache, rollouts_id)
         keys = _keys(prompts, rollouts, rows)
-        known.update()
         found = known.find(keys)
         # the first row of each key that is not known
         new = {key: row for row, key in reversed(list(zip(rows, keys, strict=True))) if key not in found}
-        computed_tokens = 0
+        tokens = 0
         if new:
             places = np.sort(np.fromiter(new.values(), np.int64))
+            teacher = self._loaded()
             try:
-                scores = teacher().score(
+                scores = teacher.score(
                     prompts,
                     rollouts,
                     rows=places,
@@ -213,47 +220,48 @@ class Scorer:
                     on_batch=bar.advance,
                 )
             except (MismatchError, NumericsError) as error:
-                raise type(error)(f"{cache.path}, rollouts {rollouts_id[:12]}: {error}") from None
-            computed_tokens = len(scores.q)
+                raise type(error)(f"{cache.address}, rollouts {rollouts_id[:12]}: {error}") from None
+            tokens = len(scores.q)
             completions = rollouts.completions.take(places)
             found |= {keys[row - rows.start]: scores.rows(completions, i, i + 1) for i, row in enumerate(places)}
-        bar.advance(int(rollouts.completions.lengths[rows.start : rows.stop].sum()) - computed_tokens)
-        return Scores.concatenate([found[key] for key in keys]), len(new), computed_tokens
-
-    def _scores_info(self, rollouts_id: str, rows: range) -> ScoresInfo:
-        return ScoresInfo(
+        bar.advance(int(rollouts.completions.lengths[rows.start : rows.stop].sum()) - tokens)
+        info = ScoresInfo(
             rollouts=rollouts_id,
             row_start=rows.start,
             row_stop=rows.stop,
             teacher=self.info,
             tokenizer=self.tokenizer,
             keep_top=self.keep_top,
+            storage=self._storage,
         )
+        cache.commit_scores(Scores.concatenate([found[key] for key in keys]), info)
+        copied, batch = len(rows) - len(new), self._budget.tokens if new else None
+        return ScoreReport(str(self), 0, len(new), tokens, copied, segments=1, batch_tokens=batch)
 
-    def _load(self) -> Teacher:
-        return self._resident or Teacher.load(
-            self._name,
-            dtype=self._config.dtype,
-            device=self._config.device,
-            device_map=self._config.device_map,
-            trust_remote_code=self._config.trust_remote_code,
-        )
+    def _loaded(self) -> Teacher:
+        if self._teacher is None:
+            began = time.monotonic()
+            self._teacher = Teacher.load(self._name, self._options)
+            self._load_s += time.monotonic() - began
+        return self._teacher
 
     def _check_tokenizer(self, cache: Cache, rollouts_id: str) -> None:
         theirs = cache.manifest(rollouts_id).info.tokenizer
-        if theirs.fingerprint == self.tokenizer.fingerprint:
-            return
-        difference = ""
-        if Path(theirs.name).is_dir():  # and if it is still the one that wrote them
-            trust = self._config.trust_remote_code
-            tokenizer = load_tokenizer(theirs.name, trust_remote_code=trust)
-            if tokenizer_info(tokenizer, theirs.name).fingerprint == theirs.fingerprint:
-                own = load_tokenizer(self._name, trust_remote_code=trust)
-                difference = f": {first_difference(own, tokenizer)}"
-        raise MismatchError(
-            f"{cache.path}, rollouts {rollouts_id[:12]}: tokenizer {theirs.name} wrote them, but that of teacher "
-            f"{self.info.name} encodes differently{difference}; score with a teacher that shares the tokenizer"
-        )
+        what = f"{cache.address}, rollouts {rollouts_id[:12]}: score them with a teacher that shares their tokenizer"
+        try:
+            require_same_tokenizer(self.tokenizer, theirs, what)
+        except MismatchError as error:
+            raise MismatchError(f"{error}{self._difference(theirs)}") from None
+
+    def _difference(self, theirs: TokenizerInfo) -> str:
+        """What another tokenizer encodes differently, where it is here and still the one that wrote the rollouts."""
+        if not Path(theirs.name).is_dir():
+            return ""
+        trust = self._options.trust_remote_code
+        other = load_tokenizer(theirs.name, trust_remote_code=trust)
+        if tokenizer_info(other, theirs.name).fingerprint != theirs.fingerprint:
+            return ""
+        return f": {first_difference(load_tokenizer(self._name, trust_remote_code=trust), other)}"
 
 
 def _estimated_tokens(cache: Cache, rollouts_id: str, start: int, stop: int) -> int:
@@ -274,25 +282,21 @@ def commit_ranges(completions: Ragged, start: int, stop: int, tokens: int) -> It
 class _KnownScores:
     """Where a cache has this teacher's scores of a rollout, whichever policy and run the rollout came from."""
 
-    def __init__(self, cache: Cache, fingerprint: str, keep_top: int) -> None:
+    def __init__(self, cache: Cache, teacher: str, keep_top: int) -> None:
         self.cache = cache
-        self._fingerprint, self._keep_top = fingerprint, keep_top
+        self._teacher, self._keep_top = teacher, keep_top
         self._seen: set[ScoredRef] = set()
         self._places: dict[bytes, tuple[ScoredRef, int]] = {}
 
-    def update(self) -> None:
-        """Learn of the scores that were committed since the last time."""
-        if all(teacher.fingerprint != self._fingerprint for teacher in self.cache.teachers()):
-            return
-        for ref in self.cache.scored(self._fingerprint, keep_top=self._keep_top):
-            if ref not in self._seen:
-                rollouts, prompts = _load(self.cache, ref.rollouts_id)
-                for place, key in enumerate(_keys(prompts, rollouts, range(ref.row_start, ref.row_stop))):
-                    self._places.setdefault(key, (ref, place))
-                self._seen.add(ref)
-
     def find(self, keys: Iterable[bytes]) -> dict[bytes, Scores]:
-        """The scores of the keys that have some, each of one row."""
+        """The scores of the keys that have some by now, each of one row."""
+        if any(teacher.fingerprint == self._teacher for teacher in self.cache.teachers()):
+            for ref in self.cache.scored(self._teacher, keep_top=self._keep_top):
+                if ref not in self._seen:
+                    rollouts, prompts = _load(self.cache, ref.rollouts_id)
+                    for place, key in enumerate(_keys(prompts, rollouts, range(ref.row_start, ref.row_stop))):
+                        self._places.setdefault(key, (ref, place))
+                    self._seen.add(ref)
         places: dict[ScoredRef, dict[bytes, int]] = {}
         for key in keys:
             if key in self._places:

@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
+from ketchup_cache.config.options import ScoringOptions
 from ketchup_cache.errors import MismatchError, ModelError, NumericsError
 from ketchup_cache.models.batching import batch_size, token_budget_batches
 from ketchup_cache.models.fingerprint import tokenizer_info, weights_fingerprint
@@ -33,28 +34,24 @@ class Teacher:
         self._devices = {parameter.device for parameter in model.parameters()}
 
     @classmethod
-    def load(
-        cls,
-        name: str,
-        *,
-        dtype: str = "float32",
-        device: str = "auto",
-        device_map: str | None = None,
-        trust_remote_code: bool = False,
-    ) -> Teacher:
-        """Raises ModelError (`lm.load`, `Head.of`)."""
-        info, tokenizer = cls.identify(name, dtype=dtype, trust_remote_code=trust_remote_code)
-        model = load_model(name, dtype=dtype, device=device, device_map=device_map, trust_remote_code=trust_remote_code)
+    def load(cls, name: str, options: ScoringOptions) -> Teacher:
+        """Raises ModelError (`load_model`, `Head.of`)."""
+        info, tokenizer = cls.identify(name, options)
+        model = load_model(
+            name,
+            dtype=options.dtype,
+            device=options.device,
+            device_map=options.device_map,
+            trust_remote_code=options.trust_remote_code,
+        )
         return cls(model, info, tokenizer)
 
     @staticmethod
-    def identify(
-        name: str, *, dtype: str = "float32", trust_remote_code: bool = False
-    ) -> tuple[TeacherInfo, TokenizerInfo]:
+    def identify(name: str, options: ScoringOptions) -> tuple[TeacherInfo, TokenizerInfo]:
         """Who the teacher is, from its files alone: no weights are loaded. Raises ModelError."""
-        tokenizer = tokenizer_info(load_tokenizer(name, trust_remote_code=trust_remote_code), name)
-        fingerprint = in_precision(weights_fingerprint(resolve_folder(name)), dtype)
-        return TeacherInfo(name=name, fingerprint=fingerprint, dtype=dtype), tokenizer
+        tokenizer = tokenizer_info(load_tokenizer(name, trust_remote_code=options.trust_remote_code), name)
+        fingerprint = in_precision(weights_fingerprint(resolve_folder(name)), options.dtype)
+        return TeacherInfo(name=name, fingerprint=fingerprint, dtype=options.dtype), tokenizer
 
     @torch.no_grad()
     def score(

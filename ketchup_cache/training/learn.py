@@ -1,9 +1,10 @@
-"""`learn`: the K-step REINFORCE loop over cached scores (Algorithm 1, with the teacher's part read from Zarr)."""
+"""`learn`: the K-step REINFORCE loop over cached scores (Algorithm 1, with the teacher's part read from the cache)."""
 
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,22 +13,22 @@ from numpy.typing import NDArray
 
 from ketchup_cache.cache.cache import Cache
 from ketchup_cache.config.commands import LearnConfig
-from ketchup_cache.console import progress, warn
-from ketchup_cache.errors import MismatchError
-from ketchup_cache.models.fingerprint import state_fingerprint, tokenizer_info
+from ketchup_cache.config.methods import METHODS
+from ketchup_cache.console import Report, warn
+from ketchup_cache.errors import ModelError
+from ketchup_cache.models.fingerprint import state_fingerprint, tokenizer_info, weights_fingerprint
 from ketchup_cache.models.head import Head
 from ketchup_cache.models.load import load_model, load_tokenizer
-from ketchup_cache.provenance import TokenizerInfo
+from ketchup_cache.provenance import PolicyInfo, require_same_tokenizer
 from ketchup_cache.rollouts.calculator import Calculator
 from ketchup_cache.sharing.remote_cache import open_cache
-from ketchup_cache.training import pins
 from ketchup_cache.training.divergence import divergence_step
 from ketchup_cache.training.metrics import StepMetrics
-from ketchup_cache.training.optimizer import Optimizer
-from ketchup_cache.training.origin import Origin
-from ketchup_cache.training.policy_gradient import train_step
-from ketchup_cache.training.run import Run
-from ketchup_cache.training.source import Offline, OnPolicy, ScoreRollouts, Source
+from ketchup_cache.training.optimizer import Learner, Optimizer
+from ketchup_cache.training.policy_gradient import policy_gradient_step
+from ketchup_cache.training.run import Run, read_origin, read_pins
+from ketchup_cache.training.source import Offline, OnPolicy, Scored, ScoreRollouts
+from ketchup_cache.types import Rollouts
 
 OFTEN_CUT = 0.2
 """Share of rollouts that were cut at the length limit."""
@@ -36,9 +37,10 @@ MOSTLY_TAIL = 0.6
 
 
 @dataclass(frozen=True)
-class LearnReport:
+class LearnReport(Report):
     """What a run did. `first` and `last`: metrics of the first and last optimizer step. `skipped`: steps whose
-    rollouts were all dropped."""
+    rollouts were all dropped. `seconds`: since it was started or went on; the other times: of all steps, as in
+    `StepMetrics`, `load_s` with reading the student."""
 
     student: str
     steps: int
@@ -49,9 +51,10 @@ class LearnReport:
     first: dict[str, Any]
     last: dict[str, Any]
     already_done: bool = False
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+    sample_s: float = 0.0
+    score_s: float = 0.0
+    load_s: float = 0.0
+    train_s: float = 0.0
 
     def __str__(self) -> str:
         if self.already_done:
@@ -65,92 +68,120 @@ class LearnReport:
         return f"{self.steps} steps in {self.seconds:.0f} s{resumed}; {changes}{skipped}; student in {self.student}"
 
 
-def learn(config: LearnConfig, score_rollouts: ScoreRollouts | None = None) -> LearnReport:
-    """Train `config.student` on the cache; with `score_rollouts` (and `config.teacher`) refresh its rollouts.
+def learn(config: LearnConfig) -> LearnReport:
+    """Train `config.student` on the cache; with `config.teacher` or `config.scores_from`, refresh its rollouts.
 
     Killed and run again with the same options, it goes on from its last checkpoint to the same weights.
 
     Raises ConfigError for an output folder in use or of another run, MismatchError for a cache of another tokenizer,
-    NumericsError for NaN, and what loading models and caches raises.
+    NumericsError for NaN, and what loading models and caches and scoring raise.
     """
     cache = open_cache(config.cache)
     tokenizer = load_tokenizer(config.student, trust_remote_code=config.trust_remote_code)
     info = tokenizer_info(tokenizer, config.student)
-    check_tokenizer(cache, info)
-    pins.restrict(cache, config.pin)
-    with Run(config.out, "learn", config).locked() as run:
-        if run.report:
-            return LearnReport(**{**run.report, "already_done": True})
+    for _, manifest in cache.manifests("prompts"):
+        what = f"{cache.address}: holds prompts of another tokenizer; use a student with the cache's tokenizer"
+        require_same_tokenizer(info, manifest.info.tokenizer, what)
+    if config.pin is not None:
+        cache.pin(read_pins(config.pin))
+    with Run("learn", config).locked() as run:
+        if report := run.finished(LearnReport):
+            return report
         calculator = Calculator(tokenizer, config.student) if config.calculator else None
-        source: Source = (
-            OnPolicy(cache, config, info, score_rollouts, calculator) if score_rollouts else Offline(cache, config)
+        source = (
+            Offline(cache, config) if config.offline else OnPolicy(cache, config, info, _scoring(config), calculator)
         )
-        origin = Origin.of(config.student)
-        # with --scorer the teacher is not known yet: training/waiting.py warns
-        if origin and not config.scorer:
-            teacher = config.teacher or cache.select_teacher(config.scored_by).name
-            if warning := origin.differs_from(teacher):
-                warn(f"{config.student}: {warning}")
+        origin = read_origin(config.student)
+        if config.scores_from is None:
+            _warn_of_origin(config, origin, config.teacher or cache.select_teacher(config.scored_by).name)
+        began = time.perf_counter()
         model = load_model(config.student, device=config.device, trust_remote_code=config.trust_remote_code)
-        head = Head.of(model, info.vocab_size)
+        load_s = time.perf_counter() - began
+        learner = Learner(model, Head.of(model, info.vocab_size), Optimizer(model, config, source.steps), config)
         run.write_config({"student": state_fingerprint(model), "steps": source.steps, **source.resolved()})
-        optimizer = Optimizer(
-            model,
-            lr=config.lr,
-            weight_decay=config.weight_decay,
-            max_grad_norm=config.max_grad_norm,
-            warmup=config.warmup,
-            schedule=config.schedule,
-            steps=source.steps,
-        )
-        state = run.restore(model, optimizer)
-        source.restore(state)
-        used = pins.Pins(config.out, cache, resumed=state["step"] > 0)
-        began, resumed = time.monotonic(), state["step"]
-        with progress("learning", source.steps - resumed, "steps") as bar:
-            for step in range(resumed, source.steps):
-                drawn = source.batch(step, model)
-                if step == resumed:
-                    rollouts = drawn.rollouts.rollouts
-                    for warning in (
-                        tail_warning(config, rollouts.completions.lengths),
-                        cut_warning(config, rollouts.finished),
-                    ):
-                        if warning:
-                            warn(warning)
-                used.add(source.segments())
-                step_began = time.monotonic()
-                if config.method in ("ketchup", "llmr"):
-                    metrics = train_step(model, head, optimizer, drawn.rollouts, config, step)
-                else:
-                    metrics = divergence_step(model, head, optimizer, drawn.rollouts, drawn.from_teacher, config, step)
-                seconds = time.monotonic() - step_began
-                metrics = metrics.model_copy(update={"refreshed": drawn.refreshed, "seconds": round(seconds, 4)})
-                run.log(metrics.model_dump())
-                bar.note(_note(metrics))
-                bar.advance()
-                done = step + 1
-                if config.checkpoint_every and done % config.checkpoint_every == 0 and done < source.steps:
-                    run.save_checkpoint(done, model, optimizer, source.state())
-        lines = run.metrics()
+        source.restore(run.restore(model, learner.optimizer))
+
+        def step(number: int) -> tuple[dict[str, Any], str]:
+            drawn = source.batch(number, model)
+            if number == run.resumed:
+                _warn_of_rollouts(config, drawn.rollouts.rollouts)
+                if isinstance(source, OnPolicy) and config.scores_from is not None:
+                    _warn_of_origin(config, origin, cache.select_teacher(source.teacher).name)
+            if number == run.resumed or drawn.refreshed:
+                run.pin(cache.address, source.segments())
+            began = time.perf_counter()
+            if METHODS[config.method].step == "policy_gradient":
+                metrics = policy_gradient_step(learner, drawn.rollouts, number)
+            else:
+                metrics = divergence_step(learner, drawn.rollouts, drawn.from_teacher, number)
+            times = drawn.times | {"train_s": time.perf_counter() - began}
+            rounded = {name: round(seconds, 4) for name, seconds in times.items()}
+            metrics = metrics.model_copy(update={"refreshed": drawn.refreshed, **rounded})
+            return metrics.model_dump(), _note(metrics)
+
+        lines = run.train(model, learner.optimizer, source.steps, step, source.state)
         report = LearnReport(
-            student=str(Path(config.out) / "student"),
+            student=str(run.out / "student"),
             steps=source.steps,
             skipped=sum(line["action_tokens"] == 0 for line in lines),
-            resumed_from=resumed,
-            seconds=round(time.monotonic() - began, 1),
+            resumed_from=run.resumed,
+            seconds=run.seconds,
             fingerprint=state_fingerprint(model),
             first=lines[0],
             last=lines[-1],
+            sample_s=sum(line["sample_s"] for line in lines),
+            score_s=sum(line["score_s"] for line in lines),
+            load_s=sum(line["load_s"] for line in lines) + round(load_s, 4),
+            train_s=sum(line["train_s"] for line in lines),
         )
-        run.finish("student", model, tokenizer, report.to_dict(), origin)
+        run.finish("student", model, tokenizer, report, origin)
     return report
+
+
+def _scoring(config: LearnConfig) -> ScoreRollouts:
+    """The teacher enters here and nowhere else, so that offline learning never imports it."""
+    if config.scores_from is not None:
+        from ketchup_cache.training.scores_from import ScoresFrom
+
+        return ScoresFrom(config)
+    from ketchup_cache.scoring.score import Scorer
+
+    assert config.teacher is not None
+    scorer = Scorer(config.teacher, config, keep_top=config.top_needed)
+
+    def score_rollouts(cache: Cache, rollout_ids: Sequence[str], teacher: str | None) -> Scored:
+        return Scored(scorer.info.fingerprint, scorer.ensure(cache, rollout_ids).load_s)
+
+    return score_rollouts
+
+
+def _warn_of_origin(config: LearnConfig, origin: Sequence[PolicyInfo], teacher: str) -> None:
+    """Where the student learned another model's text than the teacher's (teacher consistency): the scores are least
+    telling then. The precision that the teacher scores in does not matter."""
+    if not origin or any(policy.name == teacher for policy in origin):
+        return
+    try:
+        if Path(teacher).is_dir() and weights_fingerprint(Path(teacher)) in {policy.fingerprint for policy in origin}:
+            return
+    except ModelError:
+        pass
+    names = ", ".join(f"{policy.name} ({policy.fingerprint[:12]})" for policy in origin)
+    warn(
+        f"{config.student}: was pre-distilled on the outputs of {names}, but {teacher} scored: pre-distil it on "
+        f"outputs of {teacher}, unless these are one model under two names"
+    )
+
+
+def _warn_of_rollouts(config: LearnConfig, rollouts: Rollouts) -> None:
+    for warning in (tail_warning(config, rollouts.completions.lengths), cut_warning(config, rollouts.finished)):
+        if warning:
+            warn(warning)
 
 
 def tail_warning(config: LearnConfig, lengths: NDArray[np.int64]) -> str | None:
     """Where most tokens have the return of LLMR whatever K says: Algorithm 1 takes the last K of a completion one by
     one. On the shipped task `reason` that is how a large K loses (docs/log.md)."""
-    if config.method != "ketchup" or config.k == 1 or config.tail != "one-step":
+    if METHODS[config.method].step != "policy_gradient" or config.k == 1 or config.tail != "one-step":
         return None
     share = np.minimum(lengths, config.k).sum() / max(1, lengths.sum())
     if share < MOSTLY_TAIL:
@@ -165,7 +196,7 @@ def cut_warning(config: LearnConfig, finished: NDArray[np.bool_]) -> str | None:
     """Where many rollouts are dropped because they were cut: the others are the short ones, and to learn from them
     alone is to learn their length. On the shipped task `reason`, cut at 20 of its 26 tokens, accuracy fell from 42 %
     to 14 %, with bootstrap it did not (benchmarks/results/ablations.md)."""
-    if config.method not in ("ketchup", "llmr") or config.unfinished != "drop":
+    if METHODS[config.method].step != "policy_gradient" or config.unfinished != "drop":
         return None
     share = 1 - finished.mean()
     if share < OFTEN_CUT:
@@ -174,16 +205,6 @@ def cut_warning(config: LearnConfig, finished: NDArray[np.bool_]) -> str | None:
         f"{share:.0%} of the first rollouts were cut at --max-new-tokens and are dropped, so the student learns from "
         "short ones alone; raise --max-new-tokens, or keep them with --unfinished bootstrap"
     )
-
-
-def check_tokenizer(cache: Cache, student: TokenizerInfo) -> None:
-    """Raises MismatchError where the cache's token ids mean something else to the student."""
-    for _, manifest in cache.manifests("prompts"):
-        if manifest.info.tokenizer.fingerprint != student.fingerprint:
-            raise MismatchError(
-                f"{cache.address}: its prompts were encoded by the tokenizer of {manifest.info.tokenizer.name}, "
-                f"which encodes differently from that of {student.name}; use a student with the cache's tokenizer"
-            )
 
 
 def _note(metrics: StepMetrics) -> str:

@@ -15,7 +15,8 @@ from ketchup_cache.types import ScoredRollouts
 
 @dataclass(frozen=True)
 class Signal:
-    """What one batch of rollouts teaches, before the policy is looked at. B rollouts, N tokens, rows end to end.
+    """Returns, advantages and masks of one batch, from the cache alone, before the student's forward pass. B rollouts,
+    N tokens, rows end to end.
 
     advantage: [N] float32, clipped K-step returns minus baseline. in_loss: [N] bool, action tokens of rollouts that
     are not dropped. kept: [B] bool. first_return: [B] float64, Ĝ_1 before clipping; one_step: [B] float64, G_1.
@@ -68,8 +69,14 @@ class StepMetrics(BaseModel):
     """Tokens in the loss."""
     refreshed: bool = False
     """Whether new rollouts were sampled just before this step."""
-    seconds: float | None = None
-    """Wall time of the step, without refresh."""
+    sample_s: float = Field(default=0.0, ge=0)
+    """Wall time of sampling new rollouts before this step."""
+    score_s: float = Field(default=0.0, ge=0)
+    """Wall time of scoring them, without reading the teacher's weights; with --scores-from, of waiting."""
+    load_s: float = Field(default=0.0, ge=0)
+    """Wall time of reading the teacher's weights for it."""
+    train_s: float = Field(default=0.0, ge=0)
+    """Wall time of the optimizer step itself."""
 
     @classmethod
     def of(
@@ -78,24 +85,24 @@ class StepMetrics(BaseModel):
         batch: ScoredRollouts,
         signal: Signal,
         staleness: Staleness,
-        *,
         loss: float,
         grad_norm: float,
         lr: float,
     ) -> StepMetrics:
-        rollouts, scores, kept = batch.rollouts, batch.scores, signal.kept
-        teacher_kl = rollouts.behavior_logprob - (scores.q - scores.logsumexp)
+        rollouts, kept = batch.rollouts, signal.kept
+        return_mean, return_sd = _mean_sd(signal.one_step[kept])
+        k_return_mean, k_return_sd = _mean_sd(signal.first_return[kept])
         return cls(
             step=step,
-            return_mean=_finite(signal.one_step[kept].mean(dtype=np.float64)) if kept.any() else None,
-            return_sd=_finite(signal.one_step[kept].std(dtype=np.float64)) if kept.any() else None,
-            k_return_mean=_finite(signal.first_return[kept].mean(dtype=np.float64)) if kept.any() else None,
-            k_return_sd=_finite(signal.first_return[kept].std(dtype=np.float64)) if kept.any() else None,
-            advantage_sd=_finite(signal.advantage[signal.in_loss].std(dtype=np.float64)) if kept.any() else None,
+            return_mean=return_mean,
+            return_sd=return_sd,
+            k_return_mean=k_return_mean,
+            k_return_sd=k_return_sd,
+            advantage_sd=_mean_sd(signal.advantage[signal.in_loss])[1],
             length_mean=float(rollouts.completions.lengths.mean()),
             unfinished=float(1 - rollouts.finished.mean()),
             dropped=float(1 - kept.mean()),
-            teacher_kl=float(teacher_kl[~rollouts.forced].mean(dtype=np.float64)),
+            teacher_kl=teacher_kl(batch, ~rollouts.forced),
             ratio_mean=staleness.ratio,
             ess=staleness.ess,
             behavior_kl=staleness.kl,
@@ -106,5 +113,15 @@ class StepMetrics(BaseModel):
         )
 
 
-def _finite(value: float) -> float | None:
-    return float(value) if math.isfinite(value) else None
+def teacher_kl(batch: ScoredRollouts, tokens: NDArray[np.bool_]) -> float | None:
+    """`StepMetrics.teacher_kl` over some tokens, [N] bool; None where there are none."""
+    kl = batch.rollouts.behavior_logprob - (batch.scores.q - batch.scores.logsumexp)
+    return float(kl[tokens].mean(dtype=np.float64)) if tokens.any() else None
+
+
+def _mean_sd(values: NDArray) -> tuple[float | None, float | None]:
+    """None for what can't be had or is not finite."""
+    if not len(values):
+        return None, None
+    mean, sd = float(values.mean(dtype=np.float64)), float(values.std(dtype=np.float64))
+    return mean if math.isfinite(mean) else None, sd if math.isfinite(sd) else None

@@ -1,40 +1,45 @@
-"""AdamW with warm-up, gradient clipping, and a refusal to step on NaN."""
+"""AdamW with warm-up and gradient clipping, and the gradient of a batch summed up over micro-batches."""
 
 from __future__ import annotations
 
 import math
-from typing import Literal
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
+from ketchup_cache.config.options import StepOptions
 from ketchup_cache.errors import NumericsError
+from ketchup_cache.models.batching import token_budget_batches
+from ketchup_cache.models.forward import Batch, computes_prompts_once, training_states
+from ketchup_cache.models.head import Head
+from ketchup_cache.types import ScoredRollouts
+
+Options = TypeVar("Options", bound=StepOptions, covariant=True)
+Loss = Callable[[NDArray, Tensor, Tensor], Tensor]
+"""Loss of a micro-batch, of the places of its n tokens in the batch's, the head's input [n, D], and the tokens [n]."""
 
 
 class Optimizer:
     """AdamW (β = 0.9, 0.999; paper, Table 4) whose learning rate is a function of the step number alone."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        *,
-        lr: float,
-        weight_decay: float,
-        max_grad_norm: float,
-        warmup: int,
-        schedule: Literal["constant", "linear"],
-        steps: int,
-    ) -> None:
+    def __init__(self, model: nn.Module, options: StepOptions, steps: int) -> None:
+        """steps: of the whole run, for the schedule."""
         self.named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.adamw = torch.optim.AdamW(self.named.values(), lr=lr, betas=(0.9, 0.999), weight_decay=weight_decay)
-        self.peak, self.warmup, self.schedule, self.steps = lr, warmup, schedule, steps
-        self.max_grad_norm = max_grad_norm
+        decay = options.weight_decay
+        self.adamw = torch.optim.AdamW(self.named.values(), lr=options.lr, betas=(0.9, 0.999), weight_decay=decay)
+        self._options, self._steps = options, steps
 
     def lr(self, step: int) -> float:
         """Learning rate of optimizer step `step`, counted from 0. Linear decay reaches zero after the last step."""
-        rate = self.peak * min(1.0, (step + 1) / (self.warmup + 1))
-        if self.schedule == "linear" and step >= self.warmup:
-            rate *= (self.steps - step) / max(self.steps - self.warmup, 1)
+        warmup = self._options.warmup
+        rate = self._options.lr * min(1.0, (step + 1) / (warmup + 1))
+        if self._options.schedule == "linear" and step >= warmup:
+            rate *= (self._steps - step) / max(self._steps - warmup, 1)
         return rate
 
     def step(self, step: int) -> float:
@@ -42,7 +47,7 @@ class Optimizer:
 
         Raises NumericsError, leaving the weights as they were, where the norm is not finite.
         """
-        norm = float(nn.utils.clip_grad_norm_(self.named.values(), self.max_grad_norm))
+        norm = float(nn.utils.clip_grad_norm_(self.named.values(), self._options.max_grad_norm))
         if not math.isfinite(norm):
             raise NumericsError(f"step {step}: the gradient is {norm}; the weights were not changed. Lower --lr")
         for group in self.adamw.param_groups:
@@ -66,3 +71,53 @@ class Optimizer:
             # AdamW keeps its step counter on the CPU, the moments beside the parameter
             device = "cpu" if moment == "step" else parameter.device
             self.adamw.state[parameter][moment] = value.to(device)
+
+
+@dataclass(frozen=True)
+class Learner(Generic[Options]):
+    """A model in training, with all that an optimizer step needs besides data."""
+
+    model: PreTrainedModel
+    head: Head
+    optimizer: Optimizer
+    options: Options
+
+    def micro_batches(self, batch: Batch, rows: NDArray) -> Iterator[tuple[NDArray, Batch]]:
+        """The given rows of a batch in parts of at most `micro_batch_tokens` tokens, each with the places [n] of its
+        tokens among all of the batch."""
+        index = batch.prompt_index[rows]
+        for part in token_budget_batches(
+            batch.prompts.lengths[index],
+            batch.completions.lengths[rows],
+            self.options.micro_batch_tokens,
+            prompt_index=index,
+            once=computes_prompts_once(self.model),
+        ):
+            chosen = rows[part]
+            cut = Batch.of_rows(batch.prompts, batch.prompt_index, batch.completions, chosen)
+            yield batch.completions.places(chosen)[0], cut
+
+    def inputs(self, part: Batch) -> tuple[Tensor, Tensor]:
+        """The head's input at every completion token [n, D] float32, and these tokens [n] int64 on its device."""
+        states = training_states(self.model, part, self.options.precision)
+        return states, torch.from_numpy(part.completions.values).long().to(states.device)
+
+    def accumulate(self, batch: Batch, rows: NDArray, loss: Loss, step: int) -> float:
+        """Add the gradient of `loss`, a sum over tokens, for these rows; returns its value.
+
+        Raises NumericsError where it is not finite; the weights are then as before.
+        """
+        total = 0.0
+        for places, part in self.micro_batches(batch, rows):
+            value = loss(places, *self.inputs(part))
+            number = float(value.detach())
+            if not math.isfinite(number):
+                raise NumericsError(f"step {step}: the loss is {number}; the weights were not changed. Lower --lr")
+            value.backward()
+            total += number
+        return total
+
+
+def all_rows(batch: ScoredRollouts) -> Batch:
+    """Prompts and completions of scored rollouts, for a forward pass."""
+    return Batch(batch.prompts.tokens, batch.rollouts.prompt_index, batch.rollouts.completions)

@@ -2,40 +2,37 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from ketchup_cache.config.commands import PretrainConfig
-from ketchup_cache.console import progress
-from ketchup_cache.errors import CacheError, MismatchError, ModelError, NumericsError
+from ketchup_cache.console import Report
+from ketchup_cache.errors import CacheError, ModelError
 from ketchup_cache.method.losses import cross_entropy_loss
-from ketchup_cache.models.batching import token_budget_batches
 from ketchup_cache.models.fingerprint import state_fingerprint, tokenizer_info
-from ketchup_cache.models.forward import Batch, computes_prompts_once, training_states
+from ketchup_cache.models.forward import Batch
 from ketchup_cache.models.head import Head
 from ketchup_cache.models.load import is_encoder_decoder, load_model, load_tokenizer
-from ketchup_cache.provenance import PolicyInfo, TokenizerInfo
+from ketchup_cache.provenance import PolicyInfo, TokenizerInfo, require_same_tokenizer
 from ketchup_cache.rollouts.sample import eos_ids
 from ketchup_cache.sharing.remote_cache import open_cache
 from ketchup_cache.text.prompts import as_chat, kept_examples, tokenize_prompts
 from ketchup_cache.text.read import read_examples
-from ketchup_cache.training.optimizer import Optimizer
-from ketchup_cache.training.origin import Origin
-from ketchup_cache.training.run import Run
+from ketchup_cache.training.optimizer import Learner, Optimizer
+from ketchup_cache.training.run import Run, seed_of
 from ketchup_cache.types import TOKEN_DTYPE, Ragged
-
-RESULT = "model"
 
 
 @dataclass(frozen=True)
-class PretrainReport:
+class PretrainReport(Report):
     """`loss_first` and `loss_last`: nats per target token over the first and the last epoch."""
 
     model: str
@@ -47,9 +44,6 @@ class PretrainReport:
     loss_last: float
     fingerprint: str
     already_done: bool = False
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
     def __str__(self) -> str:
         if self.already_done:
@@ -69,10 +63,10 @@ def pretrain(config: PretrainConfig) -> PretrainReport:
     """
     tokenizer = load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
     info = tokenizer_info(tokenizer, config.model)
-    data = _from_cache(config, info) if config.cache else _from_references(config, tokenizer)
-    with Run(config.out, "pretrain", config).locked() as run:
-        if run.report:
-            return PretrainReport(**{**run.report, "already_done": True})
+    data, origin = _from_cache(config, info) if config.cache else (_from_references(config, tokenizer), [])
+    with Run("pretrain", config).locked() as run:
+        if report := run.finished(PretrainReport):
+            return report
         model = load_model(config.model, device=config.device, trust_remote_code=config.trust_remote_code)
         head = Head.of(model, info.vocab_size)
         if config.data and tokenizer.eos_token_id not in eos_ids(model):
@@ -85,59 +79,41 @@ def pretrain(config: PretrainConfig) -> PretrainReport:
         per_epoch = rows // batch_size
         steps = per_epoch * config.epochs
         run.write_config({"model": state_fingerprint(model), "examples": rows, "steps": steps})
-        optimizer = Optimizer(
-            model,
-            lr=config.lr,
-            weight_decay=config.weight_decay,
-            max_grad_norm=config.max_grad_norm,
-            warmup=config.warmup,
-            schedule=config.schedule,
-            steps=steps,
-        )
-        resumed = run.restore(model, optimizer)["step"]
-        began = time.monotonic()
+        learner = Learner(model, head, Optimizer(model, config, steps), config)
+        run.restore(model, learner.optimizer)
         model.train(config.dropout)
-        with progress("training", steps - resumed, "steps") as bar:
-            for step, rows_of_step in enumerate(_batches(rows, batch_size, config.epochs, config.seed)):
-                if step < resumed:
-                    continue
-                # dropout's randomness belongs to the step, so that a resumed run draws the same
-                torch.manual_seed(config.seed * 1_000_003 + step)
-                loss, norm = _train_step(model, head, optimizer, data, rows_of_step, config, step)
-                run.log({"step": step, "loss": loss, "grad_norm": norm, "lr": optimizer.lr(step)})
-                bar.note(f"loss {loss:.3f}")
-                bar.advance()
-                done = step + 1
-                if config.checkpoint_every and done % config.checkpoint_every == 0 and done < steps:
-                    run.save_checkpoint(done, model, optimizer, {})
+
+        @lru_cache(maxsize=1)
+        def order(epoch: int) -> NDArray[np.int64]:
+            """Of an epoch's examples; those that are left over at its end are in another epoch's batches."""
+            return np.random.default_rng([config.seed, epoch]).permutation(rows)
+
+        def step(number: int) -> tuple[dict[str, Any], str]:
+            # dropout's randomness belongs to the step, so that a resumed run draws the same
+            torch.manual_seed(seed_of(config.seed, number))
+            epoch, place = divmod(number, per_epoch)
+            rows_of_step = order(epoch)[place * batch_size :][:batch_size]
+            loss, norm = _cross_entropy_step(learner, data, rows_of_step, number)
+            line = {"step": number, "loss": loss, "grad_norm": norm, "lr": learner.optimizer.lr(number)}
+            return line, f"loss {loss:.3f}"
+
+        losses = [line["loss"] for line in run.train(model, learner.optimizer, steps, step, dict)]
         model.eval()
-        losses = [line["loss"] for line in run.metrics()]
         report = PretrainReport(
-            model=str(run.out / RESULT),
+            model=str(run.out / "model"),
             examples=rows,
             steps=steps,
-            resumed_from=resumed,
-            seconds=round(time.monotonic() - began, 1),
+            resumed_from=run.resumed,
+            seconds=run.seconds,
             loss_first=float(np.mean(losses[:per_epoch])),
             loss_last=float(np.mean(losses[-per_epoch:])),
             fingerprint=state_fingerprint(model),
         )
-        run.finish(RESULT, model, tokenizer, report.to_dict(), Origin(data.policies) if data.policies else None)
+        run.finish("model", model, tokenizer, report, origin)
     return report
 
 
-@dataclass(frozen=True)
-class _Pairs:
-    """Prompts and what to answer: completion i belongs to prompt `prompt_index[i]` and ends with EOS."""
-
-    prompts: Ragged
-    prompt_index: NDArray[np.int64]
-    completions: Ragged
-    policies: tuple[PolicyInfo, ...] = ()
-    """Who wrote the completions, where they come from a cache."""
-
-
-def _from_references(config: PretrainConfig, tokenizer: PreTrainedTokenizerBase) -> _Pairs:
+def _from_references(config: PretrainConfig, tokenizer: PreTrainedTokenizerBase) -> Batch:
     examples = as_chat(read_examples(config, need_target=True), tokenizer, config)
     prompts = tokenize_prompts(examples, tokenizer, config)
     bare = not is_encoder_decoder(config.model, trust_remote_code=config.trust_remote_code)
@@ -145,7 +121,7 @@ def _from_references(config: PretrainConfig, tokenizer: PreTrainedTokenizerBase)
         _target_ids(tokenizer, example.target or "", config.max_new_tokens, bare=bare)
         for example in kept_examples(examples, prompts)
     ]
-    return _Pairs(prompts.tokens, np.arange(len(prompts)), Ragged.from_rows(targets, TOKEN_DTYPE))
+    return Batch(prompts.tokens, np.arange(len(prompts)), Ragged.from_rows(targets, TOKEN_DTYPE))
 
 
 def _target_ids(tokenizer: PreTrainedTokenizerBase, target: str, limit: int, *, bare: bool = False) -> list[int]:
@@ -161,24 +137,21 @@ def _target_ids(tokenizer: PreTrainedTokenizerBase, target: str, limit: int, *, 
     return ids[:limit]
 
 
-def _from_cache(config: PretrainConfig, info: TokenizerInfo) -> _Pairs:
-    """The finished rollouts of one policy. Cut ones would teach the student not to stop."""
+def _from_cache(config: PretrainConfig, info: TokenizerInfo) -> tuple[Batch, Sequence[PolicyInfo]]:
+    """The finished rollouts of one policy, and that policy. Cut ones would teach the student not to stop."""
     assert config.cache is not None
     cache = open_cache(config.cache)
     policies = cache.policies()
     if config.policy is None and len(policies) > 1:
         names = ", ".join(f"{p.name} ({p.fingerprint[:12]})" for p in policies)
         raise CacheError(f"{config.cache}: holds rollouts of several policies: choose one with --policy: {names}")
-    wanted = cache.select_policy(config.policy) if config.policy else None
+    wanted = [cache.select_policy(config.policy)] if config.policy else policies
     prompts, indices, completions, offset = [], [], [], 0
     place: dict[str, int] = {}
     for id_, segment in cache.rollouts():
-        if segment.tokenizer.fingerprint != info.fingerprint:
-            raise MismatchError(
-                f"{config.cache}: was encoded by the tokenizer of {segment.tokenizer.name}, "
-                f"which encodes differently from that of {info.name}"
-            )
-        if wanted and segment.policy.fingerprint != wanted.fingerprint:
+        what = f"{config.cache}: was encoded by another tokenizer; train a model that has it"
+        require_same_tokenizer(info, segment.tokenizer, what)
+        if segment.policy.fingerprint not in {policy.fingerprint for policy in wanted}:
             continue
         if (parent := segment.prompts) not in place:
             place[parent] = offset
@@ -192,46 +165,17 @@ def _from_cache(config: PretrainConfig, info: TokenizerInfo) -> _Pairs:
         raise CacheError(
             f"{config.cache}: holds no finished rollouts to learn from; make some with `ketchup-cache rollout`"
         )
-    by = (wanted,) if wanted else tuple(policies)
-    return _Pairs(Ragged.concatenate(prompts), np.concatenate(indices), Ragged.concatenate(completions), by)
+    return Batch(Ragged.concatenate(prompts), np.concatenate(indices), Ragged.concatenate(completions)), wanted
 
 
-def _batches(rows: int, batch_size: int, epochs: int, seed: int) -> Iterator[NDArray[np.int64]]:
-    """Whole batches, each epoch in an order of its own; what is left over at its end is in another epoch's batches."""
-    for epoch in range(epochs):
-        order = np.random.default_rng([seed, epoch]).permutation(rows)
-        for start in range(0, rows - batch_size + 1, batch_size):
-            yield order[start : start + batch_size]
-
-
-def _train_step(
-    model: PreTrainedModel,
-    head: Head,
-    optimizer: Optimizer,
-    data: _Pairs,
-    rows: NDArray[np.int64],
-    config: PretrainConfig,
-    step: int,
+def _cross_entropy_step(
+    learner: Learner[PretrainConfig], data: Batch, rows: NDArray[np.int64], step: int
 ) -> tuple[float, float]:
     """Loss in nats per token, and the gradient's norm. The weights stay as they were if either is not finite."""
     total = int(data.completions.lengths[rows].sum())
-    prompt_index = data.prompt_index[rows]
-    loss_sum = 0.0
-    for chosen in token_budget_batches(
-        data.prompts.lengths[prompt_index],
-        data.completions.lengths[rows],
-        config.micro_batch_tokens,
-        prompt_index=prompt_index,
-        once=computes_prompts_once(model),
-    ):
-        batch = Batch.of_rows(data.prompts, data.prompt_index, data.completions, rows[chosen])
-        states = training_states(model, batch, config.precision)
-        targets = torch.from_numpy(batch.completions.values).long().to(states.device)
-        loss = cross_entropy_loss(head.log_prob(states, targets), total)
-        if not torch.isfinite(loss):
-            raise NumericsError(
-                f"step {step}: the loss is {float(loss.detach())}; the weights were not changed. Lower --lr"
-            )
-        loss.backward()
-        loss_sum += float(loss.detach())
-    return loss_sum, optimizer.step(step)
+
+    def loss(places: NDArray, states: Tensor, targets: Tensor) -> Tensor:
+        return cross_entropy_loss(learner.head.log_prob(states, targets), total)
+
+    value = learner.accumulate(data, rows, loss, step)
+    return value, learner.optimizer.step(step)

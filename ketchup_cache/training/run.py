@@ -1,9 +1,9 @@
-"""The folder of one training run: its settings, metrics, checkpoint and result. Only safetensors and JSON.
+"""One training run: its folder, its loop, and going on where it was killed. Only safetensors and JSON.
 
 OUT/config.json            what was asked for and what it resolved to (fingerprints, versions)
 OUT/metrics.jsonl          one line per optimizer step
+OUT/pins.json              ids of the segments that the run has read
 OUT/checkpoints/step-N/    the newest complete one is where a killed run goes on
-OUT/teacher.json           with --scorer: whose scores the run learns from
 OUT/report.json            written last: the run is finished
 OUT/<result>/              the trained model with its tokenizer, as `from_pretrained` reads it
 """
@@ -13,33 +13,52 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ketchup_cache.config.base import Config
+from ketchup_cache.config.commands import LearnConfig, PretrainConfig
 from ketchup_cache.config.resolve import flag
-from ketchup_cache.errors import ConfigError, WriteError
+from ketchup_cache.console import Report, progress
+from ketchup_cache.errors import ConfigError, MismatchError, ModelError, WriteError
 from ketchup_cache.files import publishing, write_file, writing
-from ketchup_cache.models.load import quiet
+from ketchup_cache.models.load import quiet, resolve_folder
+from ketchup_cache.provenance import PolicyInfo
 from ketchup_cache.training.optimizer import Optimizer
-from ketchup_cache.training.origin import Origin
 from ketchup_cache.version import TOOL
 
-MAY_CHANGE = {"checkpoint_every", "trust_remote_code", "scorer_timeout"}
+MAY_CHANGE = {"checkpoint_every", "trust_remote_code", "scores_timeout"}
 """Options that a resumed run may change, since no number depends on them."""
+ORIGIN = "ketchup-cache-origin.json"
+"""Beside a pre-distilled model's weights: the policies whose text it learned."""
+SEED_STRIDE = 1_000_003
+Step = Callable[[int], tuple[dict[str, Any], str]]
+"""Takes optimizer step n; returns its line of metrics.jsonl and a note beside the progress bar."""
+AnyReport = TypeVar("AnyReport", bound=Report)
+
+
+def seed_of(major: int, minor: int) -> int:
+    """One seed from two numbers: a seed and a step or phase."""
+    return major * SEED_STRIDE + minor
 
 
 class Run:
-    def __init__(self, out: Path, command: str, config: Config) -> None:
-        self.out, self.command, self.config = out, command, config
+    def __init__(self, command: str, config: LearnConfig | PretrainConfig) -> None:
+        self.out, self.command, self.config = config.out, command, config
+        self.metrics_path, self.pins_path = self.out / "metrics.jsonl", self.out / "pins.json"
+        self.resumed = 0
+        """Optimizer steps that were done when it was last killed."""
+        self._began = time.monotonic()
 
     @contextmanager
     def locked(self) -> Iterator[Run]:
@@ -61,64 +80,58 @@ class Run:
 
     def _match_config(self) -> None:
         path = self.out / "config.json"
-        options = self.config.model_dump(mode="json")
-        begun = self.metrics_path.exists() and self.metrics_path.stat().st_size > 0
-        if path.exists() and begun:
-            before = _read_json(path).get("options", {})
-            fields = type(self.config).model_fields
+        if not (path.exists() and self.metrics_path.exists() and self.metrics_path.stat().st_size > 0):
+            return
+        before, options = _read_json(path).get("options", {}), self.config.model_dump(mode="json")
+        fields = type(self.config).model_fields
+        if problems := [
+            f"{self.out} holds a run with {flag(k)} {before.get(k)}, not {options[k]}: "
+            "repeat its options to continue it, or choose another --out"
+            for k in sorted(options.keys() - MAY_CHANGE)
             # an option that the run does not know came with a later version; its default does what was done before
-            later = {k for k in options.keys() - before.keys() if getattr(self.config, k) == fields[k].default}
-            known = (before.keys() | options.keys()) - later
-            changed = sorted(k for k in known if before.get(k) != options.get(k))
-            if problems := [
-                f"{self.out} holds a run with {flag(k)} {before.get(k)}, not {options.get(k)}: "
-                "repeat its options to continue it, or choose another --out"
-                for k in changed
-                if k not in MAY_CHANGE
-            ]:
-                raise ConfigError(problems)
+            if before.get(k) != options[k] and (k in before or getattr(self.config, k) != fields[k].default)
+        ]:
+            raise ConfigError(problems)
 
     def write_config(self, resolved: dict[str, Any]) -> None:
         """Record the options, and what they resolved to, once the run is known to be possible."""
         record = {
             "tool": TOOL,
-            "versions": {"torch": torch.__version__, "transformers": _version("transformers")},
+            "versions": {"torch": torch.__version__, "transformers": version("transformers")},
             "command": self.command,
             "options": self.config.model_dump(mode="json"),
             "resolved": resolved,
         }
         write_file(self.out / "config.json", _json(record))
 
-    # ------------------------------------------------------------------------------------------------ result
+    # -------------------------------------------------------------------------------------------------- loop
+
+    def train(
+        self, model: PreTrainedModel, optimizer: Optimizer, steps: int, step: Step, state: Callable[[], dict[str, Any]]
+    ) -> list[dict[str, Any]]:
+        """Take the optimizer steps that are left, with a checkpoint now and then; returns the metrics of all.
+
+        state: what a checkpoint holds besides weights and optimizer.
+        """
+        every = self.config.checkpoint_every
+        with progress(self.command, steps - self.resumed, "steps") as bar:
+            for number in range(self.resumed, steps):
+                line, note = step(number)
+                with writing(self.metrics_path), self.metrics_path.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(line) + "\n")
+                bar.note(note)
+                bar.advance()
+                done = number + 1
+                if every and done % every == 0 and done < steps:
+                    self._save_checkpoint(done, model, optimizer, state())
+        return [json.loads(line) for line in self.metrics_path.read_text(encoding="utf-8").splitlines()]
 
     @property
-    def report(self) -> dict[str, Any] | None:
-        """What the finished run reported; None while it is not finished."""
-        path = self.out / "report.json"
-        return _read_json(path) if path.exists() else None
+    def seconds(self) -> float:
+        """Wall time since `restore`."""
+        return round(time.monotonic() - self._began, 1)
 
-    def finish(
-        self,
-        name: str,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        report: dict[str, Any],
-        origin: Origin | None = None,
-    ) -> Path:
-        """Publish the trained model as OUT/name, then the report, then drop the checkpoints."""
-        folder = self.out / name
-        with publishing(folder) as partial, quiet():
-            model.save_pretrained(partial)
-            tokenizer.save_pretrained(partial)
-            if origin:
-                origin.write(partial)
-        write_file(self.out / "report.json", _json(report))
-        shutil.rmtree(self.out / "checkpoints", ignore_errors=True)
-        return folder
-
-    # ------------------------------------------------------------------------------------------- checkpoints
-
-    def save_checkpoint(self, step: int, model: PreTrainedModel, optimizer: Optimizer, state: dict[str, Any]) -> None:
+    def _save_checkpoint(self, step: int, model: PreTrainedModel, optimizer: Optimizer, state: dict[str, Any]) -> None:
         """After `step` optimizer steps. The earlier checkpoints go once this one is on the disk."""
         target = self.out / "checkpoints" / f"step-{step:08d}"
         with publishing(target) as partial:
@@ -130,12 +143,12 @@ class Run:
                 shutil.rmtree(other, ignore_errors=True)
 
     def restore(self, model: PreTrainedModel, optimizer: Optimizer) -> dict[str, Any]:
-        """Load the newest checkpoint into model and optimizer; returns its state, {"step": 0} where there is none.
+        """Load the newest checkpoint into model and optimizer; returns its state, {} where there is none.
 
         Metrics of later steps, which will be computed again, are cut off.
         """
         found = sorted((self.out / "checkpoints").glob("step-????????"))
-        state: dict[str, Any] = {"step": 0}
+        state: dict[str, Any] = {}
         if found:
             state = _read_json(found[-1] / "state.json")
             try:
@@ -146,27 +159,67 @@ class Run:
                         tensor.copy_(weights[name])
             except (OSError, SafetensorError, KeyError, RuntimeError) as error:
                 raise WriteError(f"{found[-1]}: damaged checkpoint ({error}); delete it to start again") from error
-        self._cut_metrics(state["step"])
+        self.resumed, self._began = state.get("step", 0), time.monotonic()
+        if self.metrics_path.exists():  # a line that a kill left unfinished goes too
+            lines = self.metrics_path.read_bytes().splitlines(keepends=True)
+            write_file(self.metrics_path, b"".join(lines[: self.resumed]))
+        if not self.resumed:
+            self.pins_path.unlink(missing_ok=True)
         return state
 
-    # ------------------------------------------------------------------------------------------------ metrics
+    def pin(self, cache: str, ids: Sequence[str]) -> None:
+        """Write down which segments the run reads, before it learns from them. Raises WriteError."""
+        known = read_pins(self.pins_path) if self.pins_path.exists() else []
+        if not set(known) >= set(ids):
+            write_file(self.pins_path, _json({"cache": cache, "segments": list(dict.fromkeys([*known, *ids]))}))
 
-    @property
-    def metrics_path(self) -> Path:
-        return self.out / "metrics.jsonl"
+    # ------------------------------------------------------------------------------------------------ result
 
-    def log(self, metrics: dict[str, Any]) -> None:
-        with writing(self.metrics_path), self.metrics_path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(metrics) + "\n")
+    def finished(self, kind: type[AnyReport]) -> AnyReport | None:
+        """What the finished run reported; None while it is not finished."""
+        path = self.out / "report.json"
+        return kind(**{**_read_json(path), "already_done": True}) if path.exists() else None
 
-    def metrics(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in self.metrics_path.read_text(encoding="utf-8").splitlines()]
+    def finish(
+        self,
+        result: str,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        report: Report,
+        origin: Sequence[PolicyInfo],
+    ) -> None:
+        """Publish the trained model as OUT/result, then the report, then drop the checkpoints.
 
-    def _cut_metrics(self, steps: int) -> None:
-        """Keep the lines of the first `steps` steps; a line that a kill left unfinished goes too."""
-        if self.metrics_path.exists():
-            lines = self.metrics_path.read_bytes().splitlines(keepends=True)
-            write_file(self.metrics_path, b"".join(lines[:steps]))
+        origin: the policies whose text it was pre-distilled on.
+        """
+        with publishing(self.out / result) as partial, quiet():
+            model.save_pretrained(partial)
+            tokenizer.save_pretrained(partial)
+            if origin:
+                record = {"tool": TOOL, "pretrained_on": [policy.model_dump(mode="json") for policy in origin]}
+                write_file(partial / ORIGIN, _json(record))
+        write_file(self.out / "report.json", _json(report.to_dict()))
+        shutil.rmtree(self.out / "checkpoints", ignore_errors=True)
+
+
+def read_origin(model: str) -> list[PolicyInfo]:
+    """The policies whose text a model was pre-distilled on; [] where that is not recorded, or not legibly."""
+    try:
+        record = json.loads((resolve_folder(model) / ORIGIN).read_text(encoding="utf-8"))
+        return [PolicyInfo.model_validate(policy) for policy in record["pretrained_on"]]
+    except (ModelError, OSError, ValueError, KeyError, TypeError):
+        return []
+
+
+def read_pins(path: Path) -> list[str]:
+    """The ids in a pins.json. Raises MismatchError where the file is none."""
+    try:
+        ids = json.loads(path.read_text(encoding="utf-8"))["segments"]
+        if ids and all(re.fullmatch("[0-9a-f]{64}", id_) for id_ in ids):
+            return list(ids)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise MismatchError(f"{path}: is no list of pins ({error}); take pins.json from the folder of a run") from None
+    raise MismatchError(f"{path}: holds no segment ids; take pins.json from the folder of a run")
 
 
 def _weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
@@ -184,9 +237,3 @@ def _read_json(path: Path) -> dict[str, Any]:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
         raise ConfigError([f"{path}: can't be read ({error}); delete the folder or choose another --out"]) from None
-
-
-def _version(package: str) -> str:
-    from importlib.metadata import version
-
-    return version(package)

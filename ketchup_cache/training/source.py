@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,49 +14,44 @@ from transformers import PreTrainedModel
 from ketchup_cache.cache.cache import Cache
 from ketchup_cache.cache.index import ScoredRef
 from ketchup_cache.config.commands import LearnConfig
+from ketchup_cache.config.methods import METHODS
 from ketchup_cache.console import progress
 from ketchup_cache.errors import CacheError
 from ketchup_cache.models.fingerprint import state_fingerprint, weights_fingerprint
 from ketchup_cache.models.load import resolve_folder
-from ketchup_cache.provenance import PolicyInfo, TokenizerInfo
+from ketchup_cache.provenance import PolicyInfo, TokenizerInfo, in_precision
 from ketchup_cache.rollouts.calculator import Calculator
 from ketchup_cache.rollouts.rollout import rollout_chunks, rollout_range, sampling_of
 from ketchup_cache.training.batches import Stream, concatenate
-from ketchup_cache.training.pick import ON_OUTPUTS, ON_SAMPLES, student_samples, teacher_outputs
+from ketchup_cache.training.run import seed_of
 from ketchup_cache.types import ScoredRollouts
 
-ScoreRollouts = Callable[[Cache, Sequence[str]], str]
-"""Scores the given rollouts segments, as far as they are not scored yet; returns the teacher's fingerprint.
-Handed in by the command line, so that learning never imports the teacher."""
+STUDENT, TEACHER = "student", "teacher"
+"""Whose rollouts: samples of the student, outputs of the teacher. The order of a batch."""
+
+
+@dataclass(frozen=True)
+class Scored:
+    """By whom rollouts were scored (a fingerprint), and the seconds of it that reading the teacher's weights took."""
+
+    teacher: str
+    load_s: float = 0.0
+
+
+ScoreRollouts = Callable[[Cache, Sequence[str], str | None], Scored]
+"""Scores these rollouts segments, as far as they are not scored yet. The last argument is the fingerprint of the
+teacher that has scored for the run so far."""
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """The rollouts of one optimizer step. refreshed: whether they were sampled for it. from_teacher: [B] bool, rows
-    that count as teacher outputs."""
+    """The rollouts of one optimizer step. from_teacher: [B] bool, rows that count as teacher outputs. refreshed:
+    whether rollouts were sampled for it; times: how long that took, as in `StepMetrics`."""
 
     rollouts: ScoredRollouts
-    refreshed: bool
     from_teacher: NDArray[np.bool_]
-
-
-class Source(Protocol):
-    steps: int
-    """Optimizer steps of the whole run."""
-
-    def batch(self, step: int, model: PreTrainedModel) -> Drawn:
-        """The rollouts of optimizer step `step`."""
-
-    def state(self) -> dict[str, Any]:
-        """What a checkpoint must hold so that `restore` goes on exactly here."""
-
-    def restore(self, state: dict[str, Any]) -> None: ...
-
-    def resolved(self) -> dict[str, Any]:
-        """For the run's record: what the run reads."""
-
-    def segments(self) -> list[str]:
-        """Ids of the segments that the current batches come from, parents included."""
+    refreshed: bool
+    times: dict[str, float]
 
 
 class Offline:
@@ -65,45 +61,55 @@ class Offline:
     """
 
     def __init__(self, cache: Cache, config: LearnConfig) -> None:
-        self._cache, self._config = cache, config
-        self._parts: dict[str, list[ScoredRef]] = {}
+        """Raises CacheError where the cache lacks what the method learns from."""
+        self._cache, self._config, method = cache, config, METHODS[config.method]
         # asked for first: where they are missing, they must be made before anything is scored again
-        outputs = teacher_outputs(cache, config) if config.method in ON_OUTPUTS else None
-        if config.method in ON_SAMPLES:
-            self._parts["student"] = student_samples(cache, config)
-        if outputs is not None:
-            self._parts["teacher"] = outputs
-        self._share = config.batch_size // len(self._parts)
-        rows = sum(ref.rows for ref in next(iter(self._parts.values())))
-        self.steps = config.steps or max(1, rows * config.epochs // self._share)
+        outputs = {TEACHER: teacher_outputs(cache, config)} if method.outputs else {}
+        self._refs: dict[str, list[ScoredRef]] = {STUDENT: self._samples()} if method.samples else {}
+        self._refs |= outputs
+        self._share = config.batch_size // len(self._refs)
         self._streams: dict[str, Stream] = {}
+        self.steps = config.steps or max(1, self._rollouts() // self._share)
+
+    def _samples(self) -> list[ScoredRef]:
+        """The student's part, before the first batch."""
+        return student_samples(self._cache, self._config)
+
+    def _rollouts(self) -> int:
+        """How many rollouts the run is to learn from."""
+        return sum(ref.rows for ref in next(iter(self._refs.values()))) * self._config.epochs
 
     def batch(self, step: int, model: PreTrainedModel) -> Drawn:
-        if not self._streams:
-            self._streams = {
-                name: Stream(self._cache, refs, self._share, self._config.seed, skip=step, batches=self.steps - step)
-                for name, refs in self._parts.items()
-            }
-        drawn = [next(stream) for stream in self._streams.values()]
-        from_teacher = [np.full(len(part), name == "teacher") for name, part in zip(self._streams, drawn, strict=True)]
-        return Drawn(concatenate(drawn), False, np.concatenate(from_teacher))
+        """The rollouts of optimizer step `step`. model: the student as it is."""
+        for kind in self._refs.keys() - self._streams.keys():
+            self._open(kind, self._config.seed, step, self.steps - step)
+        drawn = concatenate([next(self._streams[kind]) for kind in self._refs])
+        from_teacher = np.repeat([kind == TEACHER for kind in self._refs], self._share)
+        return Drawn(drawn, from_teacher, False, {})
+
+    def _open(self, kind: str, seed: int, skip: int, batches: int) -> None:
+        self._streams[kind] = Stream(self._cache, self._refs[kind], self._share, seed, skip=skip, batches=batches)
 
     def state(self) -> dict[str, Any]:
-        return {"segments": [ref.scores_id for refs in self._parts.values() for ref in refs]}
+        """What a checkpoint must hold so that `restore` goes on exactly here."""
+        return {"segments": [ref.scores_id for refs in self._refs.values() for ref in refs]}
 
     def restore(self, state: dict[str, Any]) -> None:
         """The segments of the killed run, even if the cache has grown since."""
         if wanted := set(state.get("segments", ())):
-            self._parts = {name: [ref for ref in refs if ref.scores_id in wanted] for name, refs in self._parts.items()}
+            self._refs = {kind: [ref for ref in refs if ref.scores_id in wanted] for kind, refs in self._refs.items()}
 
     def resolved(self) -> dict[str, Any]:
+        """For the run's record: what the run reads."""
         return self.state()
 
     def segments(self) -> list[str]:
-        return _segments_of([ref for refs in self._parts.values() for ref in refs])
+        """Ids of the segments that the current batches come from, parents included."""
+        refs = [ref for refs in self._refs.values() for ref in refs]
+        return list(dict.fromkeys(id_ for ref in refs for id_ in (ref.prompts_id, ref.rollouts_id, ref.scores_id)))
 
 
-class OnPolicy:
+class OnPolicy(Offline):
     """Rolls out the current student on the next prompts every N steps and has the teacher score them.
 
     Prompts come from the cache, in the order of the data, and start again at the end. The first phase uses what the
@@ -118,99 +124,90 @@ class OnPolicy:
         score_rollouts: ScoreRollouts,
         calculator: Calculator | None = None,
     ) -> None:
-        self._cache, self._config, self._tokenizer, self._score = cache, config, tokenizer, score_rollouts
-        self._calculator = calculator
+        self._tokenizer, self._score, self._calculator = tokenizer, score_rollouts, calculator
         self._prompt_segments = _distinct_prompts(cache)
-        total = sum(rows for _, rows in self._prompt_segments)
-        if total == 0:
+        self._prompts = sum(rows for _, rows in self._prompt_segments)
+        if self._prompts == 0:
             raise CacheError(f"{cache.address}: holds no prompts; put them there with `ketchup-cache rollout`")
-        self._outputs = teacher_outputs(cache, config) if config.method in ON_OUTPUTS else None
-        self._share = config.batch_size // (2 if self._outputs else 1)
-        self._output_stream: Stream | None = None
-        self.steps = config.steps or max(1, total * config.samples * config.epochs * config.reuse // self._share)
+        super().__init__(cache, config)
         # the stream of a phase goes over its rollouts again and again, each time in another order
         self._prompts_per_phase = config.refresh_every // config.reuse * self._share // config.samples
         self._phase: int | None = None
-        self._refs: list[ScoredRef] = []
-        self._stream: Stream | None = None
+        self.teacher: str | None = None
+
+    def _samples(self) -> list[ScoredRef]:
+        return []
+
+    def _rollouts(self) -> int:
+        return self._prompts * self._config.samples * self._config.epochs * self._config.reuse
 
     def batch(self, step: int, model: PreTrainedModel) -> Drawn:
-        phase, place = divmod(step, self._config.refresh_every)
-        refreshed = phase != self._phase
+        every = self._config.refresh_every
+        phase, place = divmod(step, every)
+        refreshed, times = phase != self._phase, {}
         if refreshed:
-            self._phase, self._refs, self._stream = phase, self._refresh(phase, step, model), None
-        if self._stream is None:
+            self._phase = phase
+            times = self._refresh(phase, step, model)
+        if refreshed or STUDENT not in self._streams:
             # each phase has a seed of its own; a resumed one skips the batches it has trained on
-            seed = self._config.seed * 1_000_003 + phase
-            left = min(self._config.refresh_every - place, self.steps - step)
-            self._stream = Stream(self._cache, self._refs, self._share, seed, skip=place, batches=left)
-        drawn = [next(self._stream)]
-        if self._outputs:
-            if self._output_stream is None:
-                left = self.steps - step
-                self._output_stream = Stream(
-                    self._cache, self._outputs, self._share, self._config.seed, skip=step, batches=left
-                )
-            drawn.append(next(self._output_stream))
-        from_teacher = np.repeat([False, True][: len(drawn)], self._share)
-        return Drawn(concatenate(drawn), refreshed, from_teacher)
+            self._open(STUDENT, seed_of(self._config.seed, phase), place, min(every - place, self.steps - step))
+        drawn = super().batch(step, model)
+        return Drawn(drawn.rollouts, drawn.from_teacher, refreshed, times)
 
-    def _refresh(self, phase: int, step: int, model: PreTrainedModel) -> list[ScoredRef]:
-        if phase == 0:
-            # of the files, as `rollout` takes it: a checkpoint of the Hub may hold tensors that the model does not
-            fingerprint = weights_fingerprint(resolve_folder(self._config.student))
-            if held := self._held_for(fingerprint):
-                return held
+    def _refresh(self, phase: int, step: int, model: PreTrainedModel) -> dict[str, float]:
+        """Sample and score the rollouts of a phase; returns the seconds that took."""
+        began = time.perf_counter()
+        if (
+            phase == 0
+        ):  # of the files, as `rollout` takes it: a checkpoint of the Hub may hold tensors the model does not
+            name, fingerprint = self._config.student, weights_fingerprint(resolve_folder(self._config.student))
+            ids = self._held_rollouts(fingerprint)
         else:
-            fingerprint = state_fingerprint(model)
-        name = self._config.student if phase == 0 else str(self._config.out)
-        policy = PolicyInfo(name=name, fingerprint=fingerprint, step=step)
+            name, fingerprint, ids = str(self._config.out), state_fingerprint(model), []
+        ids = ids or self._sample(phase, PolicyInfo(name=name, fingerprint=fingerprint, step=step), model)
+        sampled = time.perf_counter()
+        load_s = self._take(ids)
+        scored = time.perf_counter() - sampled - load_s
+        return {"sample_s": sampled - began, "score_s": scored, "load_s": load_s}
+
+    def _sample(self, phase: int, policy: PolicyInfo, model: PreTrainedModel) -> list[str]:
         # a prompt that comes again in a later phase must not be met with the same random numbers
-        seed = self._config.seed + 1_000_003 * phase
-        sampling = sampling_of(self._config).model_copy(update={"seed": seed})
+        sampling = sampling_of(self._config).model_copy(update={"seed": seed_of(phase, self._config.seed)})
         ranges = self._next_prompts(phase)
-        wanted = sum(stop - start for _, start, stop in ranges) * sampling.samples
         ids = []
-        with progress("rollouts", wanted, "rollouts") as bar:
+        with progress("rollouts", sum(stop - start for _, start, stop in ranges) * sampling.samples, "rollouts") as bar:
             for prompts_id, start, stop in ranges:
                 for first, last in rollout_chunks(stop - start, sampling):
                     chunk = (prompts_id, start + first, start + last)
                     made = rollout_range(
-                        self._cache,
-                        model,
-                        policy,
-                        self._tokenizer,
-                        *chunk,
-                        sampling,
-                        batch=self._config.rollout_batch,
-                        calculator=self._calculator,
-                        bar=bar,
-                    )
+                        self._cache, model, policy, self._tokenizer, *chunk, sampling,
+                        batch=self._config.rollout_batch, calculator=self._calculator, bar=bar,
+                    )  # fmt: skip
                     ids.append(made)
-        return self._refs_of(ids)
+        return ids
 
-    def _held_for(self, fingerprint: str) -> list[ScoredRef]:
-        """Rollouts of exactly this policy that the cache already holds, scored where they were not yet."""
-        ids = [
+    def _held_rollouts(self, fingerprint: str) -> list[str]:
+        """Rollouts of exactly this policy that the cache already holds."""
+        drawn = self._config.greedy, self._config.calculator
+        return [
             id_
             for id_, info in self._cache.rollouts()
-            if info.policy.fingerprint == fingerprint
-            and (info.sampling.greedy, info.sampling.calculator) == (self._config.greedy, self._config.calculator)
+            if info.policy.fingerprint == fingerprint and (info.sampling.greedy, info.sampling.calculator) == drawn
         ]
-        return self._refs_of(ids) if ids else []
 
-    def _refs_of(self, rollout_ids: Sequence[str]) -> list[ScoredRef]:
-        teacher = self._score(self._cache, rollout_ids)
-        place = {id_: i for i, id_ in enumerate(rollout_ids)}
-        refs = [
-            ref for ref in self._cache.scored(teacher, keep_top=self._config.top_needed) if ref.rollouts_id in place
-        ]
-        return sorted(refs, key=lambda ref: (place[ref.rollouts_id], ref.row_start))
+    def _take(self, rollout_ids: Sequence[str]) -> float:
+        """Have these rollouts scored, and learn from them; returns the seconds that reading the teacher took."""
+        scored = self._score(self._cache, rollout_ids, self.teacher)
+        self.teacher, place = scored.teacher, {id_: i for i, id_ in enumerate(rollout_ids)}
+        refs = self._cache.scored(scored.teacher, keep_top=self._config.top_needed)
+        chosen = [ref for ref in refs if ref.rollouts_id in place]
+        self._refs[STUDENT] = sorted(chosen, key=lambda ref: (place[ref.rollouts_id], ref.row_start))
+        return scored.load_s
 
     def _next_prompts(self, phase: int) -> list[tuple[str, int, int]]:
         """Ranges (prompts segment, start, stop) of this phase's prompts."""
-        total = sum(rows for _, rows in self._prompt_segments)
-        begin, wanted = (phase * self._prompts_per_phase) % total, min(self._prompts_per_phase, total)
+        begin = (phase * self._prompts_per_phase) % self._prompts
+        wanted = min(self._prompts_per_phase, self._prompts)
         ranges: list[tuple[str, int, int]] = []
         while wanted:
             offset = 0
@@ -220,31 +217,26 @@ class OnPolicy:
                     stop = min(rows, start + wanted)
                     ranges.append((id_, start, stop))
                     wanted -= stop - start
-                    begin = (begin + stop - start) % total
+                    begin = (begin + stop - start) % self._prompts
                     break
                 offset += rows
         return ranges
 
     def state(self) -> dict[str, Any]:
-        state = {"phase": self._phase, "rollouts": list(dict.fromkeys(ref.rollouts_id for ref in self._refs))}
-        return state | ({"outputs": [ref.scores_id for ref in self._outputs]} if self._outputs else {})
+        rollouts = list(dict.fromkeys(ref.rollouts_id for ref in self._refs[STUDENT]))
+        return super().state() | {"phase": self._phase, "rollouts": rollouts, "teacher": self.teacher}
 
     def restore(self, state: dict[str, Any]) -> None:
+        super().restore(state)
         if state.get("phase") is not None:
-            self._phase = state["phase"]
-            self._refs = self._refs_of(state["rollouts"])
-        if self._outputs and (wanted := set(state.get("outputs", ()))):
-            self._outputs = [ref for ref in self._outputs if ref.scores_id in wanted]
+            self._phase, self.teacher = state["phase"], state.get("teacher")
+            self._take(state["rollouts"])
 
     def resolved(self) -> dict[str, Any]:
         return {"prompts": [id_ for id_, _ in self._prompt_segments]}
 
     def segments(self) -> list[str]:
-        return list(dict.fromkeys([*self.resolved()["prompts"], *_segments_of([*self._refs, *(self._outputs or ())])]))
-
-
-def _segments_of(refs: Sequence[ScoredRef]) -> list[str]:
-    return list(dict.fromkeys(id_ for ref in refs for id_ in (ref.prompts_id, ref.rollouts_id, ref.scores_id)))
+        return list(dict.fromkeys([*self.resolved()["prompts"], *super().segments()]))
 
 
 def _distinct_prompts(cache: Cache) -> list[tuple[str, int]]:
@@ -254,3 +246,66 @@ def _distinct_prompts(cache: Cache) -> list[tuple[str, int]]:
         content = tuple(manifest.files[name].sha256 for name in sorted(manifest.files))
         segments.setdefault(content, (id_, manifest.rows))
     return list(segments.values())
+
+
+# ----------------------------------------------------------------------- what of a cache a method learns from
+
+
+def student_samples(cache: Cache, config: LearnConfig) -> list[ScoredRef]:
+    """Scored rollouts of `config.policy`; without one, of all policies, for js and tvd of all but the teacher's.
+
+    Raises CacheError where there are none.
+    """
+    wanted = None
+    if config.policy is not None:
+        wanted = {cache.select_policy(config.policy).fingerprint}
+    elif METHODS[config.method].outputs:
+        wanted = {policy.fingerprint for policy in cache.policies()} - _teacher_policies(cache, config)
+    what = f"of policy {config.policy!r}" if config.policy else "of a student"
+    return _scored(cache, config, wanted, f"no scored rollouts {what}; make some with `rollout` and `score`")
+
+
+def teacher_outputs(cache: Cache, config: LearnConfig) -> list[ScoredRef]:
+    """Scored rollouts of `config.teacher_outputs`; without it, of the policy that has the teacher's weights.
+
+    Raises CacheError where there are none.
+    """
+    name = cache.select_teacher(config.scored_by).name
+    return _scored(
+        cache,
+        config,
+        _teacher_policies(cache, config),
+        f"--method {config.method} learns from teacher outputs, but no scored rollouts are of policy "
+        f"{config.teacher_outputs or name}; make them with `ketchup-cache rollout --student {name} --greedy` and "
+        "`ketchup-cache score`, or name a policy with --teacher-outputs",
+    )
+
+
+def _teacher_policies(cache: Cache, config: LearnConfig) -> set[str]:
+    """Fingerprints of the policies whose rollouts are teacher outputs: the weights count, and neither the name nor the
+    precision that the teacher scored in."""
+    teacher = cache.select_teacher(config.scored_by)
+    if config.teacher_outputs is not None:
+        return {cache.select_policy(config.teacher_outputs, "--teacher-outputs").fingerprint}
+    all_ = (policy.fingerprint for policy in cache.policies())
+    return {fingerprint for fingerprint in all_ if in_precision(fingerprint, teacher.dtype) == teacher.fingerprint}
+
+
+def _scored(cache: Cache, config: LearnConfig, policies: Iterable[str] | None, none: str) -> list[ScoredRef]:
+    """All scored rows of some policies (None: of all), from segments that keep as many logits as the method needs.
+    Raises CacheError where a row has fewer."""
+
+    def of(keep_top: int) -> list[ScoredRef]:
+        found = cache.scored(config.scored_by, keep_top=keep_top)
+        return [ref for ref in found if policies is None or ref.policy.fingerprint in policies]
+
+    selected, enough = of(0), of(config.top_needed)
+    if not selected:
+        raise CacheError(f"{cache.address}: {none}")
+    if missing := sum(ref.rows for ref in selected) - sum(ref.rows for ref in enough):
+        raise CacheError(
+            f"{cache.address}: {missing:,} of the rollouts for --method {config.method} are scored without "
+            f"the teacher's {config.top_needed} largest logits (or with fewer); run `ketchup-cache score --teacher "
+            f"{selected[0].teacher.name} --cache {cache.address} --keep-top {config.top_needed}`"
+        )
+    return enough

@@ -85,7 +85,7 @@ def test_the_parts_of_a_timed_command_are_its_own(tmp_path):
         timed_run.by(way, tmp_path, task / "teacher", task / "student", data, learning) for way in ways
     )
     for run_ in (live, *alone["parts"].values()):
-        assert run_["load"]["cpu_seconds"] > 0
+        assert run_["load"]["seconds"] > 0
         assert run_["load"]["seconds"] + run_["work"]["seconds"] < run_["seconds"]
         assert run_["score"]["seconds"] + run_["train"]["seconds"] < run_["work"]["seconds"] + 1e-3
     assert min(live["score"]["seconds"], reverse["score"]["seconds"], reverse["train"]["seconds"]) > 0
@@ -95,8 +95,7 @@ def test_the_parts_of_a_timed_command_are_its_own(tmp_path):
     assert live["train"]["seconds"] > 0
     assert alone["parts"]["learn"]["score"]["seconds"] == 0
     steps = [json.loads(line) for line in (trained.parent / "metrics.jsonl").read_text().splitlines()]
-    # the loop's own clock of its steps, in another place
-    assert live["train"]["seconds"] == pytest.approx(sum(step["seconds"] for step in steps), abs=0.05)
+    assert live["train"]["seconds"] == pytest.approx(sum(step["train_s"] for step in steps), abs=0.01)
     assert [step["refreshed"] for step in steps] == [True, True]
     assert max(step["lr"] for step in steps) == 1e-3
     cache = tmp_path / "cache, offline, each rollout 2 times"

@@ -2,10 +2,48 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
 import torch
 
-from ketchup_cache.config.commands import LearnConfig
+from ketchup_cache.config.commands import LearnConfig, ScoreConfig
+from ketchup_cache.models.head import Head
+from ketchup_cache.models.load import load_model
+from ketchup_cache.scoring.score import Scorer, ScoreReport, follow
+from ketchup_cache.sharing.remote_cache import open_cache
+from ketchup_cache.shipped import task
 from ketchup_cache.training.batches import Stream
+from ketchup_cache.training.optimizer import Learner
+from tests.helpers.models import WORDS
+
+TASK = task("translate")
+
+
+@contextmanager
+def following(place: str | Path) -> Iterator[Future[ScoreReport]]:
+    """`score --follow` by the shipped teacher, in a thread, while the block runs."""
+    options = ScoreConfig(teacher=str(TASK / "teacher"), cache=place, device="cpu", follow=True, poll=0.02)
+    cache, scorer, stop = open_cache(place, create=True), Scorer(options.teacher, options), threading.Event()
+    refresh = cache.refresh
+
+    def stoppable() -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        refresh()
+
+    cache.refresh = stoppable  # type: ignore[method-assign]
+    scorer.stay()  # two threads can't load models at once
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(follow, cache, scorer, options)
+        try:
+            yield running
+        finally:
+            stop.set()
+            running.result(60)
 
 
 def config(tmp_path, folders, **options) -> LearnConfig:
@@ -17,6 +55,12 @@ def whole_batch(cache):
     """All rollouts of a one-segment cache in the stream's own order."""
     (ref,) = cache.scored()
     return next(Stream(cache, [ref], ref.row_stop - ref.row_start, seed=0))
+
+
+def learner_of(folder, options, vocab: int = len(WORDS) + 3) -> Learner:
+    """The model in a folder, with a `CapturedGradient` for its optimizer."""
+    model = load_model(str(folder), device="cpu")
+    return Learner(model, Head.of(model, vocab), CapturedGradient(model), options)
 
 
 class CapturedGradient:

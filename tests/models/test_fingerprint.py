@@ -7,6 +7,7 @@ import pytest
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from ketchup_cache.config.options import ScoringOptions
 from ketchup_cache.errors import ModelError
 from ketchup_cache.models.fingerprint import first_difference, state_fingerprint, tokenizer_info, weights_fingerprint
 from ketchup_cache.models.load import load_model
@@ -69,7 +70,8 @@ def test_two_weights_that_change_places_matter(tmp_path):
 def test_a_teacher_is_weights_and_precision(tmp_path):
     save_model(tmp_path)
     weights = weights_fingerprint(tmp_path)
-    teachers = [Teacher.identify(str(tmp_path), dtype=dtype)[0].fingerprint for dtype in ("float32", "bfloat16")]
+    precisions = (ScoringOptions(dtype=dtype) for dtype in ("float32", "bfloat16"))
+    teachers = [Teacher.identify(str(tmp_path), options)[0].fingerprint for options in precisions]
     assert len({weights, *teachers}) == 3
     assert teachers == [in_precision(weights, dtype) for dtype in ("float32", "bfloat16")]
 

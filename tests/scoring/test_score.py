@@ -13,10 +13,11 @@ from ketchup_cache import open_cache
 from ketchup_cache.cache.cache import Cache
 from ketchup_cache.cache.manifest import PromptsInfo, RolloutsInfo
 from ketchup_cache.config.commands import ScoreConfig
+from ketchup_cache.config.options import ScoringOptions
 from ketchup_cache.errors import CacheError, KetchupError, MismatchError, NumericsError
 from ketchup_cache.models.fingerprint import tokenizer_info
 from ketchup_cache.provenance import DataInfo, PolicyInfo, Sampling
-from ketchup_cache.scoring.score import Scorer, commit_ranges, score
+from ketchup_cache.scoring.score import Scorer, commit_ranges, follow, score
 from ketchup_cache.scoring.teacher import Teacher
 from ketchup_cache.types import Prompts, Ragged, Rollouts
 from tests.helpers.models import WORDS, make_t5, make_tokenizer, save_model
@@ -58,7 +59,7 @@ def options(cache: Cache, teacher: Path, **more) -> ScoreConfig:
 def assert_scored(cache: Cache, teacher: Path, ids) -> None:
     """Every row of these rollouts has exactly the plain scores."""
     model = make_t5("1.1")
-    fingerprint = Teacher.identify(str(teacher))[0].fingerprint
+    fingerprint = Teacher.identify(str(teacher), ScoringOptions())[0].fingerprint
     done = {}
     for ref in cache.scored(fingerprint):
         part = cache.load_scored(ref)
@@ -94,7 +95,7 @@ def test_scoring_a_cache_and_scoring_it_again(cache, teacher, monkeypatch):
 
 def test_only_the_segments_that_are_asked_for(cache, teacher):
     first, second = (add_rollouts(cache, *random_rollouts(seed, 6), policy=seed) for seed in range(2))
-    scorer = Scorer(options(cache, teacher), str(teacher))
+    scorer = Scorer(str(teacher), options(cache, teacher))
     scorer.ensure(cache, [second])
     assert_scored(cache, teacher, [second])
     assert scorer.ensure(cache, [second]).already == 6
@@ -128,7 +129,7 @@ def test_the_same_rollout_is_computed_once(cache, teacher):
 
 
 def test_a_scorer_knows_what_it_wrote_itself(cache, teacher):
-    scorer = Scorer(options(cache, teacher), str(teacher), commit_tokens=1)
+    scorer = Scorer(str(teacher), options(cache, teacher), commit_tokens=1)
     prompts, rollouts = random_rollouts(0, 5)
     add_rollouts(cache, prompts, rollouts)
     scorer.ensure(cache)
@@ -172,7 +173,8 @@ def test_another_tokenizer_is_refused_before_weights_are_loaded(cache, teacher, 
     with pytest.raises(MismatchError) as refused:
         score(options(cache, teacher))
     message = str(refused.value)
-    assert f"tokenizer {tmp_path / 'student'} wrote them, but that of teacher {teacher} encodes differently" in message
+    assert "score them with a teacher that shares their tokenizer" in message
+    assert f"tokenizers {teacher} and {tmp_path / 'student'} encode differently" in message
     assert f"id 7 is {WORDS[4]!r} in one and 'hound' in the other" in message
     assert "\n" not in message
     assert not cache.manifests("scores")
@@ -180,7 +182,7 @@ def test_another_tokenizer_is_refused_before_weights_are_loaded(cache, teacher, 
 
 def test_another_tokenizer_that_is_gone_is_refused_too(cache, teacher, no_loading):
     add_rollouts(cache, *random_rollouts(0, 5), tokenizer=make_tokenizer(WORDS[::-1]), name="gone/student")
-    with pytest.raises(MismatchError, match="encodes differently; score with a teacher that shares the tokenizer"):
+    with pytest.raises(MismatchError, match=r"shares their tokenizer: tokenizers .* encode differently$"):
         score(options(cache, teacher))
 
 
@@ -220,7 +222,7 @@ def test_the_weights_are_gone_after_scoring(cache, teacher, monkeypatch):
 
     monkeypatch.setattr(Teacher, "load", watched)
     add_rollouts(cache, *random_rollouts(0, 5))
-    scorer = Scorer(options(cache, teacher), str(teacher))
+    scorer = Scorer(str(teacher), options(cache, teacher))
     scorer.ensure(cache)
     assert [reference() for reference in loaded] == [None]
 
@@ -228,6 +230,7 @@ def test_the_weights_are_gone_after_scoring(cache, teacher, monkeypatch):
 KILLED = """
 import sys, time
 from ketchup_cache.config.commands import ScoreConfig
+from ketchup_cache.config.options import ScoringOptions
 from ketchup_cache.scoring.score import score
 from ketchup_cache.scoring.teacher import Teacher
 
@@ -265,3 +268,65 @@ def test_ranges_to_commit_are_contiguous_and_bounded():
     assert ranges == [range(2), range(2, 3), range(3, 6), range(6, 7)]
     assert list(commit_ranges(completions, 1, 3, 100)) == [range(1, 3)]
     assert list(commit_ranges(completions, 2, 2, 7)) == []
+
+
+# -------------------------------------------------------------------------------------------------- score --follow
+
+
+def following(cache, teacher, **more):
+    """`score --follow` on its own handle of the cache, until everything was scored for a moment."""
+    config = options(cache, teacher, follow=True, poll=0.01, **{"until_idle": 0.3, **more})
+    return follow(open_cache(cache.path), Scorer(str(teacher), config), config)
+
+
+def test_following_scores_what_appears_and_loads_the_teacher_once(cache, teacher, monkeypatch):
+    load, loaded, ids = Teacher.load, [], []
+    monkeypatch.setattr(Teacher, "load", lambda *given: loaded.append(1) or load(*given))
+    sleep = time.sleep
+
+    def adding(seconds):  # at each pause that is one, more rollouts, of the same and of other text
+        if seconds and len(ids) < 4:
+            ids.append(add_rollouts(cache, *random_rollouts(len(ids) // 2, 6), policy=len(ids)))
+        sleep(seconds)
+
+    monkeypatch.setattr(time, "sleep", adding)
+    report = following(cache, teacher)
+    assert (report.computed + report.copied, report.segments, len(loaded)) == (24, 4, 1)
+    assert report.copied >= 12
+    assert_scored(cache, teacher, ids)
+
+
+def test_following_passes_over_what_it_can_not_score_and_says_so_once(cache, teacher, capsys):
+    damaged, good = (add_rollouts(cache, *random_rollouts(seed, 6), policy=seed) for seed in range(2))
+    theirs = make_tokenizer([*WORDS[1:], WORDS[0]])
+    foreign = add_rollouts(cache, *random_rollouts(2, 3), policy=2, tokenizer=theirs, name="\x1b[2J")
+    for chunk in (cache.path / "segments" / damaged / "completion_tokens").rglob("0"):
+        chunk.write_bytes(b"x" * chunk.stat().st_size)
+    assert following(cache, teacher).segments == 1
+    assert_scored(cache, teacher, [good])
+    lines = [line for line in capsys.readouterr().err.splitlines() if "passed over" in line]
+    assert len(lines) == 2
+    assert any(damaged[:12] in line for line in lines)
+    assert any(foreign[:12] in line and "\x1b" not in line for line in lines)
+
+
+def test_following_outlives_an_outage_with_growing_pauses(cache, teacher, monkeypatch, capsys):
+    rollouts_id, failures, pauses = add_rollouts(cache, *random_rollouts(0, 6)), [], []
+    monkeypatch.setattr(time, "sleep", pauses.append)
+
+    def refresh(self):
+        if len(failures) < 4:
+            failures.append(1)
+            raise CacheError("cut off")
+
+    monkeypatch.setattr(Cache, "refresh", refresh)
+    assert following(cache, teacher, until_idle=0.05).segments == 1
+    assert pauses[:4] == [0.02, 0.04, 0.08, 0.16]
+    assert capsys.readouterr().err.count("cut off; trying again in") == 4
+    assert_scored(cache, teacher, [rollouts_id])
+
+
+def test_ctrl_c_ends_following_with_a_report(cache, teacher, monkeypatch):
+    add_rollouts(cache, *random_rollouts(0, 6))
+    monkeypatch.setattr(Teacher, "score", lambda *given, **more: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert following(cache, teacher, until_idle=0).segments == 0

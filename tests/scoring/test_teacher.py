@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ketchup_cache.config.options import ScoringOptions
 from ketchup_cache.errors import MismatchError, ModelError, NumericsError
 from ketchup_cache.models.fingerprint import tokenizer_info
 from ketchup_cache.models.forward import completion_states
@@ -16,6 +17,7 @@ from tests.helpers.models import make_t5, make_tokenizer, save_model
 from tests.helpers.oracle import assert_same_scores, make_rollouts, plain_scores, random_rollouts
 
 VERSIONS = ("1.0", "1.1")
+CPU = ScoringOptions(device="cpu")
 TOKENIZER = tokenizer_info(make_tokenizer(), "tiny")
 
 
@@ -86,8 +88,8 @@ def test_rows_can_be_chosen():
 
 def test_a_loaded_teacher_is_who_its_files_say(tmp_path):
     folder = save_model(tmp_path, "1.1")
-    teacher = Teacher.load(str(folder), device="cpu")
-    assert (teacher.info, teacher.tokenizer) == Teacher.identify(str(folder))
+    teacher = Teacher.load(str(folder), CPU)
+    assert (teacher.info, teacher.tokenizer) == Teacher.identify(str(folder), CPU)
     assert teacher.info.name == str(folder)
     assert teacher.tokenizer.fingerprint == TOKENIZER.fingerprint
     prompts, rollouts = random_rollouts(5, 6)
@@ -98,7 +100,9 @@ def test_a_loaded_teacher_is_who_its_files_say(tmp_path):
 
 def test_the_precision_is_part_of_who_a_teacher_is(tmp_path):
     folder = save_model(tmp_path)
-    (single, _), (half, _) = (Teacher.identify(str(folder), dtype=dtype) for dtype in ("float32", "bfloat16"))
+    (single, _), (half, _) = (
+        Teacher.identify(str(folder), ScoringOptions(dtype=dtype)) for dtype in ("float32", "bfloat16")
+    )
     assert single.fingerprint != half.fingerprint
     assert half.dtype == "bfloat16"
 
@@ -106,7 +110,7 @@ def test_the_precision_is_part_of_who_a_teacher_is(tmp_path):
 def test_a_bfloat16_teacher_scores_in_float32(tmp_path, monkeypatch):
     """On a processor without bfloat16 products all of it: the scores are those of the same weights in float32."""
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
-    teacher = Teacher.load(str(save_model(tmp_path, "1.1", scale=5)), dtype="bfloat16", device="cpu")
+    teacher = Teacher.load(str(save_model(tmp_path, "1.1", scale=5)), ScoringOptions(dtype="bfloat16", device="cpu"))
     narrow = make_t5("1.1", scale=5).bfloat16()
     prompts, rollouts = random_rollouts(6, 8)
     scores = teacher.score(prompts, rollouts, batch_tokens=100)

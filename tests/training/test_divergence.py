@@ -10,15 +10,13 @@ from transformers import AutoModelForSeq2SeqLM
 from ketchup_cache import open_cache
 from ketchup_cache.config.commands import LearnConfig, ScoreConfig
 from ketchup_cache.errors import CacheError, NumericsError
-from ketchup_cache.models.head import Head
-from ketchup_cache.models.load import load_model
 from ketchup_cache.scoring.score import score
 from ketchup_cache.training.divergence import divergence_step, token_weights
 from ketchup_cache.training.learn import learn
 from ketchup_cache.training.source import Offline
 from ketchup_cache.types import Ragged
 from tests.helpers.caches import make_cache
-from tests.helpers.learning import CapturedGradient
+from tests.helpers.learning import learner_of
 from tests.helpers.models import WORDS, save_model
 from tests.helpers.oracle import assert_bfloat16_gradient, plain_logits
 
@@ -47,11 +45,9 @@ def config(base, **options) -> LearnConfig:
 def step_of(base, options):
     """Gradient and metrics of the first step, and the batch it was of."""
     drawn = Offline(open_cache(options.cache), options).batch(0, None)
-    model = load_model(str(base / "s"), device="cpu")
-    optimizer = CapturedGradient(model)
-    head = Head.of(model, VOCAB)
-    metrics = divergence_step(model, head, optimizer, drawn.rollouts, drawn.from_teacher, options, 0)
-    return optimizer.gradient, metrics, drawn
+    learner = learner_of(base / "s", options)
+    metrics = divergence_step(learner, drawn.rollouts, drawn.from_teacher, 0)
+    return learner.optimizer.gradient, metrics, drawn
 
 
 def literal(base, drawn, method):
@@ -230,11 +226,10 @@ def test_min_variance_learns_from_start_to_end(base, tmp_path, monkeypatch):
     assert report.steps == 3
     cache = open_cache(base / "cache")
     batch = next(Stream(cache, cache.scored(policy=str(base / "s")), 10, seed=0))
-    model = load_model(str(base / "s"), device="cpu")
     for micro, chunk in ((16384, 1024), (30, 1024), (16384, 3)):
         monkeypatch.setattr("ketchup_cache.training.policy_gradient.CHUNK", chunk)
-        some = options.model_copy(update={"micro_batch_tokens": micro})
-        weight = score_weights(model, Head.of(model, VOCAB), batch, some)
+        learner = learner_of(base / "s", options.model_copy(update={"micro_batch_tokens": micro}))
+        model, weight = learner.model, score_weights(learner, batch)
         expected = []
         for row, tokens in enumerate(batch.rollouts.completions):
             prompt = batch.prompts.tokens[batch.rollouts.prompt_index[row]]
@@ -286,10 +281,9 @@ def test_js_without_a_student(base, tmp_path):
 def test_a_loss_that_is_not_finite_changes_nothing(base):
     options = config(base, method="kl")
     drawn = Offline(open_cache(base / "cache"), options).batch(0, None)
-    model = load_model(str(base / "s"), device="cpu")
-    optimizer, head = CapturedGradient(model), Head.of(model, VOCAB)
+    learner = learner_of(base / "s", options)
     with torch.no_grad():
-        model.shared.weight[5] = float("nan")
+        learner.model.shared.weight[5] = float("nan")
     with pytest.raises(NumericsError, match="step 0: the loss is nan; the weights were not changed"):
-        divergence_step(model, head, optimizer, drawn.rollouts, drawn.from_teacher, options, 0)
-    assert not optimizer.gradient
+        divergence_step(learner, drawn.rollouts, drawn.from_teacher, 0)
+    assert not learner.optimizer.gradient

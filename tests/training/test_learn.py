@@ -274,7 +274,7 @@ def test_other_tokenizer_and_empty_cache_are_refused(cache, tmp_path, folders):
     other = save_model(tmp_path / "other", "1.0", seed=1)
     words = [*WORDS[1:], WORDS[0]]
     make_tokenizer(words).save_pretrained(other)
-    with pytest.raises(MismatchError, match="encodes differently"):
+    with pytest.raises(MismatchError, match="encode differently"):
         learn(config(tmp_path, (other, folders[1])))
     with pytest.raises(CacheError, match="nobody"):
         learn(config(tmp_path, folders, policy="nobody"))

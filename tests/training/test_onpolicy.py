@@ -19,7 +19,7 @@ import ketchup_cache.training.learn
 from ketchup_cache import open_cache
 from ketchup_cache.cli import main
 from ketchup_cache.models.fingerprint import weights_fingerprint
-from ketchup_cache.training.policy_gradient import train_step
+from ketchup_cache.training.policy_gradient import policy_gradient_step
 from tests.helpers.models import WORDS, make_t5, save_model, write_prompts
 from tests.helpers.oracle import plain_logits
 from tests.helpers.oracle import plain_row_scores as plain_scores
@@ -104,12 +104,12 @@ def test_rollouts_may_be_used_several_times(words, tmp_path, monkeypatch):
     """A third of the rollouts, each in three steps of its phase, in batches of other companions."""
     batches = []
 
-    def watched(model, head, optimizer, batch, config, step):
+    def watched(learner, batch, step):
         rows = zip(batch.rollouts.prompt_index, batch.rollouts.completions, strict=True)
         batches.append([(batch.prompts.tokens[index].tobytes(), row.tobytes()) for index, row in rows])
-        return train_step(model, head, optimizer, batch, config, step)
+        return policy_gradient_step(learner, batch, step)
 
-    monkeypatch.setattr(ketchup_cache.training.learn, "train_step", watched)
+    monkeypatch.setattr(ketchup_cache.training.learn, "policy_gradient_step", watched)
     assert main(flat(words | {"--refresh-every": 6, "--steps": 18, "--reuse": 3})) == 0
     cache = open_cache(tmp_path / "cache")
     assert [m["step"] for m in metrics(tmp_path / "run") if m["refreshed"]] == [0, 6, 12]
@@ -216,7 +216,7 @@ def test_teacher_of_another_tokenizer_is_refused(words, tmp_path, capsys):
     assert main(flat(words | {"--teacher": other})) == 2
     error = capsys.readouterr().err
     assert len(error.splitlines()) == 1
-    assert "encodes differently: id 3 is 'a' in one and 'the' in the other" in error
+    assert "encode differently: id 3 is 'a' in one and 'the' in the other" in error
 
 
 def test_weak_student_is_told_what_to_do(words, capsys):

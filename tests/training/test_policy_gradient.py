@@ -7,15 +7,11 @@ import pytest
 import torch
 from transformers import AutoModelForSeq2SeqLM
 
-from ketchup_cache.models.head import Head
-from ketchup_cache.models.load import load_model
-from ketchup_cache.training.policy_gradient import learning_signal, score_weights, train_step
+from ketchup_cache.training.policy_gradient import learning_signal, policy_gradient_step, score_weights
 from tests.helpers.caches import make_cache
-from tests.helpers.learning import CapturedGradient, config, whole_batch
-from tests.helpers.models import WORDS, make_t5
+from tests.helpers.learning import config, learner_of, whole_batch
+from tests.helpers.models import make_t5
 from tests.helpers.oracle import assert_bfloat16_gradient, plain_logits
-
-VOCAB = len(WORDS) + 3
 
 
 @pytest.fixture
@@ -24,10 +20,9 @@ def cache(tmp_path, folders):
 
 
 def captured_gradient(folders, batch, options):
-    model = load_model(str(folders[0]), device="cpu")
-    optimizer = CapturedGradient(model)
-    metrics = train_step(model, Head.of(model, VOCAB), optimizer, batch, options, 0)
-    return optimizer.gradient, metrics
+    learner = learner_of(folders[0], options)
+    metrics = policy_gradient_step(learner, batch, 0)
+    return learner.optimizer.gradient, metrics
 
 
 def literal_gradient(folders, batch, options):
@@ -113,9 +108,9 @@ def test_bfloat16_rounds_the_gradient_and_nothing_else(cache, tmp_path, folders,
 
 
 def test_bfloat16_rounds_what_the_min_variance_baseline_weighs_by(cache, tmp_path, folders):
-    model, batch = load_model(str(folders[0]), device="cpu"), whole_batch(cache)
+    batch = whole_batch(cache)
     exact, rounded = (
-        score_weights(model, Head.of(model, VOCAB), batch, config(tmp_path, folders, precision=precision))
+        score_weights(learner_of(folders[0], config(tmp_path, folders, precision=precision)), batch)
         for precision in ("float32", "bfloat16")
     )
     assert 2**-12 < np.linalg.norm(rounded - exact) / np.linalg.norm(exact) < 2**-3

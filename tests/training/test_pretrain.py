@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from ketchup_cache.config.commands import PretrainConfig
+from ketchup_cache.config.options import StepOptions
 from ketchup_cache.errors import CacheError, DataError, KetchupError
 from ketchup_cache.training.optimizer import Optimizer
 from ketchup_cache.training.pretrain import _target_ids, pretrain
@@ -132,8 +133,7 @@ def test_targets_end_with_eos_even_if_the_tokenizer_adds_none():
 
 def test_schedule_by_hand():
     def rates(warmup, schedule, steps):
-        options = {"lr": 1.0, "weight_decay": 0.0, "max_grad_norm": 1.0}
-        optimizer = Optimizer(torch.nn.Linear(1, 1), warmup=warmup, schedule=schedule, steps=steps, **options)
+        optimizer = Optimizer(torch.nn.Linear(1, 1), StepOptions(lr=1, warmup=warmup, schedule=schedule), steps)
         return [optimizer.lr(step) for step in range(steps)]
 
     assert rates(0, "constant", 3) == [1, 1, 1]
