@@ -37,10 +37,11 @@ _UsageError: type[Exception] = next(c for c in typer.BadParameter.__mro__ if c._
 
 # What went away → what does the same now. For one release.
 GONE_COMMANDS = {
-    "compact": "score --storage float16",
-    "diff": "info CACHE OTHER",
-    "gc": "verify CACHE --clean",
-    "ls": "info CACHE",
+    "compact": "ketchup-cache score --storage float16",
+    "diff": "ketchup-cache info CACHE OTHER",
+    "gc": "ketchup-cache verify CACHE --clean",
+    "judge": "examples/judge.py of the repository",
+    "ls": "ketchup-cache info CACHE",
 }
 GONE_OPTIONS = {
     ("score", "--watch"): "--follow with --cache",
@@ -196,7 +197,7 @@ def _gone(arguments: Sequence[str]) -> str | None:
     """What to use in place of a command or an option that went away."""
     command = next((word for word in arguments if not word.startswith("-")), "")
     if command in GONE_COMMANDS:
-        return f"`{command}` is gone: use `ketchup-cache {GONE_COMMANDS[command]}`"
+        return f"`{command}` is gone: use `{GONE_COMMANDS[command]}`"
     for word in arguments:
         if instead := GONE_OPTIONS.get((command, word.partition("=")[0])):
             return f"`{command} {word.partition('=')[0]}` is gone: use {instead}"

@@ -48,7 +48,3 @@ class NumericsError(KetchupError):
 
 class WriteError(KetchupError):
     """Raised when the disk is full, read-only or failing. What was committed before is kept."""
-
-
-class JudgeError(KetchupError):
-    """Raised when the endpoint of a judge refuses a query or fails after all retries. Answers so far are kept."""

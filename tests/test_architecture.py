@@ -106,7 +106,7 @@ def test_files_hold_one_idea():
     [
         "import ketchup_cache.cache.cache, ketchup_cache.cache.inspect",
         "import ketchup_cache.config.commands, ketchup_cache.types, ketchup_cache.errors",
-        "import ketchup_cache.method.returns, ketchup_cache.report.analyze, ketchup_cache.report.judge",
+        "import ketchup_cache.method.returns, ketchup_cache.report.analyze",
         "import ketchup_cache.cli",
         "from ketchup_cache import k_step_returns, open_cache",
     ],

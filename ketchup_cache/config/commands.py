@@ -30,7 +30,6 @@ from ketchup_cache.config.options import (
 )
 
 Metric = Literal["rouge", "bleu", "chrf", "ter", "exact", "gsm8k"]
-Aspect = Literal["quality", "informativeness", "coherence"]
 
 
 def _split(value: Any) -> Any:
@@ -39,7 +38,6 @@ def _split(value: Any) -> Any:
 
 IntList = Annotated[tuple[int, ...], BeforeValidator(_split), Field(json_schema_extra={"metavar": "INT,INT,…"})]
 MetricList = Annotated[tuple[Metric, ...], BeforeValidator(_split)]
-AspectList = Annotated[tuple[Aspect, ...], BeforeValidator(_split), Field(min_length=1)]
 
 
 class PretrainConfig(DataOptions, StepOptions, DeviceOptions):
@@ -207,39 +205,6 @@ class EvaluateConfig(DataOptions, ScoringOptions):
     """JSONL file that receives every prompt, output and target."""
 
 
-class JudgeConfig(Config):
-    """Options of `ketchup-cache judge`."""
-
-    system: Path
-    """Outputs of the system to judge, as `evaluate --outputs` writes them."""
-    baseline: Path
-    """Outputs of the system to compare with, for the same prompts."""
-    judge_model: str
-    """Model that judges, by its name at the endpoint."""
-    base_url: str | None = None
-    """OpenAI-compatible endpoint. Without it: OPENAI_BASE_URL, else OpenAI. The key is read from OPENAI_API_KEY."""
-    kind: Literal["summary", "translation"] = "summary"
-    """What the outputs are; the question is worded for it."""
-    aspects: AspectList = ("quality", "informativeness", "coherence")
-    """Questions, comma-separated: quality, informativeness, coherence."""
-    answers: Path = Path("judge-answers.jsonl")
-    """File of all answers. What it holds is not asked again."""
-    limit: Count = 0
-    """Number of pairs to judge, drawn at random. 0: all."""
-    seed: Count = 0
-    """Seed of that draw."""
-    concurrency: Positive = 8
-    """Queries at the same time."""
-    judge_temperature: NotNegative = 0.0
-    """Sampling temperature of the judge."""
-    judge_tokens: Positive = 256
-    """Longest answer of the judge, in tokens."""
-    retries: Count = 5
-    """Tries after a query that failed (busy, broken or no connection), with growing pauses."""
-    timeout: Above0 = 120.0
-    """NotNegative to wait for an answer."""
-
-
 class AnalyzeConfig(SelectOptions, ReturnOptions):
     """Options of `ketchup-cache analyze`."""
 
@@ -345,7 +310,7 @@ class DemoConfig(Config):
 COMMANDS: dict[str, type[Config]] = {
     config.__name__.removesuffix("Config").lower(): config
     for config in (
-        PretrainConfig, RolloutConfig, ScoreConfig, LearnConfig, EvaluateConfig, JudgeConfig, AnalyzeConfig, InfoConfig,
+        PretrainConfig, RolloutConfig, ScoreConfig, LearnConfig, EvaluateConfig, AnalyzeConfig, InfoConfig,
         VerifyConfig, PushConfig, PullConfig, MergeConfig, ExportConfig, DemoConfig, RecipesConfig,
     )
 }  # fmt: skip

@@ -8,14 +8,13 @@ import re
 import socket
 import threading
 from collections import Counter
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from ketchup_cache.cli import main
-from ketchup_cache.config.commands import JudgeConfig
-from ketchup_cache.errors import ConfigError, DataError, JudgeError
-from ketchup_cache.report.judge import judge, queries, verdict, wilson
+from examples.judge import JudgeConfig, JudgeError, judge, main, queries, verdict, wilson
+from ketchup_cache.errors import ConfigError, DataError
 
 pytest.importorskip("openai")
 SECRET = "sk-very-secret"
@@ -134,8 +133,8 @@ def test_a_rerun_costs_nothing_and_a_killed_run_goes_on(serve, config):
     rest = judge(first)
     assert (rest.asked, rest.cached) == (32, 40)
     assert judge(first).asked == 0
-    assert judge(first.model_copy(update={"judge_model": "other"})).asked == 72
-    assert judge(first.model_copy(update={"judge_temperature": 0.5})).asked == 72
+    assert judge(replace(first, judge_model="other")).asked == 72
+    assert judge(replace(first, judge_temperature=0.5)).asked == 72
     assert SECRET not in first.answers.read_text()
 
 
@@ -143,7 +142,7 @@ def test_busy_broken_and_cut_connections_are_tried_again(serve, config):
     fair = prefers("good")
     bad = {1: (429, {"retry-after": "0"}, "{}"), 3: (500, {}, "oops"), 5: None}
     server = serve(lambda text, number: bad[number] if number in bad else fair(text, number))
-    result = judge(config(server, ours=["good 0", "good 1"], concurrency=1, aspects="quality"))
+    result = judge(config(server, ours=["good 0", "good 1"], concurrency=1, aspects=["quality"]))
     assert result.aspects[0].win_rate == 100
     assert len(server.texts) == 8 + 3
 
@@ -219,7 +218,7 @@ def test_files_that_do_not_belong_together_are_refused(serve, config, tmp_path):
 
 
 def test_no_endpoint(config, serve, monkeypatch):
-    asked = config(serve(prefers("good"))).model_copy(update={"base_url": None})
+    asked = replace(config(serve(prefers("good"))), base_url=None)
     monkeypatch.delenv("OPENAI_API_KEY")
     monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
     with pytest.raises(ConfigError, match="no endpoint"):
@@ -260,8 +259,11 @@ def test_every_question_names_its_aspect():
 
 def test_command_line(serve, config, capsys):
     asked = config(serve(prefers("good")))
-    arguments = ["judge", str(asked.system), str(asked.baseline), "--judge-model", "m", "--base-url", asked.base_url]
+    arguments = [str(asked.system), str(asked.baseline), "--judge-model", "m", "--base-url", asked.base_url]
     assert main([*arguments, "--answers", str(asked.answers), "--aspects", "coherence", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["aspects"][0]["win_rate"] == 100
-    assert main([*arguments, "--aspects", "beauty"]) == 2
-    assert main([*arguments, "--aspects", ""]) == 2
+    assert main([str(asked.system), "absent", "--judge-model", "m"]) == 2
+    assert capsys.readouterr().err == "judge: absent: can't be read (No such file or directory)\n"
+    for wrong in (["--aspects", "beauty"], ["--aspects"], ["--judge-tokens", "0"], ["--limit", "-1"]):
+        with pytest.raises(SystemExit, match="2"):
+            main([*arguments, *wrong])

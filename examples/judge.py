@@ -1,11 +1,16 @@
 """Win rates of one system's outputs over another's, judged by a model behind an OpenAI-compatible endpoint (Table 2).
 
-Each pair is asked about four times for each aspect: both orders × both names, so that a taste for a place or a letter
-cancels out.
+    pip install ketchup-cache openai
+    ketchup-cache evaluate --model k4/student --data test.jsonl --outputs k4.jsonl   # the same for the other system
+    python examples/judge.py k4.jsonl kl.jsonl --judge-model NAME --base-url http://127.0.0.1:8000/v1 --limit 500
+
+The key of the endpoint is read from OPENAI_API_KEY. Each pair is asked about four times for each aspect: both orders ×
+both names, so that a taste for a place or a letter cancels out.
 """
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import hashlib
 import json
@@ -13,16 +18,17 @@ import math
 import os
 import random
 import re
-from dataclasses import dataclass
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING, dataclass, fields
 from itertools import product, zip_longest
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
 
-from ketchup_cache.config.commands import JudgeConfig
 from ketchup_cache.console import Report, progress
-from ketchup_cache.errors import ConfigError, DataError, JudgeError
+from ketchup_cache.errors import ConfigError, DataError, KetchupError
 from ketchup_cache.files import writing
 
 CRITERIA = {
@@ -38,6 +44,78 @@ CRITERIA = {
     },
 }
 """What the outputs are, beginning with the kind → aspect → what to look at."""
+ASPECTS = ("quality", "informativeness", "coherence")
+
+
+class JudgeError(KetchupError):
+    """Raised when the endpoint refuses a query or fails after all retries. Answers so far are kept."""
+
+
+@dataclass(frozen=True)
+class JudgeConfig:
+    """Options; `arguments` gives their meaning."""
+
+    system: Path
+    baseline: Path
+    judge_model: str
+    base_url: str | None = None
+    kind: str = "summary"
+    aspects: Sequence[str] = ASPECTS
+    answers: Path = Path("judge-answers.jsonl")
+    limit: int = 0
+    seed: int = 0
+    concurrency: int = 8
+    judge_temperature: float = 0.0
+    judge_tokens: int = 256
+    retries: int = 5
+    timeout: float = 120.0
+
+
+def arguments() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="judge.py", description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("system", type=Path, help="outputs of the system to judge, from `evaluate --outputs`")
+    parser.add_argument("baseline", type=Path, help="outputs of the system to compare with, for the same prompts")
+    parser.add_argument("--judge-model", required=True, help="model that judges, by its name at the endpoint")
+    parser.add_argument("--base-url", help="OpenAI-compatible endpoint; without it: OPENAI_BASE_URL, else OpenAI")
+    parser.add_argument("--kind", choices=["summary", "translation"], help="what the outputs are")
+    parser.add_argument("--aspects", nargs="+", choices=ASPECTS, help="what is asked about")
+    parser.add_argument("--answers", type=Path, help="file of all answers; what it holds is not asked again")
+    parser.add_argument("--limit", type=_whole(0), help="number of pairs to judge, drawn at random; 0: all")
+    parser.add_argument("--seed", type=int, help="seed of that draw")
+    parser.add_argument("--concurrency", type=_whole(1), help="queries at the same time")
+    parser.add_argument("--judge-temperature", type=float, help="sampling temperature of the judge")
+    parser.add_argument("--judge-tokens", type=_whole(1), help="longest answer of the judge, in tokens")
+    parser.add_argument("--retries", type=_whole(0), help="tries after a query that failed, with growing pauses")
+    parser.add_argument("--timeout", type=float, help="seconds to wait for an answer")
+    parser.set_defaults(**{f.name: f.default for f in fields(JudgeConfig) if f.default is not MISSING})
+    return parser
+
+
+def _whole(least: int) -> Callable[[str], int]:
+    def whole_number(text: str) -> int:
+        if (value := int(text)) < least:
+            raise ValueError
+        return value
+
+    return whole_number
+
+
+def main(given: Sequence[str] | None = None) -> int:
+    """Returns the exit code: 0, 2 for an error the user can mend, 130 for Ctrl-C."""
+    parser = arguments()
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    options = vars(parser.parse_args(given))
+    as_json = options.pop("json")
+    try:
+        result = judge(JudgeConfig(**options))
+    except KetchupError as error:
+        print(f"judge: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("judge: stopped; run the same command again to continue", file=sys.stderr)
+        return 130
+    print(json.dumps(result.to_dict(), ensure_ascii=False) if as_json else result)
+    return 0
 
 
 @dataclass(frozen=True)
@@ -265,9 +343,13 @@ def _client(config: JudgeConfig) -> Any:
     try:
         import openai
     except ImportError:
-        raise ConfigError(["judge needs the openai package: pip install 'ketchup-cache[judge]'"]) from None
+        raise ConfigError(["needs the openai package: pip install openai"]) from None
     url, secret = config.base_url or os.environ.get("OPENAI_BASE_URL"), os.environ.get("OPENAI_API_KEY")
     if not url and not secret:
         raise ConfigError(["no endpoint: give --base-url, and its key in the environment as OPENAI_API_KEY"])
     key = secret or "none"
     return openai.AsyncOpenAI(base_url=url, api_key=key, max_retries=config.retries, timeout=config.timeout)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

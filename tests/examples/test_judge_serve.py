@@ -15,8 +15,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from ketchup_cache.config.commands import JudgeConfig
-from ketchup_cache.report.judge import judge
+from examples.judge import JudgeConfig, judge
 
 for module in ("openai", "fastapi", "uvicorn"):
     pytest.importorskip(module)
