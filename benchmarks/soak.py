@@ -24,9 +24,9 @@ import pytest
 
 from ketchup_cache import open_cache
 from tests.helpers.caches import make_cache
+from tests.helpers.models import save_model
 from tests.helpers.segments import fill
 from tests.helpers.stores import KEYS, SameKeys, emulated_s3, families, kill_copies, make_bucket, same_keys
-from tests.helpers.tiny import save_model
 from tests.helpers.trust import (
     ERRORS,
     Kills,

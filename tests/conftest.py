@@ -18,7 +18,7 @@ settings.load_profile("deterministic")
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """A tiny student and a tiny teacher."""
-    from tests.helpers.tiny import save_model
+    from tests.helpers.models import save_model
 
     base = tmp_path_factory.mktemp("models")
     return save_model(base / "student", "1.0", seed=1), save_model(base / "teacher", "1.1", seed=2)

@@ -13,7 +13,7 @@ from ketchup_cache.config.commands import LearnConfig
 from ketchup_cache.schemas.generate import FOLDER
 from ketchup_cache.training.learn import learn
 from tests.helpers.caches import make_cache
-from tests.helpers.tiny import save_model
+from tests.helpers.models import save_model
 
 RECIPES = sorted((Path(__file__).parents[1] / "ketchup_cache" / "config" / "recipes").glob("*.yaml"))
 

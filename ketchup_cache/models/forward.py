@@ -7,6 +7,7 @@ for T5. What needs logits takes them from `models/head.py`, a chunk of states at
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, overload
 
@@ -18,7 +19,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
 from ketchup_cache.errors import DataError, ModelError
-from ketchup_cache.models.load import input_device
+from ketchup_cache.models.load import input_device, model_name
 from ketchup_cache.models.shared_prompt import SharedRows, can_share
 from ketchup_cache.models.t5_unpadded import is_ragged, t5_states
 from ketchup_cache.types import Ragged, offsets_of
@@ -96,99 +97,69 @@ def training_states(model: PreTrainedModel, batch: Batch, precision: Literal["fl
     return states.float()
 
 
-def _ragged_pass(model: PreTrainedModel, batch: Batch, read: NDArray[np.int64]) -> tuple[Tensor, NDArray]:
-    """States [n, D] without padding, and the place in them of the state that predicts each completion's first token.
+# --------------------------------------------------------------------------- passes: model, batch → (states, starts)
+#
+# states: [n, D]. starts: [B], the place in them of the state that predicts each completion's first token; the others
+# of a row follow it. read: [B], how many states are wanted of each completion.
 
-    read: [B], how many states are wanted of each completion.
-    """
+
+def _ragged_pass(model: PreTrainedModel, batch: Batch, read: NDArray[np.int64]) -> tuple[Tensor, NDArray]:
+    """Of a T5, without padding."""
     order = np.argsort(batch.prompt_index, kind="stable")
-    start = decoder_start(model)
-    rows = (np.append(start, batch.completions[row])[: read[row]] for row in order)
-    inputs = Ragged.from_rows(rows, np.int64)
-    states = t5_states(
-        model, batch.prompts.values, batch.prompts.lengths, inputs.values, inputs.lengths, batch.prompt_index[order]
-    )
+    inputs = _decoder_inputs(model, (batch.completions[row] for row in order), read[order])
+    states = t5_states(model, batch.prompts, inputs, batch.prompt_index[order])
     starts = np.empty(len(order), np.int64)
     starts[order] = inputs.offsets[:-1]
     return states, starts
 
 
 def _encoder_decoder_pass(model: PreTrainedModel, batch: Batch, read: NDArray[np.int64]) -> tuple[Tensor, NDArray]:
-    """The same by the model's own forward pass, in rows that are padded on the right."""
+    """By the model's own forward pass, in rows that are padded on the right."""
     device = input_device(model)
-    prompt_mask = _mask(batch.prompts.lengths)
-    encoded = model.get_encoder()(
-        input_ids=_to(batch.prompts.padded(), device), attention_mask=_to(prompt_mask, device)
-    ).last_hidden_state
-    start = decoder_start(model)
-    rows = zip(batch.completions, read, strict=True)
-    inputs = Ragged.from_rows((np.append(start, row)[:n] for row, n in rows), np.int64)
-    states = _head_input(
+    input_ids, prompt_mask = padded(batch.prompts, device)
+    encoded = model.get_encoder()(input_ids=input_ids, attention_mask=prompt_mask).last_hidden_state
+    decoder_ids, decoder_mask = padded(_decoder_inputs(model, batch.completions, read), device)
+    states = head_input(
         model,
         encoder_outputs=BaseModelOutput(last_hidden_state=encoded[_to(batch.prompt_index, encoded.device)]),
-        attention_mask=_to(prompt_mask[batch.prompt_index], device),
-        decoder_input_ids=_to(inputs.padded(), device),
-        decoder_attention_mask=_to(_mask(read), device),
-        use_cache=False,
+        attention_mask=prompt_mask[_to(batch.prompt_index, device)],
+        decoder_input_ids=decoder_ids,
+        decoder_attention_mask=decoder_mask,
     )
     return states.flatten(0, 1), np.arange(len(read)) * states.shape[1]
 
 
 def _shared_pass(model: PreTrainedModel, batch: Batch, read: NDArray[np.int64]) -> tuple[Tensor, NDArray]:
-    """The same of a decoder-only model, the completions of a prompt behind it in one row."""
+    """Of a decoder-only model, the completions of a prompt behind it in one row."""
     rows = SharedRows.of(batch.prompts, batch.prompt_index, batch.completions, read)
     check_positions(model, int(rows.positions.values.max(initial=-1)) + 1)
     device = input_device(model)
-    states = _head_input(
-        model,
-        input_ids=_to(rows.inputs.padded(), device),
-        attention_mask=rows.mask(model.get_input_embeddings().weight.dtype, device),
-        position_ids=_to(rows.positions.padded(), device),
-        use_cache=False,
-    )
+    mask = rows.mask(model.get_input_embeddings().weight.dtype, device)
+    inputs, positions = (padded(values, device)[0] for values in (rows.inputs, rows.positions))
+    states = head_input(model, input_ids=inputs, attention_mask=mask, position_ids=positions)
     return states.flatten(0, 1), rows.row * states.shape[1] + rows.column
 
 
 def _decoder_only_pass(model: PreTrainedModel, batch: Batch, read: NDArray[np.int64]) -> tuple[Tensor, NDArray]:
-    """The same of prompt and completion in one row, padded on the right: the row's tokens stand at positions 0, 1, …,
-    which is what every architecture (learned positions, rotary ones, ALiBi) assumes where it is told nothing else,
-    and a causal model does not see what comes behind."""
+    """Prompt and completion in one row, padded on the right: the row's tokens stand at positions 0, 1, …, which is
+    what every architecture (learned positions, rotary ones, ALiBi) assumes where it is told nothing else, and a causal
+    model does not see what comes behind."""
     prompts = batch.prompts.lengths[batch.prompt_index]
     # the last prompt token predicts the first of the completion, whose last token is read for the state after it only
     fed = prompts + np.maximum(read - 1, 0)
     check_positions(model, int(fed.max(initial=0)))
     rows = zip(batch.prompt_index, batch.completions, fed, strict=True)
     inputs = Ragged.from_rows((np.append(batch.prompts[p], row)[:end] for p, row, end in rows), np.int64)
-    device = input_device(model)
-    states = _head_input(
-        model, input_ids=_to(inputs.padded(), device), attention_mask=_to(_mask(fed), device), use_cache=False
-    )
+    input_ids, mask = padded(inputs, input_device(model))
+    states = head_input(model, input_ids=input_ids, attention_mask=mask)
     return states.flatten(0, 1), np.arange(len(fed)) * states.shape[1] + prompts - 1
 
 
-def computes_prompts_once(model: PreTrainedModel) -> bool:
-    """Whether a batch of rollouts costs each of its prompts once, and is measured so (`models/batching.py`)."""
-    return is_ragged(model) or can_share(model)
-
-
-def check_positions(model: PreTrainedModel, longest: int) -> None:
-    """Raises DataError where a row is longer than the positions that a model has learned (GPT-2). Rotary ones go on."""
-    config = model.config.get_text_config(decoder=True)
-    known = getattr(config, "max_position_embeddings", None)
-    if known is not None and getattr(config, "rope_parameters", None) is None and longest > known:
-        name = model.name_or_path or type(model).__name__
-        raise DataError(
-            f"a prompt and its completion have {longest:,} tokens, but {name} only {known:,} positions: "
-            "lower --max-prompt-tokens (with --long-prompts truncate or drop) or --max-new-tokens"
-        )
-
-
-def decoder_start(model: PreTrainedModel) -> int:
-    """Id of the token that the decoder is given before the first completion token. Raises ModelError without one."""
-    for config in (model.config, model.generation_config):
-        if (token := getattr(config, "decoder_start_token_id", None)) is not None:
-            return int(token)
-    raise ModelError(f"{model.name_or_path or type(model).__name__}: its config has no decoder_start_token_id")
+def _decoder_inputs(model: PreTrainedModel, completions: Iterable[NDArray], read: NDArray[np.int64]) -> Ragged:
+    """What a decoder is fed: its start token, then a completion, as many as states are wanted."""
+    start = decoder_start(model)
+    rows = zip(completions, read, strict=True)
+    return Ragged.from_rows((np.append(start, row)[:n] for row, n in rows), np.int64)
 
 
 class _AtHead(BaseException):
@@ -201,7 +172,7 @@ class _AtHead(BaseException):
         self.states = states
 
 
-def _head_input(model: PreTrainedModel, **inputs: Any) -> Tensor:
+def head_input(model: PreTrainedModel, **inputs: Any) -> Tensor:
     """What `model(**inputs)` would feed to its head. The head, and all that comes after it, is not run."""
     head = model.get_output_embeddings()
     if head is None:
@@ -214,7 +185,7 @@ def _head_input(model: PreTrainedModel, **inputs: Any) -> Tensor:
 
     hook = head.register_forward_pre_hook(stop)
     try:
-        model(**inputs)
+        model(**inputs, use_cache=False)
     except _AtHead as arrived:
         return arrived.states
     finally:
@@ -222,9 +193,40 @@ def _head_input(model: PreTrainedModel, **inputs: Any) -> Tensor:
     raise ModelError(f"{type(model).__name__} does not use its head (get_output_embeddings) in its forward pass")
 
 
-def _mask(lengths: NDArray[np.int64], width: int | None = None) -> NDArray[np.bool_]:
-    """[rows, width]: True within each row's length."""
-    return np.arange(lengths.max(initial=0) if width is None else width) < lengths[:, None]
+# ----------------------------------------------------------------------------------------------------- about a model
+
+
+def computes_prompts_once(model: PreTrainedModel) -> bool:
+    """Whether a batch of rollouts costs each of its prompts once, and is measured so (`models/batching.py`)."""
+    return is_ragged(model) or can_share(model)
+
+
+def check_positions(model: PreTrainedModel, longest: int) -> None:
+    """Raises DataError where a row is longer than the positions that a model has learned (GPT-2). Rotary ones go on."""
+    config = model.config.get_text_config(decoder=True)
+    known = getattr(config, "max_position_embeddings", None)
+    if known is not None and getattr(config, "rope_parameters", None) is None and longest > known:
+        raise DataError(
+            f"a prompt and its completion have {longest:,} tokens, but {model_name(model)} only {known:,} positions: "
+            "lower --max-prompt-tokens (with --long-prompts truncate or drop) or --max-new-tokens"
+        )
+
+
+def decoder_start(model: PreTrainedModel) -> int:
+    """Id of the token that the decoder is given before the first completion token. Raises ModelError without one."""
+    for config in (model.config, model.generation_config):
+        if (token := getattr(config, "decoder_start_token_id", None)) is not None:
+            return int(token)
+    raise ModelError(f"{model_name(model)}: its config has no decoder_start_token_id")
+
+
+def padded(rows: Ragged, device: torch.device, *, left: bool = False) -> tuple[Tensor, Tensor]:
+    """Token ids and attention mask, [rows, longest] int64 each. The padding, id 0, is on the right, or on the left."""
+    mask = np.arange(rows.lengths.max(initial=0)) < rows.lengths[:, None]
+    mask = np.fliplr(mask).copy() if left else mask
+    tokens = np.zeros(mask.shape, np.int64)
+    tokens[mask] = rows.values
+    return _to(tokens, device), _to(mask, device)
 
 
 def _to(array: NDArray, device: torch.device) -> Tensor:

@@ -7,20 +7,21 @@ them is noise. So the head's weights, products and reductions are float32 here, 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from ketchup_cache.errors import ModelError
-from ketchup_cache.models.forward import Batch, completion_states, decoder_start
-from ketchup_cache.models.load import input_device
+from ketchup_cache.models.forward import Batch, completion_states, decoder_start, head_input
+from ketchup_cache.models.load import evaluating, input_device
 from ketchup_cache.types import Ragged
 
 STATES_AT_ONCE = {"cuda": 4096}
@@ -31,22 +32,28 @@ BLOCK = {"cuda": 2**28}
 BLOCK_ELSEWHERE = 2**21
 """8 MB: they stay in a CPU's cache from the product to the last of the reductions."""
 
-PostOperation = Callable[[Tensor], Tensor]
+POST_OPERATIONS: dict[str, Callable[[float, Tensor], Tensor]] = {
+    "final_logit_softcapping": lambda cap, logits: cap * torch.tanh(logits / cap),  # Gemma
+    "logit_scale": lambda scale, logits: scale * logits,  # Cohere
+    "logits_scaling": lambda divisor, logits: logits / divisor,  # Granite
+}
+"""What architectures do to the head's output, by the key of their config that holds the number."""
 
 
+@dataclass(frozen=True, eq=False)
 class Head:
     """Logits of a model's head from the states of `completion_states`, in float32.
 
     Reads the model's weights at each call, so it follows a model in training, and gradients flow into them.
+
+    projection: the head's module. bias: added behind it, beside its own. post_operation: what is done to the logits.
+    vocab_size: the tokenizer's; rows of the weight beyond it are padding and never used.
     """
 
-    def __init__(
-        self, projection: nn.Module, bias: Tensor | None, post_operation: PostOperation | None, vocab_size: int
-    ) -> None:
-        self._projection: Any = projection
-        self._bias = bias
-        self._post_operation = post_operation
-        self.vocab_size = vocab_size
+    projection: Any
+    bias: Tensor | None
+    post_operation: Callable[[Tensor], Tensor] | None
+    vocab_size: int
 
     @classmethod
     def of(cls, model: PreTrainedModel, vocab_size: int) -> Head:
@@ -71,24 +78,24 @@ class Head:
         raise ModelError(f"{name}: its logits can't be reproduced from its head's input; such a head is not supported")
 
     def _agrees(self, states: Tensor, logits: Tensor) -> bool:
-        tolerance = 1e-4 if self._projection.weight.dtype == torch.float32 else 2**-6  # bfloat16 keeps 8 bits
+        tolerance = 1e-4 if self.projection.weight.dtype == torch.float32 else 2**-6  # bfloat16 keeps 8 bits
         largest = logits.float().abs().max().item()
         return torch.allclose(self.logits(states), logits.float(), rtol=tolerance, atol=tolerance * largest)
 
     @property
     def device(self) -> torch.device:
         """Where logits come out; targets belong there too."""
-        return self._projection.weight.device
+        return self.projection.weight.device
 
     def logits(self, states: Tensor, of: slice | None = None) -> Tensor:
         """States [n, D] of any float dtype → logits [n, V] in float32, or those `of` a part of the vocabulary."""
         of = of or slice(0, self.vocab_size)
-        weight = self._projection.weight[of]
+        weight = self.projection.weight[of]
         logits = _product(states.to(weight.device), weight)
-        for bias in (getattr(self._projection, "bias", None), self._bias):
+        for bias in (getattr(self.projection, "bias", None), self.bias):
             if bias is not None:
                 logits = logits + bias.flatten()[of].float()
-        return self._post_operation(logits) if self._post_operation else logits
+        return self.post_operation(logits) if self.post_operation else logits
 
     def log_prob(self, states: Tensor, targets: Tensor, *, chunk: int = 1024) -> Tensor:
         """Log-softmax of the chosen tokens. states: [n, D], targets: [n] int64 → [n] float32, nats.
@@ -167,21 +174,11 @@ def _chunks(states: Tensor, targets: Tensor, size: int) -> Iterator[tuple[Tensor
         yield states[start : start + size], targets[start : start + size]
 
 
-def _post_operations(model: PreTrainedModel) -> list[PostOperation | None]:
-    """What architectures do to the head's output, the ones this model's config speaks of first."""
+def _post_operations(model: PreTrainedModel) -> list[Callable[[Tensor], Tensor] | None]:
+    """The operations this model's config speaks of first, then none."""
     configs = [model.config, model.config.get_text_config(decoder=True)]
-
-    def declared(key: str) -> float | None:
-        return next((value for config in configs if (value := getattr(config, key, None))), None)
-
-    operations: list[PostOperation | None] = []
-    if cap := declared("final_logit_softcapping"):  # Gemma
-        operations.append(lambda logits: cap * torch.tanh(logits / cap))
-    if scale := declared("logit_scale"):  # Cohere
-        operations.append(lambda logits: scale * logits)
-    if divisor := declared("logits_scaling"):  # Granite
-        operations.append(lambda logits: logits / divisor)
-    return [*operations, None]
+    declared = {key: [v for config in configs if (v := getattr(config, key, None))] for key in POST_OPERATIONS}
+    return [*(partial(POST_OPERATIONS[key], values[0]) for key, values in declared.items() if values), None]
 
 
 @torch.no_grad()
@@ -197,7 +194,7 @@ def _probe(model: PreTrainedModel, vocab_size: int) -> tuple[Tensor, Tensor]:
         for lengths in ((7, 4, 1), (3, 5, 1, 4))
     )
     batch = Batch(prompts, np.array([0, 1, 2, 1]), completions)
-    with _evaluating(model):
+    with evaluating(model):
         rows = zip(prompts.take(batch.prompt_index), completions, strict=True)
         states, logits = zip(*(_own_pass(model, *row) for row in rows), strict=True)
         # fed one token more than the rows alone: a model that looks ahead is found out too
@@ -214,30 +211,12 @@ def _probe(model: PreTrainedModel, vocab_size: int) -> tuple[Tensor, Tensor]:
 
 def _own_pass(model: PreTrainedModel, prompt: NDArray, completion: NDArray) -> tuple[Tensor, Tensor]:
     """The head's input [T, D] and the logits [T, vocabulary] for one completion."""
-    device = input_device(model)
+    inputs, first = {}, 0
     if model.config.is_encoder_decoder:
-        input_ids = torch.tensor(prompt[None], dtype=torch.long, device=device)
-        decoder_input_ids = torch.tensor([[decoder_start(model), *completion[:-1]]], device=device)
-        inputs = {"decoder_input_ids": decoder_input_ids, "decoder_attention_mask": torch.ones_like(decoder_input_ids)}
-        first = 0
+        started = torch.tensor([[decoder_start(model), *completion[:-1]]], device=input_device(model))
+        inputs = {"decoder_input_ids": started, "decoder_attention_mask": torch.ones_like(started)}
     else:
-        input_ids = torch.tensor([[*prompt, *completion[:-1]]], device=device)
-        inputs, first = {}, len(prompt) - 1
-    captured: list[Tensor] = []
-    hook = model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: captured.append(inputs[0]))
-    try:
-        # without masks, some architectures mask by token id
-        logits = model(input_ids=input_ids, attention_mask=torch.ones_like(input_ids), use_cache=False, **inputs).logits
-    finally:
-        hook.remove()
-    return captured[0][0, first:], logits[0, first:]
-
-
-@contextmanager
-def _evaluating(model: PreTrainedModel) -> Iterator[None]:
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
+        prompt, first = np.append(prompt, completion[:-1]), len(prompt) - 1
+    inputs["input_ids"] = torch.tensor(prompt[None], dtype=torch.long, device=input_device(model))
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])  # without masks, some mask by token id
+    return head_input(model, **inputs)[0, first:], model(**inputs, use_cache=False).logits[0, first:]

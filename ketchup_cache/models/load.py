@@ -6,10 +6,9 @@ a missing weight with random numbers, or tie it to another, with no more than a 
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,22 +16,14 @@ import torch
 from huggingface_hub import snapshot_download
 from tokenizers import Tokenizer
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
-    AutoTokenizer,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
-)
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.activations import NewGELUActivation
+from transformers.models.auto import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from ketchup_cache.console import one_line
 from ketchup_cache.errors import ModelError
-from ketchup_cache.models.fingerprint import PROBES, WeightEntry, weight_entries
+from ketchup_cache.models.fingerprint import PROBES, read_json, weight_entries
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 """Without float16: T5's feed-forward layers overflow it and give NaN."""
@@ -50,27 +41,17 @@ def pick_device(device: str) -> torch.device:
 
     Raises ModelError where that device does not exist.
     """
+    there = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+    there += ["mps"] if torch.backends.mps.is_available() else []
     if device == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+        return torch.device("cuda" if torch.cuda.is_available() else there[-1])
     try:
         picked = torch.device(device)
     except RuntimeError:
         raise ModelError(f"device {device!r} is not a device name: use auto, cpu, cuda, cuda:1 or mps") from None
-    count = {
-        "cpu": 1,
-        "cuda": torch.cuda.device_count(),
-        "mps": int(torch.backends.mps.is_available()),
-    }.get(picked.type, 0)
-    if (picked.index or 0) >= count:
-        raise ModelError(f"device {device!r} is not on this machine: use auto, or one of {_devices()}")
+    if f"{picked.type}:{picked.index or 0}" not in (name if ":" in name else f"{name}:0" for name in there):
+        raise ModelError(f"device {device!r} is not on this machine: use auto, or one of {', '.join(there)}")
     return picked
-
-
-def _devices() -> str:
-    names = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
-    return ", ".join(names + (["mps"] if torch.backends.mps.is_available() else []))
 
 
 def resolve_folder(name: str) -> Path:
@@ -103,15 +84,10 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedT
     folder = resolve_folder(name)
     if not any(file for pattern in TOKENIZER_FILES for file in folder.glob(pattern)):
         raise ModelError(f"{name}: holds no tokenizer (tokenizer.json or the like); save the model's tokenizer there")
-    try:
-        with quiet():
-            tokenizer = AutoTokenizer.from_pretrained(
-                folder, trust_remote_code=trust_remote_code, local_files_only=True
-            )
-            if not _encodes_as_its_file(tokenizer, folder / "tokenizer.json"):
-                tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # OSError, ValueError, KeyError, JSON and Rust errors, as the broken file has it
-        raise ModelError(f"{name}: its tokenizer can't be loaded ({one_line(error)})") from error
+    with _loading(name, "its tokenizer "):
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
+        if not _encodes_as_its_file(tokenizer, folder / "tokenizer.json"):
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
     if tokenizer.eos_token_id is None:
         raise ModelError(f"{name}: its tokenizer has no end-of-sequence token (eos_token); completions would never end")
     ends = tokenizer("a")["input_ids"][-1:] == [tokenizer.eos_token_id] and (folder / "config.json").is_file()
@@ -138,12 +114,9 @@ def _encodes_as_its_file(tokenizer: PreTrainedTokenizerBase, file: Path) -> bool
 def is_encoder_decoder(name: str, *, trust_remote_code: bool = False) -> bool:
     """From the configuration alone; False for a decoder-only model. Raises ModelError where it can't be read."""
     folder = resolve_folder(name)
-    _read_config(name, folder)
-    try:
-        with quiet():
-            config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
-    except Exception as error:  # an unknown architecture, values of the wrong kind, the model's own code
-        raise ModelError(f"{name}: can't be loaded ({one_line(error)})") from error
+    read_json(folder / "config.json")
+    with _loading(name):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
     return bool(config.is_encoder_decoder)
 
 
@@ -164,33 +137,39 @@ def load_model(
         raise ModelError(f"dtype {dtype!r} is not offered: use {' or '.join(DTYPES)}")
     target = None if device_map else pick_device(device)
     folder = resolve_folder(name)
-    raw_config = _read_config(name, folder)
-    entries = weight_entries(folder)
-    with quiet():
-        try:
-            config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
-            kind = _kind(name, config)
-            _refuse_other_shapes(name, kind, config, entries, trust_remote_code)
-            model, loading = kind.from_pretrained(
-                folder,
-                config=config,
-                dtype=DTYPES[dtype],
-                device_map=device_map,
-                trust_remote_code=trust_remote_code,
-                use_safetensors=True,
-                local_files_only=True,
-                output_loading_info=True,
-            )
-        except ModelError:
-            raise
-        except Exception as error:  # whatever transformers, the Hub client or a model's own code raises
-            raise ModelError(f"{name}: can't be loaded ({one_line(error)})") from error
+    raw_config, entries = read_json(folder / "config.json"), weight_entries(folder)
+    trust = {"trust_remote_code": trust_remote_code}
+    local = {"use_safetensors": True, "local_files_only": True, "output_loading_info": True, **trust}
+    with _loading(name):
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, **trust)
+        kind = _kind(name, config)
+        with torch.device("meta"):
+            shapes = {key: tuple(value.shape) for key, value in kind.from_config(config, **trust).state_dict().items()}
+        # before loading: what transformers says of a head of another shape does not name it
+        for entry in entries:
+            if entry.shape != (expected := shapes.get(entry.name, entry.shape)):
+                raise ModelError(f"{name}: {entry.name} has shape {entry.shape}, but config.json makes it {expected}")
+        model, loading = kind.from_pretrained(
+            folder, config=config, dtype=DTYPES[dtype], device_map=device_map, **local
+        )
     _refuse_incomplete(name, model, loading)
     _refuse_silently_tied(name, model, raw_config, {entry.name for entry in entries})
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ModelError(f"{name}: does not fit on the devices (device_map {device_map!r}): use bfloat16 or more GPUs")
     fuse_gelu(model)
     return (model.to(target) if target else model).eval()
+
+
+@contextmanager
+def _loading(name: str, what: str = "") -> Iterator[None]:
+    """What the libraries raise, in one line."""
+    try:
+        with quiet():
+            yield
+    except ModelError:
+        raise
+    except Exception as error:  # of transformers, of Rust, of JSON, of a model's own code: they have no common base
+        raise ModelError(f"{name}: {what}can't be loaded ({one_line(error)})") from error
 
 
 def fuse_gelu(model: PreTrainedModel) -> None:
@@ -207,16 +186,20 @@ def input_device(model: PreTrainedModel) -> torch.device:
     return model.get_input_embeddings().weight.device
 
 
-def _read_config(name: str, folder: Path) -> dict[str, Any]:
+def model_name(model: PreTrainedModel) -> str:
+    """What a model is called in messages: where it was loaded from, else its class."""
+    return str(model.name_or_path or type(model).__name__)
+
+
+@contextmanager
+def evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """In eval mode, that is without dropout, while the block runs."""
+    was_training = model.training
+    model.eval()
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ModelError(f"{name}: has no config.json, so it is not a model folder") from None
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{folder / 'config.json'}: can't be read ({one_line(error)})") from None
-    if not isinstance(config, dict):
-        raise ModelError(f"{folder / 'config.json'}: is not a JSON object")
-    return config
+        yield
+    finally:
+        model.train(was_training)
 
 
 def _kind(name: str, config: PreTrainedConfig) -> type[AutoModelForCausalLM] | type[AutoModelForSeq2SeqLM]:
@@ -227,22 +210,6 @@ def _kind(name: str, config: PreTrainedConfig) -> type[AutoModelForCausalLM] | t
             f"{name}: {config.model_type} is not a language model that writes text (T5, Qwen2 and the like)"
         )
     return kind
-
-
-def _refuse_other_shapes(
-    name: str,
-    kind: type[AutoModelForCausalLM] | type[AutoModelForSeq2SeqLM],
-    config: PreTrainedConfig,
-    entries: list[WeightEntry],
-    trust_remote_code: bool,
-) -> None:
-    """Before loading: what transformers says of a head of another shape does not name it."""
-    with torch.device("meta"):
-        empty = kind.from_config(config, trust_remote_code=trust_remote_code)
-    shapes = {key: tuple(value.shape) for key, value in empty.state_dict().items()}
-    for entry in entries:
-        if entry.shape != (expected := shapes.get(entry.name, entry.shape)):
-            raise ModelError(f"{name}: {entry.name} has shape {entry.shape}, but config.json makes it {expected}")
 
 
 def _refuse_incomplete(name: str, model: PreTrainedModel, loading: dict[str, Any]) -> None:
@@ -265,16 +232,12 @@ def _refuse_silently_tied(name: str, model: PreTrainedModel, raw_config: dict[st
         raise ModelError(f"{name}: config.json says that the head is not tied, but the weights lack {keys[0]}")
 
 
-@contextmanager
-def quiet() -> Iterator[None]:
-    """transformers' warnings and bars off; what matters in them is raised as an error here."""
-    verbosity = transformers_logging.get_verbosity()
-    bars = transformers_logging.is_progress_bar_enabled()
+def quiet() -> ExitStack:
+    """transformers' warnings and bars are off until its end; what matters in them is raised as an error here."""
+    loud = ExitStack()
+    loud.callback(transformers_logging.set_verbosity, transformers_logging.get_verbosity())
+    if transformers_logging.is_progress_bar_enabled():
+        loud.callback(transformers_logging.enable_progress_bar)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        if bars:
-            transformers_logging.enable_progress_bar()
+    return loud

@@ -52,26 +52,19 @@ class SharedRows:
     ) -> SharedRows:
         """read: [B], states that are wanted of each completion; its last token is fed only if there is one after it."""
         row, column = np.zeros(len(read), np.int64), np.zeros(len(read), np.int64)
-        inputs: list[list[NDArray]] = []
-        positions: list[list[NDArray]] = []
-        parts: list[list[NDArray]] = []
+        rows: list[list[tuple[NDArray, NDArray, NDArray]]] = []  # of each piece of a row: inputs, positions, parts
         width, last = 0, -1
         for place in np.argsort(prompt_index, kind="stable"):
             prompt = prompts[prompt_index[place]]
             own = np.append(prompt[-1:], completions[place][: max(read[place] - 1, 0)])
             if prompt_index[place] != last or width + len(own) > WIDEST:
                 last, width = int(prompt_index[place]), len(prompt) - 1
-                inputs.append([prompt[:-1]])
-                positions.append([np.arange(width)])
-                parts.append([np.zeros(width, np.int64)])
-            row[place], column[place] = len(inputs) - 1, width
-            inputs[-1].append(own)
-            positions[-1].append(len(prompt) - 1 + np.arange(len(own)))
-            parts[-1].append(np.full(len(own), len(parts[-1])))
+                rows.append([(prompt[:-1], np.arange(width), np.zeros(width, np.int64))])
+            row[place], column[place] = len(rows) - 1, width
+            rows[-1].append((own, len(prompt) - 1 + np.arange(len(own)), np.full(len(own), len(rows[-1]))))
             width += len(own)
-        ids, places, names = (
-            Ragged.from_rows([np.concatenate(row) for row in rows], np.int64) for rows in (inputs, positions, parts)
-        )
+        columns = ([np.concatenate(arrays) for arrays in zip(*pieces, strict=True)] for pieces in rows)
+        ids, places, names = (Ragged.from_rows(arrays, np.int64) for arrays in zip(*columns, strict=True))
         return cls(ids, places, names, row, column)
 
     def mask(self, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -19,22 +19,17 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import (
-    MT5ForConditionalGeneration,
-    PreTrainedModel,
-    T5ForConditionalGeneration,
-    UMT5ForConditionalGeneration,
-)
 
-from ketchup_cache.types import offsets_of
+from ketchup_cache.types import Ragged, offsets_of
 
 OUTPUT_SCALED = {
-    T5ForConditionalGeneration: lambda config: config.scale_decoder_outputs,
-    MT5ForConditionalGeneration: lambda config: False,
-    UMT5ForConditionalGeneration: lambda config: config.tie_word_embeddings,
+    transformers.T5ForConditionalGeneration: lambda config: config.scale_decoder_outputs,
+    transformers.MT5ForConditionalGeneration: lambda config: False,
+    transformers.UMT5ForConditionalGeneration: lambda config: config.tie_word_embeddings,
 }
 """The models whose order of layers this is, and whether they scale the states before their head."""
 
@@ -47,52 +42,44 @@ HIDDEN_AT_ONCE = 2**20
 blocks come fresh from the operating system each time, and their first touch takes longer than the activation."""
 
 
-def is_ragged(model: PreTrainedModel) -> bool:
+def is_ragged(model: transformers.PreTrainedModel) -> bool:
     """Whether `t5_states` knows this model: one of T5's family, whole on one device."""
     if type(model) not in OUTPUT_SCALED:
         return False
     return len(set(getattr(model, "hf_device_map", {"": 0}).values())) == 1
 
 
-def t5_states(
-    model: Any,
-    prompts: NDArray[np.int64],
-    prompt_lengths: NDArray[np.int64],
-    inputs: NDArray[np.int64],
-    lengths: NDArray[np.int64],
-    owner: NDArray[np.int64],
-) -> Tensor:
+def t5_states(model: Any, prompts: Ragged, inputs: Ragged, owner: NDArray[np.int64]) -> Tensor:
     """The head's input at every token of the decoder, [N, D], rows end to end.
 
-    prompts: token ids, rows end to end; prompt_lengths: [P]. inputs: the decoder's token ids, rows end to end; lengths:
-    [B]. owner: [B], the prompt of each row, in ascending order.
+    prompts: P rows of token ids. inputs: B rows of the decoder's token ids. owner: [B], the prompt of each of them, in
+    ascending order.
     """
     device = model.shared.weight.device
     most = SCORES_AT_ONCE.get(device.type, SCORES_AT_ONCE_ELSEWHERE) // model.config.num_heads
-    encoder, decoder = model.encoder, model.decoder
-
-    rows = Rows.of(prompt_lengths, prompt_lengths, most, device)
-    states = encoder.dropout(_embed(encoder, prompts))
-    bias = _Bias(int(prompt_lengths.max()))
-    for block in map(_computing, encoder.block):
-        attention = block.layer[0]
-        states = _attend(attention, attention.SelfAttention, states, None, rows, bias)
-        states = _feed_forward(block.layer[-1], states)
-    encoded = encoder.dropout(_norm(_computing(encoder.final_layer_norm), states))
-
-    rows = Rows.of(lengths, lengths, most, device)
+    encoded = _stack(model.encoder, prompts.values, Rows.of(prompts.lengths, prompts.lengths, most, device))
     # the queries of a prompt are all tokens of its completions, which stand side by side
-    queries = np.bincount(owner, lengths, len(prompt_lengths)).astype(np.int64)
-    across = Rows.of(queries, prompt_lengths, most, device)
-    states = decoder.dropout(_embed(decoder, inputs))
-    bias = _Bias(int(lengths.max()), causal=True)
-    for block in map(_computing, decoder.block):
-        attention, cross = block.layer[0], block.layer[1]
-        states = _attend(attention, attention.SelfAttention, states, None, rows, bias)
-        states = _attend(cross, cross.EncDecAttention, states, encoded, across, None)
-        states = _feed_forward(block.layer[-1], states)
-    states = decoder.dropout(_norm(_computing(decoder.final_layer_norm), states))
+    queries = np.bincount(owner, inputs.lengths, len(prompts)).astype(np.int64)
+    across = Rows.of(queries, prompts.lengths, most, device)
+    rows = Rows.of(inputs.lengths, inputs.lengths, most, device)
+    states = _stack(model.decoder, inputs.values, rows, encoded, across)
     return states * model.model_dim**-0.5 if OUTPUT_SCALED[type(model)](model.config) else states
+
+
+def _stack(
+    stack: Any, ids: NDArray[np.int64], rows: Rows, encoded: Tensor | None = None, across: Rows | None = None
+) -> Tensor:
+    """The encoder, or the decoder with the encoder's states and the rows that attend to them: ids [N] → [N, D]."""
+    weight = stack.embed_tokens.weight
+    states = stack.embed_tokens(_ids(ids, weight.device))
+    states = stack.dropout(states.float() if _widened(weight) else states)
+    bias = _Bias(rows.longest, causal=across is not None)
+    for block in map(_computing, stack.block):
+        states = _attend(block.layer[0], states, rows, bias=bias)
+        if across is not None:
+            states = _attend(block.layer[1], states, across, others=encoded)
+        states = _feed_forward(block.layer[-1], states)
+    return stack.dropout(_norm(_computing(stack.final_layer_norm), states))
 
 
 # -------------------------------------------------------------------------------------------------------- layers
@@ -109,12 +96,6 @@ def _widened(weight: Tensor) -> bool:
 def _computing(module: Any) -> Any:
     """The module itself, or for as long as it is needed a copy in float32."""
     return copy.deepcopy(module).float() if _widened(next(module.parameters())) else module
-
-
-def _embed(stack: Any, ids: NDArray[np.int64]) -> Tensor:
-    weight = stack.embed_tokens.weight
-    states = stack.embed_tokens(_ids(ids, weight.device))
-    return states.float() if _widened(weight) else states
 
 
 def _norm(norm: Any, states: Tensor) -> Tensor:
@@ -214,6 +195,8 @@ class Rows:
     groups: list[Group]
     queries: Padded
     keys: Padded
+    longest: int
+    """Most keys of a row."""
 
     @classmethod
     def of(cls, queries: NDArray[np.int64], keys: NDArray[np.int64], most: int, device: torch.device) -> Rows:
@@ -226,7 +209,7 @@ class Rows:
             q = _aligned(int(queries[rows].max()), device)
             seen = None if there.all() else torch.from_numpy(there[:, None, None, :]).to(device)
             groups.append(Group((len(rows), q, there.shape[1]), seen))
-        return cls(groups, asking, asked)
+        return cls(groups, asking, asked, int(keys.max()))
 
 
 def _padded(
@@ -310,10 +293,11 @@ class _Bias:
 
 
 def _attend(
-    layer: Any, attention: Any, states: Tensor, others: Tensor | None, rows: Rows, bias: _Bias | None
+    layer: Any, states: Tensor, rows: Rows, *, others: Tensor | None = None, bias: _Bias | None = None
 ) -> Tensor:
     """One attention layer with its norm and its residual, [N, D] → [N, D]. others: [M, D], what is attended to; None
     for the states themselves."""
+    attention = layer.SelfAttention if others is None else layer.EncDecAttention
     normed = _norm(layer.layer_norm, states)
     source = normed if others is None else others
     query, key, value = attention.q(normed), attention.k(source), attention.v(source)
@@ -321,23 +305,17 @@ def _attend(
         bias.of(attention, query)
     if not rows.groups:
         return states
-    parts = []
+    parts, dropout = [], attention.dropout if attention.training else 0.0
     spread = (rows.queries.spread(query), rows.keys.spread(key), rows.keys.spread(value))
     del normed, source, query, key, value  # a tensor of all tokens each: most of what a pass holds at its peak
-    for number, (group, q, k, v) in enumerate(zip(rows.groups, *spread, strict=True)):
-
-        def heads(values: Tensor, width: int) -> Tensor:
-            return values.view(-1, width, attention.n_heads, attention.key_value_proj_dim).transpose(1, 2)
-
+    for number, (group, *tokens) in enumerate(zip(rows.groups, *spread, strict=True)):
+        heads = (group.size[0], -1, attention.n_heads, attention.key_value_proj_dim)
+        mask = bias.corner(number, group) if bias is not None else group.seen
+        query, key, value = (values.view(heads).transpose(1, 2) for values in tokens)
         mixed = F.scaled_dot_product_attention(
-            heads(q, group.size[1]),
-            heads(k, group.size[2]),
-            heads(v, group.size[2]),
-            attn_mask=bias.corner(number, group) if bias is not None else group.seen,
-            dropout_p=attention.dropout if attention.training else 0.0,
-            scale=attention.scaling,
+            query, key, value, attn_mask=mask, dropout_p=dropout, scale=attention.scaling
         )
-        parts.append(mixed.transpose(1, 2).reshape(len(q), -1))
+        parts.append(mixed.transpose(1, 2).reshape(len(tokens[0]), -1))
     return states + layer.dropout(attention.o(rows.queries.collect(parts)))
 
 

@@ -26,7 +26,8 @@ from ketchup_cache.report.task_metrics import Values, check_targets, compute
 from ketchup_cache.rollouts.calculator import Calculator
 from ketchup_cache.rollouts.sample import sample_completions
 from ketchup_cache.scoring.teacher import Teacher
-from ketchup_cache.text.prompts import Example, as_chat, kept_examples, read_examples, tokenize_prompts
+from ketchup_cache.text.prompts import Example, as_chat, kept_examples, tokenize_prompts
+from ketchup_cache.text.read import read_examples
 from ketchup_cache.types import Ragged, Rollouts
 
 

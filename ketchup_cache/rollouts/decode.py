@@ -1,4 +1,4 @@
-"""Decoding in a loop of our own, which rows leave when they have ended: `generate` computes on them to the last's end.
+"""Batched decoding that drops finished rows; `generate` keeps computing them until the whole batch ends.
 
 A prompt is computed once for all its samples, with an encoder or without. What a row draws depends on numbers of its
 own, and not on who stands beside it or has left.
@@ -13,19 +13,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import (
-    DynamicCache,
-    EncoderDecoderCache,
-    GenerationMixin,
-    LogitsProcessor,
-    PreTrainedModel,
-)
+from transformers import DynamicCache, EncoderDecoderCache, GenerationMixin, LogitsProcessor, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from ketchup_cache.models.batching import token_budget_batches
-from ketchup_cache.models.forward import decoder_start
+from ketchup_cache.models.forward import decoder_start, padded
 from ketchup_cache.models.load import input_device
-from ketchup_cache.rollouts.draw import draw
+from ketchup_cache.rollouts.draw import draw, number_type
 from ketchup_cache.rollouts.t5_decode import T5Rows, can_step
 from ketchup_cache.types import Ragged
 
@@ -41,10 +35,8 @@ OWN_WAYS = ("generate", "prepare_inputs_for_generation", "_update_model_kwargs_f
 
 def can_decode(model: PreTrainedModel) -> bool:
     """Whether `decode` knows all that this model needs from step to step. Where not, `generate` does."""
-    if model.is_remote_code() or any(
-        name in vars(model) or getattr(type(model), name, None) is not getattr(GenerationMixin, name)
-        for name in OWN_WAYS
-    ):
+    own = (n for n in OWN_WAYS if n in vars(model) or getattr(type(model), n, None) is not getattr(GenerationMixin, n))
+    if model.is_remote_code() or any(own):
         return False
     takes = inspect.signature(model.forward).parameters
     if "past_key_values" not in takes or (model.config.is_encoder_decoder and "encoder_outputs" not in takes):
@@ -72,9 +64,14 @@ def decode(
     processors: called one after the other with the tokens so far, behind one of no meaning, and the scores [rows, V]
     float32. on_leave: called whenever rows leave, with the places of the others among the rows of the last call.
     """
-    rows = _begin(model, prompts, longest)
+    if can_step(model):
+        encoded = _encode(model, prompts).last_hidden_state
+        rows: T5Rows | _Rows = T5Rows(model, prompts.lengths, encoded, longest)
+    else:
+        rows = _Rows(model, prompts)
     rows.take(torch.arange(len(prompts)).repeat_interleave(samples))
     device, size = rows.logits.device, len(prompts) * samples
+    uniform = None if uniform is None else uniform.to(device, number_type(device))
     place = torch.arange(size, device=device)
     going = torch.ones(size, dtype=torch.bool, device=device)
     ends = torch.tensor(eos, device=device)
@@ -103,13 +100,6 @@ def decode(
     return tokens[:, 1 : step + 2], logprob[:, : step + 1]
 
 
-def _begin(model: PreTrainedModel, prompts: Ragged, longest: int) -> _Rows | T5Rows:
-    if not can_step(model):
-        return _Rows(model, prompts)
-    encoded = _encode(model, prompts, input_device(model))
-    return T5Rows(model, prompts.lengths, encoded.last_hidden_state, longest)
-
-
 class _Rows:
     """What a model holds of rows that are being decoded. logits: [rows, V] float32, of each row's next token."""
 
@@ -118,32 +108,23 @@ class _Rows:
     def __init__(self, model: PreTrainedModel, prompts: Ragged) -> None:
         """One row for each prompt, read up to its end."""
         self._model, self._device = model, input_device(model)
-        mask = np.arange(prompts.lengths.max()) < prompts.lengths[:, None]
-        if model.config.is_encoder_decoder:
-            self._mask = torch.from_numpy(mask.astype(np.int64)).to(self._device)
-            self._encoded: Any = _encode(model, prompts, self._device)
-            self._cache: DynamicCache | EncoderDecoderCache = EncoderDecoderCache(
-                _empty_cache(model), _empty_cache(model)
-            )
-            self.advance(torch.full((len(prompts),), decoder_start(model), device=self._device))
-            return
-        # a model goes on at the right end, so the padding is on the left
-        tokens = np.zeros(mask.shape, np.int64)
-        tokens[mask[:, ::-1]] = prompts.values
-        self._mask = torch.from_numpy(mask[:, ::-1].astype(np.int64)).to(self._device)
-        self._encoded, self._cache = None, _empty_cache(model)
+        self._encoded: Any = None
         self._takes = inspect.signature(model.forward).parameters
-        self._position = (self._mask.cumsum(1) - 1).clamp(min=0)
-        self._read(torch.from_numpy(tokens).to(self._device))
+        self._cache: DynamicCache | EncoderDecoderCache = _empty_cache(model)
+        # a decoder-only model goes on at the right end, so the padding is on the left
+        tokens, self._mask = padded(prompts, self._device, left=not model.config.is_encoder_decoder)
+        if model.config.is_encoder_decoder:
+            self._cache = EncoderDecoderCache(self._cache, _empty_cache(model))
+            self._encoded = _encode(model, prompts)
+            tokens = torch.full((len(prompts), 1), decoder_start(model), device=self._device)
+        self._read(tokens)
 
     def take(self, rows: Tensor) -> None:
         """Of the rows these alone, in this order; one may come several times."""
         rows = rows.to(self._device)
         self._cache.reorder_cache(rows)
         self._mask, self.logits = self._mask[rows], self.logits[rows]
-        if self._encoded is None:
-            self._position = self._position[rows]
-        else:
+        if self._encoded is not None:
             states = self._encoded.last_hidden_state
             self._encoded = type(self._encoded)(last_hidden_state=states[rows.to(states.device)])
 
@@ -151,19 +132,17 @@ class _Rows:
         """Read one more token of each row."""
         if self._encoded is None:
             self._mask = torch.cat([self._mask, self._mask.new_ones(len(tokens), 1)], 1)
-            self._position = self._position[:, -1:] + 1
         self._read(tokens[:, None])
 
     def _read(self, tokens: Tensor) -> None:
         inputs: dict[str, Any] = {"attention_mask": self._mask, "past_key_values": self._cache, "use_cache": True}
         if self._encoded is not None:
-            inputs["encoder_outputs"] = self._encoded
-            inputs["decoder_input_ids"] = tokens
+            inputs |= {"encoder_outputs": self._encoded, "decoder_input_ids": tokens}
         else:
-            inputs["input_ids"] = tokens
+            positions = (self._mask.cumsum(1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
             # Bloom counts from the mask by itself; and logits of a whole prompt would be [P, L, V]
-            known = {"position_ids": self._position, "logits_to_keep": 1}
-            inputs |= {name: value for name, value in known.items() if name in self._takes}
+            known = {"position_ids": positions, "logits_to_keep": 1}
+            inputs |= {"input_ids": tokens, **{name: value for name, value in known.items() if name in self._takes}}
         logits = self._model(**inputs, return_dict=True).logits[:, -1]
         self.logits = logits.to(self._device, torch.float32)
 
@@ -172,22 +151,18 @@ def _empty_cache(model: PreTrainedModel) -> DynamicCache:
     return DynamicCache(config=model.config.get_text_config(decoder=True))
 
 
-def _encode(model: PreTrainedModel, prompts: Ragged, device: torch.device) -> Any:
+def _encode(model: PreTrainedModel, prompts: Ragged) -> Any:
     """The encoder's output of every prompt, with its states [P, longest, D] alone: behind a prompt's end anything.
     Long prompts are encoded apart from short ones."""
-    lengths, encoded, kind = prompts.lengths, torch.empty(0), None
-    budget = max(int(lengths.max()), CPU_TOKENS) if device.type == "cpu" else int(lengths.max()) * len(prompts)
+    device, lengths, longest = input_device(model), prompts.lengths, int(prompts.lengths.max())
+    budget = max(longest, CPU_TOKENS) if device.type == "cpu" else longest * len(prompts)
+    kind, encoded = None, torch.empty(0)
     for places in token_budget_batches(lengths, np.zeros_like(lengths), budget):
-        part = prompts.take(places)
-        mask = np.arange(part.lengths.max()) < part.lengths[:, None]
-        output = model.get_encoder()(
-            input_ids=torch.from_numpy(part.padded().astype(np.int64)).to(device),
-            attention_mask=torch.from_numpy(mask.astype(np.int64)).to(device),
-            return_dict=True,
-        )
+        input_ids, mask = padded(prompts.take(places), device)
+        output = model.get_encoder()(input_ids=input_ids, attention_mask=mask, return_dict=True)
         states = output.last_hidden_state
         if kind is None:  # some have fields of their own that the decoder's side asks for
-            kind, encoded = type(output), states.new_zeros(len(prompts), int(lengths.max()), states.shape[2])
+            kind, encoded = type(output), states.new_zeros(len(prompts), longest, states.shape[2])
         encoded[torch.from_numpy(places).to(states.device), : states.shape[1]] = states
     assert kind is not None
     return kind(last_hidden_state=encoded)

@@ -1,8 +1,7 @@
-"""Decoding steps of a T5, from its own weights and modules.
+"""Decoding steps of a T5, from its own weights and modules, faster than by its forward pass.
 
-Two things that its forward pass can't do. The keys and values of a prompt are there once for all its samples, whose
-queries share them: copied to every sample they are most of what decoding reads and copies. And masks, position biases
-and all that transformers works out anew at each step are worked out once.
+The keys and values of a prompt are held once for all its samples, whose queries share them: copied to every sample
+they are most of what decoding reads and copies. Masks and position biases are worked out once, not at each step.
 """
 
 from __future__ import annotations
@@ -35,9 +34,10 @@ def can_step(model: PreTrainedModel) -> bool:
     # half precision is clamped after every layer; not done here
     if type(model) not in (T5ForConditionalGeneration, MT5ForConditionalGeneration) or model.dtype == torch.float16:
         return False
-    stack = model.decoder
-    passed_by = [model, stack, *stack.block]
-    passed_by += [part for block in stack.block for layer in block.layer[:2] for part in (layer, _attention(layer))]
+    passed_by = [model, model.decoder, *model.decoder.block]
+    for block in model.decoder.block:
+        own, crossing, _ = block.layer
+        passed_by += [own, own.SelfAttention, crossing, crossing.EncDecAttention]
     if any(part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part) for part in passed_by):
         return False
     if model not in _agreed:
@@ -56,34 +56,28 @@ class T5Rows:
         self._model: Any = model
         self._stack: Any = model.decoder
         self._device = input_device(model)
-        self._first = self._stack.block[0].layer[0].SelfAttention
-        self._shape = (self._first.n_heads, self._first.key_value_proj_dim)
+        first = self._stack.block[0].layer[0].SelfAttention
+        self._shape = (first.n_heads, first.key_value_proj_dim)
         self._longest, self._read = longest, 0
         # of the last position; all others' are parts of it, for it depends on the distance alone
-        self._bias = self._first.compute_bias(1, longest, past_seen_tokens=longest - 1)
-        self._lengths = torch.from_numpy(np.ascontiguousarray(lengths)).to(self._device)
-        real = ~self._behind()
-        self._across = [self._cross_keys(block.layer[1].EncDecAttention, encoded, real) for block in self._stack.block]
-        self._mask = self._cross_mask(encoded.dtype)
+        self._bias = first.compute_bias(1, longest, past_seen_tokens=longest - 1)
+        self._set_lengths(torch.from_numpy(np.ascontiguousarray(lengths)).to(self._device), encoded.dtype)
+        self._across = [self._cross_keys(block.layer[1].EncDecAttention, encoded) for block in self._stack.block]
         self._prompt, self._each, self._slot = torch.arange(len(lengths), device=self._device), 1, None
-        room = min(ROOM, longest)
-        self._along = [
-            tuple(encoded.new_empty(len(lengths), self._shape[0], room, self._shape[1]) for _ in range(2))
-            for _ in self._stack.block
-        ]
+        # keys and values of the tokens read: [2, rows, H, room, d] of each layer
+        self._along = [encoded.new_empty(2, len(lengths), self._shape[0], 0, self._shape[1]) for _ in self._across]
         self.advance(torch.full((len(lengths),), decoder_start(model), device=self._device))
 
     def take(self, rows: Tensor) -> None:
         """Of the rows these alone. Not a new order, but one may come several times."""
         rows = rows.to(self._device)
         self.logits, self._prompt = self.logits[rows], self._prompt[rows]
-        self._along = [(keys[rows], values[rows]) for keys, values in self._along]
+        self._along = [kept[:, rows] for kept in self._along]
         used, ordinal, counts = self._prompt.unique_consecutive(return_inverse=True, return_counts=True)
         if len(used) <= (1 - LEAVE) * len(self._lengths):
-            self._lengths, self._prompt = self._lengths[used], ordinal
-            width = int(self._lengths.max())
+            self._set_lengths(self._lengths[used], self._across[0][0].dtype)
+            self._prompt, width = ordinal, self._behind.shape[1]
             self._across = [(keys[used, :, :width], values[used, :, :width]) for keys, values in self._across]
-            self._mask = self._cross_mask(self._across[0][0].dtype)
         self._each = int(counts.max())
         self._slot = None
         if len(rows) < len(self._lengths) * self._each:
@@ -93,16 +87,18 @@ class T5Rows:
     def advance(self, tokens: Tensor) -> None:
         """Read one more token of each row. tokens: [rows]."""
         rows, size = len(tokens), self._read + 1
-        self._make_room(size)
+        if size > (room := self._along[0].shape[3]):
+            more = min(max(2 * room, ROOM), self._longest) - room
+            self._along = [F.pad(kept, (0, 0, 0, more)) for kept in self._along]
         bias = self._bias[..., self._longest - size :]
         states = self._stack.embed_tokens(tokens)
         for block, along, across in zip(self._stack.block, self._along, self._across, strict=True):
             own, crossing, forward = block.layer
             attention, normed = own.SelfAttention, _norm(own, states)
             query = attention.q(normed).view(rows, *self._shape)
-            for kept, projection in zip(along, (attention.k, attention.v), strict=True):
-                kept[:, :, self._read] = projection(normed).view(rows, *self._shape)
-            keys, values = (kept[:, :, :size] for kept in along)
+            for i, projection in enumerate((attention.k, attention.v)):
+                along[i, :, :, self._read] = projection(normed).view(rows, *self._shape)
+            keys, values = along[..., :size, :]
             found = F.scaled_dot_product_attention(query[:, :, None], keys, values, attn_mask=bias, scale=1.0)
             states = states + attention.o(found.reshape(rows, -1))
             attention = crossing.EncDecAttention
@@ -127,16 +123,9 @@ class T5Rows:
         found = found.transpose(1, 2).reshape(len(self._lengths) * self._each, -1)
         return found if self._slot is None else found[self._slot]
 
-    def _make_room(self, size: int) -> None:
-        room = self._along[0][0].shape[2]
-        if size > room:
-            more = min(2 * room, self._longest) - room
-            self._along = [
-                (F.pad(keys, (0, 0, 0, more)), F.pad(values, (0, 0, 0, more))) for keys, values in self._along
-            ]
-
-    def _cross_keys(self, attention: Any, encoded: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of the prompts, [P, H, L, d] each, of the real tokens [P, L] alone."""
+    def _cross_keys(self, attention: Any, encoded: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of the prompts, [P, H, L, d] each, of the real tokens alone."""
+        real = ~self._behind
         states = encoded[real]
 
         def projected(projection: nn.Module) -> Tensor:
@@ -147,26 +136,19 @@ class T5Rows:
 
         return projected(attention.k), projected(attention.v)
 
-    def _behind(self) -> Tensor:
-        """[P, L]: True behind a prompt's end."""
-        return torch.arange(int(self._lengths.max()), device=self._device) >= self._lengths[:, None]
-
-    def _cross_mask(self, dtype: torch.dtype) -> Tensor | None:
-        """What is added to the scores of attention, [P, 1, 1, L]; None where all prompts have one length."""
-        behind = self._behind()
-        if not behind.any():
-            return None
-        mask = torch.zeros(behind.shape, dtype=dtype, device=self._device)
-        return mask.masked_fill_(behind, torch.finfo(dtype).min)[:, None, None]
+    def _set_lengths(self, lengths: Tensor, dtype: torch.dtype) -> None:
+        """lengths: [P], of the prompts. Sets `_behind` [P, L], True behind a prompt's end, and `_mask` [P, 1, 1, L],
+        what is added to the scores of attention; None where all prompts have one length."""
+        self._lengths = lengths
+        self._behind = torch.arange(int(lengths.max()), device=self._device) >= lengths[:, None]
+        mask = torch.zeros(self._behind.shape, dtype=dtype, device=self._device)
+        mask = mask.masked_fill_(self._behind, torch.finfo(dtype).min)[:, None, None]
+        self._mask = mask if self._behind.any() else None
 
 
 def _norm(layer: Any, states: Tensor) -> Tensor:
     """The layer's root-mean-square norm, in one call instead of the module's five."""
     return F.rms_norm(states, states.shape[1:], layer.layer_norm.weight, layer.layer_norm.variance_epsilon)
-
-
-def _attention(layer: Any) -> Any:
-    return layer.SelfAttention if hasattr(layer, "SelfAttention") else layer.EncDecAttention
 
 
 @torch.no_grad()
@@ -182,24 +164,20 @@ def _agrees(model: PreTrainedModel) -> bool:
     try:
         rows = T5Rows(model, lengths, encoded, 3)
         for stay in ([0, 0, 1], [1, 2], None):
-            own = (
-                model(
-                    encoder_outputs=BaseModelOutput(last_hidden_state=encoded[prompt.to(device)]),
-                    attention_mask=mask[prompt].to(device),
-                    decoder_input_ids=given.to(device),
-                )
-                .logits[:, -1]
-                .float()
+            own = model(
+                encoder_outputs=BaseModelOutput(last_hidden_state=encoded[prompt.to(device)]),
+                attention_mask=mask[prompt].to(device),
+                decoder_input_ids=given.to(device),
             )
-            tolerance = (1e-3 if model.dtype == torch.float32 else 0.1) * own.abs().max()
-            if not ((rows.logits - own).abs() <= tolerance).all():
+            logits = own.logits[:, -1].float()
+            tolerance = (1e-3 if model.dtype == torch.float32 else 0.1) * logits.abs().max()
+            if not ((rows.logits - logits).abs() <= tolerance).all():
                 return False
             if stay is not None:
                 rows.take(torch.tensor(stay))
-                prompt, given = prompt[stay], given[stay]
                 chosen = torch.arange(len(stay)) % model.config.vocab_size
                 rows.advance(chosen.to(device))
-                given = torch.cat([given, chosen[:, None]], 1)
+                prompt, given = prompt[stay], torch.cat([given[stay], chosen[:, None]], 1)
     except (AttributeError, TypeError, RuntimeError):
         return False
     return True

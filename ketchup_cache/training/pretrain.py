@@ -24,7 +24,8 @@ from ketchup_cache.models.load import is_encoder_decoder, load_model, load_token
 from ketchup_cache.provenance import PolicyInfo, TokenizerInfo
 from ketchup_cache.rollouts.sample import eos_ids
 from ketchup_cache.sharing.remote_cache import open_cache
-from ketchup_cache.text.prompts import as_chat, kept_examples, read_examples, tokenize_prompts
+from ketchup_cache.text.prompts import as_chat, kept_examples, tokenize_prompts
+from ketchup_cache.text.read import read_examples
 from ketchup_cache.training.optimizer import Optimizer
 from ketchup_cache.training.origin import Origin
 from ketchup_cache.training.run import Run

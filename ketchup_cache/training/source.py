@@ -19,7 +19,7 @@ from ketchup_cache.models.fingerprint import state_fingerprint, weights_fingerpr
 from ketchup_cache.models.load import resolve_folder
 from ketchup_cache.provenance import PolicyInfo, TokenizerInfo
 from ketchup_cache.rollouts.calculator import Calculator
-from ketchup_cache.rollouts.segments import rollout_chunks, rollout_range, sampling_of
+from ketchup_cache.rollouts.rollout import rollout_chunks, rollout_range, sampling_of
 from ketchup_cache.training.batches import Stream, concatenate
 from ketchup_cache.training.pick import ON_OUTPUTS, ON_SAMPLES, student_samples, teacher_outputs
 from ketchup_cache.types import ScoredRollouts

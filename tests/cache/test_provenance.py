@@ -13,8 +13,8 @@ from ketchup_cache.cache.segment_bytes import parse_manifest
 from ketchup_cache.cli import main
 from ketchup_cache.errors import CorruptError
 from tests.helpers.caches import make_cache
+from tests.helpers.models import save_model
 from tests.helpers.segments import make_prompts, prompts_info
-from tests.helpers.tiny import save_model
 
 
 def manifest_bytes(cache, segment_id):

@@ -7,7 +7,6 @@ import random
 
 import numpy as np
 import pytest
-import torch
 
 from ketchup_cache import open_cache
 from ketchup_cache.cli import main
@@ -17,10 +16,11 @@ from ketchup_cache.errors import ConfigError, DataError, ModelError
 from ketchup_cache.models.load import load_model, load_tokenizer
 from ketchup_cache.report.evaluate import evaluate
 from ketchup_cache.rollouts.rollout import rollout
-from ketchup_cache.text.prompts import as_chat, data_info, read_examples, tokenize_prompts
+from ketchup_cache.text.prompts import as_chat, tokenize_prompts
+from ketchup_cache.text.read import data_info, read_examples
 from ketchup_cache.training.pretrain import pretrain
-from tests.helpers.decoders import make_decoder, make_decoder_tokenizer, plain_row_logits, save_decoder
-from tests.helpers.tiny import WORDS
+from tests.helpers.models import WORDS, make_decoder, make_decoder_tokenizer, save_decoder
+from tests.helpers.oracle import plain_logits, plain_row_scores
 
 VOCAB = len(WORDS) + 3
 EOS = 1
@@ -96,12 +96,11 @@ def test_pretrain_rollout_score_learn_evaluate(tmp_path, capsys):
         assert row.prompt_tokens[-1] == load_tokenizer(str(student)).convert_tokens_to_ids("=")
         assert (row.completion_tokens[-1] == EOS) == row.finished
         steps = range(len(row.completion_tokens))
-        own = torch.tensor(plain_row_logits(plain_student, row.prompt_tokens, row.completion_tokens)).log_softmax(1)
+        own = plain_logits(plain_student, row.prompt_tokens, row.completion_tokens).log_softmax(1)
         np.testing.assert_allclose(row.behavior_logprob, own[steps, row.completion_tokens.tolist()], atol=1e-4)
-        logits = plain_row_logits(plain_teacher, row.prompt_tokens, row.completion_tokens)
-        np.testing.assert_allclose(row.q, logits[steps, row.completion_tokens], rtol=0, atol=1e-4)
-        np.testing.assert_allclose(row.max_q, logits[:-1].max(1), rtol=0, atol=1e-4)
-        assert row.final_max_q == pytest.approx(0 if row.finished else logits[-1].max(), abs=1e-4)
+        plain = plain_row_scores(plain_teacher, row.prompt_tokens, row.completion_tokens, row.finished, VOCAB)
+        for name, expected in plain.items():
+            np.testing.assert_allclose(np.atleast_1d(getattr(row, name)), expected, rtol=0, atol=1e-4)
 
 
 # ------------------------------------------------------------------------------------------------------ pretrain
@@ -129,7 +128,7 @@ def test_first_loss_is_the_mean_negative_log_likelihood_of_target_and_eos(bos, t
     for line in data.read_text().splitlines():
         target = [words[word] for word in json.loads(line)["target"].split()]
         prompt = [*([words["<s>"]] if bos else []), *target, words["="]]
-        logprob = torch.tensor(plain_row_logits(model, prompt, [*target, EOS])[:-1, : VOCAB + bos]).log_softmax(1)
+        logprob = plain_logits(model, prompt, [*target, EOS])[:, : VOCAB + bos].double().log_softmax(1)
         nll += (-logprob[range(len(target) + 1), [*target, EOS]]).tolist()
     assert report.loss_first == pytest.approx(np.mean(nll), rel=1e-5)
 
@@ -181,7 +180,7 @@ def test_a_chat_prompt_is_one_user_turn_with_the_assistants_open(tmp_path):
             assert tokenizer.convert_ids_to_tokens(row.tolist()) == words  # one BOS, no EOS
         info = data_info(examples, options, tokenizer)
         assert info.template == f"<s>{before}<< user {{prompt}} >> << assistant"
-        assert info.fingerprint != data_info(plain, DataOptions(data=str(data))).fingerprint
+        assert info.fingerprint != data_info(plain, DataOptions(data=str(data)), tokenizer).fingerprint
     assert as_chat(plain, tokenizer, DataOptions(data=str(data))) == plain
 
 
@@ -217,8 +216,7 @@ def test_pretrain_learns_the_answer_to_the_chat(chat_model, tmp_path):
         target = [words[word] for word in json.loads(line)["target"].split()]
         start = [words[w] for w in ("<s>", "<<", "user")]
         prompt = [*start, *target, *(words[w] for w in (">>", "<<", "assistant"))]
-        logits = plain_row_logits(model, prompt, [*target, EOS])[:-1, : max(words.values()) + 1]
-        logprob = torch.tensor(logits).log_softmax(1)
+        logprob = plain_logits(model, prompt, [*target, EOS])[:, : max(words.values()) + 1].double().log_softmax(1)
         nll += (-logprob[range(len(target) + 1), [*target, EOS]]).tolist()
     assert report.loss_first == pytest.approx(np.mean(nll), rel=1e-5)
 

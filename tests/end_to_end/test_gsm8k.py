@@ -13,7 +13,7 @@ from transformers import AutoModelForSeq2SeqLM, T5Config, T5ForConditionalGenera
 
 from ketchup_cache import open_cache
 from ketchup_cache.cli import main
-from tests.helpers.caches import plain_scores
+from tests.helpers.oracle import plain_row_scores as plain_scores
 
 DATA = Path(__file__).parents[3] / "shared" / "data" / "gsm8k"
 pytestmark = pytest.mark.skipif(not (DATA / "test.jsonl").exists(), reason="GSM8K is not beside the repository")

@@ -12,7 +12,7 @@ from ketchup_cache.models.fingerprint import first_difference, state_fingerprint
 from ketchup_cache.models.load import load_model
 from ketchup_cache.provenance import in_precision
 from ketchup_cache.scoring.teacher import Teacher
-from tests.helpers.tiny import WORDS, make_t5, make_tokenizer, save_model
+from tests.helpers.models import WORDS, make_t5, make_tokenizer, save_model
 
 VERSIONS = ("1.0", "1.1")
 
@@ -117,7 +117,7 @@ def test_damaged_weights_are_refused(content, tmp_path):
     (tmp_path / "model.safetensors").write_bytes(safetensors_bytes({"a": TENSOR}))
     weights_fingerprint(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(content)
-    with pytest.raises(ModelError, match=r"model\.safetensors: (is damaged|tensor a has the unknown number format)"):
+    with pytest.raises(ModelError, match=r"model\.safetensors: is damaged"):
         weights_fingerprint(tmp_path)
 
 

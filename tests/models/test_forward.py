@@ -7,25 +7,10 @@ import torch
 from ketchup_cache.errors import DataError, ModelError
 from ketchup_cache.models.forward import Batch, completion_states, decoder_start, training_states
 from ketchup_cache.types import Ragged
-from tests.helpers.decoders import make_decoder
-from tests.helpers.oracle import random_rollouts
-from tests.helpers.tiny import make_t5
+from tests.helpers.models import make_decoder, make_t5
+from tests.helpers.oracle import assert_same_gradients, gradients, plain_states, random_batch, random_rollouts
 
 VERSIONS = ("1.0", "1.1")
-
-
-def plain_head_inputs(model, batch: Batch) -> list[torch.Tensor]:
-    """[T + 1, D] of each row, alone: state t has seen a_1 … a_{t-1}, the last one the whole completion."""
-    rows = []
-    for row, completion in enumerate(batch.completions):
-        output = model(
-            input_ids=torch.tensor(batch.prompts[batch.prompt_index[row]][None], dtype=torch.long),
-            decoder_input_ids=torch.tensor([[0, *completion]]),
-            output_hidden_states=True,
-        )
-        states = output.decoder_hidden_states[-1][0]  # after the final norm
-        rows.append(states * model.config.d_model**-0.5 if model.config.scale_decoder_outputs else states)
-    return rows
 
 
 @pytest.fixture(params=VERSIONS)
@@ -33,16 +18,11 @@ def model(request):
     return make_t5(request.param)
 
 
-def make_batch(seed: int = 0, n: int = 9) -> Batch:
-    prompts, rollouts = random_rollouts(seed, n)
-    return Batch(prompts, rollouts.prompt_index, rollouts.completions)
-
-
 def test_states_are_those_of_each_row_alone(model):
-    batch = make_batch()
+    batch = random_batch(rows=9)
     next_state = np.arange(9) % 3 == 0
     states, next_states = completion_states(model, batch, next_state=next_state)
-    plain = plain_head_inputs(model, batch)
+    plain = plain_states(model, batch)
     torch.testing.assert_close(states, torch.cat([row[:-1] for row in plain]), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(next_states, torch.stack([plain[i][-1] for i in (0, 3, 6)]), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(completion_states(model, batch), states, rtol=1e-4, atol=1e-5)
@@ -71,7 +51,7 @@ def test_each_prompt_is_computed_once_and_no_padding(model):
 def test_no_logits_are_computed_and_nothing_stays_behind(model):
     vocabulary_sized = []
     model.lm_head.register_forward_hook(lambda *_: vocabulary_sized.append(1))
-    completion_states(model, make_batch())
+    completion_states(model, random_batch(rows=9))
     assert not vocabulary_sized
     assert not model.lm_head._forward_pre_hooks
     unknown = Ragged.from_rows([[99]], np.int32)
@@ -83,7 +63,7 @@ def test_no_logits_are_computed_and_nothing_stays_behind(model):
 
 
 def test_another_thread_may_use_the_model_meanwhile(model):
-    batch, problems = make_batch(), []
+    batch, problems = random_batch(rows=9), []
     ids = torch.ones(1, 2, dtype=torch.long)
 
     def generate():
@@ -103,34 +83,28 @@ def test_another_thread_may_use_the_model_meanwhile(model):
 
 
 def test_gradients_are_those_of_the_plain_pass(model):
-    batch = make_batch(n=5)
-    direction = torch.randn(32, generator=torch.Generator().manual_seed(0))
-    (completion_states(model, batch) @ direction).sum().backward()
-    ours = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    model.zero_grad()
-    sum((row[:-1] @ direction).sum() for row in plain_head_inputs(model, batch)).backward()
-    plain = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    assert ours.keys() == plain.keys()
-    for name, gradient in plain.items():
-        torch.testing.assert_close(ours[name], gradient, rtol=1e-4, atol=1e-5 * float(gradient.abs().max()))
+    batch = random_batch(rows=5)
+    ours = gradients(model, completion_states(model, batch))
+    plain = gradients(model, torch.cat([row[:-1] for row in plain_states(model, batch)]))
+    assert_same_gradients(ours, plain, tolerance=1e-4)
 
 
 @torch.no_grad()
 def test_bfloat16_training_errs_as_the_models_own_pass_under_autocast(model):
     """Of the float32 states, in float32, and with weights that stay as they were."""
-    batch = make_batch()
+    batch = random_batch(rows=9)
     exact, rounded = (training_states(model, batch, precision) for precision in ("float32", "bfloat16"))
     torch.testing.assert_close(exact, completion_states(model, batch), rtol=0, atol=0)
     assert {rounded.dtype, *(p.dtype for p in model.parameters())} == {torch.float32}
     assert not torch.is_autocast_enabled("cpu")
     with torch.autocast("cpu", torch.bfloat16):
-        own = torch.cat([row[:-1] for row in plain_head_inputs(model, batch)]).float()
+        own = torch.cat([row[:-1] for row in plain_states(model, batch)]).float()
     error, own_error = (float((states - exact).norm() / exact.norm()) for states in (rounded, own))
     assert 2**-12 < error < 1.2 * own_error
 
 
 def test_a_decoder_only_body_takes_bfloat16_too():
-    model, batch = make_decoder("qwen2"), make_batch()
+    model, batch = make_decoder("qwen2"), random_batch(rows=9)
     exact, rounded = (training_states(model, batch, precision).detach() for precision in ("float32", "bfloat16"))
     assert 2**-12 < float((rounded - exact).norm() / exact.norm()) < 2**-4
 

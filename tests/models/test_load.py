@@ -4,13 +4,15 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedTokenizerFast
 from transformers.activations import NewGELUActivation
 
 from ketchup_cache.errors import ModelError
-from ketchup_cache.models.load import load_model, load_tokenizer, pick_device, resolve_folder
-from tests.helpers.decoders import save_decoder
-from tests.helpers.tiny import make_t5, make_tokenizer, save_model
+from ketchup_cache.models.fingerprint import state_fingerprint, weights_fingerprint
+from ketchup_cache.models.load import is_encoder_decoder, load_model, load_tokenizer, pick_device, resolve_folder
+from tests.helpers.models import FAMILIES, make_model, make_t5, make_tokenizer, save_decoder, save_model
+
+TIED = ("t5-1.0", "qwen2-tied", "gpt2", "gemma2", "cohere", "bloom-alibi")
 
 
 @pytest.fixture(scope="module")
@@ -24,9 +26,12 @@ def copy(good, tmp_path):
 
 
 def edit_weights(folder, change):
+    """change: weights → None, in place, or others."""
     weights = load_file(folder / "model.safetensors")
-    change(weights)
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    changed = change(weights)
+    save_file(
+        changed if isinstance(changed, dict) else weights, folder / "model.safetensors", metadata={"format": "pt"}
+    )
 
 
 def edit_config(folder, **values):
@@ -34,29 +39,35 @@ def edit_config(folder, **values):
     (folder / "config.json").write_text(json.dumps(config | values))
 
 
-@pytest.mark.parametrize("version", ["1.0", "1.1"])
-def test_a_saved_model_comes_back_as_it_was(version, tmp_path):
-    saved = make_t5(version)
+def refusal(load, folder) -> str:
+    with pytest.raises(ModelError) as refused:
+        load(str(folder))
+    assert "\n" not in str(refused.value)
+    return str(refused.value)
+
+
+@pytest.mark.parametrize("family", ["t5-1.0", "t5-1.1", *FAMILIES])
+def test_a_saved_model_comes_back_as_it_was(family, tmp_path):
+    saved = make_model(family)
     saved.train().save_pretrained(tmp_path)
     loaded = load_model(str(tmp_path), device="cpu")
     assert not loaded.training
-    assert loaded.config.scale_decoder_outputs == (version == "1.0")
-    assert (loaded.lm_head.weight is loaded.shared.weight) == (version == "1.0")
+    assert is_encoder_decoder(str(tmp_path)) == family.startswith("t5")
+    assert getattr(loaded.config, "scale_decoder_outputs", False) == (family == "t5-1.0")
+    tied = [model.get_output_embeddings().weight is model.get_input_embeddings().weight for model in (saved, loaded)]
+    assert tied == [family in TIED] * 2
+    assert weights_fingerprint(tmp_path) == state_fingerprint(loaded)
     for key, value in saved.state_dict().items():
         torch.testing.assert_close(loaded.state_dict()[key], value, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("family", ["t5", "gpt2"])
+@pytest.mark.parametrize("family", ["t5-1.1", "gpt2"])
 def test_the_fused_gelu_is_the_models_own_function(family, tmp_path):
     """No farther than transformers' own from its model in float64; and there must have been one to fuse."""
-    if family == "t5":
-        save_model(tmp_path, "1.1")
-        plain = AutoModelForSeq2SeqLM.from_pretrained(tmp_path)
-        inputs = {"input_ids": torch.arange(3, 20)[None], "decoder_input_ids": torch.arange(9)[None]}
-    else:
-        save_decoder(tmp_path, "gpt2")
-        plain = AutoModelForCausalLM.from_pretrained(tmp_path)
-        inputs = {"input_ids": torch.arange(3, 20)[None]}
+    make_model(family).save_pretrained(tmp_path)
+    kind = AutoModelForCausalLM if family == "gpt2" else AutoModelForSeq2SeqLM
+    plain, inputs = kind.from_pretrained(tmp_path), {"input_ids": torch.arange(3, 20)[None]}
+    inputs |= {} if family == "gpt2" else {"decoder_input_ids": torch.arange(9)[None]}
     assert any(type(module) is NewGELUActivation for module in plain.modules())
     fused = load_model(str(tmp_path), device="cpu")
     assert not any(type(module) is NewGELUActivation for module in fused.modules())
@@ -70,12 +81,17 @@ def test_the_fused_gelu_is_the_models_own_function(family, tmp_path):
     assert (tmp_path / "again/model.safetensors").read_bytes() == (tmp_path / "model.safetensors").read_bytes()
 
 
-def test_bfloat16_bodies(good):
+def test_precision_and_devices(good):
     assert load_model(str(good), dtype="bfloat16", device="cpu").lm_head.weight.dtype == torch.bfloat16
-
-
-def test_device_maps(good):
     assert load_model(str(good), device_map="cpu").device.type == "cpu"
+    with pytest.raises(ModelError, match="use float32 or bfloat16"):
+        load_model(str(good), dtype="float16")
+    assert pick_device("cpu") == torch.device("cpu")
+    for device in ("cuda:99", "cpu:1", "xpu"):
+        with pytest.raises(ModelError, match="is not on this machine"):
+            pick_device(device)
+    with pytest.raises(ModelError, match="is not a device name"):
+        pick_device("gpu")
 
 
 @pytest.mark.parametrize(
@@ -100,11 +116,34 @@ def test_device_maps(good):
 )  # fmt: skip
 def test_an_unusable_folder_is_refused_in_one_line(copy, damage, message):
     damage(copy)
-    with pytest.raises(ModelError) as refused:
-        load_model(str(copy), device="cpu")
-    assert message in str(refused.value)
-    assert str(copy) in str(refused.value)
-    assert "\n" not in str(refused.value)
+    found = refusal(load_model, copy)
+    assert message in found
+    assert str(copy) in found
+
+
+@pytest.mark.parametrize(
+    ("family", "change", "message"),
+    [
+        ("qwen2", lambda w: {k: v for k, v in w.items() if k != "lm_head.weight"}, "lm_head.weight"),
+        ("llama", lambda w: {k: v for k, v in w.items() if "layers.1.mlp.up" not in k}, "1 weights missing"),
+        ("gpt2", lambda w: w | {"transformer.h.0.attn.other": torch.ones(2)}, "1 weights not part of the model"),
+        ("gpt2", lambda w: w | {"transformer.ln_f.weight": torch.ones(7)}, "has shape (7,)"),
+    ],
+)
+def test_an_incomplete_decoder_is_refused(family, change, message, tmp_path):
+    make_model(family).save_pretrained(tmp_path)
+    edit_weights(tmp_path, change)
+    assert message in refusal(load_model, tmp_path)
+
+
+def test_a_gpt2_file_as_the_hub_has_it(tmp_path):
+    """Names without their prefix, and the causal mask and its fill value among the weights."""
+    saved = make_model("gpt2")
+    saved.save_pretrained(tmp_path)
+    masks = {"h.0.attn.bias": torch.ones(1, 1, 64, 64), "h.0.attn.masked_bias": torch.tensor(-1e4)}
+    edit_weights(tmp_path, lambda weights: {k.removeprefix("transformer."): v for k, v in weights.items()} | masks)
+    loaded = load_model(str(tmp_path), device="cpu").state_dict()
+    assert all(torch.equal(loaded[name], value) for name, value in saved.state_dict().items())
 
 
 def test_an_untied_model_without_its_head_is_refused(copy):
@@ -134,49 +173,29 @@ def test_a_missing_shard_is_named(tmp_path):
 )
 def test_an_unusable_tokenizer_is_refused_in_one_line(copy, damage, message):
     damage(copy)
-    with pytest.raises(ModelError) as refused:
-        load_tokenizer(str(copy))
-    assert message in str(refused.value)
-    assert "\n" not in str(refused.value)
+    assert message in refusal(load_tokenizer, copy)
 
 
-def test_a_tokenizer_without_an_end_is_refused(tmp_path):
-    from transformers import PreTrainedTokenizerFast
-
-    PreTrainedTokenizerFast(tokenizer_object=make_tokenizer().backend_tokenizer).save_pretrained(tmp_path)
-    with pytest.raises(ModelError, match="no end-of-sequence token"):
-        load_tokenizer(str(tmp_path))
-
-
-@pytest.mark.parametrize("name", ["./nowhere", "/no/such/folder", "https://user:secret@host/model"])
-def test_a_folder_that_is_not_there(name):
-    with pytest.raises(ModelError, match="no such folder"):
-        resolve_folder(name)
+def test_a_tokenizer_with_no_end_or_one_too_many_is_refused(tmp_path):
+    PreTrainedTokenizerFast(tokenizer_object=make_tokenizer().backend_tokenizer).save_pretrained(tmp_path / "none")
+    assert "no end-of-sequence token" in refusal(load_tokenizer, tmp_path / "none")
+    folder = save_decoder(tmp_path / "always", tokenizer=make_tokenizer())
+    expected = "ends every text with '</s>', but a decoder-only model goes on"
+    assert expected in refusal(load_tokenizer, folder)
 
 
-def test_a_file_is_not_a_folder(good):
-    with pytest.raises(ModelError, match="is a file"):
-        resolve_folder(str(good / "config.json"))
+def test_a_config_that_cant_be_read(tmp_path):
+    edit_config(save_decoder(tmp_path), model_type="no-such")
+    assert "can't be loaded" in refusal(is_encoder_decoder, tmp_path)
+
+
+def test_what_is_no_folder(good):
+    for name in ("./nowhere", "/no/such/folder", "https://user:secret@host/model"):
+        assert "no such folder" in refusal(resolve_folder, name)
+    assert "is a file" in refusal(resolve_folder, good / "config.json")
 
 
 def test_the_hub_out_of_reach(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(
-        ModelError, match=r"^owner/name-that-is-nowhere: no such folder, and the Hugging Face Hub"
-    ) as refused:
-        load_tokenizer("owner/name-that-is-nowhere")
-    assert "\n" not in str(refused.value)
-
-
-def test_devices():
-    assert pick_device("cpu") == torch.device("cpu")
-    for device in ("cuda:99", "cpu:1", "xpu"):
-        with pytest.raises(ModelError, match="is not on this machine"):
-            pick_device(device)
-    with pytest.raises(ModelError, match="is not a device name"):
-        pick_device("gpu")
-
-
-def test_float16_is_not_offered(good):
-    with pytest.raises(ModelError, match="use float32 or bfloat16"):
-        load_model(str(good), dtype="float16")
+    name = "owner/name-that-is-nowhere"
+    assert refusal(load_tokenizer, name).startswith(f"{name}: no such folder, and the Hugging Face Hub")

@@ -11,7 +11,8 @@ from ketchup_cache.models import shared_prompt as shared
 from ketchup_cache.models.forward import Batch, completion_states
 from ketchup_cache.models.shared_prompt import SharedRows, can_share
 from ketchup_cache.types import Ragged
-from tests.helpers.decoders import FAMILIES, make_decoder
+from tests.helpers.models import FAMILIES, make_decoder
+from tests.helpers.oracle import assert_same_gradients, gradients
 
 SHARED = ("qwen2", "qwen2-tied", "qwen3", "gpt2", "llama", "cohere", "granite", "wide")
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -32,9 +33,9 @@ def make_batch(seed: int = 0) -> Batch:
 def passes_of(model, monkeypatch) -> list[int]:
     """Counts rows that go through the model."""
     rows: list[int] = []
-    plain = forward._head_input
+    plain = forward.head_input
     monkeypatch.setattr(
-        forward, "_head_input", lambda m, **inputs: rows.append(len(inputs["input_ids"])) or plain(m, **inputs)
+        forward, "head_input", lambda m, **inputs: rows.append(len(inputs["input_ids"])) or plain(m, **inputs)
     )
     return rows
 
@@ -69,12 +70,8 @@ def test_the_gradient_is_that_of_rows_of_their_own(family, monkeypatch):
     found = []
     for shares in (True, False):
         monkeypatch.setattr(forward, "can_share", lambda _, shares=shares: shares)
-        model.zero_grad()
-        states = completion_states(model, batch)
-        (states * torch.linspace(-1, 1, states.numel(), dtype=states.dtype).view_as(states)).sum().backward()
-        found.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
-    for name, ours in found[0].items():
-        torch.testing.assert_close(ours, found[1][name], rtol=1e-6, atol=1e-6, msg=name)
+        found.append(gradients(model, completion_states(model, batch)))
+    assert_same_gradients(*found, tolerance=1e-6)
 
 
 def test_a_completion_does_not_see_the_others():

@@ -7,54 +7,22 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import (
-    MT5Config,
-    MT5ForConditionalGeneration,
-    UMT5Config,
-    UMT5ForConditionalGeneration,
-)
 
 from ketchup_cache.models import forward
 from ketchup_cache.models import t5_unpadded as ragged
 from ketchup_cache.models.forward import Batch, completion_states
 from ketchup_cache.models.t5_unpadded import groups_of, is_ragged
 from ketchup_cache.types import Ragged
-from tests.helpers.oracle import random_rollouts
-from tests.helpers.tiny import WORDS, make_t5
+from tests.helpers.models import make_model, make_t5
+from tests.helpers.oracle import assert_same_gradients, gradients, plain_states, random_batch
+
+FAMILY = ("t5-1.0", "t5-1.1", "mt5", "umt5")
 
 
-def of_family(kind: str, **more):
-    if kind in ("1.0", "1.1"):
-        return make_t5(kind, **more)
-    config, model = {
-        "mt5": (MT5Config, MT5ForConditionalGeneration),
-        "umt5": (UMT5Config, UMT5ForConditionalGeneration),
-    }[kind]
-    torch.manual_seed(0)
-    return model(
-        config(vocab_size=len(WORDS) + 3, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4,
-               relative_attention_num_buckets=8, relative_attention_max_distance=16, decoder_start_token_id=0)
-    ).eval()  # fmt: skip
-
-
-FAMILY = ("1.0", "1.1", "mt5", "umt5")
-
-
-def alone(model, batch: Batch) -> torch.Tensor:
-    """The head's input of every token, by the model's own pass over one row at a time."""
-    found = []
-    hook = model.lm_head.register_forward_pre_hook(lambda _, inputs: found.append(inputs[0][0]))
-    for row, completion in enumerate(batch.completions):
-        if len(completion):
-            prompt = torch.tensor(batch.prompts[batch.prompt_index[row]][None], dtype=torch.long)
-            model(input_ids=prompt, decoder_input_ids=torch.tensor([[0, *completion[:-1]]]))
-    hook.remove()
-    return torch.cat(found)
-
-
-def make_batch(seed: int = 0, rows: int = 12) -> Batch:
-    prompts, rollouts = random_rollouts(seed, rows)
-    return Batch(prompts, rollouts.prompt_index, rollouts.completions)
+@torch.no_grad()
+def assert_states_are_plain(model, batch: Batch) -> None:
+    alone = torch.cat([states[:-1] for states in plain_states(model, batch)])
+    torch.testing.assert_close(completion_states(model, batch), alone, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("at_once", [1, 60, 2**20])
@@ -62,21 +30,17 @@ def make_batch(seed: int = 0, rows: int = 12) -> Batch:
 def test_states_are_those_of_each_row_alone(kind, at_once, monkeypatch):
     """Whatever the groups: every row by itself, a few together, all padded to the longest."""
     monkeypatch.setattr(ragged, "SCORES_AT_ONCE_ELSEWHERE", at_once * 4)
-    model = of_family(kind)
+    model = make_model(kind)
     assert is_ragged(model)
-    with torch.no_grad():
-        for seed in range(3):
-            batch = make_batch(seed)
-            torch.testing.assert_close(completion_states(model, batch), alone(model, batch), rtol=1e-4, atol=1e-5)
+    for seed in range(3):
+        assert_states_are_plain(model, random_batch(seed))
 
 
 @pytest.mark.parametrize("kind", FAMILY)
 def test_aligned_widths_as_on_a_gpu_change_nothing(kind, monkeypatch):
     """Groups whose widths are rounded up, so that even their longest rows have padding behind them."""
     monkeypatch.setattr(ragged, "_aligned", lambda width, device: -(-width // 8) * 8)
-    model, batch = of_family(kind), make_batch()
-    with torch.no_grad():
-        torch.testing.assert_close(completion_states(model, batch), alone(model, batch), rtol=1e-4, atol=1e-5)
+    assert_states_are_plain(make_model(kind), random_batch())
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -116,18 +80,15 @@ def test_long_rows_reach_every_bucket_of_the_position_bias():
     rng = np.random.default_rng(0)
     prompts = Ragged.from_rows([rng.integers(3, 40, n) for n in (90, 2, 61)], np.int32)
     completions = Ragged.from_rows([rng.integers(3, 40, n) for n in (70, 1, 33, 70)], np.int32)
-    batch = Batch(prompts, np.array([2, 1, 0, 0]), completions)
-    with torch.no_grad():
-        torch.testing.assert_close(completion_states(model, batch), alone(model, batch), rtol=1e-4, atol=1e-5)
+    assert_states_are_plain(model, Batch(prompts, np.array([2, 1, 0, 0]), completions))
 
 
 def test_empty_completions_have_no_states():
     model = make_t5("1.1")
     prompts = Ragged.from_rows([[5, 1], [6, 7, 1]], np.int32)
     batch = Batch(prompts, np.array([0, 1, 1]), Ragged.from_rows([[], [4, 5], []], np.int32))
-    with torch.no_grad():
-        torch.testing.assert_close(completion_states(model, batch), alone(model, batch), rtol=1e-4, atol=1e-5)
-        states, after = completion_states(model, batch, next_state=np.array([True, False, False]))
+    assert_states_are_plain(model, batch)
+    states, after = completion_states(model, batch, next_state=np.array([True, False, False]))
     assert (states.shape[0], after.shape[0]) == (2, 1)
     nothing = Batch(prompts, np.array([0, 1]), Ragged.from_rows([[], []], np.int32))
     assert completion_states(model, nothing).shape == (0, 32)
@@ -142,29 +103,23 @@ def test_the_gradient_is_that_of_padded_rows(kind, at_once, aligned, monkeypatch
     monkeypatch.setattr(ragged, "SCORES_AT_ONCE_ELSEWHERE", at_once * 4)
     if aligned:
         monkeypatch.setattr(ragged, "_aligned", lambda width, device: -(-width // 8) * 8)
-    model = of_family(kind).double()
-    batch = make_batch(1)
+    model = make_model(kind).double()
+    batch = random_batch(1)
     unasked = Ragged.from_rows([*batch.completions, []], np.int32)
     batch = Batch(
         Ragged.from_rows([[9, 8, 1], *batch.prompts], np.int32), np.append(batch.prompt_index + 1, 0), unasked
     )
-    gradients = []
+    found = []
     for way in (is_ragged, lambda _: False):
         monkeypatch.setattr(forward, "is_ragged", way)
-        model.zero_grad()
-        states = completion_states(model, batch)
-        (states * torch.linspace(-1, 1, states.numel(), dtype=states.dtype).view_as(states)).sum().backward()
-        gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
-    assert gradients[0].keys() == gradients[1].keys()
-    for name, ours in gradients[0].items():
-        theirs = gradients[1][name]
-        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6 * float(theirs.abs().max()), msg=name)
+        found.append(gradients(model, completion_states(model, batch)))
+    assert_same_gradients(*found, tolerance=1e-6)
 
 
 def test_dropout_is_the_layers_own():
     """Off in eval mode; in training each draw is another one, around the mean, which a twin without dropout gives. With
     the dropout of one place off at a time the others still act."""
-    model, batch = make_t5("1.0"), make_batch()
+    model, batch = make_t5("1.0"), random_batch()
     with torch.no_grad():
         plain = completion_states(model, batch)
         model.train()
@@ -185,7 +140,7 @@ def test_dropout_is_the_layers_own():
 
 def test_bfloat16_weights_on_a_processor_without_them_compute_in_float32(monkeypatch):
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
-    narrow, batch = make_t5("1.1").bfloat16(), make_batch()
+    narrow, batch = make_t5("1.1").bfloat16(), random_batch()
     wide = copy.deepcopy(narrow).float()
     with torch.no_grad():
         states = completion_states(narrow, batch)

@@ -16,7 +16,7 @@ from ketchup_cache.config.commands import EvaluateConfig
 from ketchup_cache.errors import DataError, MismatchError, WriteError
 from ketchup_cache.report import evaluate as module
 from ketchup_cache.report.evaluate import evaluate
-from tests.helpers.tiny import WORDS, make_tokenizer, save_model, write_prompts
+from tests.helpers.models import WORDS, make_tokenizer, save_model, write_prompts
 
 LONGEST = 12
 VOCABULARY = len(WORDS) + 3

@@ -19,8 +19,8 @@ from ketchup_cache.provenance import Sampling
 from ketchup_cache.rollouts.calculator import Calculator, ForcedResults, calculate
 from ketchup_cache.rollouts.sample import sample_completions
 from ketchup_cache.types import Ragged, Rollouts
-from tests.helpers.tiny import make_t5
-from tests.helpers.tiny import make_tokenizer as make_word_tokenizer
+from tests.helpers.models import make_t5
+from tests.helpers.models import make_tokenizer as make_word_tokenizer
 
 PIECES = ["<pad>", "</s>", "<unk>", *"0123456789.-+*/=", "<<", "<", ">>", " x", " ####"]
 ID = {piece: i for i, piece in enumerate(PIECES)}
@@ -342,7 +342,7 @@ def test_rollout_score_learn_and_evaluate_on_the_shipped_task(tmp_path, capsys):
 
 
 def test_a_model_without_the_signs_is_one_line(tmp_path, capsys):
-    from tests.helpers.tiny import save_model, write_prompts
+    from tests.helpers.models import save_model, write_prompts
 
     folder, data = save_model(tmp_path / "m"), write_prompts(tmp_path / "d.jsonl")
     for command in (["rollout", "--student"], ["evaluate", "--model"]):

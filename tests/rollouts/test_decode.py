@@ -8,64 +8,37 @@ import torch
 import transformers
 
 import ketchup_cache.rollouts.sample as sample_module
-from ketchup_cache.provenance import Sampling
 from ketchup_cache.rollouts.decode import LEAVE, can_decode
-from ketchup_cache.rollouts.sample import sample_completions
 from ketchup_cache.types import Ragged, Rollouts
-from tests.helpers.decoders import FAMILIES, VOCAB, make_decoder, plain_row_logits
-from tests.helpers.tiny import make_t5
+from tests.helpers.models import ENCODERS, ENDS, FAMILIES, VOCAB, make_model
+from tests.helpers.oracle import assert_same_rollouts, plain_logits, rows_of
+from tests.helpers.oracle import sample as sample_prompts
 
-ENDS = [1, 7, 11, 23, 40, 51]
 PROMPTS = Ragged.from_rows([np.random.default_rng(n).integers(2, VOCAB, size=n) for n in (3, 9, 1, 5, 30, 4)], np.int32)
 SMALL = {
     "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
     "pad_token_id": 0,
 }  # fmt: skip
-BART = {
-    "vocab_size": VOCAB, "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4,
-    "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "max_position_embeddings": 64,
-    "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 3, "decoder_start_token_id": 1, "init_std": 0.4,
-}  # fmt: skip
-ENCODERS = ("t5-1.0", "t5-1.1", "bart", "marian", "nllb-moe")
-
+TOLERANCE = 3e-5
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def make(family: str, ends: list[int] = ENDS):
-    torch.manual_seed(0)
-    if family.startswith("t5"):
-        model = make_t5(family.removeprefix("t5-"))
-    elif family == "bart":
-        model = transformers.BartForConditionalGeneration(transformers.BartConfig(**BART)).eval()
-    elif family == "marian":
-        model = transformers.MarianMTModel(transformers.MarianConfig(**BART)).eval()
-    elif family == "nllb-moe":  # its encoder has an output class of its own
-        model = transformers.NllbMoeForConditionalGeneration(transformers.NllbMoeConfig(**BART, num_experts=2)).eval()
-    else:
-        model = make_decoder(family)
-    model.generation_config.eos_token_id = ends
-    return model
+    return make_model(family, ends=ends)
 
 
-def sample(model, prompts=PROMPTS, *, batch=24, vocab=VOCAB, **sampling) -> Rollouts:
-    settings = Sampling(**({"max_new_tokens": 20} | sampling))
-    return sample_completions(model, vocab, prompts, settings, first_prompt=0, batch=batch)
+def sample(model, prompts=PROMPTS, **settings) -> Rollouts:
+    return sample_prompts(model, prompts, **{"batch": 24, "max_new_tokens": 20} | settings)
 
 
-def by_generate(monkeypatch, model, prompts=PROMPTS, **settings) -> Rollouts:
-    """As before there was a loop of our own."""
+def assert_as_by_generate(monkeypatch, model, prompts=PROMPTS, **settings) -> Rollouts:
+    ours = sample(model, prompts, **settings)
     with monkeypatch.context() as patched:
         patched.setattr(sample_module, "can_decode", lambda _: False)
-        patched.setattr(sample_module, "_decode", None)
-        return sample(model, prompts, **settings)
-
-
-def assert_same(one: Rollouts, other: Rollouts) -> None:
-    assert [row.tolist() for row in one.completions] == [row.tolist() for row in other.completions]
-    assert one.finished.tolist() == other.finished.tolist()
-    assert one.prompt_index.tolist() == other.prompt_index.tolist()
-    np.testing.assert_allclose(one.behavior_logprob, other.behavior_logprob, rtol=0, atol=3e-5)
+        patched.setattr(sample_module, "decode", None)
+        assert_same_rollouts(ours, sample(model, prompts, **settings), TOLERANCE)
+    return ours
 
 
 def rows_seen(model) -> list[tuple[int, int]]:
@@ -76,47 +49,37 @@ def rows_seen(model) -> list[tuple[int, int]]:
     return seen
 
 
-@pytest.mark.parametrize("family", [*ENCODERS, *FAMILIES])
+@pytest.mark.parametrize("family", ["t5-1.0", "t5-1.1", *ENCODERS, *FAMILIES])
 def test_tokens_are_those_of_generate(family, monkeypatch):
     model = make(family)
     assert can_decode(model)
-    for settings in ({"samples": 6, "seed": 4}, {"greedy": True}):
-        ours = sample(model, **settings)
-        assert_same(ours, by_generate(monkeypatch, model, **settings))
-        assert "greedy" in settings or len(set(ours.completions.lengths.tolist())) > 2
+    assert_as_by_generate(monkeypatch, model, greedy=True)
+    ours = assert_as_by_generate(monkeypatch, model, samples=6, seed=4)
+    assert len(set(ours.completions.lengths.tolist())) > 2
 
 
 def test_tokens_are_those_of_generate_after_warping(monkeypatch):
-    model = make("t5-1.1")
     settings = {"samples": 5, "temperature": 0.8, "top_k": 30, "top_p": 0.9, "batch": 3}
-    assert_same(sample(model, **settings), by_generate(monkeypatch, model, **settings))
+    assert_as_by_generate(monkeypatch, make("t5-1.1"), **settings)
 
 
 @pytest.mark.parametrize("family", ["t5-1.1", "qwen2"])
 def test_every_row_is_what_it_would_be_alone(family):
     """One row, no padding, no keys kept, nobody else: the first token whose cumulative share passes its number."""
     model, samples, longest, seed, first = make(family), 4, 12, 9, 50
-    settings = Sampling(samples=samples, seed=seed, max_new_tokens=longest)
-    rollouts = sample_completions(model, VOCAB, PROMPTS, settings, first_prompt=first, batch=8)
-    logprob = rollouts.completions.with_values(rollouts.behavior_logprob)
-    for row, completion in enumerate(rollouts.completions):
-        prompt = row // samples
+    rollouts = sample(model, samples=samples, seed=seed, max_new_tokens=longest, first_prompt=first, batch=8)
+    for row, (prompt, completion, logprob) in enumerate(rows_of(rollouts)):
+        assert prompt == row // samples
         numbers = np.random.default_rng([seed, first + prompt]).random((samples, longest))[row % samples]
         written: list[int] = []
         for step in range(longest):
-            if family == "qwen2":
-                logits = plain_row_logits(model, PROMPTS[prompt], written)[-1].astype(np.float64)
-            else:
-                with torch.no_grad():
-                    ids, started = torch.tensor([PROMPTS[prompt].tolist()]), torch.tensor([[0, *written]])
-                    logits = model(input_ids=ids, decoder_input_ids=started).logits[0, -1].double().numpy()
-            shares = np.exp(logits[:VOCAB] - logits[:VOCAB].max())
-            shares /= shares.sum()
+            logits = plain_logits(model, PROMPTS[prompt], written, after=True)[-1, :VOCAB]
+            shares = logits.double().softmax(0).numpy()
             written.append(int(np.argmax(shares.cumsum() > numbers[step])))
-            assert logprob[row][step] == pytest.approx(np.log(shares[written[-1]]), abs=1e-4)
+            assert logprob[step] == pytest.approx(np.log(shares[written[-1]]), abs=1e-4)
             if written[-1] in ENDS:
                 break
-        assert completion.tolist() == written
+        assert completion == written
 
 
 @pytest.mark.parametrize("family", ["t5-1.0", "gpt2"])
@@ -159,11 +122,11 @@ def test_long_prompts_are_encoded_apart_from_short_ones(monkeypatch):
     rng = np.random.default_rng(1)
     lengths = rng.permutation([4] * 30 + [100] * 30 + [400] * 6)
     prompts = Ragged.from_rows([rng.integers(2, VOCAB, size=n) for n in lengths], np.int32)
-    expected = by_generate(monkeypatch, model, prompts, batch=100, max_new_tokens=4)
+    assert_as_by_generate(monkeypatch, model, prompts, batch=100, max_new_tokens=4)
     model.get_encoder().register_forward_pre_hook(
         lambda _, __, inputs: seen.append(inputs["input_ids"].shape), with_kwargs=True
     )
-    assert_same(sample(model, prompts, batch=100, max_new_tokens=4), expected)
+    sample(model, prompts, batch=100, max_new_tokens=4)
     assert sum(rows for rows, _ in seen) == len(prompts)
     assert sum(rows * width for rows, width in seen) < 0.35 * len(lengths) * lengths.max()
 
@@ -207,7 +170,7 @@ def test_other_models_are_left_to_generate(name, monkeypatch):
     assert len(rollouts) == 3 * len(PROMPTS)
     if name not in ("phi3", "mamba"):
         monkeypatch.undo()
-        assert_same(rollouts, sample(make("qwen2"), samples=3, max_new_tokens=6))
+        assert_same_rollouts(rollouts, sample(make("qwen2"), samples=3, max_new_tokens=6), TOLERANCE)
 
 
 def test_a_layer_that_keeps_something_else_is_left_to_generate(monkeypatch):

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from ketchup_cache.rollouts.draw import BLOCK, FEW, draw, uniforms
+from tests.helpers.oracle import chi_square
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -80,17 +81,11 @@ def test_counts_follow_the_softmax(size):
     drawn = torch.cat([draw(scores.expand(len(some), -1), some)[0] for some in uniform.split(2_000)])
     counts = np.bincount(drawn, minlength=size)
 
-    def statistic(temperature: float) -> tuple[float, int]:
-        expected = n * (scores / temperature).double().softmax(0).numpy()
-        common = expected >= 5
-        cells = [*zip(expected[common], counts[common], strict=True), (expected[~common].sum(), counts[~common].sum())]
-        cells = [(e, seen) for e, seen in cells if e > 0]
-        return sum((seen - e) ** 2 / e for e, seen in cells), len(cells)
+    def statistic(temperature: float) -> tuple[float, float]:
+        return chi_square(n * (scores / temperature).double().softmax(0).numpy(), counts)
 
-    chi_square, cells = statistic(1.0)
-    # mean cells - 1, standard deviation sqrt(2 (cells - 1)): five of them is a chance of about one in 100,000
-    limit = cells - 1 + 5 * np.sqrt(2 * (cells - 1))
-    assert chi_square < limit
+    chi, limit = statistic(1.0)
+    assert chi < limit
     assert statistic(1.03)[0] > limit
 
 
@@ -121,8 +116,6 @@ def test_uniforms_depend_on_seed_prompt_and_sample_alone():
     whole = uniforms(3, 17, slice(0, 9), 20)
     assert whole.shape == (9, 20)
     assert np.array_equal(uniforms(3, 17, slice(4, 7), 20), whole[4:7])
-    assert (
-        len({row.tobytes() for row in [*whole, *uniforms(3, 18, slice(0, 9), 20), *uniforms(4, 17, slice(0, 9), 20)]})
-        == 27
-    )
+    others = [*uniforms(3, 18, slice(0, 9), 20), *uniforms(4, 17, slice(0, 9), 20)]
+    assert len({row.tobytes() for row in [*whole, *others]}) == 27
     assert 0 <= whole.min() < whole.max() < 1

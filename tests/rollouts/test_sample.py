@@ -8,54 +8,26 @@ import numpy as np
 import pytest
 import torch
 
-from ketchup_cache.errors import ConfigError, ModelError, NumericsError
-from ketchup_cache.provenance import Sampling
-from ketchup_cache.rollouts.sample import sample_completions
-from ketchup_cache.types import Ragged, Rollouts
-from tests.helpers.tiny import WORDS, make_t5
+from ketchup_cache.errors import ConfigError, DataError, ModelError, NumericsError
+from ketchup_cache.types import Ragged
+from tests.helpers.models import ENDS, FAMILIES, VOCAB, make_model
+from tests.helpers.oracle import assert_same_rollouts, chi_square, plain_logits, rows_of, sample
 
-VOCAB = len(WORDS) + 3
-ENDS = [1, 5, 9, 17, 23]
-"""A random model rarely draws the one EOS: with several, some rollouts end early, some late, some not."""
-
-
+ONE_OF_EACH = pytest.mark.parametrize("family", ["t5-1.1", "qwen2"])
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def make_prompts(*lengths: int, vocab: int = VOCAB) -> Ragged:
+def make_prompts(*lengths: int, vocab: int = VOCAB) -> list[list[int]]:
     rng = np.random.default_rng(0)
     return Ragged.from_rows([[*rng.integers(2, vocab, size=n), 1] for n in lengths], np.int32)
 
 
-PROMPTS = make_prompts(3, 7, 1, 5, 4)
+PROMPTS = Ragged.from_rows([*make_prompts(3, 7, 1, 5), [6, 0, 1]], np.int32)
+WARPINGS = [{}, {"temperature": 0.7}, {"top_k": 5}, {"top_p": 0.8}, {"temperature": 1.5, "top_k": 20, "top_p": 0.9}]
 
 
-def make_model(version: str = "1.1", *, ends: list[int] = ENDS, **shape):
-    model = make_t5(version, **shape)
-    model.generation_config.eos_token_id = ends
-    return model
-
-
-def sample(model, prompts=PROMPTS, *, first_prompt=0, batch=64, vocab=VOCAB, on_batch=None, **sampling) -> Rollouts:
-    settings = Sampling(**({"max_new_tokens": 10} | sampling))
-    return sample_completions(
-        model, vocab, prompts, settings, first_prompt=first_prompt, batch=batch, on_batch=on_batch
-    )
-
-
-def assert_same(one: Rollouts, other: Rollouts) -> None:
-    assert one.completions.offsets.tolist() == other.completions.offsets.tolist()
-    for name in ("prompt_index", "behavior_logprob", "forced", "finished"):
-        assert np.array_equal(getattr(one, name), getattr(other, name)), name
-    assert np.array_equal(one.completions.values, other.completions.values)
-
-
-@torch.no_grad()
-def plain_logits(model, prompt, completion) -> np.ndarray:
-    """[T, V] float64: one row, no padding, no cache, no `generate`."""
-    decoder_input = [0, *completion[:-1]]
-    logits = model(input_ids=torch.tensor([list(prompt)]), decoder_input_ids=torch.tensor([decoder_input])).logits
-    return logits[0].double().numpy()
+def make(family: str = "t5-1.1", *, ends: list[int] = ENDS, **shape):
+    return make_model(family, ends=ends, **shape)
 
 
 def log_softmax(scores: np.ndarray) -> np.ndarray:
@@ -76,82 +48,76 @@ def literal_logprob(logits: np.ndarray, token: int, *, temperature=1.0, top_k=0,
     return float(log_softmax(scores[kept])[list(kept).index(token)])
 
 
-@pytest.mark.parametrize("version", ["1.0", "1.1"])
-@pytest.mark.parametrize(
-    "warping",
-    [{}, {"temperature": 0.7}, {"top_k": 5}, {"top_p": 0.8}, {"temperature": 1.5, "top_k": 20, "top_p": 0.9}],
-    ids=str,
-)
-def test_logprob_is_that_of_a_plain_forward_pass(version, warping):
-    model = make_model(version, vocab_size=VOCAB + 20)
-    rollouts = sample(model, samples=4, batch=8, **warping)
-    assert 0 < rollouts.finished.sum() < len(rollouts)
-    logprob = rollouts.completions.with_values(rollouts.behavior_logprob)
-    for row, prompt in enumerate(rollouts.prompt_index):
-        completion = rollouts.completions[row]
-        logits = plain_logits(model, PROMPTS[prompt], completion)
+def assert_logprobs_are_plain(model, prompts, rows, *, tolerance: float = 2e-4, **warping) -> None:
+    for prompt, completion, logprob in rows:
+        logits = plain_logits(model, prompts[prompt], completion).double().numpy()
         literal = [literal_logprob(at, token, **warping) for at, token in zip(logits, completion, strict=True)]
-        assert logprob[row] == pytest.approx(literal, abs=1e-4)
+        assert logprob == pytest.approx(literal, abs=tolerance)
+
+
+@pytest.mark.parametrize(
+    ("family", "warping"), [*itertools.product(["t5-1.0", "t5-1.1"], WARPINGS), *((name, {}) for name in FAMILIES)]
+)
+def test_logprob_is_that_of_a_plain_forward_pass(family, warping):
+    model = make(family, **({"vocab_size": VOCAB + 20} if family.startswith("t5") else {}))
+    rollouts = sample(model, PROMPTS, samples=5, batch=11, **warping)
+    assert 0 < rollouts.finished.sum() < len(rollouts)
+    assert_logprobs_are_plain(model, PROMPTS, rows_of(rollouts), **warping)
 
 
 def test_samples_follow_the_law_of_the_policy():
     """Chi-square of 20,000 completions of up to two tokens, against the product of the conditionals."""
     vocab, n = 8, 20_000
-    model, prompts = make_model(vocab_size=vocab, ends=[1]), make_prompts(4, vocab=vocab)
+    model, prompts = make(vocab_size=vocab, ends=[1]), make_prompts(4, vocab=vocab)
     rollouts = sample(model, prompts, vocab=vocab, samples=n, batch=5_000, max_new_tokens=2, seed=3)
     counts: dict[tuple[int, ...], int] = {}
     for row in rollouts.completions:
         counts[tuple(row.tolist())] = counts.get(tuple(row.tolist()), 0) + 1
 
-    def statistic(temperature: float) -> tuple[float, int]:
-        """(chi-square, cells), the rare cells taken together."""
+    def statistic(temperature: float) -> tuple[float, float]:
         expected = {}
         for pair in itertools.product(range(vocab), repeat=2):
-            first, second = (np.exp(log_softmax(at / temperature)) for at in plain_logits(model, prompts[0], pair))
-            if pair[0] == 1:
-                expected[1,] = n * first[1]
-            else:
-                expected[pair] = n * first[pair[0]] * second[pair[1]]
+            logits = plain_logits(model, prompts[0], pair).double() / temperature
+            first, second = logits.softmax(1).numpy()
+            expected[pair[:1] if pair[0] == 1 else pair] = n * first[pair[0]] * (1 if pair[0] == 1 else second[pair[1]])
         assert sum(expected.values()) == pytest.approx(n)
         assert counts.keys() <= expected.keys()
-        cells = [(expected[c], counts.get(c, 0)) for c in expected if expected[c] >= 5]
-        rare = (sum(e for e in expected.values() if e < 5), n - sum(seen for _, seen in cells))
-        cells += [rare] if rare[0] >= 5 else []
-        return sum((seen - e) ** 2 / e for e, seen in cells), len(cells)
+        return chi_square(list(expected.values()), [counts.get(cell, 0) for cell in expected])
 
-    chi_square, cells = statistic(1.0)
-    assert cells > 20
-    # mean cells - 1, standard deviation sqrt(2 (cells - 1)): five of them is a chance of about one in 100,000
-    limit = cells - 1 + 5 * np.sqrt(2 * (cells - 1))
-    assert chi_square < limit
+    chi, limit = statistic(1.0)
+    assert chi < limit
     assert statistic(1.1)[0] > 2 * limit  # and the test would notice a policy that is only a little different
 
 
 def test_unlikely_tokens_are_drawn_as_often_as_they_are_likely():
     """transformers leaves all but the 50 most likely tokens out where it is not told otherwise."""
     vocab, n = 400, 4_000
-    model, prompts = make_model(vocab_size=vocab, ends=[1], scale=0.5), make_prompts(4, vocab=vocab)
+    model, prompts = make(vocab_size=vocab, ends=[1], scale=0.5), make_prompts(4, vocab=vocab)
     drawn = sample(model, prompts, vocab=vocab, samples=n, batch=n, max_new_tokens=1).completions.values
-    policy = np.exp(log_softmax(plain_logits(model, prompts[0], [0])[0]))
+    policy = plain_logits(model, prompts[0], [0])[0].double().softmax(0).numpy()
     for unlikely in (np.argsort(-policy)[50:], np.argsort(-policy)[200:]):
         share = policy[unlikely].sum()
         assert share > 0.1
         assert np.isin(drawn, unlikely).mean() == pytest.approx(share, abs=5 * np.sqrt(share * (1 - share) / n))
 
 
-def test_greedy_is_that_of_transformers():
-    model = make_model(vocab_size=VOCAB)
-    rollouts = sample(model, greedy=True, batch=2)
-    for row, prompt in enumerate(PROMPTS):
-        own = model.generate(torch.tensor([prompt.tolist()]), do_sample=False, num_beams=1, max_new_tokens=10)
-        assert rollouts.completions[row].tolist() == own[0, 1:].tolist()
-    assert rollouts.finished.any()
+@pytest.mark.parametrize("family", ["t5-1.1", *FAMILIES])
+def test_greedy_in_a_padded_batch_is_that_of_transformers_alone(family):
+    model = make(family)
+    rollouts = sample(model, PROMPTS, greedy=True, batch=4)
+    padding = [[i] for i in range(VOCAB, model.config.vocab_size)] or None
+    for prompt, completion, _ in rows_of(rollouts):
+        ids = torch.tensor([PROMPTS[prompt].tolist()])
+        settings = {"do_sample": False, "num_beams": 1, "max_new_tokens": 10, "bad_words_ids": padding}
+        own = model.generate(ids, attention_mask=torch.ones_like(ids), **settings)[0].tolist()
+        assert completion == own[1 if model.config.is_encoder_decoder else ids.shape[1] :]
     assert (rollouts.behavior_logprob == 0).all()
 
 
-def test_finished_means_that_the_last_token_is_the_first_eos():
+@ONE_OF_EACH
+def test_finished_means_that_the_last_token_is_the_first_eos(family):
     several = [1, *range(5, VOCAB, 6)]
-    rollouts = sample(make_model(ends=several), samples=60)
+    rollouts = sample(make(family, ends=several), PROMPTS, samples=60)
     lengths = rollouts.completions.lengths
     for row, finished in zip(rollouts.completions, rollouts.finished, strict=True):
         ends = np.isin(row, several)
@@ -165,29 +131,25 @@ def test_finished_means_that_the_last_token_is_the_first_eos():
 
 def test_pad_id_in_the_middle_is_a_token_like_any_other():
     """T5's `generate` pads finished rows with the same id."""
-    model = make_model(vocab_size=12, ends=[1])
-    prompts = make_prompts(4, vocab=12)
+    model, prompts = make(vocab_size=12, ends=[1]), make_prompts(4, vocab=12)
     rollouts = sample(model, prompts, vocab=12, samples=200)
-    logprob = rollouts.completions.with_values(rollouts.behavior_logprob)
-    inside = [row for row in range(200) if (rollouts.completions[row][:-1] == 0).any() and rollouts.finished[row]]
-    last = [row for row in range(200) if rollouts.completions[row][-1] == 0]
+    rows = list(rows_of(rollouts))
+    inside = [row for row, done in zip(rows, rollouts.finished, strict=True) if done and 0 in row[1][:-1]]
+    last = [row for row in range(200) if rows[row][1][-1] == 0]
     assert inside
     assert last
     assert not rollouts.finished[last].any()
-    for row in inside[:5] + last[:5]:
-        completion = rollouts.completions[row]
-        logits = plain_logits(model, prompts[0], completion)
-        plain = [log_softmax(at)[token] for at, token in zip(logits, completion, strict=True)]
-        assert logprob[row] == pytest.approx(plain, abs=1e-4)
+    assert_logprobs_are_plain(model, prompts, inside[:5] + [rows[row] for row in last[:5]])
 
 
-def test_padding_rows_of_the_head_are_never_drawn():
-    model = make_model(vocab_size=VOCAB + 50)
+@pytest.mark.parametrize(("family", "shape"), [("t5-1.1", {"vocab_size": VOCAB + 12}), ("wide", {})])
+def test_padding_rows_of_the_head_are_never_drawn(family, shape):
+    model = make(family, **shape)
     with torch.no_grad():
         model.lm_head.weight[VOCAB:] *= 20  # what would be drawn nearly always
-    assert sample(model, vocab=VOCAB + 50).completions.values.max() >= VOCAB
+    assert sample(model, PROMPTS, vocab=VOCAB + 12).completions.values.max() >= VOCAB
     for settings in ({"samples": 20}, {"greedy": True}):
-        rollouts = sample(model, **settings)
+        rollouts = sample(model, PROMPTS, **settings)
         assert rollouts.completions.values.max() < VOCAB
         assert np.isfinite(rollouts.behavior_logprob).all()
 
@@ -195,25 +157,26 @@ def test_padding_rows_of_the_head_are_never_drawn():
 # ------------------------------------------------------------------------------------------------- determinism
 
 
-def test_same_seed_same_rollouts_and_the_global_random_state_is_left_alone():
-    model = make_model()
-    first = sample(model, samples=3, batch=6, seed=5)
+@ONE_OF_EACH
+def test_same_seed_same_rollouts_and_the_global_random_state_is_left_alone(family):
+    model, settings = make(family), {"samples": 3, "batch": 6}
+    first = sample(model, PROMPTS, seed=5, **settings)
     torch.manual_seed(11)
     before = torch.get_rng_state()
-    assert_same(first, sample(model, samples=3, batch=6, seed=5))
+    assert_same_rollouts(first, sample(model, PROMPTS, seed=5, **settings))
     assert torch.equal(torch.get_rng_state(), before)
-    assert not np.array_equal(sample(model, samples=3, batch=6, seed=6).completions.values, first.completions.values)
+    assert not np.array_equal(sample(model, PROMPTS, seed=6, **settings).completions.values, first.completions.values)
 
 
 def test_equal_prompts_and_samples_differ():
-    prompts = PROMPTS.take([0, 0, 0, 0])
-    rollouts = sample(make_model(), prompts, samples=2, batch=2)
+    rollouts = sample(make(), PROMPTS.take([0, 0, 0, 0]), samples=2, batch=2)
     assert len({tuple(row) for row in rollouts.completions}) == 8
 
 
-def test_a_part_of_the_prompts_gives_that_part_of_the_rollouts():
-    """What a restart does: the seed of a batch is that of its place, not of what was sampled before."""
-    model, prompts = make_model(), make_prompts(*range(1, 11))
+@ONE_OF_EACH
+def test_a_part_of_the_prompts_gives_that_part_of_the_rollouts(family):
+    """What a restart does: what a row draws depends on its place, not on what was sampled before."""
+    model, prompts = make(family), make_prompts(*range(1, 11))
     whole = sample(model, prompts, samples=3, batch=6, first_prompt=20)
     part = sample(model, prompts.slice(4, 10), samples=3, batch=6, first_prompt=24)
     tokens = slice(whole.completions.offsets[12], None)
@@ -224,44 +187,36 @@ def test_a_part_of_the_prompts_gives_that_part_of_the_rollouts():
 
 @pytest.mark.parametrize(("samples", "batch", "sizes"), [(3, 7, [6, 6, 3]), (5, 2, [2, 2, 1] * 5), (2, 64, [10])])
 def test_rows_are_in_the_order_of_the_prompts_whatever_the_batch(samples, batch, sizes):
-    model, batches = make_model(), []
-    rollouts = sample(model, samples=samples, batch=batch, on_batch=batches.append)
+    model, batches = make(), []
+    rollouts = sample(model, PROMPTS, samples=samples, batch=batch, on_batch=batches.append)
     assert batches == sizes
     assert rollouts.prompt_index.tolist() == [p for p in range(5) for _ in range(samples)]
-    logprob = rollouts.completions.with_values(rollouts.behavior_logprob)
-    for row, prompt in enumerate(rollouts.prompt_index):  # the rows belong to the prompts they claim
-        logits = plain_logits(model, PROMPTS[prompt], rollouts.completions[row])
-        first = log_softmax(logits[0, :VOCAB])[rollouts.completions[row][0]]
-        assert logprob[row][0] == pytest.approx(first, abs=1e-4)
+    assert_logprobs_are_plain(model, PROMPTS, rows_of(rollouts))  # the rows belong to the prompts they claim
 
 
 @pytest.mark.parametrize("batch", [2, 7, 64])
 def test_the_batch_decides_nothing(batch):
-    model = make_model()
-    one, other = sample(model, samples=5, batch=11), sample(model, samples=5, batch=batch)
-    assert [row.tolist() for row in one.completions] == [row.tolist() for row in other.completions]
-    np.testing.assert_allclose(one.behavior_logprob, other.behavior_logprob, rtol=0, atol=2e-5)
+    one, other = (sample(make(), PROMPTS, samples=5, batch=size) for size in (11, batch))
+    assert_same_rollouts(one, other, tolerance=2e-5)
 
 
-def test_prompts_of_similar_length_are_decoded_together():
-    model, seen = make_model(), []
+@pytest.mark.parametrize(
+    ("lengths", "samples", "batch", "expected"),
+    [((3, 30, 4, 29, 5, 28), 2, 6, [(3, 31), (3, 6)]), ((3, 3, 3, 3, 3), 16, 32, [(2, 4), (2, 4), (1, 4)])],
+    ids=["similar lengths together", "once for all samples"],
+)
+def test_how_prompts_are_encoded(lengths, samples, batch, expected):
+    model, seen = make(), []
     model.get_encoder().register_forward_hook(lambda _, __, out: seen.append(out.last_hidden_state.shape[:2]))
-    sample(model, make_prompts(3, 30, 4, 29, 5, 28), samples=2, batch=6)
-    assert seen == [(3, 31), (3, 6)]
-
-
-def test_a_prompt_is_encoded_once_for_all_its_samples():
-    model, seen = make_model(), []
-    model.get_encoder().register_forward_hook(lambda _, __, out: seen.append(len(out.last_hidden_state)))
-    sample(model, samples=16, batch=32)
-    assert seen == [2, 2, 1]
+    sample(model, make_prompts(*lengths), samples=samples, batch=batch)
+    assert seen == expected
 
 
 # --------------------------------------------------------------------------------------- the model as it is given
 
 
 def test_generation_defaults_of_the_checkpoint_do_not_change_the_policy():
-    neutral, opinionated = make_model(vocab_size=VOCAB), make_model(vocab_size=VOCAB)
+    neutral, opinionated = make(), make()
     defaults = {
         "temperature": 0.1, "top_k": 1, "top_p": 0.1, "min_p": 0.5, "typical_p": 0.2, "repetition_penalty": 9.0,
         "no_repeat_ngram_size": 1, "encoder_no_repeat_ngram_size": 1, "encoder_repetition_penalty": 3.0,
@@ -274,69 +229,63 @@ def test_generation_defaults_of_the_checkpoint_do_not_change_the_policy():
     for name, value in defaults.items():
         assert hasattr(own, name)
         setattr(own, name, value)
-    assert_same(sample(opinionated, samples=3), sample(neutral, samples=3))
-    assert_same(sample(opinionated, greedy=True), sample(neutral, greedy=True))
+    for settings in ({"samples": 3}, {"greedy": True}):
+        assert_same_rollouts(sample(opinionated, PROMPTS, **settings), sample(neutral, PROMPTS, **settings))
     assert opinionated.generation_config is own
     assert all(getattr(own, name) == value for name, value in defaults.items())
 
 
 def test_dropout_is_off_and_the_mode_restored():
-    model = make_model()
-    expected = sample(model)
+    model = make()
+    expected = sample(model, PROMPTS)
     model.train()
-    assert_same(sample(model), expected)
+    assert_same_rollouts(sample(model, PROMPTS), expected)
     assert model.training
     assert model.encoder.block[0].training
 
 
-def test_end_ids_come_from_either_config():
-    model = make_model(ends=[1])
-    expected = sample(model, samples=30)
-    model.generation_config.eos_token_id = None
-    assert model.config.eos_token_id == 1
-    assert_same(sample(model, samples=30), expected)
+def test_end_and_start_ids_come_from_either_config():
+    model = make(ends=[1])
+    expected = sample(model, PROMPTS, samples=30)
+    model.generation_config.eos_token_id = model.config.decoder_start_token_id = None
+    assert (model.config.eos_token_id, model.generation_config.decoder_start_token_id) == (1, 0)
+    assert_same_rollouts(sample(model, PROMPTS, samples=30), expected)
     model.config.eos_token_id = None
     with pytest.raises(ModelError, match="no eos_token_id"):
-        sample(model)
+        sample(model, PROMPTS)
 
 
-def test_decoder_start_may_be_in_the_generation_config_alone():
-    model = make_model()
-    expected = sample(model)
-    model.config.decoder_start_token_id = None
-    model.generation_config.decoder_start_token_id = 0
-    assert_same(sample(model), expected)
-
-
-@pytest.mark.parametrize("greedy", [False, True])
-def test_nan_weights(greedy):
-    model = make_model()
+@pytest.mark.parametrize(("family", "greedy"), [("t5-1.1", False), ("t5-1.1", True), ("qwen2", False)])
+def test_nan_weights_are_named_with_the_token(family, greedy):
+    model = make(family)
     own = model.generation_config
     with torch.no_grad():
         model.lm_head.weight[7, 3] = torch.nan
     with pytest.raises(NumericsError, match="logits of token 1 hold a NaN or infinity") as caught:
-        sample(model, greedy=greedy)
+        sample(model, PROMPTS, greedy=greedy)
     assert "\n" not in str(caught.value)
     assert model.generation_config is own
 
 
-def test_several_greedy_samples_are_refused():
-    with pytest.raises(ConfigError, match="--samples 1"):
-        sample(make_model(), greedy=True, samples=2)
-
-
-def test_model_narrower_than_the_tokenizer():
-    with pytest.raises(
-        ModelError, match=f"{VOCAB + 1} tokens, but T5ForConditionalGeneration only {VOCAB}: not a pair"
-    ):
-        sample(make_model(), vocab=VOCAB + 1)
+@pytest.mark.parametrize(
+    ("family", "shape", "prompts", "settings", "error", "message"),
+    [
+        ("t5-1.1", {}, PROMPTS, {"greedy": True, "samples": 2}, ConfigError, "--samples 1"),
+        ("t5-1.1", {}, PROMPTS, {"vocab": VOCAB + 1}, ModelError,
+         f"{VOCAB + 1} tokens, but T5ForConditionalGeneration only {VOCAB}: not a pair"),
+        ("gpt2", {"n_positions": 12}, PROMPTS, {}, DataError,
+         "have 18 tokens, but .* only 12 positions: lower --max-prompt-tokens"),
+        ("qwen2", {}, Ragged.from_rows([[5], []], np.int32), {"first_prompt": 10}, DataError,
+         "prompt 11 has no tokens"),
+    ],
+)  # fmt: skip
+def test_what_cant_be_sampled(family, shape, prompts, settings, error, message):
+    with pytest.raises(error, match=message):
+        sample(make(family, **shape), prompts, **settings)
 
 
 def test_half_precision_body():
     """The distribution is that of the logits the model gives, in float32 from there on."""
-    model = make_model().to(torch.bfloat16)
-    rollouts = sample(model, samples=8)
-    logprob = rollouts.completions.with_values(rollouts.behavior_logprob)
-    for row, prompt in enumerate(rollouts.prompt_index):
-        first = log_softmax(plain_logits(model, PROMPTS[prompt], rollouts.completions[row][:1])[0, :VOCAB])
-        assert logprob[row][0] == pytest.approx(first[rollouts.completions[row][0]], abs=0.1)
+    model = make().to(torch.bfloat16)
+    rows = [(prompt, tokens[:1], logprob[:1]) for prompt, tokens, logprob in rows_of(sample(model, PROMPTS, samples=8))]
+    assert_logprobs_are_plain(model, PROMPTS, rows, tolerance=0.1)

@@ -10,11 +10,10 @@ from torch import nn
 
 import ketchup_cache.rollouts.decode as decode_module
 import ketchup_cache.rollouts.t5_decode as t5_module
-from ketchup_cache.provenance import Sampling
-from ketchup_cache.rollouts.sample import sample_completions
 from ketchup_cache.rollouts.t5_decode import ROOM, T5Rows, can_step
 from ketchup_cache.types import Ragged
-from tests.helpers.tiny import make_t5
+from tests.helpers.models import make_model
+from tests.helpers.oracle import assert_same_rollouts, sample
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -24,18 +23,7 @@ KINDS = ("1.0", "1.1", "mt5")
 
 
 def make(kind: str):
-    if kind != "mt5":
-        return make_t5(kind)
-    torch.manual_seed(0)
-    config = transformers.MT5Config(
-        vocab_size=70, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, decoder_start_token_id=0
-    )
-    model = transformers.MT5ForConditionalGeneration(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 2:
-                parameter.normal_(0, 0.3)
-    return model
+    return make_model(kind if kind == "mt5" else f"t5-{kind}")
 
 
 @torch.no_grad()
@@ -117,11 +105,6 @@ def test_a_prompts_keys_are_held_once_for_its_samples():
 # ----------------------------------------------------------------------------------------------- whom it is used for
 
 
-def sample(model):
-    prompts = Ragged.from_rows([[5, 6, 7, 1], [8, 1]], np.int32)
-    return sample_completions(model, 60, prompts, Sampling(samples=4, max_new_tokens=6), first_prompt=0, batch=8)
-
-
 def test_the_loop_uses_it(monkeypatch):
     model, made = make("1.0"), []
 
@@ -131,42 +114,41 @@ def test_the_loop_uses_it(monkeypatch):
             super().__init__(*arguments)
 
     monkeypatch.setattr(decode_module, "T5Rows", Seen)
-    ours = sample(model)
+    prompts = Ragged.from_rows([[5, 6, 7, 1], [8, 1]], np.int32)
+    ours = sample(model, prompts, samples=4, max_new_tokens=6)
     assert len(made) == 1
     monkeypatch.setattr(decode_module, "can_step", lambda _: False)
-    own = sample(model)
+    own = sample(model, prompts, samples=4, max_new_tokens=6)
     assert len(made) == 1
-    assert ours.completions.values.tolist() == own.completions.values.tolist()
-    np.testing.assert_allclose(ours.behavior_logprob, own.behavior_logprob, rtol=0, atol=2e-5)
+    assert_same_rollouts(ours, own, tolerance=2e-5)
 
 
 class Another(transformers.T5ForConditionalGeneration):
     pass
 
 
-def hooked(model, part: nn.Module):
+def hook(part: nn.Module) -> None:
     part.register_forward_hook(lambda *_: None)
-    return model
 
 
-OTHERS = {
-    "a subclass": lambda: Another(make("1.0").config).eval(),
-    "half precision": lambda: make("1.0").to(torch.float16),
-    "a hook on the model": lambda: hooked(model := make("1.0"), model),
-    "a hook on a layer": lambda: hooked(model := make("1.0"), model.decoder.block[1].layer[1]),
-    "a hook on attention": lambda: hooked(model := make("1.0"), model.decoder.block[0].layer[0].SelfAttention),
+def own_forward(part: nn.Module) -> None:
+    part.forward = type(part).forward.__get__(part)
+
+
+CHANGES = {
+    "a subclass": lambda model: setattr(model, "__class__", Another),
+    "half precision": lambda model: model.to(torch.float16),
+    "a hook on the model": hook,
+    "a hook on a layer": lambda model: hook(model.decoder.block[1].layer[1]),
+    "a hook on attention": lambda model: hook(model.decoder.block[0].layer[0].SelfAttention),
+    "a layer with a forward of its own": lambda model: own_forward(model.decoder.block[0]),
 }
 
 
-@pytest.mark.parametrize("name", OTHERS)
-def test_others_decode_by_their_own_pass(name):
-    assert not can_step(OTHERS[name]())
-
-
-def test_a_layer_with_a_forward_of_its_own(monkeypatch):
+@pytest.mark.parametrize("change", CHANGES)
+def test_others_decode_by_their_own_pass(change):
     model = make("1.0")
-    layer = model.decoder.block[0]
-    monkeypatch.setattr(layer, "forward", type(layer).forward.__get__(layer))
+    CHANGES[change](model)
     assert not can_step(model)
 
 

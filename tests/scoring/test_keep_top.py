@@ -18,8 +18,9 @@ from ketchup_cache.scoring.score import score
 from ketchup_cache.scoring.teacher import Teacher
 from ketchup_cache.training.optimizer import Optimizer
 from ketchup_cache.training.source import Offline
-from tests.helpers.caches import make_cache, plain_logits
-from tests.helpers.tiny import WORDS, save_model, write_prompts
+from tests.helpers.caches import make_cache
+from tests.helpers.models import WORDS, save_model, write_prompts
+from tests.helpers.oracle import plain_logits
 
 VOCAB = len(WORDS) + 3
 

@@ -19,8 +19,8 @@ from ketchup_cache.provenance import DataInfo, PolicyInfo, Sampling
 from ketchup_cache.scoring.score import Scorer, commit_ranges, score
 from ketchup_cache.scoring.teacher import Teacher
 from ketchup_cache.types import Prompts, Ragged, Rollouts
+from tests.helpers.models import WORDS, make_t5, make_tokenizer, save_model
 from tests.helpers.oracle import assert_same_scores, make_rollouts, plain_scores, random_rollouts
-from tests.helpers.tiny import WORDS, make_t5, make_tokenizer, save_model
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,8 @@ from ketchup_cache.models.forward import completion_states
 from ketchup_cache.provenance import TeacherInfo
 from ketchup_cache.scoring.teacher import Teacher
 from ketchup_cache.types import Ragged
+from tests.helpers.models import make_t5, make_tokenizer, save_model
 from tests.helpers.oracle import assert_same_scores, make_rollouts, plain_scores, random_rollouts
-from tests.helpers.tiny import make_t5, make_tokenizer, save_model
 
 VERSIONS = ("1.0", "1.1")
 TOKENIZER = tokenizer_info(make_tokenizer(), "tiny")

@@ -10,7 +10,7 @@ import pytest
 from ketchup_cache import open_cache
 from ketchup_cache.cli import main
 from ketchup_cache.sharing.stores import open_store
-from tests.helpers.tiny import save_model, write_prompts
+from tests.helpers.models import save_model, write_prompts
 
 
 @pytest.fixture(scope="module")

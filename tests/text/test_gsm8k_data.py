@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from ketchup_cache.config.options import DataOptions
-from ketchup_cache.text.prompts import read_examples, without_duplicates
+from ketchup_cache.text.prompts import without_duplicates
+from ketchup_cache.text.read import read_examples
 
 GSM8K = Path(__file__).resolve().parents[3] / "shared" / "data" / "gsm8k"
 

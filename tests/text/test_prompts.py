@@ -19,15 +19,9 @@ import pytest
 from ketchup_cache.config.options import DataOptions
 from ketchup_cache.errors import ConfigError, DataError
 from ketchup_cache.text import prompts as prompts_module
-from ketchup_cache.text.prompts import (
-    Example,
-    data_info,
-    kept_examples,
-    read_examples,
-    tokenize_prompts,
-    without_duplicates,
-)
-from tests.helpers.tiny import WORDS, make_tokenizer
+from ketchup_cache.text.prompts import Example, kept_examples, tokenize_prompts, without_duplicates
+from ketchup_cache.text.read import data_info, read_examples
+from tests.helpers.models import WORDS, make_tokenizer
 
 TEXTS = [
     "the cat sees {two} dogs",
@@ -119,7 +113,7 @@ def test_a_changed_file_is_seen_and_nothing_is_left_behind(tmp_path):
     program = (
         "import sys, json, tempfile; from pathlib import Path\n"
         "from ketchup_cache.errors import DataError\n"
-        "from ketchup_cache.text.prompts import read_examples; from ketchup_cache.config.options import DataOptions\n"
+        "from ketchup_cache.text.read import read_examples; from ketchup_cache.config.options import DataOptions\n"
         "for text in ('one', 'two'):\n"  # same length, and within the resolution of a time stamp
         "    for name, content in (('d.jsonl', json.dumps({'prompt': text})), ('d.csv', 'prompt\\n' + text + '\\n')):\n"
         "        Path(name).write_text(content)\n"
@@ -269,18 +263,18 @@ def test_hub_dataset(monkeypatch):
         asked.append((name, config, split))
         return [{"prompt": "a"}, {"prompt": "b"}]
 
-    monkeypatch.setattr(prompts_module.datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     hub = options("owner/name-1.5:en-nl", split="validation", limit=1)
     examples = read_examples(hub)
     assert [e.prompt for e in examples] == ["a"]
     read_examples(options("owner/name"))
     assert asked == [("owner/name-1.5", "en-nl", "validation"), ("owner/name", None, "train")]
-    assert data_info(examples, hub).name == "owner/name-1.5:en-nl [validation]"
+    assert data_info(examples, hub, make_tokenizer()).name == "owner/name-1.5:en-nl [validation]"
 
     def unreachable(*_, **__):
         raise ConnectionError("Couldn't reach 'owner/name' on the Hub\nmany more lines")
 
-    monkeypatch.setattr(prompts_module.datasets, "load_dataset", unreachable)
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
     assert error_of("owner/name", split="dev") == (
         "owner/name: no such file, and the Hugging Face Hub does not give split 'dev' of such a dataset "
         "(Couldn't reach 'owner/name' on the Hub many more lines)"
@@ -291,7 +285,7 @@ def test_hub_dataset(monkeypatch):
 
 
 def example(text: str, target: str | None = None, row: int = 0) -> Example:
-    return Example(hashlib.sha256(text.encode()).digest()[:16], text, target, row)
+    return Example(text, target, row)
 
 
 def test_duplicates_first_wins():
@@ -301,7 +295,9 @@ def test_duplicates_first_wins():
 
 def test_data_fingerprint_is_of_the_texts_in_order(tmp_path):
     def fingerprint(*texts: str) -> str:
-        return data_info([example(t) for t in texts], options("d.jsonl", template="{prompt}")).fingerprint
+        return data_info(
+            [example(t) for t in texts], options("d.jsonl", template="{prompt}"), make_tokenizer()
+        ).fingerprint
 
     assert fingerprint("ab", "c") == fingerprint("ab", "c")
     assert (
@@ -309,7 +305,7 @@ def test_data_fingerprint_is_of_the_texts_in_order(tmp_path):
     )
     one, other = jsonl(tmp_path / "one.jsonl", {"prompt": "x a"}), jsonl(tmp_path / "other.jsonl", {"q": "a"})
     plain, rendered = options(one), options(other, prompt_field="q", template="x {prompt}")
-    infos = [data_info(read_examples(o), o) for o in (plain, rendered)]
+    infos = [data_info(read_examples(o), o, make_tokenizer()) for o in (plain, rendered)]
     assert infos[0].fingerprint == infos[1].fingerprint
     assert (infos[1].name, infos[1].template) == (str(other), "x {prompt}")
 

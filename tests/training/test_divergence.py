@@ -17,9 +17,10 @@ from ketchup_cache.training.divergence import divergence_step, token_weights
 from ketchup_cache.training.learn import learn
 from ketchup_cache.training.source import Offline
 from ketchup_cache.types import Ragged
-from tests.helpers.caches import make_cache, plain_logits
+from tests.helpers.caches import make_cache
 from tests.helpers.learning import CapturedGradient
-from tests.helpers.tiny import WORDS, assert_bfloat16_gradient, save_model
+from tests.helpers.models import WORDS, save_model
+from tests.helpers.oracle import assert_bfloat16_gradient, plain_logits
 
 VOCAB = len(WORDS) + 3
 METHODS = ("seqkd", "kl", "reverse-kl", "js", "tvd")

@@ -22,7 +22,7 @@ from ketchup_cache.training.batches import Stream, plan_batches
 from ketchup_cache.training.learn import cut_warning, learn, tail_warning
 from tests.helpers.caches import make_cache
 from tests.helpers.learning import config, whole_batch
-from tests.helpers.tiny import WORDS, make_t5, save_model
+from tests.helpers.models import WORDS, make_t5, save_model
 
 VOCAB = len(WORDS) + 3
 
@@ -269,7 +269,7 @@ def test_nan_is_refused_and_keeps_what_was_written(cache, tmp_path, folders, mon
 
 
 def test_other_tokenizer_and_empty_cache_are_refused(cache, tmp_path, folders):
-    from tests.helpers.tiny import make_tokenizer
+    from tests.helpers.models import make_tokenizer
 
     other = save_model(tmp_path / "other", "1.0", seed=1)
     words = [*WORDS[1:], WORDS[0]]

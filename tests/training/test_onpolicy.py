@@ -20,8 +20,9 @@ from ketchup_cache import open_cache
 from ketchup_cache.cli import main
 from ketchup_cache.models.fingerprint import weights_fingerprint
 from ketchup_cache.training.policy_gradient import train_step
-from tests.helpers.caches import plain_logits, plain_scores
-from tests.helpers.tiny import WORDS, make_t5, save_model, write_prompts
+from tests.helpers.models import WORDS, make_t5, save_model, write_prompts
+from tests.helpers.oracle import plain_logits
+from tests.helpers.oracle import plain_row_scores as plain_scores
 
 VOCAB = len(WORDS) + 3
 LEARN = {
@@ -208,7 +209,7 @@ def _progress(tmp_path) -> tuple:
 
 
 def test_teacher_of_another_tokenizer_is_refused(words, tmp_path, capsys):
-    from tests.helpers.tiny import make_tokenizer
+    from tests.helpers.models import make_tokenizer
 
     other = save_model(tmp_path / "other", "1.1", seed=2)
     make_tokenizer([*WORDS[1:], WORDS[0]]).save_pretrained(other)

@@ -13,7 +13,7 @@ from ketchup_cache.errors import MismatchError
 from ketchup_cache.training.learn import learn
 from ketchup_cache.types import Prompts
 from tests.helpers.caches import make_cache
-from tests.helpers.tiny import save_model, write_prompts
+from tests.helpers.models import save_model, write_prompts
 
 
 @pytest.fixture(scope="module")

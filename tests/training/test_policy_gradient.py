@@ -10,9 +10,10 @@ from transformers import AutoModelForSeq2SeqLM
 from ketchup_cache.models.head import Head
 from ketchup_cache.models.load import load_model
 from ketchup_cache.training.policy_gradient import learning_signal, score_weights, train_step
-from tests.helpers.caches import make_cache, plain_logits
+from tests.helpers.caches import make_cache
 from tests.helpers.learning import CapturedGradient, config, whole_batch
-from tests.helpers.tiny import WORDS, assert_bfloat16_gradient, make_t5
+from tests.helpers.models import WORDS, make_t5
+from tests.helpers.oracle import assert_bfloat16_gradient, plain_logits
 
 VOCAB = len(WORDS) + 3
 

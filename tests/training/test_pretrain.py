@@ -13,8 +13,9 @@ from ketchup_cache.config.commands import PretrainConfig
 from ketchup_cache.errors import CacheError, DataError, KetchupError
 from ketchup_cache.training.optimizer import Optimizer
 from ketchup_cache.training.pretrain import _target_ids, pretrain
-from tests.helpers.caches import make_cache, plain_logits
-from tests.helpers.tiny import assert_bfloat16_gradient, make_t5, make_tokenizer, save_model, write_prompts
+from tests.helpers.caches import make_cache
+from tests.helpers.models import make_t5, make_tokenizer, save_model, write_prompts
+from tests.helpers.oracle import assert_bfloat16_gradient, plain_logits
 
 
 @pytest.fixture(scope="module")
