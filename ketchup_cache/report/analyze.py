@@ -205,11 +205,11 @@ def _analyze_policy(cache: Cache, refs: list[ScoredRef], config: AnalyzeConfig, 
         dropped=int(rollout_count) - len(ids),
         finished=finished / rollout_count,
         length_mean=tokens / rollout_count,
-        return_mean=_mean(one_step),
-        return_sd=_sd(one_step),
+        return_mean=mean(one_step),
+        return_sd=sd(one_step),
         kl_per_token=log_ratio_sum / drawn_count if drawn_count else None,
         by_k=tuple(
-            KAnalysis(k, _mean(v), _error(v), _mean(b), _error(b), _mean(lengths <= k))
+            KAnalysis(k, mean(v), se(v), mean(b), se(b), mean(lengths <= k))
             for k, v, b in zip(config.ks, variance.T, bias.T, strict=True)
         ),
     )
@@ -229,16 +229,18 @@ def _describe(sampling: Sampling) -> str:
     return ", ".join(f"{name} {value:g}" for name, value, off in options if value != off) or "plain"
 
 
-def _mean(values: NDArray) -> float | None:
+def mean(values: NDArray) -> float | None:
+    """None where there is no value."""
     return float(values.mean()) if len(values) else None
 
 
-def _sd(values: NDArray[np.float64]) -> float | None:
+def sd(values: NDArray) -> float | None:
+    """Standard deviation, unbiased (n − 1). None for fewer than two values."""
     return float(values.std(ddof=1)) if len(values) > 1 else None
 
 
-def _error(values: NDArray[np.float64]) -> float | None:
-    """Standard error of the mean."""
+def se(values: NDArray) -> float | None:
+    """Standard error of the mean. None for fewer than two values."""
     return float(values.std(ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else None
 
 

@@ -13,14 +13,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from ketchup_cache.cache.cache import Cache
 from ketchup_cache.cache.index import ScoredRef
 from ketchup_cache.cache.manifest import RolloutsInfo, ScoresInfo
 from ketchup_cache.config.commands import EvaluateConfig, LearnConfig, ScoreConfig
 from ketchup_cache.console import Bar, progress
-from ketchup_cache.errors import MismatchError, NumericsError
-from ketchup_cache.models.fingerprint import first_difference, tokenizer_info
+from ketchup_cache.errors import MismatchError, ModelError, NumericsError
+from ketchup_cache.models.fingerprint import require_same_encoding
 from ketchup_cache.models.load import load_tokenizer
 from ketchup_cache.models.memory import TokenBudget
 from ketchup_cache.scoring.teacher import Teacher
@@ -241,19 +242,18 @@ class Scorer:
 
     def _check_tokenizer(self, cache: Cache, rollouts_id: str) -> None:
         theirs = cache.manifest(rollouts_id).info.tokenizer
-        if theirs.fingerprint == self.tokenizer.fingerprint:
-            return
-        difference = ""
-        if Path(theirs.name).is_dir():  # and if it is still the one that wrote them
-            trust = self._config.trust_remote_code
-            tokenizer = load_tokenizer(theirs.name, trust_remote_code=trust)
-            if tokenizer_info(tokenizer, theirs.name).fingerprint == theirs.fingerprint:
-                own = load_tokenizer(self._name, trust_remote_code=trust)
-                difference = f": {first_difference(own, tokenizer)}"
-        raise MismatchError(
-            f"{cache.path}, rollouts {rollouts_id[:12]}: tokenizer {theirs.name} wrote them, but that of teacher "
-            f"{self.info.name} encodes differently{difference}; score with a teacher that shares the tokenizer"
+
+        def load(name: str) -> PreTrainedTokenizerBase:
+            if name == theirs.name and not Path(name).is_dir():
+                raise ModelError(f"{name}: is not here, and names in a cache are not downloaded")
+            return load_tokenizer(name, trust_remote_code=self._config.trust_remote_code)
+
+        who = f"tokenizer {theirs.name} wrote them, but that of teacher {self.info.name} encodes differently"
+        what, todo = (
+            f"{cache.path}, rollouts {rollouts_id[:12]}: {who}",
+            "score with a teacher that shares the tokenizer",
         )
+        require_same_encoding(self.tokenizer, theirs, what, todo, load)
 
 
 def _estimated_tokens(cache: Cache, rollouts_id: str, start: int, stop: int) -> int:
