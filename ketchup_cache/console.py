@@ -13,10 +13,15 @@ from dataclasses import asdict
 from typing import Any
 
 from rich.console import Console
+from rich.filesize import decimal
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column
 
 LOG_EVERY_S = 30.0
+
+
+size_text = decimal
+"""Bytes in words: `1.5 MB`."""
 
 
 class Report:
@@ -47,15 +52,6 @@ def one_line(error: object, longest: int = 200) -> str:
 def printable(text: str) -> str:
     """Without control characters: names in files that others wrote must not steer the terminal."""
     return "".join(c if c.isprintable() else "�" for c in text)
-
-
-def size_text(count: float) -> str:
-    """Bytes in words: `1.5 MB`."""
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"
 
 
 class Bar:
@@ -101,13 +97,6 @@ def progress(label: str, total: int | None = None, unit: str = "tokens") -> Iter
         yield Bar(label, total, unit)
         return
     text = TextColumn("{task.fields[text]}", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1))
-    columns = (
-        "{task.description}",
-        BarColumn(16),
-        MofNCompleteColumn(),
-        "{task.fields[rate]}",
-        TimeRemainingColumn(),
-        text,
-    )
-    with Progress(*columns, console=_console, transient=True, expand=True) as shown:
+    columns = ("{task.description}", BarColumn(16), MofNCompleteColumn(), "{task.fields[rate]}", TimeRemainingColumn())
+    with Progress(*columns, text, console=_console, transient=True, expand=True) as shown:
         yield Bar(label, total, unit, shown)

@@ -9,15 +9,15 @@ from ketchup_cache.config.resolve import find_recipe, load_yaml
 from ketchup_cache.console import Report
 from ketchup_cache.shipped import recipe_names
 
-FINETUNE = "ketchup-cache pretrain --recipe {name} --model {finetune} --data {data} --out teacher\n"
-"""Comes first where a recipe's `about.finetune` names the model that becomes the teacher."""
 COMMANDS = """\
+ketchup-cache pretrain --recipe {name} --model {finetune} --data {data} --out teacher
 ketchup-cache rollout --recipe {name} --student {teacher} --greedy --cache sft
 ketchup-cache pretrain --recipe {name} --cache sft --out predistilled
 ketchup-cache rollout --recipe {name} --student predistilled/model --first 4096 --cache cache
 ketchup-cache score --recipe {name} --cache cache
 ketchup-cache learn --recipe {name} --student predistilled/model --cache cache --out k{k}
 ketchup-cache evaluate --recipe {name} --model k{k}/student"""
+"""The first is left out where no `about.finetune` names the model that becomes the teacher."""
 
 
 @dataclass(frozen=True)
@@ -56,5 +56,5 @@ def one_recipe(name: str) -> Recipe:
     about = options.pop("about")
     options.pop("extends", None)
     places = {"teacher": options["teacher"], "data": options["rollout"]["data"], "k": options["learn"]["k"]}
-    text = (FINETUNE if "finetune" in about else "") + COMMANDS
-    return Recipe(name, about, options, tuple(text.format(name=name, **{**about, **places}).splitlines()))
+    commands = COMMANDS.format_map({"finetune": None, "name": name} | about | places).splitlines()
+    return Recipe(name, about, options, tuple(commands if "finetune" in about else commands[1:]))

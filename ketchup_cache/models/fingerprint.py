@@ -6,6 +6,7 @@ sharding nor metadata matters, and no memory and no torch is needed.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -20,7 +21,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from ketchup_cache.console import one_line
-from ketchup_cache.errors import ModelError
+from ketchup_cache.errors import MismatchError, ModelError
 from ketchup_cache.provenance import TokenizerInfo, canonical_json
 
 if TYPE_CHECKING:
@@ -211,6 +212,24 @@ def first_difference(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBas
         if mine != theirs:
             return f"{name} is {mine!r} in one and {theirs!r} in the other"
     return None
+
+
+def require_same_encoding(
+    mine: TokenizerInfo, theirs: TokenizerInfo, what: str, todo: str, load: Callable[[str], PreTrainedTokenizerBase]
+) -> None:
+    """Raise MismatchError where two tokenizers encode differently, with the first difference.
+
+    what: who encodes differently, and where. todo: what to do. load: reads a tokenizer by name; where it raises
+    ModelError, or finds another tokenizer than the recorded one, the message has no difference.
+    """
+    if mine.fingerprint == theirs.fingerprint:
+        return
+    difference = ""
+    with contextlib.suppress(ModelError):
+        own, other = load(mine.name), load(theirs.name)
+        if tokenizer_info(other, theirs.name).fingerprint == theirs.fingerprint:
+            difference = f": {first_difference(own, other)}"
+    raise MismatchError(f"{what}{difference}; {todo}")
 
 
 def _probe_texts(tokenizer: PreTrainedTokenizerBase) -> list[str]:

@@ -104,11 +104,9 @@ def free(device: torch.device) -> int:
 def free_ram(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
     """Bytes to take without making the machine swap or its container (cgroup, version 2 or 1) end the process."""
     found = [psutil.virtual_memory().available]
-    v2 = (cgroup, "memory.max", "memory.current", "inactive_file")
-    v1 = (cgroup / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-    for folder, limit, taken, cache in (v2, v1):
+    for folder, limit, taken in (".", "max", "current"), ("memory", "limit_in_bytes", "usage_in_bytes"):
         with suppress(OSError, ValueError):  # no such file, or `max`: no limit
-            left = int((folder / limit).read_text()) - int((folder / taken).read_text())
-            reusable = re.search(rf"^{cache} (\d+)", (folder / "memory.stat").read_text(), re.MULTILINE)
-            found.append(left + int(reusable[1] if reusable else 0))
+            left, used, stat = ((cgroup / folder / f"memory.{name}").read_text() for name in (limit, taken, "stat"))
+            cache = re.findall(r"inactive_file (\d+)", stat)  # the last one is the total
+            found.append(int(left) - int(used) + int(cache[-1] if cache else 0))
     return max(min(found), 0)

@@ -137,19 +137,15 @@ def analyze(config: AnalyzeConfig) -> Analysis:
     for i, (fingerprint, _, longest) in enumerate(groups):
         if labels.count(labels[i]) > 1:
             policies[i] = replace(policies[i], label=f"{labels[i]} ({fingerprint[:8]}, up to {longest} tokens)")
-    analysis = Analysis(
-        cache=str(config.cache),
-        settings=config.model_dump(mode="json", include={"ks", "tail", "normalization", "unfinished"}),
-        teacher=teacher.model_dump(mode="json"),
-        segments=tuple(dict.fromkeys(ref.scores_id for ref in refs)),
-        policies=tuple(policies),
-    )
+    settings = config.model_dump(mode="json", include={"ks", "tail", "normalization", "unfinished"})
+    segments = tuple(dict.fromkeys(ref.scores_id for ref in refs))
+    analysis = Analysis(str(config.cache), settings, teacher.model_dump(mode="json"), segments, tuple(policies))
     if config.out:
-        from ketchup_cache.report.plots import plot_variance_bias  # slow to import
+        from ketchup_cache.report.plots import variance_bias_figure, write_png  # slow to import
 
         content = json.dumps(analysis.to_dict(), indent=2, ensure_ascii=False) + "\n"
         write_file(config.out / "analysis.json", content.encode())
-        plot_variance_bias(analysis.to_dict(), config.out / "analysis.png")
+        write_png(variance_bias_figure(analysis.to_dict()), config.out / "analysis.png")
     return analysis
 
 
@@ -175,23 +171,18 @@ def _analyze_policy(cache: Cache, refs: list[ScoredRef], config: AnalyzeConfig, 
         for part in np.split(rows, range(ROWS_AT_ONCE, len(rows), ROWS_AT_ONCE)):
             taken = scored.take(part)
             returns = rollout_returns(taken.rollouts, taken.scores, (1, *config.ks), **options)
-            used.append((ids[part], lengths[part], np.stack([of_k[:, :1].ravel() for of_k in returns], axis=1)))
+            used.append((ids[part], lengths[part], np.stack([g[:, :1].ravel() for g in returns], axis=1)))
         bar.advance(ref.rows)
     rollout_count, repeated, finished, tokens, drawn_count, log_ratio_sum = totals.tolist()
     ids, lengths, first_returns = map(np.concatenate, zip(*used, strict=True))
     one_step, k_step = first_returns[:, 0], first_returns[:, 1:]
     _, prompt, counts = np.unique(ids, return_inverse=True, return_counts=True)
-
-    def prompt_sums(values: NDArray[np.float64]) -> NDArray[np.float64]:
-        """[rollouts, K] → [prompts, K]."""
-        sums = np.zeros((len(counts), values.shape[1]))
-        np.add.at(sums, prompt, values)
-        return sums
-
-    several = counts > 1
-    deviations = k_step - (prompt_sums(k_step) / counts[:, None])[prompt]
-    variance = prompt_sums(deviations**2)[several] / (counts[several, None] - 1)
-    bias = prompt_sums(k_step - one_step[:, None]) / counts[:, None]
+    several, sums = counts > 1, np.zeros((3, len(counts), len(config.ks)))
+    np.add.at(sums[0], prompt, k_step)
+    np.add.at(sums[1], prompt, (k_step - (sums[0] / counts[:, None])[prompt]) ** 2)
+    np.add.at(sums[2], prompt, k_step - one_step[:, None])
+    variance, bias = sums[1, several] / (counts[several, None] - 1), sums[2] / counts[:, None]
+    of_k = zip(config.ks, variance.T, bias.T, strict=True)
     policy, sampling = refs[0].policy, _describe(_sampling(cache, refs[0]))
     step = [] if policy.step is None else [f"step {policy.step}"]
     return PolicyAnalysis(
@@ -205,13 +196,10 @@ def _analyze_policy(cache: Cache, refs: list[ScoredRef], config: AnalyzeConfig, 
         dropped=int(rollout_count) - len(ids),
         finished=finished / rollout_count,
         length_mean=tokens / rollout_count,
-        return_mean=_mean(one_step),
-        return_sd=_sd(one_step),
+        return_mean=mean(one_step),
+        return_sd=sd(one_step),
         kl_per_token=log_ratio_sum / drawn_count if drawn_count else None,
-        by_k=tuple(
-            KAnalysis(k, _mean(v), _error(v), _mean(b), _error(b), _mean(lengths <= k))
-            for k, v, b in zip(config.ks, variance.T, bias.T, strict=True)
-        ),
+        by_k=tuple(KAnalysis(k, mean(v), se(v), mean(b), se(b), mean(lengths <= k)) for k, v, b in of_k),
     )
 
 
@@ -229,16 +217,18 @@ def _describe(sampling: Sampling) -> str:
     return ", ".join(f"{name} {value:g}" for name, value, off in options if value != off) or "plain"
 
 
-def _mean(values: NDArray) -> float | None:
+def mean(values: NDArray) -> float | None:
+    """None where there is no value."""
     return float(values.mean()) if len(values) else None
 
 
-def _sd(values: NDArray[np.float64]) -> float | None:
+def sd(values: NDArray) -> float | None:
+    """Standard deviation, unbiased (n − 1). None for fewer than two values."""
     return float(values.std(ddof=1)) if len(values) > 1 else None
 
 
-def _error(values: NDArray[np.float64]) -> float | None:
-    """Standard error of the mean."""
+def se(values: NDArray) -> float | None:
+    """Standard error of the mean. None for fewer than two values."""
     return float(values.std(ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else None
 
 

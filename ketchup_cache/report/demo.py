@@ -17,7 +17,7 @@ from ketchup_cache.config.commands import DemoConfig
 from ketchup_cache.console import Report
 from ketchup_cache.errors import KetchupError
 from ketchup_cache.files import write_file
-from ketchup_cache.report.plots import plot_learning_curves
+from ketchup_cache.report.plots import learning_curves_figure, write_png
 from ketchup_cache.shipped import task
 
 RunCommand = Callable[[Sequence[str]], int]
@@ -111,9 +111,8 @@ def demo(config: DemoConfig, run: RunCommand) -> DemoReport:
     curves = out / "learning-curves.png"
     lines = {name: (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines() for name, folder in runs.items()}
     metrics = {name: [json.loads(line) for line in of_run] for name, of_run in lines.items()}
-    plot_learning_curves(
-        metrics, curves, CURVES, window=5, title="The demo's two runs, from the same student and cache"
-    )
+    title = "The demo's two runs, from the same student and cache"
+    write_png(learning_curves_figure(metrics, CURVES, window=5, title=title), curves)
     _title("Result")
     return DemoReport(rows, (str(curves), str(out / "analysis" / "analysis.png")), round(time.monotonic() - began, 1))
 

@@ -4,24 +4,23 @@ from __future__ import annotations
 
 import gc
 import json
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ketchup_cache.config.commands import EvaluateConfig
 from ketchup_cache.console import Report, progress
-from ketchup_cache.errors import DataError, MismatchError
+from ketchup_cache.errors import DataError
 from ketchup_cache.files import write_file
 from ketchup_cache.method.returns import rollout_returns
-from ketchup_cache.models.fingerprint import first_difference, tokenizer_info
+from ketchup_cache.models.fingerprint import require_same_encoding, tokenizer_info
 from ketchup_cache.models.load import load_model, load_tokenizer
-from ketchup_cache.provenance import Sampling, TokenizerInfo
+from ketchup_cache.provenance import Sampling
+from ketchup_cache.report.analyze import mean, sd, se
 from ketchup_cache.report.task_metrics import Values, check_targets, compute
 from ketchup_cache.rollouts.calculator import Calculator
 from ketchup_cache.rollouts.sample import sample_completions
@@ -89,24 +88,51 @@ class Evaluation(Report):
 def evaluate(config: EvaluateConfig) -> Evaluation:
     """Decode the data set greedily and measure the outputs. Only one model is in memory at a time.
 
-    Raises DataError for unusable data or targets, ModelError for an unusable model, MismatchError where the teacher's
-    tokenizer encodes differently, WriteError for `outputs`. All but the last before anything is decoded.
+    Raises the errors of `measure`, and MismatchError where the teacher's tokenizer encodes differently.
     """
-    tokenizer = load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
-    vocabulary = tokenizer_info(tokenizer, config.model)
+    load = partial(load_tokenizer, trust_remote_code=config.trust_remote_code)
+    tokenizer, options = load(config.model), config.model_dump(include={"device", "trust_remote_code"})
+    teacher = None
+    if config.teacher is not None:
+        teacher = partial(Teacher.load, config.teacher, config)
+        _, theirs = Teacher.identify(config.teacher, config)
+        what = f"teacher {config.teacher}: its tokenizer encodes differently from that of model {config.model}"
+        todo = "choose a teacher that shares it, or leave --teacher out"
+        require_same_encoding(tokenizer_info(tokenizer, config.model), theirs, what, todo, load)
+    return measure(config, tokenizer, partial(load_model, config.model, **options), teacher)
+
+
+def measure(
+    config: EvaluateConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    model: Callable[[], PreTrainedModel],
+    teacher: Callable[[], Teacher] | None,
+) -> Evaluation:
+    """Decode `config.data` greedily, compute the task metrics, and the mean return where there is a teacher.
+
+    model, teacher: give what is measured and what scores it. Each is called when it is needed, and what it gives is
+    not held longer: so that both need not fit into memory together.
+
+    Raises DataError for unusable data or targets, ModelError for an unusable model, WriteError for `outputs`. All but
+    the last before anything is decoded.
+    """
     examples = as_chat(read_examples(config), tokenizer, config)
     prompts = tokenize_prompts(examples, tokenizer, config)
     kept = kept_examples(examples, prompts)
     targets = _targets(kept, config)
-    if targets is not None:
-        check_targets(config.metrics, targets)
-    if config.teacher is not None:
-        _check_teacher(config.teacher, tokenizer, vocabulary, config)
-
-    rollouts = _decode(prompts.tokens, tokenizer, vocabulary.vocab_size, config)
+    check_targets(config.metrics, targets or [])
+    calculator = Calculator(tokenizer, config.model) if config.calculator else None
+    greedy = Sampling(greedy=True, max_new_tokens=config.max_new_tokens, calculator=config.calculator)
+    vocab_size = tokenizer_info(tokenizer, config.model).vocab_size
+    with progress("decode", len(kept), "outputs") as bar:
+        how: Any = {"batch": config.rollout_batch, "calculator": calculator, "on_batch": bar.advance}
+        rollouts = sample_completions(model(), vocab_size, prompts.tokens, greedy, first_prompt=0, **how)
+    gc.collect()
+    torch.cuda.empty_cache()
     outputs = [tokenizer.decode(row, skip_special_tokens=True) for row in rollouts.completions]
     if config.outputs is not None:
-        write_file(config.outputs, _jsonl(kept, outputs, rollouts.finished))
+        rows = zip(kept, outputs, rollouts.finished.tolist(), strict=True)
+        write_file(config.outputs, "".join(_json_line(*row) for row in rows).encode())
     lengths = rollouts.completions.lengths
     return Evaluation(
         model=config.model,
@@ -115,9 +141,9 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
         left_out=len(examples) - len(kept),
         metrics=compute(config.metrics, outputs, targets) if targets is not None else None,
         length_mean=float(lengths.mean()),
-        length_sd=_sd(lengths),
+        length_sd=sd(lengths),
         finished=float(rollouts.finished.mean()),
-        returns=_mean_return(config.teacher, prompts.tokens, rollouts, config) if config.teacher is not None else None,
+        returns=_mean_return(teacher(), prompts.tokens, rollouts, config) if teacher else None,
     )
 
 
@@ -133,58 +159,18 @@ def _targets(examples: Sequence[Example], config: EvaluateConfig) -> list[str] |
     return targets or None
 
 
-def _check_teacher(name: str, tokenizer: PreTrainedTokenizerBase, mine: TokenizerInfo, config: EvaluateConfig) -> None:
-    _, theirs = Teacher.identify(name, config)
-    if theirs.fingerprint != mine.fingerprint:
-        other = load_tokenizer(name, trust_remote_code=config.trust_remote_code)
-        raise MismatchError(
-            f"teacher {name} and model {config.model} have tokenizers that encode differently "
-            f"({first_difference(other, tokenizer)}): choose a teacher that shares it, or leave --teacher out"
-        )
-
-
-def _decode(prompts: Ragged, tokenizer: PreTrainedTokenizerBase, vocab_size: int, config: EvaluateConfig) -> Rollouts:
-    """One greedy completion of each prompt. The model is gone afterwards."""
-    calculator = Calculator(tokenizer, config.model) if config.calculator else None
-    model = load_model(config.model, device=config.device, trust_remote_code=config.trust_remote_code)
-    greedy = Sampling(greedy=True, max_new_tokens=config.max_new_tokens, calculator=config.calculator)
-    with progress("decode", len(prompts), "outputs") as bar:
-        options: Any = {"batch": config.rollout_batch, "calculator": calculator, "on_batch": bar.advance}
-        rollouts = sample_completions(model, vocab_size, prompts, greedy, first_prompt=0, **options)
-    del model
-    gc.collect()
-    torch.cuda.empty_cache()
-    return rollouts
-
-
-def _mean_return(name: str, prompts: Ragged, rollouts: Rollouts, config: EvaluateConfig) -> MeanReturn:
-    teacher = Teacher.load(name, config)
+def _mean_return(teacher: Teacher, prompts: Ragged, rollouts: Rollouts, config: EvaluateConfig) -> MeanReturn:
     with progress("score", len(rollouts.completions.values)) as bar:
         scores = teacher.score(prompts, rollouts, batch_tokens=config.batch_tokens, on_batch=bar.advance)
     (one_step,) = rollout_returns(rollouts, scores, [1], normalization=config.normalization, unfinished="bootstrap")
     returns, finished = one_step[:, 0], one_step[rollouts.finished, 0]
-    sd = _sd(returns)
-    return MeanReturn(
-        teacher=teacher.info.name,
-        fingerprint=teacher.info.fingerprint,
-        normalization=config.normalization,
-        mean=float(returns.mean()),
-        sd=sd,
-        se=None if sd is None else sd / math.sqrt(len(returns)),
-        mean_finished=float(finished.mean()) if len(finished) else None,
-    )
+    who = {"teacher": teacher.info.name, "fingerprint": teacher.info.fingerprint, "normalization": config.normalization}
+    return MeanReturn(**who, mean=float(returns.mean()), sd=sd(returns), se=se(returns), mean_finished=mean(finished))
 
 
-def _jsonl(examples: Sequence[Example], outputs: Sequence[str], finished: NDArray[np.bool_]) -> bytes:
-    lines = []
-    for e, output, done in zip(examples, outputs, finished.tolist(), strict=True):
-        record = {"id": e.id.hex(), "prompt": e.prompt, "output": output, "target": e.target, "finished": done}
-        lines.append(json.dumps(record, ensure_ascii=False) + "\n")
-    return "".join(lines).encode()
-
-
-def _sd(values: NDArray) -> float | None:
-    return float(values.std(ddof=1)) if len(values) > 1 else None
+def _json_line(e: Example, output: str, finished: bool) -> str:
+    record = {"id": e.id.hex(), "prompt": e.prompt, "output": output, "target": e.target, "finished": finished}
+    return json.dumps(record, ensure_ascii=False) + "\n"
 
 
 def _spread(what: str, value: float | None) -> str:

@@ -9,33 +9,36 @@ import json
 import shutil
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from itertools import chain
-from pathlib import Path
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from ketchup_cache.cache.cache import Cache
 from ketchup_cache.cache.index import ScoredRef
-from ketchup_cache.cache.manifest import RolloutsInfo
 from ketchup_cache.config.commands import ExportConfig
 from ketchup_cache.console import Report, printable, progress, size_text
 from ketchup_cache.errors import CacheError, ConfigError
 from ketchup_cache.files import publishing
-from ketchup_cache.provenance import PolicyInfo, TeacherInfo
+from ketchup_cache.provenance import PolicyInfo
 from ketchup_cache.sharing.remote_cache import open_cache
-from ketchup_cache.types import Ragged, ScoredRollouts, Scores
+from ketchup_cache.types import PER_TOKEN, Row, ScoredRollouts, Scores
 from ketchup_cache.version import TOOL
 
-if TYPE_CHECKING:
-    import pyarrow as pa
-
-ROWS = 2048
-"""Of one table: a prompt is repeated for each of its completions, which can be more than its segment holds."""
-FILE_BYTES = 2**29
-"""Most of a Parquet file, about, before compression."""
+FLOATS, TOKENS = pa.list_(pa.float32()), pa.list_(pa.int32())
+OF_ROLLOUTS = {
+    "prompt_id": pa.string(), "prompt_tokens": TOKENS, "completion_tokens": TOKENS, "finished": pa.bool_(),
+    "forced": pa.list_(pa.bool_()), "behavior_logprob": FLOATS, "policy": pa.string(),
+    "policy_fingerprint": pa.string(), "policy_step": pa.int64(), "rollouts_segment": pa.string(), "row": pa.int64(),
+}  # fmt: skip
+OF_SCORES = dict.fromkeys(PER_TOKEN, FLOATS) | {"final_max_q": pa.float32()}
+OF_SCORES |= {"teacher": pa.string(), "teacher_fingerprint": pa.string()}
+OF_TOP = {"top_q": pa.list_(FLOATS), "top_ids": pa.list_(TOKENS)}
+"""With `keep_top`. These columns and those of OF_SCORES are null in rows without scores."""
+ROWS = 256
+"""Converted together, and one row group of the Parquet file."""
 
 
 @dataclass(frozen=True)
@@ -66,126 +69,65 @@ def export(config: ExportConfig) -> ExportReport:
     if config.out.exists():
         raise ConfigError([f"{config.out}: is there already; choose another folder, or delete it"])
     cache, began, tokens = open_cache(config.cache), time.monotonic(), 0
-    refs = cache.scored(config.scored_by, config.policy, keep_top=config.keep_top) if cache.teachers() else []
-    bare = _unscored(cache, config) if config.unscored else []
-    scored, more = sum(ref.rows for ref in refs), sum(stop - start for _, _, start, stop in bare)
-    if not scored + more:
+    parts = list(_parts(cache, config))
+    rows, scored = (sum(stop - start for _, start, stop, *_, ref in parts if ref or every) for every in (True, False))
+    if not rows:
         what = "rollouts that fit" if config.unscored else "scored rollouts that fit; --unscored takes the others too"
         raise CacheError(f"{cache.address}: holds no {what}")
     tokenizers = {m.info.tokenizer.fingerprint: m.info.tokenizer.model_dump() for _, m in cache.manifests()}
     teachers = [teacher.model_dump() for teacher in cache.teachers()]
     about = {"tool": TOOL, "cache": cache.address, "tokenizers": list(tokenizers.values()), "teachers": teachers}
-
-    def tables() -> Iterator[pa.Table]:
-        nonlocal tokens
-        for part, segment, start, policy, teacher in _parts(cache, refs, bare, config.keep_top):
-            tokens += len(part.rollouts.completions.values)
-            for rows in np.split(np.arange(len(part)), range(ROWS, len(part), ROWS)):
-                table = _table(part.take(rows), start + rows, segment, policy, teacher)
-                yield table.replace_schema_metadata({"ketchup-cache": json.dumps(about)})
-                bar.advance(len(rows))
-
-    write = write_parquet if config.to == "parquet" else write_dataset
-    with publishing(config.out) as partial, progress("exporting", scored + more, "rollouts") as bar:
-        write(partial, tables())
-        written = [path.stat().st_size for path in partial.rglob("*") if path.is_file()]
-    counts = (scored + more, scored, tokens, len(written), sum(written))
+    columns = OF_ROLLOUTS | OF_SCORES | (OF_TOP if config.keep_top else {})
+    schema = pa.schema(columns, {"ketchup-cache": json.dumps(about)})
+    with publishing(config.out) as partial, progress("exporting", rows, "rollouts") as bar:
+        file = partial / "rows.parquet"
+        with pq.ParquetWriter(file, schema, compression="zstd") as writer:
+            for part in parts:
+                for some in _rows(cache, part, config.keep_top):
+                    writer.write_table(pa.Table.from_pylist(some, schema))
+                    tokens += sum(len(row["completion_tokens"]) for row in some)
+                    bar.advance(len(some))
+        if config.to == "hf-dataset":
+            datasets.disable_progress_bars()
+            datasets.Dataset.from_parquet(str(file), cache_dir=str(partial / "raw")).save_to_disk(partial)
+            file.unlink()
+            shutil.rmtree(partial / "raw")
+        sizes = [path.stat().st_size for path in partial.rglob("*") if path.is_file()]
+    counts = (rows, scored, tokens, len(sizes), sum(sizes))
     return ExportReport(str(config.out), config.to, *counts, round(time.monotonic() - began, 2))
 
 
-def _unscored(cache: Cache, config: ExportConfig) -> list[tuple[str, RolloutsInfo, int, int]]:
-    """(rollouts id, info, row_start, row_stop) of what has no scores by the chosen teacher."""
-    wanted = cache.select_policy(config.policy).fingerprint if config.policy is not None else None
-    infos = {id_: info for id_, info in cache.rollouts() if wanted in (None, info.policy.fingerprint)}
+Part = tuple[str, int, int, str, PolicyInfo, ScoredRef | None]
+"""Rows start to stop of a rollouts segment, its prompts segment, who sampled them, and where their scores are."""
+
+
+def _parts(cache: Cache, config: ExportConfig) -> Iterator[Part]:
     teacher = cache.select_teacher(config.scored_by).fingerprint if cache.teachers() else ""
-    found = cache.unscored(teacher, keep_top=config.keep_top)
-    return [(id_, infos[id_], start, stop) for id_, start, stop in found if id_ in infos]
+    for ref in cache.scored(teacher, config.policy, keep_top=config.keep_top) if teacher else ():
+        yield ref.rollouts_id, ref.row_start, ref.row_stop, ref.prompts_id, ref.policy, ref
+    if config.unscored:
+        wanted = cache.select_policy(config.policy).fingerprint if config.policy is not None else None
+        infos = {id_: info for id_, info in cache.rollouts() if wanted in (None, info.policy.fingerprint)}
+        for id_, start, stop in cache.unscored(teacher, keep_top=config.keep_top):
+            if info := infos.get(id_):
+                yield id_, start, stop, info.prompts, info.policy, None
 
 
-Part = tuple[ScoredRollouts, str, int, PolicyInfo, TeacherInfo | None]
-"""Rows of a rollouts segment: its id, the first row's place in it, who sampled and who scored."""
+def _rows(cache: Cache, part: Part, keep_top: int) -> Iterator[list[dict[str, Any]]]:
+    """The columns of each row, a few rows at a time."""
+    id_, start, stop, prompts, policy, ref = part
+    rollouts = cache.load_rollouts(id_).rows(start, stop)
+    scores = cache.load_scored(ref).scores if ref else Scores.empty(len(rollouts.completions.values), len(rollouts))
+    scores = scores.with_top(min(keep_top, scores.keep_top))
+    joined = ScoredRollouts(cache.load_prompts(prompts), rollouts, scores)
+    shared = {"policy_fingerprint": policy.fingerprint, "policy_step": policy.step, "rollouts_segment": id_}
+    shared |= {"teacher_fingerprint": ref.teacher.fingerprint} if ref else dict.fromkeys(OF_SCORES)
 
+    def columns(i: int) -> dict[str, Any]:
+        row = vars(Row.of(joined, i, policy.name, ref.teacher.name if ref else "")) | shared | {"row": start + i}
+        tokens = slice(*rollouts.completions.offsets[i : i + 2])
+        top = {"top_q": list(scores.top.q[tokens]), "top_ids": list(scores.top.ids[tokens])} if scores.top else {}
+        return row | top
 
-def _parts(
-    cache: Cache, refs: list[ScoredRef], bare: list[tuple[str, RolloutsInfo, int, int]], keep_top: int
-) -> Iterator[Part]:
-    """Without a teacher, scores are zeros."""
-    for ref in refs:
-        part = cache.load_scored(ref)
-        part = replace(part, scores=part.scores.with_top(min(keep_top, part.scores.keep_top)))
-        yield part, ref.rollouts_id, ref.row_start, ref.policy, ref.teacher
-    for rollouts_id, info, start, stop in bare:
-        rollouts = cache.load_rollouts(rollouts_id).rows(start, stop)
-        scores = Scores.empty(len(rollouts.completions.values), len(rollouts), min(keep_top, 1))
-        yield ScoredRollouts(cache.load_prompts(info.prompts), rollouts, scores), rollouts_id, start, info.policy, None
-
-
-def _table(
-    part: ScoredRollouts, rows: NDArray[np.int64], segment: str, policy: PolicyInfo, teacher: TeacherInfo | None
-) -> pa.Table:
-    """rows: places in the segment. Columns of scores are null without a teacher."""
-    import pyarrow as pa
-
-    rollouts, scores, completions = part.rollouts, part.scores, part.rollouts.completions
-    prompts = part.prompts.tokens.take(rollouts.prompt_index)
-
-    def lists(values: NDArray | pa.Array, ragged: Ragged = completions) -> pa.Array:
-        return pa.ListArray.from_arrays(pa.array(ragged.offsets, pa.int32()), pa.array(values))
-
-    def scored(array: pa.Array) -> pa.Array:
-        return array if teacher else pa.nulls(len(rows), array.type)
-
-    def same(value: object, kind: pa.DataType | None = None) -> pa.Array:
-        return pa.array([value] * len(rows), kind or pa.string())
-
-    columns = {
-        "prompt_id": [part.prompts.ids[i].tobytes().hex() for i in rollouts.prompt_index],
-        "prompt_tokens": lists(prompts.values, prompts),
-        "completion_tokens": lists(completions.values),
-        "finished": pa.array(rollouts.finished),
-        "forced": lists(rollouts.forced),
-        "behavior_logprob": lists(rollouts.behavior_logprob),
-        **{name: scored(lists(values)) for name, values in scores.per_token().items()},
-        "final_max_q": scored(pa.array(scores.final_max_q)),
-        "policy": same(policy.name),
-        "policy_fingerprint": same(policy.fingerprint),
-        "policy_step": same(policy.step, pa.int64()),
-        "teacher": same(teacher and teacher.name),
-        "teacher_fingerprint": same(teacher and teacher.fingerprint),
-        "rollouts_segment": same(segment),
-        "row": pa.array(rows),
-    }
-    if top := scores.top:
-        ends = pa.array(np.arange(0, top.q.size + 1, scores.keep_top, dtype=np.int32))
-        for name, values in (("top_q", top.q), ("top_ids", top.ids)):
-            columns[name] = scored(lists(pa.ListArray.from_arrays(ends, pa.array(values.reshape(-1)))))
-    return pa.table(columns)
-
-
-def write_parquet(folder: Path, tables: Iterator[pa.Table]) -> None:
-    """rows-00000.parquet, rows-00001.parquet, …; each table is a row group. Raises OSError."""
-    import pyarrow.parquet as pq
-
-    table, number = next(tables, None), 0
-    while table is not None:
-        size = 0
-        with pq.ParquetWriter(folder / f"rows-{number:05d}.parquet", table.schema, compression="zstd") as writer:
-            while table is not None and size < FILE_BYTES:
-                writer.write_table(table)
-                size, table = size + table.nbytes, next(tables, None)
-        number += 1
-
-
-def write_dataset(folder: Path, tables: Iterator[pa.Table]) -> None:
-    """What `datasets.load_from_disk` reads. Needs the space twice while it writes. Raises OSError."""
-    import datasets
-    import pyarrow as pa
-
-    datasets.disable_progress_bars()
-    raw, first = folder / "raw" / "rows.arrow", next(tables)
-    raw.parent.mkdir()
-    with pa.OSFile(str(raw), "wb") as file, pa.ipc.new_stream(file, first.schema) as stream:
-        for table in chain([first], tables):
-            stream.write_table(table)
-    datasets.Dataset.from_file(str(raw)).save_to_disk(folder)
-    shutil.rmtree(raw.parent)
+    for first in range(0, len(joined), ROWS):
+        yield [columns(i) for i in range(first, min(first + ROWS, len(joined)))]

@@ -1,7 +1,7 @@
 """Pictures: bias and variance against K (the paper's Figure 2), and learning curves (its Figure 3).
 
-Each picture has a function that draws a Figure from plain numbers, and one that also writes it as PNG. Lines differ by
-marker and dash as well as by colour, so that they survive grey printing and colour blindness.
+Each picture has a function that draws a Figure from plain numbers; `write_png` writes it. Lines differ by marker and
+dash as well as by colour, so that they survive grey printing and colour blindness.
 """
 
 from __future__ import annotations
@@ -30,31 +30,28 @@ COLOURS = ("#000000", "#E69F00", "#0072B2", "#D55E00", "#56B4E9", "#009E73", "#C
 # -------------------------------------------------------------------------------------------- bias and variance
 
 
-def plot_variance_bias(analysis: Mapping[str, Any], path: Path) -> None:
-    """Write `variance_bias_figure(analysis)` to `path` as PNG. Raises WriteError."""
-    _write(variance_bias_figure(analysis), path)
-
-
 def variance_bias_figure(analysis: Mapping[str, Any]) -> Figure:
     """Two panels over K (log2): variance of Ĝ_1 and bias Ĝ_1 − G_1; a line per policy, nearest to the teacher first.
 
     `analysis` is `Analysis.to_dict()`. Bars are ± one standard error over prompts. A variance of None is not drawn.
+    Policies without a KL come last.
     """
-    policies = sorted(analysis["policies"], key=lambda p: p["kl_per_token"])
+    policies = sorted(analysis["policies"], key=lambda p: (p["kl_per_token"] is None, p["kl_per_token"] or 0))
     ks = sorted({point["k"] for policy in policies for point in policy["by_k"]})
     columns = 1 if len(policies) <= 6 else 2
     figure = _figure(9, 4.1 + 0.18 * len(policies) / columns)
     panels = figure.subplots(1, 2)
     for axes, quantity in zip(panels, ("variance", "bias"), strict=True):
         for i, policy in enumerate(policies):
-            points = [p for p in policy["by_k"] if p[quantity] is not None]
+            points = [
+                (p["k"], p[quantity], p[f"{quantity}_se"] or 0) for p in policy["by_k"] if p[quantity] is not None
+            ]
             if not points:
                 continue
+            kl = "unknown" if policy["kl_per_token"] is None else f"{policy['kl_per_token']:.3g} nats per token"
             axes.errorbar(
-                [p["k"] for p in points],
-                [p[quantity] for p in points],
-                [p[f"{quantity}_se"] or 0 for p in points],
-                label=f"{_short(policy['label'], 60 // columns)}   (KL {policy['kl_per_token']:.3g} nats per token)",
+                *zip(*points, strict=True),
+                label=f"{_short(policy['label'], 60 // columns)}   (KL {kl})",
                 # an order, so shades of one map: dark is near to the teacher
                 color=colormaps["cividis"](0.8 * i / max(len(policies) - 1, 1)),
                 marker=MARKERS[i % len(MARKERS)],
@@ -83,13 +80,6 @@ def variance_bias_figure(analysis: Mapping[str, Any]) -> Figure:
 
 Records = Sequence[Mapping[str, Any]]
 """One mapping per optimizer step, in order, as in `learn`'s metrics.jsonl: quantities, `step`, and `refreshed`."""
-
-
-def plot_learning_curves(
-    runs: Mapping[str, Records], path: Path, panels: Mapping[str, str], *, window: int = 1, title: str = ""
-) -> None:
-    """Write `learning_curves_figure(runs, panels, …)` to `path` as PNG. Raises WriteError."""
-    _write(learning_curves_figure(runs, panels, window=window, title=title), path)
 
 
 def learning_curves_figure(
@@ -168,7 +158,8 @@ def _short(label: str, longest: int = 60) -> str:
     return label if len(label) <= longest else f"{label[:half]}…{label[-half:]}"
 
 
-def _write(figure: Figure, path: Path) -> None:
+def write_png(figure: Figure, path: Path) -> None:
+    """Raises WriteError."""
     png = io.BytesIO()
     figure.savefig(png, format="png")
     write_file(path, png.getvalue())

@@ -6,7 +6,7 @@ Every library score comes with a text that says which variant it is, to be repor
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 from ketchup_cache.config.commands import Metric
 from ketchup_cache.errors import DataError
@@ -41,9 +41,7 @@ def compute(metrics: Sequence[Metric], outputs: Sequence[str], targets: Sequence
 
 def check_targets(metrics: Sequence[Metric], targets: Sequence[str]) -> None:
     """Raise DataError where a metric can't use a target: worth knowing before anything is decoded."""
-    if "gsm8k" not in metrics:
-        return
-    for row, target in enumerate(targets, start=1):
+    for row, target in enumerate(targets if "gsm8k" in metrics else (), start=1):
         if final_answer(target) is None:
             raise DataError(
                 f"target of example {row} has no final answer `#### NUMBER`, which metric gsm8k needs: "
@@ -78,24 +76,17 @@ def _sacrebleu(name: str) -> Callable[[Sequence[str], Sequence[str]], Values]:
     return score
 
 
-def _exact(outputs: Sequence[str], targets: Sequence[str]) -> Values:
-    return {"exact": _percent(o.strip() == t.strip() for o, t in zip(outputs, targets, strict=True))}
+def _share(name: str, answer: Callable[[str], str | None]) -> Callable[[Sequence[str], Sequence[str]], Values]:
+    def score(outputs: Sequence[str], targets: Sequence[str]) -> Values:
+        hits = [answer(output) == answer(target) for output, target in zip(outputs, targets, strict=True)]
+        return {name: 100 * sum(hits) / len(hits)}
 
-
-def _gsm8k(outputs: Sequence[str], targets: Sequence[str]) -> Values:
-    return {"gsm8k": _percent(final_answer(o) == final_answer(t) for o, t in zip(outputs, targets, strict=True))}
-
-
-def _percent(hits: Iterable[bool]) -> float:
-    hits = list(hits)
-    return 100 * sum(hits) / len(hits)
+    return score
 
 
 _METRICS: dict[Metric, Callable[[Sequence[str], Sequence[str]], Values]] = {
     "rouge": _rouge,
-    "bleu": _sacrebleu("bleu"),
-    "chrf": _sacrebleu("chrf"),
-    "ter": _sacrebleu("ter"),
-    "exact": _exact,
-    "gsm8k": _gsm8k,
+    **{name: _sacrebleu(name) for name in ("bleu", "chrf", "ter")},
+    "exact": _share("exact", str.strip),
+    "gsm8k": _share("gsm8k", final_answer),
 }

@@ -38,14 +38,9 @@ DECIMALS = 6
 NUMBER = re.compile(r"\$?((?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]*)?|\.[0-9]+)(%?)")
 """With $ before it or % after it. `[0-9]`, because `\\d` matches digits of every script."""
 OPERATIONS: dict[type, Callable[..., Any]] = {
-    ast.Add: operator.add,
-    ast.Sub: operator.sub,
-    ast.Mult: operator.mul,
-    ast.Div: operator.truediv,
-    ast.UAdd: operator.pos,
-    ast.USub: operator.neg,
-    ast.Invert: operator.pos,
-}
+    ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
+    ast.UAdd: operator.pos, ast.USub: operator.neg, ast.Invert: operator.pos,
+}  # fmt: skip
 """`~`, which no expression holds, stands before each parenthesis, so that parentheses are nodes of the tree too."""
 
 
@@ -112,44 +107,32 @@ class Calculator:
             self._pieces[opening[0]] = OPEN[len(opening) - 1 :]
         missing = [sign for sign in (OPEN, "=", *"0123456789.-+*/") if self._text(self._encode(sign)).strip() != sign]
         if missing or not self.result_tokens("-12345.67890"):
-            signs = " ".join(missing) or f"a number and {CLOSE}"
-            raise ModelError(
-                f"{name}: its tokenizer can't write {signs}, which --calculator needs: "
-                "leave --calculator out, or choose a model whose tokenizer knows them"
-            )
+            what = f"its tokenizer can't write {' '.join(missing) or f'a number and {CLOSE}'}, which --calculator needs"
+            raise ModelError(f"{name}: {what}: leave --calculator out, or choose a model whose tokenizer knows them")
 
     def piece(self, token: int) -> str:
         """The text that a token adds in the middle of a text; empty for special tokens."""
-        known = self._pieces.get(token)
-        if known is None:
-            known = "" if token in self._silent else self._decode([token, token])[len(self._decode([token])) :]
-            self._pieces[token] = known
-        return known
+        if token not in self._pieces:
+            once, twice = (self._tokenizer.decode([token] * n, clean_up_tokenization_spaces=False) for n in (1, 2))
+            self._pieces[token] = "" if token in self._silent else twice[len(once) :]
+        return self._pieces[token]
 
     def result_tokens(self, result: str) -> list[int]:
         """Tokens of `24>>` as the tokenizer writes it behind a `=`; empty where it can't."""
-        known = self._results.get(result)
-        if known is None:
-            known = self._results[result] = self._write(result + CLOSE)
-        return known
-
-    def _write(self, text: str) -> list[int]:
-        # in context first: on its own, SentencePiece starts a text with a space
-        before, whole = self._encode("1="), self._encode("1=" + text)
-        if whole[: len(before)] == before and self._text(whole[len(before) :]) == text:
-            return whole[len(before) :]
-        # a token of `=2` and the like: then sign by sign
-        tokens = [token for token in self._tokenizer.convert_tokens_to_ids(list(text)) if token is not None]
-        return tokens if self._text(tokens) == text else []
+        if result not in self._results:
+            # in context first: on its own, SentencePiece starts a text with a space
+            text, before, whole = result + CLOSE, self._encode("1="), self._encode(f"1={result}{CLOSE}")
+            # a token of `=2` and the like: then sign by sign
+            signs = [token for token in self._tokenizer.convert_tokens_to_ids(list(text)) if token is not None]
+            ways = [whole[len(before) :] if whole[: len(before)] == before else [], signs]
+            self._results[result] = next((tokens for tokens in ways if self._text(tokens) == text), [])
+        return self._results[result]
 
     def _text(self, tokens: list[int]) -> str:
         return "".join(map(self.piece, tokens))
 
     def _encode(self, text: str) -> list[int]:
         return list(self._tokenizer(text, add_special_tokens=False)["input_ids"])
-
-    def _decode(self, tokens: list[int]) -> str:
-        return str(self._tokenizer.decode(tokens, clean_up_tokenization_spaces=False))
 
 
 class ForcedResults(LogitsProcessor):
@@ -208,12 +191,6 @@ class ForcedResults(LogitsProcessor):
                 self._open[row] = ""
             else:
                 self._open[row] = now[start:]
-                if now.endswith("="):
-                    self._finish(row, now[start + len(OPEN) : -1])
-
-    def _finish(self, row: int, expression: str) -> None:
-        result = calculate(expression)
-        tokens = self._calculator.result_tokens(result) if result is not None else []
-        if tokens:
-            self._queues[row] = list(tokens)
-            self._open[row] = ""
+                result = calculate(now[start + len(OPEN) : -1]) if now.endswith("=") else None
+                if result is not None and (tokens := self._calculator.result_tokens(result)):
+                    self._queues[row], self._open[row] = list(tokens), ""

@@ -14,6 +14,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from ketchup_cache.cache.cache import Cache
 from ketchup_cache.cache.index import ScoredRef
@@ -22,10 +23,9 @@ from ketchup_cache.config.commands import ScoreConfig
 from ketchup_cache.config.options import ScoringOptions
 from ketchup_cache.console import Bar, Report, progress, say
 from ketchup_cache.errors import CacheError, CorruptError, MismatchError, ModelError, NumericsError, WriteError
-from ketchup_cache.models.fingerprint import first_difference, tokenizer_info
+from ketchup_cache.models.fingerprint import require_same_encoding
 from ketchup_cache.models.load import load_tokenizer
 from ketchup_cache.models.memory import TokenBudget
-from ketchup_cache.provenance import TokenizerInfo, require_same_tokenizer
 from ketchup_cache.scoring.teacher import Teacher
 from ketchup_cache.sharing.remote_cache import open_cache
 from ketchup_cache.types import Ragged, Rollouts, Scores
@@ -247,21 +247,16 @@ class Scorer:
 
     def _check_tokenizer(self, cache: Cache, rollouts_id: str) -> None:
         theirs = cache.manifest(rollouts_id).info.tokenizer
-        what = f"{cache.address}, rollouts {rollouts_id[:12]}: score them with a teacher that shares their tokenizer"
-        try:
-            require_same_tokenizer(self.tokenizer, theirs, what)
-        except MismatchError as error:
-            raise MismatchError(f"{error}{self._difference(theirs)}") from None
 
-    def _difference(self, theirs: TokenizerInfo) -> str:
-        """What another tokenizer encodes differently, where it is here and still the one that wrote the rollouts."""
-        if not Path(theirs.name).is_dir():
-            return ""
-        trust = self._options.trust_remote_code
-        other = load_tokenizer(theirs.name, trust_remote_code=trust)
-        if tokenizer_info(other, theirs.name).fingerprint != theirs.fingerprint:
-            return ""
-        return f": {first_difference(load_tokenizer(self._name, trust_remote_code=trust), other)}"
+        def load(name: str) -> PreTrainedTokenizerBase:
+            if name == theirs.name and not Path(name).is_dir():
+                raise ModelError(f"{name}: is not here, and names in a cache are not downloaded")
+            return load_tokenizer(name, trust_remote_code=self._options.trust_remote_code)
+
+        what = f"{cache.address}, rollouts {rollouts_id[:12]}: tokenizer {theirs.name} wrote them"
+        what += f", but that of teacher {self.info.name} encodes differently"
+        todo = "score with a teacher that shares the tokenizer"
+        require_same_encoding(self.tokenizer, theirs, what, todo, load)
 
 
 def _estimated_tokens(cache: Cache, rollouts_id: str, start: int, stop: int) -> int:

@@ -186,7 +186,9 @@ def no_decoding(monkeypatch: pytest.MonkeyPatch):
 def test_a_teacher_with_another_tokenizer_is_refused_at_once(place: Path, tmp_path: Path):
     save_model(tmp_path / "teacher", "1.1")
     make_tokenizer([*WORDS[1:], WORDS[0]]).save_pretrained(tmp_path / "teacher")
-    with pytest.raises(MismatchError, match=r"encode differently \(id 3 is .*\): choose a teacher that shares"):
+    with pytest.raises(
+        MismatchError, match=r"encodes differently from that of model .*: id 3 is .*; choose a teacher that shares"
+    ):
         run(place, teacher=str(tmp_path / "teacher"))
 
 

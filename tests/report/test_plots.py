@@ -13,9 +13,8 @@ from ketchup_cache.errors import WriteError
 from ketchup_cache.report.demo import CURVES
 from ketchup_cache.report.plots import (
     learning_curves_figure,
-    plot_learning_curves,
-    plot_variance_bias,
     variance_bias_figure,
+    write_png,
 )
 
 
@@ -104,8 +103,8 @@ def test_learning_curves_mark_where_rollouts_were_refreshed():
 
 
 def test_files_are_png_of_150_dpi(tmp_path):
-    plot_variance_bias({"policies": [FAR]}, tmp_path / "new" / "analysis.png")
-    plot_learning_curves(RUNS, tmp_path / "curves.png", PANELS, window=2, title="A run")
+    write_png(variance_bias_figure({"policies": [FAR]}), tmp_path / "new" / "analysis.png")
+    write_png(learning_curves_figure(RUNS, PANELS, window=2, title="A run"), tmp_path / "curves.png")
     for path, width in ((tmp_path / "new" / "analysis.png", 9 * 150), (tmp_path / "curves.png", 8 * 150)):
         assert path.read_bytes().startswith(b"\x89PNG")
         picture = imread(path)
@@ -146,5 +145,5 @@ def test_nothing_overlaps():
 def test_a_place_that_can_not_be_written_is_one_line(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(WriteError, match=r"x\.png: can't be written") as caught:
-        plot_variance_bias({"policies": [FAR]}, tmp_path / "file" / "x.png")
+        write_png(variance_bias_figure({"policies": [FAR]}), tmp_path / "file" / "x.png")
     assert "\n" not in str(caught.value)
