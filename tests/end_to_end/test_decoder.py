@@ -19,10 +19,9 @@ from ketchup_cache.rollouts.rollout import rollout
 from ketchup_cache.text.prompts import as_chat, tokenize_prompts
 from ketchup_cache.text.read import data_info, read_examples
 from ketchup_cache.training.pretrain import pretrain
-from tests.helpers.models import WORDS, make_decoder, make_decoder_tokenizer, save_decoder
+from tests.helpers.models import VOCAB, WORDS, make_decoder, make_decoder_tokenizer, save_decoder
 from tests.helpers.oracle import plain_logits, plain_row_scores
 
-VOCAB = len(WORDS) + 3
 EOS = 1
 NOUNS = WORDS[18:23]
 
@@ -103,9 +102,6 @@ def test_pretrain_rollout_score_learn_evaluate(tmp_path, capsys):
             np.testing.assert_allclose(np.atleast_1d(getattr(row, name)), expected, rtol=0, atol=1e-4)
 
 
-# ------------------------------------------------------------------------------------------------------ pretrain
-
-
 def with_bos(tokenizer):
     """As Llama's and Gemma's: <s> before every text."""
     from tokenizers.processors import TemplateProcessing
@@ -116,29 +112,11 @@ def with_bos(tokenizer):
     return tokenizer
 
 
-@pytest.mark.parametrize("bos", [False, True])
-def test_first_loss_is_the_mean_negative_log_likelihood_of_target_and_eos(bos, tmp_path):
-    tokenizer = with_bos(make_decoder_tokenizer()) if bos else make_decoder_tokenizer()
-    folder = save_decoder(tmp_path / "m", tokenizer=tokenizer, vocab_size=VOCAB + 1)
-    data = write_task(tmp_path / "d.jsonl", 6, 0)
-    options = {"model": str(folder), "out": tmp_path / "run", "batch_size": 6, "epochs": 1, "device": "cpu"}
-    report = pretrain(PretrainConfig(**options, data=str(data), template="{prompt} ="))
-    model, nll = make_decoder("qwen2", vocab_size=VOCAB + 1), []
-    words = tokenizer.get_vocab()
-    for line in data.read_text().splitlines():
-        target = [words[word] for word in json.loads(line)["target"].split()]
-        prompt = [*([words["<s>"]] if bos else []), *target, words["="]]
-        logprob = plain_logits(model, prompt, [*target, EOS])[:, : VOCAB + bos].double().log_softmax(1)
-        nll += (-logprob[range(len(target) + 1), [*target, EOS]]).tolist()
-    assert report.loss_first == pytest.approx(np.mean(nll), rel=1e-5)
-
-
 def test_a_model_that_does_not_stop_where_its_tokenizer_ends_is_refused(tmp_path):
     folder = save_decoder(tmp_path / "m", eos_token_id=7)
     data = write_task(tmp_path / "d.jsonl", 6, 0)
-    with pytest.raises(
-        ModelError, match=r"ends texts with '</s>' \(id 1\), at which the model does not stop"
-    ) as refused:
+    message = r"ends texts with '</s>' \(id 1\), at which the model does not stop"
+    with pytest.raises(ModelError, match=message) as refused:
         pretrain(PretrainConfig(model=str(folder), out=tmp_path / "run", data=str(data), device="cpu"))
     assert "\n" not in str(refused.value)
 
@@ -207,17 +185,27 @@ def test_rollout_and_evaluate_ask_in_the_same_words(chat_model, tmp_path):
     assert len(list(open_cache(tmp_path / "cache").manifests("prompts"))) == 2
 
 
-def test_pretrain_learns_the_answer_to_the_chat(chat_model, tmp_path):
-    data = write_task(tmp_path / "d.jsonl", 4, 0)
-    options = {"model": chat_model, "out": tmp_path / "run", "batch_size": 4, "epochs": 1, "device": "cpu"}
-    report = pretrain(PretrainConfig(**options, data=str(data), chat=True))
-    model, words, nll = load_model(chat_model, device="cpu"), chat_tokenizer().get_vocab(), []
+@pytest.mark.parametrize(
+    ("tokenizer", "form", "prompt"),
+    [
+        (make_decoder_tokenizer(), {"template": "{prompt} ="}, "{} ="),
+        (with_bos(make_decoder_tokenizer()), {"template": "{prompt} ="}, "<s> {} ="),
+        (chat_tokenizer(), {"chat": True}, "<s> << user {} >> << assistant"),
+    ],
+    ids=["plain", "bos", "chat"],
+)
+def test_first_loss_is_the_mean_negative_log_likelihood_of_target_and_eos(tokenizer, form, prompt, tmp_path):
+    folder = save_decoder(tmp_path / "m", tokenizer=tokenizer, vocab_size=VOCAB + 4)
+    words, nll = tokenizer.get_vocab(), []
+    data = write_task(tmp_path / "d.jsonl", 6, 0)
+    options = {"model": str(folder), "out": tmp_path / "run", "batch_size": 6, "epochs": 1, "device": "cpu"}
+    report = pretrain(PretrainConfig(**options, data=str(data), **form))
+    model = make_decoder("qwen2", vocab_size=VOCAB + 4)
     for line in data.read_text().splitlines():
-        target = [words[word] for word in json.loads(line)["target"].split()]
-        start = [words[w] for w in ("<s>", "<<", "user")]
-        prompt = [*start, *target, *(words[w] for w in (">>", "<<", "assistant"))]
-        logprob = plain_logits(model, prompt, [*target, EOS])[:, : max(words.values()) + 1].double().log_softmax(1)
-        nll += (-logprob[range(len(target) + 1), [*target, EOS]]).tolist()
+        text = json.loads(line)["target"]
+        given, target = ([words[word] for word in part.split()] for part in (prompt.format(text), f"{text} </s>"))
+        logprob = plain_logits(model, given, target)[:, : max(words.values()) + 1].double().log_softmax(1)
+        nll += (-logprob[range(len(target)), target]).tolist()
     assert report.loss_first == pytest.approx(np.mean(nll), rel=1e-5)
 
 

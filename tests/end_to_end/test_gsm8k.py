@@ -9,10 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoModelForSeq2SeqLM, T5Config, T5ForConditionalGeneration
 
 from ketchup_cache import open_cache
 from ketchup_cache.cli import main
+from tests.helpers.models import wrap_tokenizer
 from tests.helpers.oracle import plain_row_scores as plain_scores
 
 DATA = Path(__file__).parents[3] / "shared" / "data" / "gsm8k"
@@ -22,26 +24,14 @@ FIELDS = ["--prompt-field", "question", "--target-field", "answer"]
 
 def make_tokenizer(texts: list[str]):
     """Byte-level BPE, so that every text is encoded without unknown tokens and decoded to itself."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-    from transformers import PreTrainedTokenizerFast
-
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    special = ["<pad>", "</s>"]
-    tokenizer.train_from_iterator(
-        texts,
-        trainers.BpeTrainer(
-            vocab_size=600,
-            special_tokens=special,
-            show_progress=False,
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        ),
-    )
+    letters = pre_tokenizers.ByteLevel.alphabet()
+    trainer = {"vocab_size": 600, "special_tokens": ["<pad>", "</s>"], "show_progress": False}
+    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(**trainer, initial_alphabet=letters))
     tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", clean_up_tokenization_spaces=False
-    )
+    return wrap_tokenizer(tokenizer, pad_token="<pad>", unk_token=None)
 
 
 def save_t5(folder: Path, tokenizer, *, seed: int, d_model: int) -> str:

@@ -15,7 +15,7 @@ from ketchup_cache.provenance import TeacherInfo
 from ketchup_cache.scoring.teacher import Teacher
 from ketchup_cache.types import Ragged, Rollouts
 from tests.helpers.models import FAMILIES, VOCAB, make_decoder, make_decoder_tokenizer
-from tests.helpers.oracle import assert_same_scores, make_rollouts, plain_scores, random_rollouts, rows_of
+from tests.helpers.oracle import assert_same_scores, make_rollouts, plain_scores, random_rollouts, row_logits, rows_of
 
 TOKENIZER = tokenizer_info(make_decoder_tokenizer(), "tiny")
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -94,17 +94,14 @@ def test_padding_rows_of_the_head_are_never_used():
 @pytest.mark.parametrize("family", ["qwen2", "gpt2", "gemma2"])
 def test_gradients_are_those_of_the_plain_pass(family):
     prompts, rollouts = random_rollouts(2, 6)
-    model = make_decoder(family)
-    head = Head.of(model, VOCAB)
-    states = completion_states(model, Batch(prompts, rollouts.prompt_index, rollouts.completions))
+    model, batch = make_decoder(family), Batch(prompts, rollouts.prompt_index, rollouts.completions)
     targets = torch.tensor(rollouts.completions.values, dtype=torch.long)
-    head.log_prob(states, targets).sum().backward()
+    Head.of(model, VOCAB).log_prob(completion_states(model, batch), targets).sum().backward()
     ours = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
     for prompt, completion, _ in rows_of(rollouts):
-        ids = torch.tensor([[*prompts[prompt].tolist(), *completion]])
-        logits = model(ids).logits[0, len(prompts[prompt]) - 1 : -1]
-        logits.log_softmax(-1)[range(len(completion)), completion].sum().backward()
+        logprob = row_logits(model, prompts[prompt], completion).log_softmax(-1)
+        logprob[range(len(completion)), completion].sum().backward()
     for name, p in model.named_parameters():
         torch.testing.assert_close(ours[name], p.grad, rtol=1e-3, atol=1e-5 * float(p.grad.abs().max()), msg=name)
 

@@ -29,33 +29,40 @@ def test_a_model_in_memory_is_recognised_in_the_folder_it_is_saved_to(version, t
     assert state_fingerprint(loaded) == weights_fingerprint(tmp_path / "half") != before
 
 
+def edit_config(folder, values):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | values))
+
+
 def test_sharding_and_metadata_do_not_matter(tmp_path):
     model = make_t5("1.1")
     model.save_pretrained(tmp_path / "one")
     model.save_pretrained(tmp_path / "many", max_shard_size="20KB")
     assert len(list((tmp_path / "many").glob("*.safetensors"))) > 5
-    config = json.loads((tmp_path / "many" / "config.json").read_text())
     volatile = {"transformers_version": "4.0", "_name_or_path": "x", "use_cache": False, "dropout_rate": 0.0}
-    (tmp_path / "many" / "config.json").write_text(json.dumps(config | volatile))
+    edit_config(tmp_path / "many", volatile)
     assert weights_fingerprint(tmp_path / "one") == weights_fingerprint(tmp_path / "many")
 
 
-def test_one_bit_of_one_weight_matters(tmp_path):
-    make_t5().save_pretrained(tmp_path)
-    before = weights_fingerprint(tmp_path)
-    file = tmp_path / "model.safetensors"
-    data = bytearray(file.read_bytes())
+def flip_a_bit(folder):
+    data = bytearray((folder / "model.safetensors").read_bytes())
     data[-1] ^= 1
-    file.write_bytes(data)
-    assert weights_fingerprint(tmp_path) != before
+    (folder / "model.safetensors").write_bytes(data)
 
 
-@pytest.mark.parametrize("change", [{"scale_decoder_outputs": False}, {"num_heads": 2}, {"layer_norm_epsilon": 1e-5}])
-def test_the_architecture_matters(change, tmp_path):
+@pytest.mark.parametrize(
+    "change",
+    [
+        flip_a_bit,
+        lambda folder: edit_config(folder, {"scale_decoder_outputs": False}),
+        lambda folder: edit_config(folder, {"num_heads": 2}),
+        lambda folder: edit_config(folder, {"layer_norm_epsilon": 1e-5}),
+    ],
+)
+def test_one_bit_of_a_weight_and_the_architecture_matter(change, tmp_path):
     make_t5().save_pretrained(tmp_path)
     before = weights_fingerprint(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config | change))
+    change(tmp_path)
     assert weights_fingerprint(tmp_path) != before
 
 
@@ -94,26 +101,23 @@ def safetensors_bytes(header: object, data: bytes = bytes(8)) -> bytes:
 TENSOR = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
 
 
-@pytest.mark.parametrize(
-    "content",
-    [
-        b"",
-        b"\x01",
-        struct.pack("<Q", 1 << 60) + b"{}",
-        safetensors_bytes([1]),
-        safetensors_bytes({"a": 3}),
-        safetensors_bytes({"a": TENSOR | {"dtype": "F99"}}),
-        safetensors_bytes({"a": TENSOR | {"dtype": ["F32"]}}),
-        safetensors_bytes({"a": TENSOR | {"shape": [3]}}),
-        safetensors_bytes({"a": TENSOR | {"shape": ["x"]}}),
-        safetensors_bytes({"a": TENSOR | {"shape": [-2, -1]}}),
-        safetensors_bytes({"a": TENSOR | {"data_offsets": [0, 8, 9]}}),
-        safetensors_bytes({"a": TENSOR | {"data_offsets": [4, 12]}}, bytes(12)),
-        safetensors_bytes({"a": TENSOR, "b": TENSOR}),
-        safetensors_bytes({"a": TENSOR}, bytes(7)),
-        safetensors_bytes({"a": TENSOR}, bytes(9)),
-    ],
-)
+TENSORS = [
+    {"a": TENSOR | {"dtype": "F99"}}, {"a": TENSOR | {"dtype": ["F32"]}}, {"a": TENSOR | {"shape": [3]}},
+    {"a": TENSOR | {"shape": ["x"]}}, {"a": TENSOR | {"shape": [-2, -1]}}, {"a": TENSOR | {"data_offsets": [0, 8, 9]}},
+    {"a": TENSOR, "b": TENSOR}, {"a": 3}, [1],
+]  # fmt: skip
+DAMAGED = [
+    b"",
+    b"\x01",
+    struct.pack("<Q", 1 << 60) + b"{}",
+    *map(safetensors_bytes, TENSORS),
+    safetensors_bytes({"a": TENSOR | {"data_offsets": [4, 12]}}, bytes(12)),
+    safetensors_bytes({"a": TENSOR}, bytes(7)),
+    safetensors_bytes({"a": TENSOR}, bytes(9)),
+]
+
+
+@pytest.mark.parametrize("content", DAMAGED)
 def test_damaged_weights_are_refused(content, tmp_path):
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "model.safetensors").write_bytes(safetensors_bytes({"a": TENSOR}))
@@ -184,21 +188,14 @@ def test_whatever_encodes_differently_is_different(other):
     assert " in one and " in first_difference(bpe(MERGES), other)
 
 
-def test_one_word_makes_a_difference_and_is_named():
-    words = [*WORDS[:4], "hound", *WORDS[5:]]
-    assert fingerprint(make_tokenizer(words)) != fingerprint(make_tokenizer())
-    assert (
-        first_difference(make_tokenizer(), make_tokenizer(words))
-        == f"id 7 is {WORDS[4]!r} in one and 'hound' in the other"
-    )
-
-
-def test_special_tokens_make_a_difference():
-    other = make_tokenizer()
-    other.pad_token = "</s>"
-    assert fingerprint(other) != fingerprint(make_tokenizer())
-    assert first_difference(make_tokenizer(), other) == "pad_token_id is 0 in one and 1 in the other"
-
-
-def test_vocab_size_is_the_largest_id_and_one():
-    assert tokenizer_info(make_tokenizer(), "x").vocab_size == 60
+def test_a_word_or_a_special_token_makes_a_difference_and_is_named():
+    own, special = make_tokenizer(), make_tokenizer()
+    words = make_tokenizer([*WORDS[:4], "hound", *WORDS[5:]])
+    special.pad_token = "</s>"
+    for other, difference in (
+        (words, f"id 7 is {WORDS[4]!r} in one and 'hound' in the other"),
+        (special, "pad_token_id is 0 in one and 1 in the other"),
+    ):
+        assert fingerprint(other) != fingerprint(own)
+        assert first_difference(own, other) == difference
+    assert tokenizer_info(own, "x").vocab_size == 60  # the largest id and one

@@ -6,36 +6,31 @@ import json
 import signal
 import subprocess
 import sys
-from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from ketchup_cache import open_cache
 from ketchup_cache.cache.cache import Cache
 from ketchup_cache.config.commands import RolloutConfig
-from ketchup_cache.errors import DataError, KetchupError, MismatchError
+from ketchup_cache.errors import DataError, MismatchError, ModelError
 from ketchup_cache.models.fingerprint import weights_fingerprint
-from ketchup_cache.provenance import Sampling
+from ketchup_cache.provenance import PolicyInfo, Sampling
 from ketchup_cache.rollouts import rollout as rollout_module
 from ketchup_cache.rollouts.rollout import rollout, rollout_chunks, rollout_range, sampling_of
 from ketchup_cache.text.read import read_examples
 from ketchup_cache.types import Rollouts
 from tests.helpers.models import WORDS, make_t5, make_tokenizer, save_model, write_prompts
+from tests.helpers.oracle import assert_same_rollouts, plain_logits, rows_of
 
 SMALL = {"ROLLOUTS_PER_SEGMENT": 8, "PROMPTS_PER_SEGMENT": 10, "PROMPT_TOKENS_PER_SEGMENT": 60}
 
 
 @pytest.fixture(autouse=True)
-def small(monkeypatch):
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def small(monkeypatch, one_thread):
     for name, value in SMALL.items():
         monkeypatch.setattr(rollout_module, name, value)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -43,17 +38,18 @@ def student(tmp_path_factory) -> Path:
     return save_model(tmp_path_factory.mktemp("student"), "1.1", scale=1.0)
 
 
-def make_config(folder: Path, student: Path, **changes: object) -> RolloutConfig:
-    options = {
-        "student": str(student),
-        "cache": folder / "cache",
-        "data": str(folder / "prompts.jsonl"),
-        "device": "cpu",
-        "samples": 2,
-        "max_new_tokens": 6,
-        "rollout_batch": 4,
-    } | changes
-    return RolloutConfig(**options)
+def make_config(folder: Path, student: Path, /, *, prompts: int = 4, **changes: object) -> RolloutConfig:
+    """Of the prompts in `folder`, which are made where none are there."""
+    if not (data := folder / "prompts.jsonl").exists():
+        write_prompts(data, prompts)
+    where = {"student": str(student), "cache": folder / "cache", "data": str(data), "device": "cpu"}
+    return RolloutConfig(**(where | {"samples": 2, "max_new_tokens": 6, "rollout_batch": 4} | changes))
+
+
+def rollouts_in(cache: Cache):
+    """(rollouts, tokens of the prompts they index, info) of every segment."""
+    for id_, manifest in cache.manifests("rollouts"):
+        yield cache.load_rollouts(id_), cache.load_prompts(manifest.info.prompts).tokens, manifest.info
 
 
 def contents(cache: Cache) -> dict[tuple[bytes, ...], Rollouts]:
@@ -72,20 +68,15 @@ def ids_in(cache: Cache) -> set[str]:
     return {id_ for id_, _ in cache.manifests()}
 
 
-def assert_same_rollouts(one: Cache, other: Cache) -> None:
+def assert_same_caches(one: Cache, other: Cache) -> None:
     left, right = contents(one), contents(other)
     assert left.keys() == right.keys()
     for key, rollouts in left.items():
-        assert rollouts.completions.offsets.tobytes() == right[key].completions.offsets.tobytes()
-        assert rollouts.completions.values.tobytes() == right[key].completions.values.tobytes()
-        for field in fields(Rollouts):
-            if field.name != "completions":
-                assert getattr(rollouts, field.name).tobytes() == getattr(right[key], field.name).tobytes()
+        assert_same_rollouts(rollouts, right[key])
 
 
 def test_every_prompt_gets_its_samples(tmp_path, student):
-    write_prompts(tmp_path / "prompts.jsonl", 23)
-    config = make_config(tmp_path, student)
+    config = make_config(tmp_path, student, prompts=23)
     report = rollout(config)
     cache = open_cache(config.cache)
     texts = [json.loads(line)["prompt"] for line in Path(config.data).read_text().splitlines()]
@@ -100,13 +91,12 @@ def test_every_prompt_gets_its_samples(tmp_path, student):
 
     rows = {}
     for id_, manifest in cache.manifests("rollouts"):
-        rollouts, parent = cache.load_rollouts(id_), cache.load_prompts(manifest.info.prompts)
+        rollouts, parent, info = cache.load_rollouts(id_), cache.load_prompts(manifest.info.prompts), manifest.info
         assert len(rollouts) <= 8
-        assert manifest.info.policy.fingerprint == weights_fingerprint(student)
-        assert manifest.info.policy.name == str(student)
-        assert manifest.info.sampling == Sampling(samples=2, max_new_tokens=6)
-        for row, prompt in enumerate(rollouts.prompt_index):
-            rows.setdefault(parent.ids[prompt].tobytes(), []).append(rollouts.completions[row])
+        assert info.policy == PolicyInfo(name=str(student), fingerprint=weights_fingerprint(student))
+        assert info.sampling == Sampling(samples=2, max_new_tokens=6)
+        for prompt, completion, _ in rows_of(rollouts):
+            rows.setdefault(parent.ids[prompt].tobytes(), []).append(completion)
     assert {example.id for example in read_examples(config)} == rows.keys()
     assert {len(completions) for completions in rows.values()} == {2}
 
@@ -117,22 +107,20 @@ def test_every_prompt_gets_its_samples(tmp_path, student):
 
 
 def test_logprobs_in_the_cache_are_those_of_the_student(tmp_path, student):
-    write_prompts(tmp_path / "prompts.jsonl", 6)
-    config = make_config(tmp_path, student, temperature=0.8)
+    config = make_config(tmp_path, student, prompts=6, temperature=0.8)
     rollout(config)
-    cache, model = open_cache(config.cache), make_t5("1.1")
-    for id_, manifest in cache.manifests("rollouts"):
-        rollouts, prompts = cache.load_rollouts(id_), cache.load_prompts(manifest.info.prompts).tokens
-        logprob = rollouts.completions.with_values(rollouts.behavior_logprob)
-        for row, prompt in enumerate(rollouts.prompt_index):
-            completion = rollouts.completions[row].tolist()
-            with torch.no_grad():
-                logits = model(
-                    input_ids=torch.tensor([prompts[prompt].tolist()]),
-                    decoder_input_ids=torch.tensor([[0, *completion[:-1]]]),
-                ).logits[0]
-            plain = (logits / 0.8).log_softmax(-1)[range(len(completion)), completion]
-            assert logprob[row] == pytest.approx(plain.numpy(), abs=1e-4)
+    for rollouts, prompts, _ in rollouts_in(open_cache(config.cache)):
+        for prompt, completion, logprob in rows_of(rollouts):
+            plain = (plain_logits(make_t5("1.1"), prompts[prompt], completion) / 0.8).log_softmax(-1)
+            assert logprob == pytest.approx(plain[range(len(completion)), completion].numpy(), abs=1e-4)
+
+
+def test_greedy(tmp_path, student):
+    rollout(make_config(tmp_path, student, greedy=True, samples=1))
+    ((rollouts, prompts, _),) = rollouts_in(open_cache(tmp_path / "cache"))
+    for prompt, completion, _ in rows_of(rollouts):
+        assert completion == plain_logits(make_t5("1.1"), prompts[prompt], completion).argmax(1).tolist()
+    assert not rollouts.behavior_logprob.any()
 
 
 def test_seeds_follow_the_place_in_the_data(tmp_path, student, monkeypatch):
@@ -144,16 +132,14 @@ def test_seeds_follow_the_place_in_the_data(tmp_path, student, monkeypatch):
         return original(*arguments, first_prompt=first_prompt, **options)
 
     monkeypatch.setattr(rollout_module, "sample_completions", spy)
-    write_prompts(tmp_path / "prompts.jsonl", 23)
-    rollout(make_config(tmp_path, student))
+    rollout(make_config(tmp_path, student, prompts=23))
     segments = open_cache(tmp_path / "cache").manifests("prompts")
     assert len(segments) > 2
     assert places == [m.info.start + place for _, m in segments for place in range(0, m.rows, 4)]
 
 
 def test_nothing_is_done_twice(tmp_path, student, monkeypatch):
-    write_prompts(tmp_path / "prompts.jsonl", 12)
-    config = make_config(tmp_path, student)
+    config = make_config(tmp_path, student, prompts=12)
     first = rollout(config)
     cache = open_cache(config.cache)
     ids = ids_in(cache)
@@ -166,7 +152,6 @@ def test_nothing_is_done_twice(tmp_path, student, monkeypatch):
 
 
 def test_other_settings_other_rollouts_same_prompts(tmp_path, student):
-    write_prompts(tmp_path / "prompts.jsonl", 4)
     for i, changes in enumerate(({}, {"seed": 1}, {"temperature": 0.5}, {"samples": 3}, {"max_new_tokens": 5})):
         assert rollout(make_config(tmp_path, student, **changes)).already_there == 0
         cache = open_cache(tmp_path / "cache")
@@ -179,13 +164,11 @@ def test_other_settings_other_rollouts_same_prompts(tmp_path, student):
 
 def test_the_batch_size_does_not_move_the_segments(tmp_path, student):
     """After running out of memory, a smaller batch goes on where the larger one was killed."""
-    write_prompts(tmp_path / "prompts.jsonl", 9)
-    rollout(make_config(tmp_path, student, rollout_batch=6))
+    rollout(make_config(tmp_path, student, prompts=9, rollout_batch=6))
     assert rollout(make_config(tmp_path, student, rollout_batch=2)).already_there == 18
 
 
 def test_the_same_folder_under_another_name_is_the_same_policy(tmp_path, student, monkeypatch):
-    write_prompts(tmp_path / "prompts.jsonl", 4)
     rollout(make_config(tmp_path, student))
     monkeypatch.chdir(student.parent)
     assert rollout(make_config(tmp_path, Path(student.name))).already_there == 8
@@ -193,9 +176,8 @@ def test_the_same_folder_under_another_name_is_the_same_policy(tmp_path, student
 
 def test_prompts_cut_at_another_length_are_other_prompts(tmp_path, student):
     """Their texts, and so their fingerprint, are the same."""
-    write_prompts(tmp_path / "prompts.jsonl", 5)
     for longest in (4, 6, 4):
-        rollout(make_config(tmp_path, student, max_prompt_tokens=longest, long_prompts="truncate"))
+        rollout(make_config(tmp_path, student, prompts=5, max_prompt_tokens=longest, long_prompts="truncate"))
     cache = open_cache(tmp_path / "cache")
     assert [cache.load_prompts(id_).tokens.lengths.max() for id_, _ in cache.manifests("prompts")] == [4, 6]
 
@@ -233,8 +215,7 @@ rollout.rollout(RolloutConfig.model_validate_json(sys.argv[1]))
 
 
 def test_killed_and_started_again_gives_the_rollouts_of_an_uninterrupted_run(tmp_path, student):
-    write_prompts(tmp_path / "prompts.jsonl", 23)
-    config = make_config(tmp_path, student)
+    config = make_config(tmp_path, student, prompts=23)
     arguments = [sys.executable, "-c", KILLED.format(small=SMALL), config.model_dump_json()]
     with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout.readline() == "stuck\n"
@@ -245,15 +226,14 @@ def test_killed_and_started_again_gives_the_rollouts_of_an_uninterrupted_run(tmp
     assert rollout(config).already_there == sum(m.rows for _, m in kept)
     cache = open_cache(config.cache)
     assert {id_ for id_, _ in kept} <= ids_in(cache)
-    uninterrupted = config.model_copy(update={"cache": tmp_path / "other"})
+    uninterrupted = make_config(tmp_path, student, cache=tmp_path / "other")
     rollout(uninterrupted)
-    assert_same_rollouts(cache, open_cache(uninterrupted.cache))
+    assert_same_caches(cache, open_cache(uninterrupted.cache))
     assert sum(len(r) for r in contents(cache).values()) == 46
 
 
 def test_ranges_of_prompts_as_the_learner_asks_for_them(tmp_path, student):
-    write_prompts(tmp_path / "prompts.jsonl", 9)
-    config = make_config(tmp_path, student)
+    config = make_config(tmp_path, student, prompts=9)
     rollout(config)
     cache, model = open_cache(config.cache), make_t5("1.1")
     prompts_id, _ = cache.manifests("prompts")[-1]
@@ -277,7 +257,6 @@ def test_segments_are_small_enough_to_lose(monkeypatch, samples, max_new_tokens,
 
 
 def test_another_tokenizer_does_not_fit_into_the_cache(tmp_path, student):
-    write_prompts(tmp_path / "prompts.jsonl", 4)
     rollout(make_config(tmp_path, student))
     before = ids_in(open_cache(tmp_path / "cache"))
     other = save_model(tmp_path / "other", "1.1")
@@ -294,33 +273,14 @@ def test_another_tokenizer_does_not_fit_into_the_cache(tmp_path, student):
         ("", {}),
         ('{"prompt": "the cat sees a dog"}\n', {"max_prompt_tokens": 3, "long_prompts": "drop"}),
         ('{"prompt": "the cat sees a dog"}\n', {"max_prompt_tokens": 3}),
+        ('{"prompt": "the cat"}\n', {"student": "no/such/student"}),
     ],
 )
-def test_no_cache_is_made_of_bad_data(tmp_path, student, content, changes):
+def test_no_cache_is_made_of_bad_data_or_for_no_student(tmp_path, student, content, changes):
     (tmp_path / "prompts.jsonl").write_text(content)
-    with pytest.raises(DataError):
+    with pytest.raises(ModelError if "student" in changes else DataError):
         rollout(make_config(tmp_path, student, **changes))
     assert not (tmp_path / "cache").exists()
-
-
-def test_no_cache_is_made_for_a_student_that_is_not_there(tmp_path):
-    write_prompts(tmp_path / "prompts.jsonl", 4)
-    with pytest.raises(KetchupError):
-        rollout(make_config(tmp_path, tmp_path / "none"))
-    assert not (tmp_path / "cache").exists()
-
-
-def test_greedy(tmp_path, student):
-    write_prompts(tmp_path / "prompts.jsonl", 4)
-    rollout(make_config(tmp_path, student, greedy=True, samples=1))
-    cache = open_cache(tmp_path / "cache")
-    ((id_, manifest),) = cache.manifests("rollouts")
-    rollouts, prompts = cache.load_rollouts(id_), cache.load_prompts(manifest.info.prompts).tokens
-    model = make_t5("1.1")
-    for row, prompt in enumerate(rollouts.prompt_index):
-        own = model.generate(torch.tensor([prompts[prompt].tolist()]), do_sample=False, max_new_tokens=6)
-        assert rollouts.completions[row].tolist() == own[0, 1:].tolist()
-    assert not rollouts.behavior_logprob.any()
 
 
 def test_first_samples_for_some_prompts_and_stores_them_all(tmp_path, student):
@@ -328,8 +288,7 @@ def test_first_samples_for_some_prompts_and_stores_them_all(tmp_path, student):
 
     (12 is a whole number of batches: a batch that is cut draws other numbers.)
     """
-    write_prompts(tmp_path / "prompts.jsonl", 23)
-    report = rollout(make_config(tmp_path, student, first=12))
+    report = rollout(make_config(tmp_path, student, prompts=23, first=12))
     assert (report.prompts, report.rollouts) == (23, 24)
     rollout(make_config(tmp_path, student, cache=tmp_path / "whole"))
     some, whole = (open_cache(tmp_path / name) for name in ("cache", "whole"))
