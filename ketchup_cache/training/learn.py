@@ -27,7 +27,7 @@ from ketchup_cache.training.metrics import StepMetrics
 from ketchup_cache.training.optimizer import Learner, Optimizer
 from ketchup_cache.training.policy_gradient import policy_gradient_step
 from ketchup_cache.training.run import Run, read_origin, read_pins
-from ketchup_cache.training.source import Offline, OnPolicy, Scored, ScoreRollouts
+from ketchup_cache.training.source import Offline, OnPolicy, ScoreRollouts
 from ketchup_cache.types import Rollouts
 
 OFTEN_CUT = 0.2
@@ -149,8 +149,8 @@ def _scoring(config: LearnConfig) -> ScoreRollouts:
     assert config.teacher is not None
     scorer = Scorer(config.teacher, config, keep_top=config.top_needed)
 
-    def score_rollouts(cache: Cache, rollout_ids: Sequence[str], teacher: str | None) -> Scored:
-        return Scored(scorer.info.fingerprint, scorer.ensure(cache, rollout_ids).load_s)
+    def score_rollouts(cache: Cache, rollout_ids: Sequence[str], teacher: str | None) -> tuple[str, float]:
+        return scorer.info.fingerprint, scorer.ensure(cache, rollout_ids).load_s
 
     return score_rollouts
 

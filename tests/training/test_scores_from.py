@@ -125,7 +125,7 @@ def test_one_teacher_is_chosen_and_kept(tmp_path):
 
     def ask(kept=None, **options):
         options = config(tmp_path, ["s"], scores_from="cache", scores_timeout=0.1, **options)
-        return ScoresFrom(options)(cache, [rollouts_id], kept).teacher
+        return ScoresFrom(options)(cache, [rollouts_id], kept)[0]
 
     cache.commit_scores(make_scores(rollouts, 0, 2), scores_info(rollouts_id, 0, 2, by="half"))
     assert ask() == teacher().fingerprint
