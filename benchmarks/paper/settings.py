@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from ketchup_cache.training import pick
+from ketchup_cache.config.methods import METHODS
 
 Options = dict[str, Any]
 """Options of a command, by their YAML names."""
@@ -136,12 +136,12 @@ class Row:
     @property
     def needs_outputs(self) -> bool:
         """Whether it learns from the teacher's own outputs."""
-        return self.method in pick.ON_OUTPUTS
+        return METHODS[self.method].outputs
 
     @property
     def needs_samples(self) -> bool:
         """Whether it learns from the student's own samples, which are refreshed and scored."""
-        return self.method in pick.ON_SAMPLES
+        return METHODS[self.method].samples
 
     def learning(self, task: Task, seed: int) -> Options:
         """All options of `learn` on a task."""

@@ -8,11 +8,10 @@ cost.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
-from itertools import chain, islice
+from itertools import groupby, islice, pairwise, tee
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +22,11 @@ from ketchup_cache.types import Prompts, Ragged, Rollouts, ScoredRollouts, Score
 
 Part = tuple[int, NDArray[np.int64]]
 """Rows of one segment: index of its ref, rows counted from the ref's first."""
+
+
+def seed_of(major: int, minor: int) -> int:
+    """One seed from two numbers: a seed and a step or phase."""
+    return major * 1_000_003 + minor
 
 
 def plan_batches(refs: Sequence[ScoredRef], batch_size: int, seed: int) -> Iterator[list[Part]]:
@@ -67,7 +71,6 @@ class Stream:
         refs: Sequence[ScoredRef],
         batch_size: int,
         seed: int,
-        *,
         skip: int = 0,
         batches: int | None = None,
     ) -> None:
@@ -76,66 +79,42 @@ class Stream:
         """
         # a handle of its own: the caller may commit to the cache while the thread reads it
         self._cache, self._refs = cache.handle(), refs
+        plan = islice(plan_batches(refs, batch_size, seed), skip, None if batches is None else skip + batches)
+        self._plan, ahead = tee(plan)
+        indices = (index for parts in ahead for index, _ in parts)
+        self._pairs = pairwise(index for index, _ in groupby(indices))
+        """Each segment with the one that comes after it."""
+        self._pair = -1, -1
         self._held: dict[int, Future[ScoredRollouts]] = {}
         """Segments in memory, and at most one that is being read."""
-        self._left = batches
-        stop = None if batches is None else skip + batches
-        self._plan = islice(plan_batches(refs, batch_size, seed), skip, stop)
-        self._planned: deque[list[Part]] = deque()
-        """Batches that were looked at to find the segment to read next."""
-        self._follows = -1, -1
-        """A segment, and the one that comes after it."""
         self._thread, self._reader = ThreadPoolExecutor(1, "stream"), ThreadPoolExecutor(1, "segments")
         self._ahead: Future[ScoredRollouts] | None = None
 
     def __next__(self) -> ScoredRollouts:
         """Raises what loading a segment raises, at the batch that needs it; StopIteration after `batches`."""
-        if self._left == 0:
-            raise StopIteration
-        ahead = self._ahead or self._thread.submit(self._make)
-        batch = ahead.result()
-        if self._left is not None:
-            self._left -= 1
-        self._ahead = None if self._left == 0 else self._thread.submit(self._make)
+        batch = (self._ahead or self._thread.submit(self._make)).result()
+        self._ahead = self._thread.submit(self._make)
         return batch
 
     def _make(self) -> ScoredRollouts:
-        parts = self._planned.popleft() if self._planned else next(self._plan)
-        loaded = [(self._load(index), rows) for index, rows in parts]
-        if len(parts) == 1:  # otherwise two segments are held for this batch
-            self._read_after(parts[0][0])
+        parts = next(self._plan)
+        loaded = [(self._segment(index).result(), rows) for index, rows in parts]
+        # otherwise two segments are held for this batch; and of one alone, there is no next
+        if len(parts) == 1 < len(self._refs):
+            if self._pair[0] != (current := parts[0][0]):
+                self._pair = next((pair for pair in self._pairs if pair[0] == current), (current, current))
+            self._segment(self._pair[1])
         return gather(loaded)
 
-    def _load(self, index: int) -> ScoredRollouts:
-        self._read(index)
-        try:
-            return self._held[index].result()
-        except BaseException:
-            del self._held[index]
-            raise
-
-    def _read(self, index: int) -> None:
-        """Begin to read a segment that is not held. The two that were asked for last are held."""
+    def _segment(self, index: int) -> Future[ScoredRollouts]:
+        """Read a segment that is not held. The two that were asked for last are held."""
         held = self._held.pop(index, None)
         if held is None:
             while len(self._held) > 1:
                 del self._held[next(iter(self._held))]
             held = self._reader.submit(self._cache.load_scored, self._refs[index])
         self._held[index] = held
-
-    def _read_after(self, current: int) -> None:
-        """Begin to read the segment that the plan comes to after this one."""
-        if len(self._refs) == 1:
-            return
-        if self._follows[0] != current:
-            planned = (index for parts in chain(self._planned, self._look_ahead()) for index, _ in parts)
-            self._follows = current, next((index for index in planned if index != current), current)
-        self._read(self._follows[1])
-
-    def _look_ahead(self) -> Iterator[list[Part]]:
-        for parts in self._plan:
-            self._planned.append(parts)
-            yield parts
+        return held
 
 
 def gather(parts: Sequence[tuple[ScoredRollouts, NDArray[np.int64]]]) -> ScoredRollouts:

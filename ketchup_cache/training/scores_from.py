@@ -12,7 +12,6 @@ from ketchup_cache.errors import CacheError, ConfigError, CorruptError, WriteErr
 from ketchup_cache.provenance import TeacherInfo
 from ketchup_cache.sharing.remote_cache import open_cache
 from ketchup_cache.sharing.transfer import copy
-from ketchup_cache.training.source import Scored
 
 POLL_S = 2.0
 """Seconds between two looks for scores. After an outage they grow up to SAY_EVERY_S."""
@@ -29,7 +28,7 @@ class ScoresFrom:
         self._store: Cache | None = None
         self._sent: set[str] = set()
 
-    def __call__(self, cache: Cache, rollout_ids: Sequence[str], teacher: str | None) -> Scored:
+    def __call__(self, cache: Cache, rollout_ids: Sequence[str], teacher: str | None) -> tuple[str, float]:
         """Put the rollouts there, wait until one teacher has scored every row, and bring the scores back.
 
         teacher: fingerprint of the one that the run has learned from; None: that of `--scored-by`, or the only one that
@@ -39,7 +38,7 @@ class ScoresFrom:
         ConfigError where several teachers have scored everything; CorruptError for damage; WriteError.
         """
         if cache.pinned is not None:  # a pinned run takes no new scores
-            return Scored(cache.select_teacher(self._config.scored_by).fingerprint)
+            return cache.select_teacher(self._config.scored_by).fingerprint, 0.0
         ids = set(rollout_ids)
         left = sum(cache.manifest(id_).rows for id_ in ids)
         news = said = time.monotonic()
@@ -51,7 +50,7 @@ class ScoresFrom:
                     if by:
                         if teacher is None:
                             say(f"scores come from teacher {by.name} ({by.fingerprint[:12]})")
-                        return Scored(by.fingerprint)
+                        return by.fingerprint, 0.0
                     if waiting < left:
                         bar.advance(left - waiting)
                         left, news = waiting, time.monotonic()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,25 +22,17 @@ from ketchup_cache.models.load import resolve_folder
 from ketchup_cache.provenance import PolicyInfo, TokenizerInfo, in_precision
 from ketchup_cache.rollouts.calculator import Calculator
 from ketchup_cache.rollouts.rollout import rollout_chunks, rollout_range, sampling_of
-from ketchup_cache.training.batches import Stream, concatenate
-from ketchup_cache.training.run import seed_of
+from ketchup_cache.training.batches import Stream, concatenate, seed_of
 from ketchup_cache.types import ScoredRollouts
 
 STUDENT, TEACHER = "student", "teacher"
 """Whose rollouts: samples of the student, outputs of the teacher. The order of a batch."""
 
 
-@dataclass(frozen=True)
-class Scored:
-    """By whom rollouts were scored (a fingerprint), and the seconds of it that reading the teacher's weights took."""
-
-    teacher: str
-    load_s: float = 0.0
-
-
-ScoreRollouts = Callable[[Cache, Sequence[str], str | None], Scored]
+ScoreRollouts = Callable[[Cache, Sequence[str], str | None], tuple[str, float]]
 """Scores these rollouts segments, as far as they are not scored yet. The last argument is the fingerprint of the
-teacher that has scored for the run so far."""
+teacher that has scored for the run so far. Returns that of the teacher, and the seconds that reading its weights took.
+"""
 
 
 @dataclass(frozen=True)
@@ -64,7 +56,7 @@ class Offline:
         """Raises CacheError where the cache lacks what the method learns from."""
         self._cache, self._config, method = cache, config, METHODS[config.method]
         # asked for first: where they are missing, they must be made before anything is scored again
-        outputs = {TEACHER: teacher_outputs(cache, config)} if method.outputs else {}
+        outputs = {TEACHER: scored_rollouts(cache, config, TEACHER)} if method.outputs else {}
         self._refs: dict[str, list[ScoredRef]] = {STUDENT: self._samples()} if method.samples else {}
         self._refs |= outputs
         self._share = config.batch_size // len(self._refs)
@@ -73,7 +65,7 @@ class Offline:
 
     def _samples(self) -> list[ScoredRef]:
         """The student's part, before the first batch."""
-        return student_samples(self._cache, self._config)
+        return scored_rollouts(self._cache, self._config, STUDENT)
 
     def _rollouts(self) -> int:
         """How many rollouts the run is to learn from."""
@@ -82,7 +74,7 @@ class Offline:
     def batch(self, step: int, model: PreTrainedModel) -> Drawn:
         """The rollouts of optimizer step `step`. model: the student as it is."""
         for kind in self._refs.keys() - self._streams.keys():
-            self._open(kind, self._config.seed, step, self.steps - step)
+            self._open(kind, self._config.seed, skip=step, batches=self.steps - step)
         drawn = concatenate([next(self._streams[kind]) for kind in self._refs])
         from_teacher = np.repeat([kind == TEACHER for kind in self._refs], self._share)
         return Drawn(drawn, from_teacher, False, {})
@@ -150,16 +142,16 @@ class OnPolicy(Offline):
             times = self._refresh(phase, step, model)
         if refreshed or STUDENT not in self._streams:
             # each phase has a seed of its own; a resumed one skips the batches it has trained on
-            self._open(STUDENT, seed_of(self._config.seed, phase), place, min(every - place, self.steps - step))
+            left = min(every - place, self.steps - step)
+            self._open(STUDENT, seed_of(self._config.seed, phase), skip=place, batches=left)
         drawn = super().batch(step, model)
         return Drawn(drawn.rollouts, drawn.from_teacher, refreshed, times)
 
     def _refresh(self, phase: int, step: int, model: PreTrainedModel) -> dict[str, float]:
         """Sample and score the rollouts of a phase; returns the seconds that took."""
         began = time.perf_counter()
-        if (
-            phase == 0
-        ):  # of the files, as `rollout` takes it: a checkpoint of the Hub may hold tensors the model does not
+        if phase == 0:
+            # of the files, as `rollout` takes it: a checkpoint of the Hub may hold tensors that the model does not
             name, fingerprint = self._config.student, weights_fingerprint(resolve_folder(self._config.student))
             ids = self._held_rollouts(fingerprint)
         else:
@@ -167,7 +159,7 @@ class OnPolicy(Offline):
         ids = ids or self._sample(phase, PolicyInfo(name=name, fingerprint=fingerprint, step=step), model)
         sampled = time.perf_counter()
         load_s = self._take(ids)
-        scored = time.perf_counter() - sampled - load_s
+        scored = max(0.0, time.perf_counter() - sampled - load_s)
         return {"sample_s": sampled - began, "score_s": scored, "load_s": load_s}
 
     def _sample(self, phase: int, policy: PolicyInfo, model: PreTrainedModel) -> list[str]:
@@ -197,29 +189,23 @@ class OnPolicy(Offline):
 
     def _take(self, rollout_ids: Sequence[str]) -> float:
         """Have these rollouts scored, and learn from them; returns the seconds that reading the teacher took."""
-        scored = self._score(self._cache, rollout_ids, self.teacher)
-        self.teacher, place = scored.teacher, {id_: i for i, id_ in enumerate(rollout_ids)}
-        refs = self._cache.scored(scored.teacher, keep_top=self._config.top_needed)
+        self.teacher, load_s = self._score(self._cache, rollout_ids, self.teacher)
+        place = {id_: i for i, id_ in enumerate(rollout_ids)}
+        refs = self._cache.scored(self.teacher, keep_top=self._config.top_needed)
         chosen = [ref for ref in refs if ref.rollouts_id in place]
         self._refs[STUDENT] = sorted(chosen, key=lambda ref: (place[ref.rollouts_id], ref.row_start))
-        return scored.load_s
+        return load_s
 
     def _next_prompts(self, phase: int) -> list[tuple[str, int, int]]:
         """Ranges (prompts segment, start, stop) of this phase's prompts."""
         begin = (phase * self._prompts_per_phase) % self._prompts
-        wanted = min(self._prompts_per_phase, self._prompts)
-        ranges: list[tuple[str, int, int]] = []
-        while wanted:
-            offset = 0
+        end = begin + min(self._prompts_per_phase, self._prompts)
+        ranges = []
+        for first, last in ((begin, min(end, self._prompts)), (0, end - self._prompts)):  # at the end, from the start
             for id_, rows in self._prompt_segments:
-                start = begin - offset
-                if 0 <= start < rows:
-                    stop = min(rows, start + wanted)
+                if (start := max(first, 0)) < (stop := min(last, rows)):
                     ranges.append((id_, start, stop))
-                    wanted -= stop - start
-                    begin = (begin + stop - start) % self._prompts
-                    break
-                offset += rows
+                first, last = first - rows, last - rows
         return ranges
 
     def state(self) -> dict[str, Any]:
@@ -248,64 +234,43 @@ def _distinct_prompts(cache: Cache) -> list[tuple[str, int]]:
     return list(segments.values())
 
 
-# ----------------------------------------------------------------------- what of a cache a method learns from
+def scored_rollouts(cache: Cache, config: LearnConfig, kind: str) -> list[ScoredRef]:
+    """What a method learns from: all scored rollouts of some policies, with as many logits as it needs.
 
+    TEACHER: of `config.teacher_outputs`; without it, of the policy that has the teacher's weights, whatever its name
+    and the precision that the teacher scored in. STUDENT: of `config.policy`; without it, of all policies, where the
+    method learns from teacher outputs too of all others.
 
-def student_samples(cache: Cache, config: LearnConfig) -> list[ScoredRef]:
-    """Scored rollouts of `config.policy`; without one, of all policies, for js and tvd of all but the teacher's.
-
-    Raises CacheError where there are none.
+    Raises CacheError where there are none, or some with fewer logits.
     """
-    wanted = None
-    if config.policy is not None:
-        wanted = {cache.select_policy(config.policy).fingerprint}
-    elif METHODS[config.method].outputs:
-        wanted = {policy.fingerprint for policy in cache.policies()} - _teacher_policies(cache, config)
-    what = f"of policy {config.policy!r}" if config.policy else "of a student"
-    return _scored(cache, config, wanted, f"no scored rollouts {what}; make some with `rollout` and `score`")
-
-
-def teacher_outputs(cache: Cache, config: LearnConfig) -> list[ScoredRef]:
-    """Scored rollouts of `config.teacher_outputs`; without it, of the policy that has the teacher's weights.
-
-    Raises CacheError where there are none.
-    """
-    name = cache.select_teacher(config.scored_by).name
-    return _scored(
-        cache,
-        config,
-        _teacher_policies(cache, config),
-        f"--method {config.method} learns from teacher outputs, but no scored rollouts are of policy "
-        f"{config.teacher_outputs or name}; make them with `ketchup-cache rollout --student {name} --greedy` and "
-        "`ketchup-cache score`, or name a policy with --teacher-outputs",
+    teacher, method = cache.select_teacher(config.scored_by), METHODS[config.method]
+    policies, outputs = {policy.fingerprint for policy in cache.policies()}, set[str]()
+    if method.outputs and config.teacher_outputs is not None:
+        outputs = {cache.select_policy(config.teacher_outputs, "--teacher-outputs").fingerprint}
+    elif method.outputs:
+        outputs = {policy for policy in policies if in_precision(policy, teacher.dtype) == teacher.fingerprint}
+    if kind == TEACHER:
+        wanted = outputs
+        none = (
+            f"--method {config.method} learns from teacher outputs, but no scored rollouts are of policy "
+            f"{config.teacher_outputs or teacher.name}; make them with `ketchup-cache rollout --student {teacher.name} "
+            "--greedy` and `ketchup-cache score`, or name a policy with --teacher-outputs"
+        )
+    else:
+        wanted = {cache.select_policy(config.policy).fingerprint} if config.policy else policies - outputs
+        what = f"of policy {config.policy!r}" if config.policy else "of a student"
+        none = f"no scored rollouts {what}; make some with `rollout` and `score`"
+    top = config.top_needed
+    selected, enough = (
+        [ref for ref in cache.scored(config.scored_by, keep_top=n) if ref.policy.fingerprint in wanted]
+        for n in (0, top)
     )
-
-
-def _teacher_policies(cache: Cache, config: LearnConfig) -> set[str]:
-    """Fingerprints of the policies whose rollouts are teacher outputs: the weights count, and neither the name nor the
-    precision that the teacher scored in."""
-    teacher = cache.select_teacher(config.scored_by)
-    if config.teacher_outputs is not None:
-        return {cache.select_policy(config.teacher_outputs, "--teacher-outputs").fingerprint}
-    all_ = (policy.fingerprint for policy in cache.policies())
-    return {fingerprint for fingerprint in all_ if in_precision(fingerprint, teacher.dtype) == teacher.fingerprint}
-
-
-def _scored(cache: Cache, config: LearnConfig, policies: Iterable[str] | None, none: str) -> list[ScoredRef]:
-    """All scored rows of some policies (None: of all), from segments that keep as many logits as the method needs.
-    Raises CacheError where a row has fewer."""
-
-    def of(keep_top: int) -> list[ScoredRef]:
-        found = cache.scored(config.scored_by, keep_top=keep_top)
-        return [ref for ref in found if policies is None or ref.policy.fingerprint in policies]
-
-    selected, enough = of(0), of(config.top_needed)
     if not selected:
         raise CacheError(f"{cache.address}: {none}")
     if missing := sum(ref.rows for ref in selected) - sum(ref.rows for ref in enough):
         raise CacheError(
             f"{cache.address}: {missing:,} of the rollouts for --method {config.method} are scored without "
-            f"the teacher's {config.top_needed} largest logits (or with fewer); run `ketchup-cache score --teacher "
-            f"{selected[0].teacher.name} --cache {cache.address} --keep-top {config.top_needed}`"
+            f"the teacher's {top} largest logits (or with fewer); run `ketchup-cache score --teacher {teacher.name} "
+            f"--cache {cache.address} --keep-top {top}`"
         )
     return enough

@@ -298,25 +298,15 @@ def test_a_place_without_a_cache_is_one_clear_line(tmp_path, capsys):
         open_cache("memory://nothing/here")
 
 
-def test_pins_show_the_pinned_segments_alone(cache, tmp_path):
-    from ketchup_cache.training import pins
-
+def test_pins_show_the_pinned_segments_alone(cache):
     used = [id_ for id_, _ in cache.manifests()]
-    record = pins.Pins(tmp_path / "run", cache, resumed=False)
-    record.add(used[:2])
-    record.add(used)
-    assert pins.read(tmp_path / "run" / "pins.json") == used
     fill(cache)
     again = open_cache(cache.path)
-    pins.restrict(again, tmp_path / "run" / "pins.json")
+    again.pin(used)
     assert [id_ for id_, _ in again.manifests()] == used
     assert {ref.scores_id for ref in again.scored()} <= set(used)
     with pytest.raises(MismatchError, match="pinned"):
         again.commit_prompts(make_prompts(), prompts_info())
-    other = open_cache(tmp_path / "other", create=True)
-    fill(other)
-    with pytest.raises(MismatchError, match="lacks 3 of the 3"):
-        pins.restrict(other, tmp_path / "run" / "pins.json")
 
 
 def test_a_damaged_copy_in_the_segment_cache_is_fetched_again(cache, tmp_path):

@@ -160,8 +160,8 @@ def test_the_next_segment_is_read_while_batches_of_this_one_are_made(tmp_path, m
 def test_damage_is_reported_at_the_batch_that_meets_it(tmp_path):
     cache = made_up_cache(tmp_path / "cache", 5_000, segment_tokens=2_500)
     refs = cache.scored()
-    chunk = next((cache.path / "segments" / refs[1].scores_id / "q").rglob("0"))
-    chunk.write_bytes(b"x" * chunk.stat().st_size)
+    archive = cache.path / "segments" / refs[1].scores_id / "arrays.zip"
+    archive.write_bytes(b"x" * archive.stat().st_size)
     first = next(i for i, batch in enumerate(plan_batches(refs, 16, 0)) if any(index == 1 for index, _ in batch))
     stream = Stream(cache, refs, 16, 0)
     for _ in range(first):
