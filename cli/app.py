@@ -8,7 +8,7 @@ import sys
 import typing
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
 import typer
 import typer.core
@@ -17,7 +17,7 @@ from pydantic_core import PydanticUndefined
 
 from ketchup_cache.config.commands import COMMANDS
 from ketchup_cache.config.options import Config, Positive
-from ketchup_cache.config.resolve import choices, flag, resolve
+from ketchup_cache.config.resolve import flag, resolve
 from ketchup_cache.errors import KetchupError
 from ketchup_cache.shipped import recipe
 from ketchup_cache.version import __version__
@@ -166,12 +166,22 @@ def _keyword(name: str, kind: Any, declared: Any, default: Any) -> inspect.Param
 
 
 def _metavar(info: FieldInfo) -> str:
-    if words := choices(info.annotation):
+    if words := _choices(info.annotation):
         number = Positive in typing.get_args(info.annotation)
         return "|".join(["INT"] * number + [*words])
     inner = [t for t in typing.get_args(info.annotation) if t is not type(None)] or [info.annotation]
     names = {int: "INT", float: "FLOAT", str: "TEXT", Path: "PATH"}
     return names.get(inner[0], "TEXT") if typing.get_origin(info.annotation) is not tuple else "INT,INT,…"
+
+
+def _choices(annotation: Any) -> tuple[str, ...]:
+    """The words a Literal allows, also inside `| None` and tuples; empty for other types."""
+    if typing.get_origin(annotation) is Literal:
+        return tuple(str(a) for a in typing.get_args(annotation))
+    for inner in typing.get_args(annotation):
+        if found := _choices(inner):
+            return found
+    return ()
 
 
 def _config_path(given: str | None) -> Path | None:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import difflib
-import typing
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import yaml
 from pydantic import ValidationError
@@ -159,13 +158,3 @@ def _explain(detail: ErrorDetails, config_class: type[Config]) -> str:
     }
     wants_this = wants[kind].format(**context) if kind in wants else detail["msg"].lower()
     return f"{flag(name)} {wants_this}, not {given!r}"
-
-
-def choices(annotation: Any) -> tuple[str, ...]:
-    """The words a Literal allows, also inside `| None` and tuples; empty for other types."""
-    if typing.get_origin(annotation) is Literal:
-        return tuple(str(a) for a in typing.get_args(annotation))
-    for inner in typing.get_args(annotation):
-        if found := choices(inner):
-            return found
-    return ()

@@ -30,6 +30,7 @@ from ketchup_cache.scoring.teacher import Teacher
 from ketchup_cache.sharing.remote_cache import open_cache
 from ketchup_cache.types import Ragged, Rollouts, Scores
 
+Storage = Literal["lossless", "compact"]
 LONGEST_PAUSE_S = 60.0
 """Between two tries in an outage."""
 COMMIT_TOKENS: int = ScoreConfig.model_fields["commit_tokens"].default
@@ -96,7 +97,7 @@ def score(config: ScoreConfig) -> ScoreReport:
     Raises CacheError, ModelError, MismatchError (tokenizers), NumericsError, WriteError.
     """
     cache = open_cache(config.cache, create=config.follow)
-    storage: Literal["lossless", "compact"] = "compact" if config.storage == "float16" else "lossless"
+    storage: Storage = "compact" if config.storage == "float16" else "lossless"
     scorer = Scorer(config.teacher, config, config.keep_top, commit_tokens=config.commit_tokens, storage=storage)
     return follow(cache, scorer, config) if config.follow else scorer.ensure(cache)
 
@@ -147,7 +148,7 @@ class Scorer:
         keep_top: int = 0,
         *,
         commit_tokens: int = COMMIT_TOKENS,
-        storage: Literal["lossless", "compact"] = "lossless",
+        storage: Storage = "lossless",
     ) -> None:
         """storage: compact is float16. Raises ModelError where the teacher's files are missing or damaged."""
         self._name, self._options, self._storage = teacher, options, storage
@@ -185,9 +186,11 @@ class Scorer:
             self._check_tokenizer(cache, rollouts_id)
         report = ScoreReport(str(self), rows - sum(stop - start for _, start, stop in missing))
         if self._known is None or self._known.cache is not cache:
-            self._known = _KnownScores(cache, self.info.fingerprint, self.keep_top)
+            self._known = _KnownScores(cache, self.info.fingerprint, self.keep_top, self._storage)
         try:
-            with progress("score", sum(_estimated_tokens(cache, *part) for part in missing)) as bar:
+            manifests = {rollouts_id: cache.manifest(rollouts_id) for rollouts_id, _, _ in missing}
+            total = sum(manifests[i].tokens * (stop - start) // manifests[i].rows for i, start, stop in missing)
+            with progress("score", total) as bar:
                 for rollouts_id, start, stop in missing:
                     completions = cache.load_rollouts(rollouts_id).completions
                     for part in commit_ranges(completions, start, stop, self._commit_tokens):
@@ -264,11 +267,6 @@ class Scorer:
         return f": {first_difference(load_tokenizer(self._name, trust_remote_code=trust), other)}"
 
 
-def _estimated_tokens(cache: Cache, rollouts_id: str, start: int, stop: int) -> int:
-    manifest = cache.manifest(rollouts_id)
-    return manifest.tokens * (stop - start) // manifest.rows
-
-
 def commit_ranges(completions: Ragged, start: int, stop: int, tokens: int) -> Iterator[range]:
     """Rows start..stop in contiguous ranges of at most so many completion tokens; a single row may have more."""
     offsets = completions.offsets
@@ -282,9 +280,10 @@ def commit_ranges(completions: Ragged, start: int, stop: int, tokens: int) -> It
 class _KnownScores:
     """Where a cache has this teacher's scores of a rollout, whichever policy and run the rollout came from."""
 
-    def __init__(self, cache: Cache, teacher: str, keep_top: int) -> None:
+    def __init__(self, cache: Cache, teacher: str, keep_top: int, storage: Storage) -> None:
+        """storage: of the scores to be stored. Copies of compact ones are no lossless ones."""
         self.cache = cache
-        self._teacher, self._keep_top = teacher, keep_top
+        self._teacher, self._keep_top, self._storages = teacher, keep_top, ("lossless", storage)
         self._seen: set[ScoredRef] = set()
         self._places: dict[bytes, tuple[ScoredRef, int]] = {}
 
@@ -292,7 +291,8 @@ class _KnownScores:
         """The scores of the keys that have some by now, each of one row."""
         if any(teacher.fingerprint == self._teacher for teacher in self.cache.teachers()):
             for ref in self.cache.scored(self._teacher, keep_top=self._keep_top):
-                if ref not in self._seen:
+                info = self.cache.manifest(ref.scores_id).info
+                if ref not in self._seen and isinstance(info, ScoresInfo) and info.storage in self._storages:
                     rollouts, prompts = _load(self.cache, ref.rollouts_id)
                     for place, key in enumerate(_keys(prompts, rollouts, range(ref.row_start, ref.row_stop))):
                         self._places.setdefault(key, (ref, place))

@@ -24,6 +24,11 @@ Part = tuple[int, NDArray[np.int64]]
 """Rows of one segment: index of its ref, rows counted from the ref's first."""
 
 
+def seed_of(major: int, minor: int) -> int:
+    """One seed from two numbers: a seed and a step or phase."""
+    return major * 1_000_003 + minor
+
+
 def plan_batches(refs: Sequence[ScoredRef], batch_size: int, seed: int) -> Iterator[list[Part]]:
     """Endless batches of `batch_size` rollouts: each epoch visits every segment once, in a new order, and within a
     segment every prompt in a new order. Samples of one prompt stay together, so that they can be compared.

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ketchup_cache.cache.cache import Cache
 from ketchup_cache.config.commands import LearnConfig
@@ -80,8 +79,8 @@ def learn(config: LearnConfig) -> LearnReport:
     tokenizer = load_tokenizer(config.student, trust_remote_code=config.trust_remote_code)
     info = tokenizer_info(tokenizer, config.student)
     for _, manifest in cache.manifests("prompts"):
-        what = f"{cache.address}: holds prompts of another tokenizer; use a student with the cache's tokenizer"
-        require_same_tokenizer(info, manifest.info.tokenizer, what)
+        what = "holds prompts of another tokenizer; use a student with the cache's tokenizer"
+        require_same_tokenizer(info, manifest.info.tokenizer, f"{cache.address}: {what}")
     if config.pin is not None:
         _show_only(cache, config.pin)
     with Run("learn", config).locked() as run:
@@ -104,7 +103,8 @@ def learn(config: LearnConfig) -> LearnReport:
         def step(number: int) -> tuple[dict[str, Any], str]:
             drawn = source.batch(number, model)
             if number == run.resumed:
-                _warn_of_rollouts(config, drawn.rollouts.rollouts)
+                for warning in rollout_warnings(config, drawn.rollouts.rollouts):
+                    warn(warning)
                 if isinstance(source, OnPolicy) and config.scores_from is not None:
                     _warn_of_origin(config, origin, cache.select_teacher(source.teacher).name)
             if number == run.resumed or drawn.refreshed:
@@ -183,39 +183,28 @@ def _warn_of_origin(config: LearnConfig, origin: Sequence[PolicyInfo], teacher: 
     )
 
 
-def _warn_of_rollouts(config: LearnConfig, rollouts: Rollouts) -> None:
-    for warning in (tail_warning(config, rollouts.completions.lengths), cut_warning(config, rollouts.finished)):
-        if warning:
-            warn(warning)
+def rollout_warnings(config: LearnConfig, rollouts: Rollouts) -> Iterator[str]:
+    """What is likely to go wrong with returns of such rollouts.
 
-
-def tail_warning(config: LearnConfig, lengths: NDArray[np.int64]) -> str | None:
-    """Where most tokens have the return of LLMR whatever K says: Algorithm 1 takes the last K of a completion one by
-    one. On the shipped task `reason` that is how a large K loses (docs/log.md)."""
-    if METHODS[config.method].step != "policy_gradient" or config.k == 1 or config.tail != "one-step":
-        return None
-    share = np.minimum(lengths, config.k).sum() / max(1, lengths.sum())
-    if share < MOSTLY_TAIL:
-        return None
-    return (
-        f"{share:.0%} of the tokens are among the last {config.k} of their completion, where K = {config.k} steps one "
-        f"by one as K = 1 does; choose a smaller --k, or --tail jump"
-    )
-
-
-def cut_warning(config: LearnConfig, finished: NDArray[np.bool_]) -> str | None:
-    """Where many rollouts are dropped because they were cut: the others are the short ones, and to learn from them
-    alone is to learn their length. On the shipped task `reason`, cut at 20 of its 26 tokens, accuracy fell from 42 %
-    to 14 %, with bootstrap it did not (benchmarks/results/ablations.md)."""
-    if METHODS[config.method].step != "policy_gradient" or config.unfinished != "drop":
-        return None
-    share = 1 - finished.mean()
-    if share < OFTEN_CUT:
-        return None
-    return (
-        f"{share:.0%} of the first rollouts were cut at --max-new-tokens and are dropped, so the student learns from "
-        "short ones alone; raise --max-new-tokens, or keep them with --unfinished bootstrap"
-    )
+    Most tokens have the return of LLMR whatever K says, since Algorithm 1 takes the last K of a completion one by one:
+    on the shipped task `reason` that is how a large K loses (docs/log.md). Or many rollouts are dropped because they
+    were cut; the others are the short ones, and to learn from them alone is to learn their length. On `reason`, cut at
+    20 of its 26 tokens, accuracy fell from 42 % to 14 %, with bootstrap it did not (benchmarks/results/ablations.md).
+    """
+    if METHODS[config.method].step != "policy_gradient":
+        return
+    lengths = rollouts.completions.lengths
+    tail, cut = np.minimum(lengths, config.k).sum() / max(1, lengths.sum()), 1 - rollouts.finished.mean()
+    if config.k > 1 and config.tail == "one-step" and tail >= MOSTLY_TAIL:
+        yield (
+            f"{tail:.0%} of the tokens are among the last {config.k} of their completion, where K = {config.k} steps "
+            f"one by one as K = 1 does; choose a smaller --k, or --tail jump"
+        )
+    if config.unfinished == "drop" and cut >= OFTEN_CUT:
+        yield (
+            f"{cut:.0%} of the first rollouts were cut at --max-new-tokens and are dropped, so the student learns from "
+            "short ones alone; raise --max-new-tokens, or keep them with --unfinished bootstrap"
+        )
 
 
 def _note(metrics: StepMetrics) -> str:

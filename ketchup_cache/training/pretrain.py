@@ -25,8 +25,9 @@ from ketchup_cache.provenance import PolicyInfo, TokenizerInfo, require_same_tok
 from ketchup_cache.rollouts.sample import eos_ids
 from ketchup_cache.sharing.remote_cache import open_cache
 from ketchup_cache.text.prompts import as_chat, kept_examples, read_examples, tokenize_prompts
+from ketchup_cache.training.batches import seed_of
 from ketchup_cache.training.optimizer import Learner, Optimizer
-from ketchup_cache.training.run import Run, seed_of
+from ketchup_cache.training.run import Run
 from ketchup_cache.types import TOKEN_DTYPE, Ragged
 
 

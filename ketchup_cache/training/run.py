@@ -41,15 +41,9 @@ MAY_CHANGE = {"checkpoint_every", "trust_remote_code", "scores_timeout"}
 """Options that a resumed run may change, since no number depends on them."""
 ORIGIN = "ketchup-cache-origin.json"
 """Beside a pre-distilled model's weights: the policies whose text it learned."""
-SEED_STRIDE = 1_000_003
 Step = Callable[[int], tuple[dict[str, Any], str]]
 """Takes optimizer step n; returns its line of metrics.jsonl and a note beside the progress bar."""
 AnyReport = TypeVar("AnyReport", bound=Report)
-
-
-def seed_of(major: int, minor: int) -> int:
-    """One seed from two numbers: a seed and a step or phase."""
-    return major * SEED_STRIDE + minor
 
 
 class Run:

@@ -22,8 +22,7 @@ from ketchup_cache.models.load import resolve_folder
 from ketchup_cache.provenance import PolicyInfo, TokenizerInfo, in_precision
 from ketchup_cache.rollouts.calculator import Calculator
 from ketchup_cache.rollouts.segments import rollout_chunks, rollout_range, sampling_of
-from ketchup_cache.training.batches import Stream, concatenate
-from ketchup_cache.training.run import seed_of
+from ketchup_cache.training.batches import Stream, concatenate, seed_of
 from ketchup_cache.types import ScoredRollouts
 
 STUDENT, TEACHER = "student", "teacher"

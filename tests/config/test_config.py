@@ -9,8 +9,9 @@ from typing import get_args
 
 import pytest
 
+from ketchup_cache.cli import main
 from ketchup_cache.config.commands import COMMANDS, LearnConfig
-from ketchup_cache.config.methods import Method
+from ketchup_cache.config.methods import METHODS, Method
 from ketchup_cache.config.resolve import resolve
 from ketchup_cache.errors import ConfigError
 
@@ -78,6 +79,9 @@ def test_all_problems_at_once_each_with_its_fix(tmp_path):
         ({"temperature": "0"}, "--temperature must be greater than 0"),
         ({"greedy": True, "samples": "2"}, "set --samples to 1"),
         ({"top_p": "1.5"}, "--top-p must be 1.0 or less"),
+        ({"scores_from": "cache", "teacher": "t"}, "leave --teacher out, and choose one with --scored-by"),
+        ({"scores_from": "cache", "baseline": "leave-one-out"}, "set --samples to 2 or more"),
+        ({"scores_timeout": "-1"}, "--scores-timeout must be 0.0 or more"),
     ],
 )
 def test_rules(flags, message):
@@ -90,6 +94,7 @@ def test_rules(flags, message):
     [
         ({"method": "llmr", "k": "4"}, "method llmr is K = 1: leave --k out (it is 4), or use another --method"),
         ({"method": "kl", "teacher": "t"}, "method kl learns from teacher outputs in the cache: leave --teacher out"),
+        ({"method": "kl", "scores_from": "cache"}, "learns from teacher outputs in the cache: leave --scores-from out"),
         ({"method": "seqkd", "policy": "s"}, "only those of --teacher-outputs: leave --policy out"),
         ({"method": "js", "batch_size": "9"}, "takes half of the 9 rollouts from the teacher"),
         ({"method": "tvd", "batch_size": "12", "samples": "4"}, "make half of --batch-size a multiple of --samples 4"),
@@ -127,6 +132,23 @@ def test_what_a_method_has_no_use_for_may_stand_in_a_file(tmp_path):
     reverse = resolve("learn", file, {**LEARN, "method": "reverse-kl"})
     assert (reverse.teacher, reverse.policy, reverse.baseline) == ("T", "p", "none")
     assert "leave --teacher out" in problems("learn", file, **LEARN, method="kl", teacher="T")[0]
+
+
+def test_a_flag_for_one_way_of_scoring_passes_over_the_other_in_a_file(tmp_path):
+    file = yaml(tmp_path, "teacher: T\n")
+    ours = resolve("learn", file, LEARN | {"scores_from": "cache"})
+    assert (ours.teacher, ours.scores_from) == (None, "cache")
+    file = yaml(tmp_path, "scores_from: cache\n")
+    ours = resolve("learn", file, LEARN | {"teacher": "T"})
+    assert (ours.teacher, ours.scores_from) == ("T", None)
+    assert resolve("learn", file, LEARN, "xsum").teacher is None
+
+
+def test_every_method_has_a_row_that_says_what_it_learns_from():
+    assert set(METHODS) == set(get_args(Method))
+    for rule in METHODS.values():
+        assert rule.samples or rule.outputs
+        assert set(rule.fixed) <= set(LearnConfig.model_fields)
 
 
 def test_how_many_logits_a_method_needs():
@@ -183,6 +205,25 @@ def test_help_names_every_flag_and_ends_in_examples(command):
         assert name.replace("_", "-") in help_text.replace("\n", " ") or name.upper() in help_text
     assert help_text.rstrip().splitlines()[-1].startswith("    ")
     assert f"ketchup-cache {command}" in help_text.split("Examples:")[1]
+
+
+@pytest.mark.parametrize(
+    ("words", "instead"),
+    [
+        (["compact", "c", "--into", "d"], "`ketchup-cache score --storage float16`"),
+        (["ls", "c"], "`ketchup-cache info CACHE`"),
+        (["diff", "c", "d"], "`ketchup-cache info CACHE OTHER`"),
+        (["gc", "c"], "`ketchup-cache verify CACHE --clean`"),
+        (["score", "--watch", "c"], "--follow with --cache"),
+        (["score", "--idle-exit=3"], "--until-idle"),
+        (["learn", "--scorer", "watch"], "--scores-from"),
+        (["learn", "--scorer-timeout", "3"], "--scores-timeout"),
+    ],
+)
+def test_what_went_away_says_what_to_use(capsys, words, instead):
+    assert main(words) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith(f"is gone: use {instead}")
 
 
 def test_errors_are_lines_with_exit_code_2():

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
 import torch
+from safetensors.torch import load_file
 
 from ketchup_cache.config.commands import LearnConfig, ScoreConfig
 from ketchup_cache.models.head import Head
@@ -17,7 +20,7 @@ from ketchup_cache.scoring.score import Scorer, ScoreReport, follow
 from ketchup_cache.sharing.remote_cache import open_cache
 from ketchup_cache.shipped import task
 from ketchup_cache.training.batches import Stream
-from ketchup_cache.training.optimizer import Learner
+from ketchup_cache.training.optimizer import Learner, Optimizer
 from tests.helpers.tiny import WORDS
 
 TASK = task("translate")
@@ -49,6 +52,37 @@ def following(place: str | Path) -> Iterator[Future[ScoreReport]]:
 def config(tmp_path, folders, **options) -> LearnConfig:
     defaults = {"student": str(folders[0]), "cache": tmp_path / "cache", "out": tmp_path / "run", "batch_size": 4}
     return LearnConfig(**(defaults | {"lr": 1e-3, "steps": 3, "device": "cpu"} | options))
+
+
+def metrics(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_same_weights(one: Path, other: Path, result: str = "student") -> None:
+    """Of the results of two runs, bit for bit."""
+    one, other = (load_file(run / result / "model.safetensors") for run in (one, other))
+    for name, tensor in one.items():
+        assert torch.equal(other[name], tensor), name
+
+
+class Killed(BaseException):
+    """In the place of SIGKILL: nothing of ours catches it."""
+
+
+@contextmanager
+def killed_before(step: int) -> Iterator[None]:
+    """The block dies before this optimizer step."""
+    real = Optimizer.step
+
+    def dying(self, number):
+        if number == step:
+            raise Killed
+        return real(self, number)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Optimizer, "step", dying)
+        with pytest.raises(Killed):
+            yield
 
 
 def whole_batch(cache):

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import json
-
 import numpy as np
 import pytest
-import torch
-from safetensors.torch import load_file
 from transformers import AutoModelForSeq2SeqLM
 
 from ketchup_cache.cache.cache import open_cache
@@ -16,31 +12,12 @@ from ketchup_cache.cli import main
 from ketchup_cache.config.commands import LearnConfig, ScoreConfig
 from ketchup_cache.scoring.score import score
 from ketchup_cache.scoring.teacher import Teacher
-from ketchup_cache.training.optimizer import Optimizer
 from ketchup_cache.training.source import Offline
 from tests.helpers.caches import make_cache, plain_logits
+from tests.helpers.learning import Killed, assert_same_weights, killed_before, metrics
 from tests.helpers.tiny import WORDS, save_model, write_prompts
 
 VOCAB = len(WORDS) + 3
-
-
-class Killed(BaseException):
-    """In the place of SIGKILL: nothing of ours catches it."""
-
-
-def killed_at(number: int, command: list[str]) -> None:
-    """Run a command that dies before its optimizer step `number`."""
-    step = Optimizer.step
-
-    def dying(self, at):
-        if at == number:
-            raise Killed
-        return step(self, at)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Optimizer, "step", dying)
-        with pytest.raises(Killed):
-            main(command)
 
 
 @pytest.fixture(scope="module")
@@ -182,7 +159,7 @@ def words(tmp_path, models, name: str, method: str) -> list[str]:
 @pytest.mark.parametrize("method", ["js", "tvd", "reverse-kl"])
 def test_on_policy_and_killed_it_ends_with_the_same_bits(tmp_path, models, method):
     assert main(words(tmp_path, models, "whole", method)) == 0
-    lines = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
+    lines = metrics(tmp_path / "whole")
     assert [line["step"] for line in lines if line["refreshed"]] == [0, 3, 6]
     for line in lines:
         assert (line["dropped"], line["k_return_mean"], line["advantage_sd"]) == (0, None, None)
@@ -201,12 +178,11 @@ def test_on_policy_and_killed_it_ends_with_the_same_bits(tmp_path, models, metho
 
     command = words(tmp_path, models, "killed", method)
     for last in (1, 4):
-        killed_at(last, command)
+        with killed_before(last):
+            main(command)
     assert main(command) == 0
-    whole, killed = (load_file(tmp_path / run / "student" / "model.safetensors") for run in ("whole", "killed"))
-    assert all(torch.equal(killed[name], tensor) for name, tensor in whole.items())
-    again = [json.loads(line) for line in (tmp_path / "killed" / "metrics.jsonl").read_text().splitlines()]
-    assert [line["loss"] for line in again] == [line["loss"] for line in lines]
+    assert_same_weights(tmp_path / "whole", tmp_path / "killed")
+    assert [line["loss"] for line in metrics(tmp_path / "killed")] == [line["loss"] for line in lines]
 
 
 def test_what_the_cache_holds_of_the_student_is_scored_again_with_logits(tmp_path, models):
@@ -226,10 +202,10 @@ def test_new_teacher_outputs_do_not_enter_a_run_that_goes_on(tmp_path, models):
     """A run that was killed reads the teacher outputs it began with, even if the cache has more by then."""
     command = words(tmp_path, models, "run", "js")
     assert main(words(tmp_path, models, "whole", "js")) == 0
-    killed_at(5, command)
+    with killed_before(5):
+        main(command)
     make_cache(tmp_path / "run-cache", models[1], models[1], prompts=4, seed=9)
     more = ScoreConfig(teacher=str(models[1]), cache=tmp_path / "run-cache", device="cpu", keep_top=9)
     assert score(more).computed > 0
     assert main(command) == 0
-    whole, run = (load_file(tmp_path / name / "student" / "model.safetensors") for name in ("whole", "run"))
-    assert all(torch.equal(run[name], tensor) for name, tensor in whole.items())
+    assert_same_weights(tmp_path / "whole", tmp_path / "run")

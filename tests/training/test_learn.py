@@ -12,16 +12,16 @@ import time
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from ketchup_cache.config.commands import LearnConfig
 from ketchup_cache.errors import CacheError, ConfigError, MismatchError, NumericsError
 from ketchup_cache.models.head import Head
 from ketchup_cache.training.batches import Stream, plan_batches
-from ketchup_cache.training.learn import cut_warning, learn, tail_warning
+from ketchup_cache.training.learn import learn, rollout_warnings
+from ketchup_cache.types import Ragged, Rollouts
 from tests.helpers.caches import make_cache
-from tests.helpers.learning import config, whole_batch
+from tests.helpers.learning import assert_same_weights, config, metrics, whole_batch
 from tests.helpers.tiny import WORDS, make_t5, save_model
 
 VOCAB = len(WORDS) + 3
@@ -54,33 +54,6 @@ def test_every_epoch_visits_every_rollout_once_and_keeps_samples_together(tmp_pa
     assert epochs[0] != epochs[1]
 
 
-def test_stream_gives_the_rows_it_planned(tmp_path, folders):
-    """Against `cache.rows()`, which joins segments in its own way."""
-    cache = make_cache(tmp_path / "cache", *folders, prompts=9, samples=2, segments=2, forced=True)
-    expected = {(r.prompt_id, r.completion_tokens.tobytes(), r.q.tobytes()): r for r in cache.rows()}
-    stream, seen = Stream(cache, cache.scored(), 6, seed=1), set()
-    for _ in range(3):
-        batch = next(stream)
-        rollouts, scores = batch.rollouts, batch.scores
-        for row in range(6):
-            span = slice(rollouts.completions.offsets[row], rollouts.completions.offsets[row + 1])
-            prompt = rollouts.prompt_index[row]
-            key = (
-                batch.prompts.ids[prompt].tobytes().hex(),
-                rollouts.completions[row].tobytes(),
-                scores.q[span].tobytes(),
-            )
-            want = expected[key]
-            seen.add(key)
-            np.testing.assert_array_equal(batch.prompts.tokens[prompt], want.prompt_tokens)
-            for name in ("max_q", "logsumexp", "mean_q"):
-                np.testing.assert_array_equal(getattr(scores, name)[span], getattr(want, name))
-            np.testing.assert_array_equal(rollouts.behavior_logprob[span], want.behavior_logprob)
-            np.testing.assert_array_equal(rollouts.forced[span], want.forced)
-            assert (rollouts.finished[row], scores.final_max_q[row]) == (want.finished, want.final_max_q)
-    assert len(seen) == len(expected) == 18
-
-
 def test_skipping_is_the_same_as_having_seen(tmp_path, folders):
     cache = make_cache(tmp_path / "cache", *folders, prompts=5, samples=2, segments=2)
     slow = Stream(cache, cache.scored(), 4, seed=3)
@@ -105,10 +78,6 @@ def run_learn(options: LearnConfig, **environment) -> subprocess.Popen:
     )
 
 
-def weights(run) -> dict[str, torch.Tensor]:
-    return load_file(run / "student" / "model.safetensors")
-
-
 def test_killed_and_resumed_gives_the_same_bits(cache, tmp_path, folders):
     """kill -9 after some checkpoint; the second run goes on from it to the weights of an undisturbed one."""
     options = config(tmp_path, folders, steps=40, checkpoint_every=3, k=2, warmup=5, schedule="linear")
@@ -126,49 +95,41 @@ def test_killed_and_resumed_gives_the_same_bits(cache, tmp_path, folders):
     assert not (options.out / "student").exists()
     resumed = learn(options)
     assert 0 < resumed.resumed_from < 40
-    for name, tensor in weights(undisturbed.out).items():
-        assert torch.equal(weights(options.out)[name], tensor), name
-    lines = [json.loads(line) for line in (options.out / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == list(range(40))
+    assert_same_weights(undisturbed.out, options.out)
+    assert [line["step"] for line in metrics(options.out)] == list(range(40))
     again = learn(options)
     assert again.already_done
     assert "nothing to do" in str(again)
 
 
-@pytest.mark.parametrize(
-    ("k", "tail", "lengths", "warned"),
-    [
-        (16, "one-step", [24, 24], "67%"),  # the last 16 of 24 tokens
-        (16, "one-step", [9, 5], "100%"),
-        (4, "one-step", [24, 3], None),  # 7 of 27
-        (16, "jump", [24], None),
-        (1, "one-step", [24], None),
-    ],
-)
-def test_a_k_that_most_completions_are_too_short_for(tmp_path, folders, k, tail, lengths, warned):
-    found = tail_warning(config(tmp_path, folders, k=k, tail=tail), np.array(lengths))
-    assert (found or "None").startswith(str(warned))
+CUT, SHORT = [True, False, False, True], [True] * 9 + [False]
 
 
 @pytest.mark.parametrize(
-    ("options", "finished", "warned"),
+    ("options", "lengths", "finished", "warned"),
     [
-        ({"unfinished": "drop"}, [True, False, False, True], "50%"),
-        ({"unfinished": "drop", "method": "llmr"}, [False, True, True, True], "25%"),
-        ({"unfinished": "drop"}, [True] * 9 + [False], None),
-        ({}, [False] * 4, None),
-        ({"unfinished": "drop", "method": "seqkd", "teacher_outputs": "t"}, [False] * 4, None),
+        ({"k": 16}, [24, 24], SHORT, ["67%"]),  # the last 16 of 24 tokens
+        ({"k": 16}, [9, 5], SHORT, ["100%"]),
+        ({"k": 4}, [24, 3], SHORT, []),  # 7 of 27
+        ({"k": 16, "tail": "jump"}, [24], SHORT, []),
+        ({"k": 1}, [24], SHORT, []),
+        ({"k": 16, "unfinished": "drop"}, [9, 5], CUT, ["100%", "50%"]),
+        ({"unfinished": "drop", "method": "llmr"}, [24], [False, True, True, True], ["25%"]),
+        ({"unfinished": "drop"}, [24], SHORT, []),
+        ({}, [24], [False] * 4, []),
+        ({"unfinished": "drop", "method": "seqkd", "teacher_outputs": "t"}, [1], [False] * 4, []),
     ],
 )
-def test_rollouts_that_are_mostly_cut_and_dropped(tmp_path, folders, options, finished, warned):
-    found = cut_warning(config(tmp_path, folders, **options), np.array(finished))
-    assert (found or "None").startswith(str(warned))
+def test_rollouts_that_are_short_for_k_or_mostly_cut_and_dropped(tmp_path, folders, options, lengths, finished, warned):
+    completions = Ragged.from_lengths(np.zeros(sum(lengths)), lengths)
+    rollouts = Rollouts(np.array([]), completions, np.array([]), np.array([]), np.array(finished))
+    found = list(rollout_warnings(config(tmp_path, folders, **options), rollouts))
+    assert [warning.split()[0] for warning in found] == warned
 
 
 def test_each_warning_is_printed_once(cache, tmp_path, folders, capsys, monkeypatch):
-    monkeypatch.setattr(
-        "ketchup_cache.training.learn.OFTEN_CUT", 0.01
-    )  # some of the made-up student's rollouts are cut
+    # some of the made-up student's rollouts are cut
+    monkeypatch.setattr("ketchup_cache.training.learn.OFTEN_CUT", 0.01)
     learn(config(tmp_path, folders, k=50, unfinished="drop", batch_size=len(whole_batch(cache))))
     printed = capsys.readouterr().err
     assert printed.count("--tail jump") == printed.count("--unfinished bootstrap") == 1

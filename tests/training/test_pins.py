@@ -13,13 +13,7 @@ from ketchup_cache.errors import MismatchError
 from ketchup_cache.training.learn import learn
 from ketchup_cache.types import Prompts
 from tests.helpers.caches import make_cache
-from tests.helpers.tiny import save_model, write_prompts
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    base = tmp_path_factory.mktemp("models")
-    return save_model(base / "s", "1.0", seed=1), save_model(base / "t", "1.1", seed=2)
+from tests.helpers.tiny import write_prompts
 
 
 def pinned(run):

@@ -7,7 +7,6 @@ import json
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from ketchup_cache.config.commands import PretrainConfig
 from ketchup_cache.config.options import StepOptions
@@ -15,13 +14,8 @@ from ketchup_cache.errors import CacheError, DataError, KetchupError
 from ketchup_cache.training.optimizer import Optimizer
 from ketchup_cache.training.pretrain import _target_ids, pretrain
 from tests.helpers.caches import make_cache, plain_logits
-from tests.helpers.tiny import assert_bfloat16_gradient, make_t5, make_tokenizer, save_model, write_prompts
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    base = tmp_path_factory.mktemp("models")
-    return save_model(base / "student", "1.0", seed=1), save_model(base / "teacher", "1.1", seed=2)
+from tests.helpers.learning import assert_same_weights, killed_before, metrics
+from tests.helpers.tiny import assert_bfloat16_gradient, make_t5, make_tokenizer, write_prompts
 
 
 def config(tmp_path, folders, **options) -> PretrainConfig:
@@ -43,38 +37,33 @@ def test_first_loss_is_the_mean_negative_log_likelihood(tmp_path, folders):
     assert report.loss_first == pytest.approx(np.mean(nll), rel=1e-5)
 
 
-def test_the_gradient_is_the_same_however_the_batch_is_cut(tmp_path, folders, monkeypatch):
-    data = str(write_prompts(tmp_path / "d.jsonl", 8))
-    results = []
+def gradient(tmp_path, folders, monkeypatch, name, **options):
+    """Of the one step over eight examples."""
+    found = {}
 
-    def keep_gradient(self, step):
-        results[-1] |= {name: p.grad.clone() for name, p in self.named.items() if p.grad is not None}
+    def keep(self, step):
+        found.update({name: p.grad.clone() for name, p in self.named.items() if p.grad is not None})
         return 0.0
 
-    monkeypatch.setattr(Optimizer, "step", keep_gradient)
-    for budget in (1, 40, 10**6):
-        results.append({})
-        out = tmp_path / f"run{budget}"
-        pretrain(config(tmp_path, folders, data=data, batch_size=8, micro_batch_tokens=budget, out=out, epochs=1))
-    for other in results[1:]:
-        assert other.keys() == results[0].keys()
-        for name, gradient in results[0].items():
-            scale = float(gradient.abs().max())
-            torch.testing.assert_close(other[name], gradient, rtol=1e-4, atol=1e-5 * scale, msg=name)
+    monkeypatch.setattr(Optimizer, "step", keep)
+    data = str(write_prompts(tmp_path / "d.jsonl", 8))
+    pretrain(config(tmp_path, folders, data=data, batch_size=8, out=tmp_path / str(name), **options))
+    return found
+
+
+def test_the_gradient_is_the_same_however_the_batch_is_cut(tmp_path, folders, monkeypatch):
+    sizes = (1, 40, 10**6)
+    first, *others = (gradient(tmp_path, folders, monkeypatch, n, micro_batch_tokens=n) for n in sizes)
+    for other in others:
+        assert other.keys() == first.keys()
+        for name, plain in first.items():
+            scale = float(plain.abs().max())
+            torch.testing.assert_close(other[name], plain, rtol=1e-4, atol=1e-5 * scale, msg=name)
 
 
 def test_bfloat16_rounds_the_gradient(tmp_path, folders, monkeypatch):
-    data, found = str(write_prompts(tmp_path / "d.jsonl", 8)), {}
-
-    def keep_gradient(self, step):
-        found[precision] = {name: p.grad.clone() for name, p in self.named.items() if p.grad is not None}
-        return 0.0
-
-    monkeypatch.setattr(Optimizer, "step", keep_gradient)
-    for precision in ("float32", "bfloat16"):
-        out = tmp_path / precision
-        pretrain(config(tmp_path, folders, data=data, batch_size=8, precision=precision, out=out, epochs=1))
-    assert_bfloat16_gradient(found["bfloat16"], found["float32"])
+    exact, rounded = (gradient(tmp_path, folders, monkeypatch, p, precision=p) for p in ("float32", "bfloat16"))
+    assert_bfloat16_gradient(rounded, exact)
 
 
 def test_learns_a_small_set_by_heart(tmp_path, folders):
@@ -96,25 +85,15 @@ def test_learns_the_finished_rollouts_of_a_cache(tmp_path, folders):
     assert report.loss_first == pytest.approx(np.mean(nll), rel=1e-5)
 
 
-def test_interrupted_run_goes_on_to_the_same_weights(tmp_path, folders, monkeypatch):
+def test_interrupted_run_goes_on_to_the_same_weights(tmp_path, folders):
     """With dropout on: its randomness belongs to the step."""
     options = {"data": str(write_prompts(tmp_path / "d.jsonl", 8)), "epochs": 4, "dropout": True, "checkpoint_every": 3}
     pretrain(config(tmp_path, folders, out=tmp_path / "whole", **options))
-    original = Optimizer.step
-
-    def dies(self, step):
-        if step == 5:
-            raise KeyboardInterrupt
-        return original(self, step)
-
-    monkeypatch.setattr(Optimizer, "step", dies)
-    with pytest.raises(KeyboardInterrupt):
+    with killed_before(5):
         pretrain(config(tmp_path, folders, **options))
-    monkeypatch.undo()
     assert pretrain(config(tmp_path, folders, **options)).resumed_from == 3
-    whole, resumed = (load_file(tmp_path / run / "model" / "model.safetensors") for run in ("whole", "run"))
-    assert all(torch.equal(tensor, resumed[name]) for name, tensor in whole.items())
-    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 8
+    assert_same_weights(tmp_path / "whole", tmp_path / "run", "model")
+    assert len(metrics(tmp_path / "run")) == 8
     assert pretrain(config(tmp_path, folders, **options)).already_done
 
 

@@ -14,9 +14,8 @@ from ketchup_cache.cli import main
 from ketchup_cache.errors import CacheError, ConfigError
 from ketchup_cache.sharing import remote_cache
 from ketchup_cache.training import scores_from as module
-from ketchup_cache.training.optimizer import Optimizer
 from ketchup_cache.training.scores_from import ScoresFrom
-from tests.helpers.learning import TASK, config, following
+from tests.helpers.learning import TASK, assert_same_weights, config, following, killed_before
 from tests.helpers.segments import fill, make_scores, scores_info, teacher
 
 SAMPLING = ["--student", str(TASK / "predistilled"), "--samples", "2", "--max-new-tokens", "16", "--device", "cpu"]
@@ -50,10 +49,6 @@ def learn(cache: Path, out: Path, *words: object) -> int:
     return main(["learn", *SAMPLING, *LEARNING, "--cache", str(cache), "--out", str(out), *map(str, words)])
 
 
-def weights(run: Path) -> bytes:
-    return (run / "student" / "model.safetensors").read_bytes()
-
-
 def counts(cache: Path | str) -> dict[str, int]:
     kinds = [manifest.kind for _, manifest in remote_cache.open_cache(cache).manifests()]
     return {kind: kinds.count(kind) for kind in ("prompts", "rollouts", "scores")}
@@ -62,7 +57,7 @@ def counts(cache: Path | str) -> dict[str, int]:
 def test_in_the_cache_itself_by_two_scorers_at_once(cache, resident, tmp_path):
     with following(cache), following(cache):
         assert learn(cache, tmp_path / "run", "--scores-from", "cache") == 0
-    assert weights(tmp_path / "run") == weights(resident / "run")
+    assert_same_weights(tmp_path / "run", resident / "run")
     assert verify(open_folder(cache), deep=True).ok
     assert sum(ref.rows for ref in open_folder(cache).scored()) == 8 + 16
     times = json.loads((tmp_path / "run" / "report.json").read_text())
@@ -71,12 +66,7 @@ def test_in_the_cache_itself_by_two_scorers_at_once(cache, resident, tmp_path):
 
 @pytest.mark.parametrize("url", ["local", "s3"], indirect=True)
 def test_through_another_place_killed_and_resumed_and_with_outages(cache, resident, tmp_path, url, monkeypatch, capsys):
-    step, copy, calls = Optimizer.step, module.copy, []
-
-    def dying(self, number):
-        if number == 3:
-            raise KeyboardInterrupt
-        return step(self, number)
+    copy, calls = module.copy, []
 
     def at_times(*arguments, **options):
         calls.append(arguments)
@@ -86,17 +76,17 @@ def test_through_another_place_killed_and_resumed_and_with_outages(cache, reside
 
     words = ["--scores-from", url, "--scores-timeout", 60]
     with following(url):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(module, "copy", at_times)
-            patch.setattr(Optimizer, "step", dying)
-            assert learn(cache, tmp_path / "run", *words) == 130
+        monkeypatch.setattr(module, "copy", at_times)
+        with killed_before(3):
+            learn(cache, tmp_path / "run", *words)
+        monkeypatch.setattr(module, "copy", copy)
         assert learn(cache, tmp_path / "run", *words) == 0
     assert capsys.readouterr().err.count("cut off; trying again") == 3
-    assert weights(tmp_path / "run") == weights(resident / "run")
+    assert_same_weights(tmp_path / "run", resident / "run")
     assert counts(cache) == counts(url) == {"prompts": 1, "rollouts": 2, "scores": 2}
     # all is scored: the same run in another folder needs nobody
     assert learn(cache, tmp_path / "again", "--scores-from", url, "--scores-timeout", 0.5) == 0
-    assert weights(tmp_path / "again") == weights(resident / "run")
+    assert_same_weights(tmp_path / "again", resident / "run")
 
 
 def test_nobody_scores(cache, tmp_path, capsys, monkeypatch):
