@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import filecmp
 import json
 import re
-import shutil
-import subprocess
-import sys
 
 import pytest
 from transformers import AutoTokenizer
@@ -24,15 +20,6 @@ SPLITS = ("train", "prompts", "dev", "test")
 
 def rows(split: str) -> list[dict[str, str]]:
     return [json.loads(line) for line in (TASK / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()]
-
-
-def test_script_makes_the_shipped_data_and_tokenizer_again(tmp_path):
-    for name in ("make_task.py", "problems.py"):
-        shutil.copy(TASK / name, tmp_path)
-    for part in ("data", "tokenizer"):
-        subprocess.run([sys.executable, tmp_path / "make_task.py", part], check=True, capture_output=True)
-    for name in (*(f"{split}.jsonl" for split in SPLITS), "tokenizer/tokenizer.json"):
-        assert filecmp.cmp(tmp_path / name, TASK / name, shallow=False), name
 
 
 def test_no_problem_is_twice():
@@ -77,8 +64,3 @@ def test_teacher_is_good_and_the_student_has_something_to_learn():
     assert teacher.metrics["gsm8k"] >= 97
     assert 25 <= student.metrics["gsm8k"] <= 60
     assert student.finished > 0.9
-
-
-def test_size():
-    files = [path for path in TASK.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
-    assert sum(path.stat().st_size for path in files) < 6_000_000
