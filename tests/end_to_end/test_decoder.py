@@ -19,7 +19,7 @@ from ketchup_cache.rollouts.rollout import rollout
 from ketchup_cache.text.prompts import as_chat, tokenize_prompts
 from ketchup_cache.text.read import data_info, read_examples
 from ketchup_cache.training.pretrain import pretrain
-from tests.helpers.models import WORDS, make_decoder, make_decoder_tokenizer, save_decoder
+from tests.helpers.models import WORDS, make_decoder_tokenizer, save_decoder
 from tests.helpers.oracle import plain_logits, plain_row_scores
 
 VOCAB = len(WORDS) + 3
@@ -116,6 +116,17 @@ def with_bos(tokenizer):
     return tokenizer
 
 
+def mean_nll(folder: str, tokenizer, data, before: str, after: str) -> float:
+    """Mean negative log-likelihood of all targets with EOS, by plain passes. before, after: words around a prompt."""
+    model, words, nll = load_model(folder, device="cpu"), tokenizer.get_vocab(), []
+    for line in data.read_text().splitlines():
+        target = [words[word] for word in json.loads(line)["target"].split()]
+        prompt = [*(words[w] for w in before.split()), *target, *(words[w] for w in after.split())]
+        logprob = plain_logits(model, prompt, [*target, EOS])[:, : max(words.values()) + 1].double().log_softmax(1)
+        nll += (-logprob[range(len(target) + 1), [*target, EOS]]).tolist()
+    return float(np.mean(nll))
+
+
 @pytest.mark.parametrize("bos", [False, True])
 def test_first_loss_is_the_mean_negative_log_likelihood_of_target_and_eos(bos, tmp_path):
     tokenizer = with_bos(make_decoder_tokenizer()) if bos else make_decoder_tokenizer()
@@ -123,14 +134,8 @@ def test_first_loss_is_the_mean_negative_log_likelihood_of_target_and_eos(bos, t
     data = write_task(tmp_path / "d.jsonl", 6, 0)
     options = {"model": str(folder), "out": tmp_path / "run", "batch_size": 6, "epochs": 1, "device": "cpu"}
     report = pretrain(PretrainConfig(**options, data=str(data), template="{prompt} ="))
-    model, nll = make_decoder("qwen2", vocab_size=VOCAB + 1), []
-    words = tokenizer.get_vocab()
-    for line in data.read_text().splitlines():
-        target = [words[word] for word in json.loads(line)["target"].split()]
-        prompt = [*([words["<s>"]] if bos else []), *target, words["="]]
-        logprob = plain_logits(model, prompt, [*target, EOS])[:, : VOCAB + bos].double().log_softmax(1)
-        nll += (-logprob[range(len(target) + 1), [*target, EOS]]).tolist()
-    assert report.loss_first == pytest.approx(np.mean(nll), rel=1e-5)
+    expected = mean_nll(str(folder), tokenizer, data, "<s>" if bos else "", "=")
+    assert report.loss_first == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_model_that_does_not_stop_where_its_tokenizer_ends_is_refused(tmp_path):
@@ -211,14 +216,8 @@ def test_pretrain_learns_the_answer_to_the_chat(chat_model, tmp_path):
     data = write_task(tmp_path / "d.jsonl", 4, 0)
     options = {"model": chat_model, "out": tmp_path / "run", "batch_size": 4, "epochs": 1, "device": "cpu"}
     report = pretrain(PretrainConfig(**options, data=str(data), chat=True))
-    model, words, nll = load_model(chat_model, device="cpu"), chat_tokenizer().get_vocab(), []
-    for line in data.read_text().splitlines():
-        target = [words[word] for word in json.loads(line)["target"].split()]
-        start = [words[w] for w in ("<s>", "<<", "user")]
-        prompt = [*start, *target, *(words[w] for w in (">>", "<<", "assistant"))]
-        logprob = plain_logits(model, prompt, [*target, EOS])[:, : max(words.values()) + 1].double().log_softmax(1)
-        nll += (-logprob[range(len(target) + 1), [*target, EOS]]).tolist()
-    assert report.loss_first == pytest.approx(np.mean(nll), rel=1e-5)
+    expected = mean_nll(chat_model, chat_tokenizer(), data, "<s> << user", ">> << assistant")
+    assert report.loss_first == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize(

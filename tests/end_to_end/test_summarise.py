@@ -16,15 +16,10 @@ SPLITS = ("train", "prompts", "dev", "test")
 RANK = "rescued stole broke found built sold painted cleaned".split()
 """Past tenses, the most newsworthy first."""
 SAYS = {
-    "rescued": "save rescue rescued",
-    "stole": "steal take stolen",
-    "broke": "break destroy broken",
-    "found": "find discover found",
-    "built": "build make built",
-    "sold": "sell trade sold",
-    "painted": "paint colour painted",
-    "cleaned": "clean wash cleaned",
-}
+    "rescued": "save rescue rescued", "stole": "steal take stolen", "broke": "break destroy broken",
+    "found": "find discover found", "built": "build make built", "sold": "sell trade sold",
+    "painted": "paint colour painted", "cleaned": "clean wash cleaned",
+}  # fmt: skip
 
 
 def rows(name: str) -> list[dict[str, str]]:
@@ -79,13 +74,8 @@ def test_summaries_need_selection_aggregation_and_more_than_copying():
         "pronoun": sum(" . she " in row["prompt"] or " . he " in row["prompt"] for row in found),
         "place first": sum(row["target"].startswith("in ") for row in found),
     }
-    bounds = {
-        "first": (0.3, 0.6),
-        "helper": (0.1, 0.4),
-        "passive": (0.13, 0.27),
-        "pronoun": (0.3, 0.6),
-        "place first": (0.13, 0.27),
-    }
+    bounds = {"first": (0.3, 0.6), "helper": (0.1, 0.4), "pronoun": (0.3, 0.6)}
+    bounds |= {"passive": (0.13, 0.27), "place first": (0.13, 0.27)}
     for name, (low, high) in bounds.items():
         assert low <= share[name] / len(found) <= high, (name, share[name])
 
