@@ -214,7 +214,7 @@ class Scorer:
                     on_batch=bar.advance,
                 )
             except (MismatchError, NumericsError) as error:
-                raise type(error)(f"{cache.path}, rollouts {rollouts_id[:12]}: {error}") from None
+                raise type(error)(f"{cache.address}, rollouts {rollouts_id[:12]}: {error}") from None
             computed_tokens = len(scores.q)
             completions = rollouts.completions.take(places)
             found |= {keys[row - rows.start]: scores.rows(completions, i, i + 1) for i, row in enumerate(places)}
@@ -250,7 +250,7 @@ class Scorer:
 
         who = f"tokenizer {theirs.name} wrote them, but that of teacher {self.info.name} encodes differently"
         what, todo = (
-            f"{cache.path}, rollouts {rollouts_id[:12]}: {who}",
+            f"{cache.address}, rollouts {rollouts_id[:12]}: {who}",
             "score with a teacher that shares the tokenizer",
         )
         require_same_encoding(self.tokenizer, theirs, what, todo, load)
