@@ -37,21 +37,16 @@ TABLE_1 = {
 }
 TABLE_8_K = {"xsum": 2, "europarl": 2, "gsm8k": 16}
 GIVEN = {"student": "s", "cache": "c", "out": "o", "model": "m", "data": "d", "teacher": "t", "to": "parquet"}
+REQUIRED = {
+    command: {key: GIVEN.get(key, "x") for key, field in config.model_fields.items() if field.is_required()}
+    for command, config in COMMANDS.items()
+}
+"""A value for each option that has no default."""
 ALL = [(task, variant) for task in TASKS for variant in MODELS]
 
 
 def from_recipe(command, name, **flags):
     return resolve(command, None, flags, name)
-
-
-def required(command) -> dict[str, str]:
-    """A value for each option that has no default."""
-    fields = COMMANDS[command].model_fields
-    return {key: GIVEN.get(key, "x") for key, field in fields.items() if field.is_required()}
-
-
-def test_these_are_all_the_recipes():
-    assert recipe_names() == sorted(task + variant for task, variant in ALL)
 
 
 @pytest.mark.parametrize(("task", "variant"), ALL, ids=lambda x: x or "t5-base")
@@ -98,7 +93,7 @@ def test_test_examples_are_none_of_the_training_examples():
 @pytest.mark.parametrize("command", list(COMMANDS))
 @pytest.mark.parametrize("name", recipe_names())
 def test_every_recipe_fits_every_command(command, name):
-    flags = required(command)
+    flags = REQUIRED[command].copy()
     if command in ("pretrain", "score"):  # one of several options that name what is read
         flags["cache"] = "c"
     assert isinstance(from_recipe(command, name, **flags), COMMANDS[command])
@@ -124,34 +119,24 @@ def test_commands_of_a_recipe_are_commands(name):
     assert [line.split()[1] for line in commands][-6:] == "rollout pretrain rollout score learn evaluate".split()
 
 
-def test_flags_win_over_config_and_config_over_the_recipe(tmp_path):
+def test_a_file_extends_a_recipe_and_merges_its_sections_and_flags_win(tmp_path):
     file = tmp_path / "mine.yaml"
     file.write_text("max-new-tokens: 7\nlr: 1e-3\n")
     config = resolve("learn", file, {"student": "s", "cache": "c", "lr": "2e-3"}, "xsum")
     assert (config.max_new_tokens, config.lr, config.k, config.epochs) == (7, 2e-3, 2, 10)
-
-
-def test_a_file_extends_a_recipe_and_merges_its_sections(tmp_path):
-    file = tmp_path / "mine.yaml"
     file.write_text("extends: gsm8k-t5-small\nlearn:\n  batch-size: 64\n")
     config = resolve("learn", file, {"student": "s", "cache": "c"})
     assert (config.batch_size, config.k, config.max_new_tokens) == (64, 8, 300)
     assert resolve("pretrain", file, {"cache": "c", "out": "o"}).model == "google-t5/t5-small"
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [("extends: gsm8\n", "no recipe `gsm8`: did you mean `gsm8k`?"), ("extends: 3\n", "no recipe `3`; ")],
-)
-def test_extends_names_a_recipe(tmp_path, text, message):
+def test_extends_names_a_recipe_and_makes_no_circle(tmp_path, monkeypatch):
     file = tmp_path / "mine.yaml"
-    file.write_text(text)
-    with pytest.raises(ConfigError, match="no recipe") as caught:
-        resolve("learn", file, {})
-    assert str(caught.value).startswith(message)
-
-
-def test_a_circle_is_refused(tmp_path, monkeypatch):
+    for name, message in (("gsm8", "no recipe `gsm8`: did you mean `gsm8k`?"), ("3", "no recipe `3`; ")):
+        file.write_text(f"extends: {name}\n")
+        with pytest.raises(ConfigError) as caught:
+            resolve("learn", file, {})
+        assert str(caught.value).startswith(message)
     for name, below in (("a", "b"), ("b", "a")):
         (tmp_path / f"{name}.yaml").write_text(f"extends: {below}\n")
     monkeypatch.setattr("ketchup_cache.config.resolve.recipe_names", lambda: ["a", "b"])
@@ -163,6 +148,7 @@ def test_a_circle_is_refused(tmp_path, monkeypatch):
 def test_list_and_one_recipe(capsys):
     assert main(["recipes"]) == 0
     shown = capsys.readouterr().out
+    assert recipe_names() == sorted(task + variant for task, variant in ALL)
     assert all(f"{name} " in shown for name in recipe_names())
     assert "FLAN-T5-XL (3B) → T5-large (800M)" in shown
     assert main(["recipes", "--json"]) == 0
@@ -191,5 +177,5 @@ def test_list_and_one_recipe(capsys):
 @pytest.mark.parametrize("variant", MODELS)
 def test_gsm8k_is_decoded_with_the_calculator_everywhere(variant):
     for command in ("rollout", "learn", "evaluate"):
-        assert from_recipe(command, "gsm8k" + variant, **required(command)).calculator
-        assert not from_recipe(command, "xsum" + variant, **required(command)).calculator
+        assert from_recipe(command, "gsm8k" + variant, **REQUIRED[command]).calculator
+        assert not from_recipe(command, "xsum" + variant, **REQUIRED[command]).calculator

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ from ketchup_cache.models import memory
 from ketchup_cache.models.memory import PROBE, TokenBudget, free_ram, out_of_memory
 from ketchup_cache.scoring.teacher import Teacher
 from tests.helpers.oracle import assert_same_scores, plain_scores, random_rollouts
+from tests.scoring.test_score import add_rollouts, assert_scored, open_cache, options, save_model, score
 from tests.scoring.test_teacher import MODELS, TEACHERS
 
 TEACHER, MODEL = TEACHERS["1.0"], MODELS["1.0"]
@@ -72,16 +74,6 @@ def test_scores_do_not_depend_on_where_memory_ends(limit, asked, failure):
     assert budget.tokens == found
     assert all(size <= max(found, LONGEST) for size in fails.sizes)
     assert max(fails.sizes) <= limit
-
-
-def test_each_failure_is_said_in_a_line(monkeypatch, capsys):
-    scored(monkeypatch, Fails(LONGEST), TokenBudget(10_000))
-    lines = capsys.readouterr().err.splitlines()
-    whole = int(PROMPTS.lengths[np.unique(ROLLOUTS.prompt_index)].sum()) + len(ROLLOUTS.completions.values)
-    assert lines[0] == f"ketchup-cache: out of memory at a batch of {whole} tokens: going on with at most {whole // 2}"
-    limits = [int(line.split()[-1]) for line in lines]
-    assert limits == sorted(limits, reverse=True)
-    assert len(set(limits)) == len(limits) > 1
 
 
 def test_the_scores_of_a_row_that_never_fits_are_refused_with_what_to_do(monkeypatch):
@@ -157,10 +149,7 @@ def test_on_a_cpu_auto_is_the_default_where_memory_is_plenty_and_less_where_it_i
     """Never less than what has just gone through. A batch takes 128 MB here, in 2,000 tokens."""
     monkeypatch.setattr(memory, "free_ram", lambda: free)
     assert found(CPU, size=2000, between=lambda: np.ones(16_000_000).sum()) == pytest.approx(tokens, rel=0.1)
-
-
-def test_what_nobody_can_measure_has_a_limit_too():
-    assert found(torch.device("mps")) == memory.MOST["cpu"]
+    assert found(torch.device("mps")) == memory.MOST["cpu"]  # what nobody can measure has a limit too
 
 
 def test_small_batches_settle_nothing_and_a_failure_does():
@@ -176,22 +165,21 @@ def test_small_batches_settle_nothing_and_a_failure_does():
 
 def test_free_memory_is_that_of_the_machine_or_of_the_container(tmp_path, monkeypatch):
     monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: SimpleNamespace(available=5_000_000))
-    older = tmp_path / "memory"
-    older.mkdir()
+    (tmp_path / "memory").mkdir()
 
-    def free(folder, **files) -> int:
-        for name, content in files.items():
-            (folder / name.replace("_of_", ".")).write_text(content)
+    def free(folder: str, limit: str, taken: str, stat: str) -> int:
+        names = ("max", "current") if folder == "." else ("limit_in_bytes", "usage_in_bytes")
+        for name, content in zip((*names, "stat"), (limit, taken, stat), strict=True):
+            (tmp_path / folder / f"memory.{name}").write_text(content + "\n")
         return free_ram(tmp_path)
 
     assert free_ram(tmp_path) == 5_000_000
-    assert free(tmp_path, memory_of_max="max\n", memory_of_current="1000000\n", memory_of_stat="anon 5\n") == 5_000_000
-    assert free(tmp_path, memory_of_max="3000000\n") == 2_000_000
-    assert free(tmp_path, memory_of_stat="anon 5\ninactive_file 400000\n") == 2_400_000
-    assert free(tmp_path, memory_of_current="4000000\n") == 0
-    (tmp_path / "memory.max").unlink()
-    old = {"memory_of_limit_in_bytes": "700000\n", "memory_of_usage_in_bytes": "600000\n", "memory_of_stat": ""}
-    assert free(older, **old) == 100_000
+    assert free(".", "max", "1000000", "anon 5") == 5_000_000
+    assert free(".", "3000000", "1000000", "anon 5") == 2_000_000
+    assert free(".", "3000000", "1000000", "anon 5\ninactive_file 400000") == 2_400_000
+    assert free(".", "3000000", "4000000", "anon 5\ninactive_file 400000") == 0
+    assert free(".", "max", "1", "") == 5_000_000
+    assert free("memory", "700000", "600000", "inactive_file 7\ntotal_inactive_file 1000") == 101_000
 
 
 LIMITED = """
@@ -232,11 +220,19 @@ def test_a_process_that_may_have_no_more_memory_goes_on():
 # ------------------------------------------------------------------------------------------------------- in `score`
 
 
-def test_score_keeps_the_budget_from_segment_to_segment_and_reports_it(tmp_path, monkeypatch, capsys):
-    from tests.scoring.test_score import add_rollouts, assert_scored, open_cache, options, save_model, score
+def run_score(tmp_path, segments: int, batch_tokens, **given):
+    """Score random rollouts, check the scores, and return the report."""
+    folder, path = save_model(tmp_path / "teacher", "1.1"), tmp_path / "cache"
+    cache = open_cache(path, create=True)
+    ids = [add_rollouts(cache, *random_rollouts(n, 30, prompts=5), policy=n) for n in range(segments)]
+    report = score(options(cache, folder, **given).model_copy(update={"batch_tokens": batch_tokens}))
+    assert_scored(open_cache(path), folder, ids)
+    assert report.batch_tokens == report.to_dict()["batch_tokens"]
+    return report
 
-    folder = save_model(tmp_path / "teacher", "1.1")
-    cache, sizes, own = open_cache(tmp_path / "cache", create=True), [], Teacher._score_batch
+
+def test_score_keeps_the_budget_from_segment_to_segment_and_reports_it(tmp_path, monkeypatch, capsys):
+    sizes, own = [], Teacher._score_batch
 
     def limited(self, batch, *rest):
         sizes.append(len(batch.completions) * int(batch.prompts.lengths.max() + batch.completions.lengths.max()))
@@ -245,32 +241,24 @@ def test_score_keeps_the_budget_from_segment_to_segment_and_reports_it(tmp_path,
         return own(self, batch, *rest)
 
     monkeypatch.setattr(Teacher, "_score_batch", limited)
-    ids = [add_rollouts(cache, *random_rollouts(seed, 12, prompts=5), policy=seed) for seed in range(3)]
-    report = score(options(cache, folder, commit_tokens=40).model_copy(update={"batch_tokens": 1000}))
+    report = run_score(tmp_path, 3, 1000, commit_tokens=40)
     assert report.segments > 4
-    assert_scored(cache, folder, ids)
-    lines = capsys.readouterr().err.splitlines()
-    limits = [int(line.split()[-1]) for line in lines if "out of memory" in line]
-    assert limits == sorted(limits, reverse=True)
-    assert report.batch_tokens == report.to_dict()["batch_tokens"] == limits[-1] <= 40
+    lines = [line for line in capsys.readouterr().err.splitlines() if "out of memory" in line]
+    limits = [int(line.split()[-1]) for line in lines]
+    assert all(
+        re.fullmatch(r"ketchup-cache: out of memory at a batch of \d+ tokens: going on .*", line) for line in lines
+    )
+    assert limits == sorted(set(limits), reverse=True)
+    assert report.batch_tokens == limits[-1] <= 40
     assert str(report).endswith(f" s, in batches of up to {limits[-1]} tokens")
     assert sum(size > 40 for size in sizes) == len(limits) <= 3  # not again in every segment
-    again = score(options(cache, folder))
-    assert again.batch_tokens is None
 
 
 @pytest.mark.parametrize(("peak", "tokens"), [(1, 4096), (2 * 10**6, 40)])
 def test_auto_in_score_is_found_in_the_second_full_batch(tmp_path, monkeypatch, capsys, peak, tokens):
     """The size is said where memory is what limits it."""
-    from tests.scoring.test_score import add_rollouts, assert_scored, open_cache, options, save_model, score
-
     for name, value in {"PROBE": 40, "used": lambda d: 0, "peak": lambda d: peak, "free": lambda d: 1000}.items():
         monkeypatch.setattr(memory, name, value)
-    folder = save_model(tmp_path / "teacher", "1.1")
-    cache = open_cache(tmp_path / "cache", create=True)
-    ids = [add_rollouts(cache, *random_rollouts(1, 30, prompts=9))]
-    report = score(options(cache, folder).model_copy(update={"batch_tokens": "auto"}))
-    assert_scored(cache, folder, ids)
-    assert report.batch_tokens == tokens
+    assert run_score(tmp_path, 1, "auto").batch_tokens == tokens
     said = f"ketchup-cache: batches of up to {tokens} tokens fit into memory (--batch-tokens auto)"
     assert capsys.readouterr().err.splitlines().count(said) == (tokens < 4096)

@@ -195,28 +195,20 @@ def test_a_scores_segment_may_cut_a_prompt_and_a_prompt_may_be_in_several_segmen
         assert (a.variance, a.bias) == pytest.approx((b.variance, b.bias), rel=1e-12)
 
 
-def test_one_step_is_unbiased_and_long_jumps_of_algorithm_1_are_one_step(tmp_path: Path, rows: list[One]):
-    (policy,) = Builder(tmp_path, 6).add(rows).analyze(ks=(1, 14, 1000)).policies
-    one, longest, longer = policy.by_k
-    assert one.bias == 0
-    assert (longest.variance, longest.bias) == (one.variance, 0)
-    assert (longer.variance, longer.bias) == (one.variance, 0)
-    assert longest.short == 1
-
-
-def test_normalisation_changes_the_return_but_neither_variance_nor_bias(tmp_path: Path, rows: list[One]):
+def test_laws_of_k_tail_and_normalisation(tmp_path: Path, rows: list[One]):
     builder = Builder(tmp_path, 6).add(rows)
+    # one step is unbiased, and long jumps of Algorithm 1 are one step
+    one, *longer = builder.analyze(ks=(1, 14, 1000)).policies[0].by_k
+    assert [(k.variance, k.bias) for k in (one, *longer)] == [(one.variance, 0)] * 3
+    assert longer[1].short == 1
+    # normalisation changes the return, but neither variance nor bias
     raw, centred, logprob = (builder.analyze(normalization=n).policies[0] for n in ("raw", "centred", "logprob"))
     for other in (centred, logprob):
         assert abs(other.return_mean - raw.return_mean) > 1
         for a, b in zip(other.by_k, raw.by_k, strict=True):
             assert (a.bias, a.variance) == pytest.approx((b.bias, b.variance), rel=1e-9)
-
-
-def test_with_jumps_over_the_end_bias_grows_when_k_doubles(tmp_path: Path, rows: list[One]):
-    """The tokens that 2K lands on are among those that K lands on. With tail one-step this is not a law."""
-    (policy,) = Builder(tmp_path, 6).add(rows).analyze(tail="jump").policies
-    biases = [point.bias for point in policy.by_k]
+    # the tokens that 2K lands on are among those that K lands on; with tail one-step this is not a law
+    biases = [point.bias for point in builder.analyze(tail="jump").policies[0].by_k]
     assert biases == sorted(biases)
     assert biases[0] == 0 < biases[1]
 

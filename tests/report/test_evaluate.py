@@ -111,24 +111,40 @@ def test_mean_return_equals_plain_forward_passes(place: Path, plain: list[list[i
     assert "(at most: unfinished outputs count up to the cut)" in str(result)
 
 
-def test_a_model_judged_by_itself_pays_no_gap(place: Path):
-    """Greedy outputs are the teacher's own choices, so G_1 is the largest log-probability in the first state."""
+def test_a_model_judged_by_itself_pays_no_gap_and_the_normalisation_is_the_chosen_one(place: Path):
+    """Greedy outputs are the teacher's own choices, so G_1 is the largest (normalised) logit in the first state."""
     model = AutoModelForSeq2SeqLM.from_pretrained(place / "student")
     tokenizer = AutoTokenizer.from_pretrained(place / "student")
-    best = []
+    first = []
     for row in records(place / "data.jsonl"):
         ids = tokenizer(row["prompt"], return_tensors="pt").input_ids
         with torch.no_grad():
-            logits = model(input_ids=ids, decoder_input_ids=torch.tensor([[0]])).logits[0, 0]
-        best.append(float(logits.log_softmax(-1).max()))
-    result = run(place, teacher=str(place / "student"))
-    assert result.returns.mean == pytest.approx(statistics.fmean(best), abs=1e-4)
+            first.append(model(input_ids=ids, decoder_input_ids=torch.tensor([[0]])).logits[0, 0])
+    for normalization, best in (("raw", first), ("logprob", [logits.log_softmax(-1) for logits in first])):
+        result = run(place, teacher=str(place / "student"), normalization=normalization).returns
+        assert result.mean == pytest.approx(statistics.fmean(float(logits.max()) for logits in best), abs=1e-4)
+        assert result.normalization == normalization
 
 
-def test_normalisation_of_the_return_is_the_chosen_one(place: Path):
-    raw, logprob = (run(place, teacher=str(place / "student"), normalization=n).returns for n in ("raw", "logprob"))
-    assert raw.mean > 0 > logprob.mean  # a largest logit, a log-probability
-    assert (raw.normalization, logprob.normalization) == ("raw", "logprob")
+def test_what_can_not_be_used_is_refused_before_anything_is_decoded(place: Path, tmp_path: Path, monkeypatch):
+    def decoded(*args, **options):
+        raise AssertionError("decoded before the mistake was found")
+
+    monkeypatch.setattr(module, "sample_completions", decoded)
+    save_model(tmp_path / "teacher", "1.1")
+    make_tokenizer([*WORDS[1:], WORDS[0]]).save_pretrained(tmp_path / "teacher")
+    rows = records(place / "data.jsonl")
+    del rows[4]["target"]
+    refusals = (
+        (MismatchError, r"encodes differently from that of model .*: id 3 is .*; choose a teacher that shares",
+         {"teacher": str(tmp_path / "teacher")}),
+        (DataError, r"d\.jsonl: row 5: no text in 'target', but other rows have some",
+         {"data": write_data(tmp_path / "d.jsonl", rows)}),
+        (DataError, "target of example 1 has no final answer", {"metrics": "exact,gsm8k"}),
+    )  # fmt: skip
+    for error, message, options in refusals:
+        with pytest.raises(error, match=message):
+            run(place, **options)
 
 
 def test_the_student_is_gone_before_the_teacher_is_loaded(place: Path, monkeypatch: pytest.MonkeyPatch):
@@ -156,9 +172,11 @@ def test_the_student_is_gone_before_the_teacher_is_loaded(place: Path, monkeypat
 
 def test_without_targets_only_lengths_and_returns(place: Path, tmp_path: Path):
     data = write_data(tmp_path / "d.jsonl", [{"prompt": row["prompt"]} for row in records(place / "data.jsonl")])
-    result = run(place, data=data, teacher=str(place / "teacher"), outputs=tmp_path / "o.jsonl")
-    assert result.metrics is None
-    assert result.returns.mean < 0
+    result = run(place, data=data, teacher=str(place / "teacher"), outputs=tmp_path / "o.jsonl", limit=1)
+    values = json.loads(json.dumps(result.to_dict(), allow_nan=False))
+    assert (values["examples"], values["metrics"]) == (1, None)
+    assert (values["length_sd"], values["returns"]["se"]) == (None, None)  # one output has no spread
+    assert values["returns"]["mean"] == result.returns.mean < 0
     assert "the data has no targets (see --target-field)" in str(result)
     assert {w["target"] for w in records(tmp_path / "o.jsonl")} == {None}
 
@@ -174,50 +192,9 @@ def test_examples_over_the_prompt_limit_are_counted_and_the_others_stay_aligned(
     assert f"({12 - len(short)} left out)" in str(result)
 
 
-@pytest.fixture
-def no_decoding(monkeypatch: pytest.MonkeyPatch):
-    def decoded(*args, **options):
-        raise AssertionError("decoded before the mistake was found")
-
-    monkeypatch.setattr(module, "sample_completions", decoded)
-
-
-@pytest.mark.usefixtures("no_decoding")
-def test_a_teacher_with_another_tokenizer_is_refused_at_once(place: Path, tmp_path: Path):
-    save_model(tmp_path / "teacher", "1.1")
-    make_tokenizer([*WORDS[1:], WORDS[0]]).save_pretrained(tmp_path / "teacher")
-    with pytest.raises(
-        MismatchError, match=r"encodes differently from that of model .*: id 3 is .*; choose a teacher that shares"
-    ):
-        run(place, teacher=str(tmp_path / "teacher"))
-
-
-@pytest.mark.usefixtures("no_decoding")
-def test_data_with_targets_here_and_there_is_refused(place: Path, tmp_path: Path):
-    rows = records(place / "data.jsonl")
-    del rows[4]["target"]
-    with pytest.raises(DataError, match=r"d\.jsonl: row 5: no text in 'target', but other rows have some"):
-        run(place, data=write_data(tmp_path / "d.jsonl", rows))
-
-
-@pytest.mark.usefixtures("no_decoding")
-def test_gsm8k_targets_without_an_answer_are_refused_at_once(place: Path):
-    with pytest.raises(DataError, match="target of example 1 has no final answer"):
-        run(place, metrics="exact,gsm8k")
-
-
 def test_outputs_that_can_not_be_written_are_one_line_and_leave_nothing(place: Path, tmp_path: Path):
     (tmp_path / "file").write_text("")
     with pytest.raises(WriteError, match="can't be written") as caught:
         run(place, outputs=tmp_path / "file" / "outputs.jsonl")
     assert "\n" not in str(caught.value)
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
-
-
-def test_result_is_plain_json(place: Path):
-    result = run(place, teacher=str(place / "teacher"), limit=1)
-    values = json.loads(json.dumps(result.to_dict(), allow_nan=False))
-    assert values["examples"] == 1
-    assert values["length_sd"] is None  # one output has no spread
-    assert values["returns"]["se"] is None
-    assert values["returns"]["mean"] == result.returns.mean

@@ -25,18 +25,12 @@ def top_scores(rollouts, start, stop, top, seed):
     rng = np.random.default_rng(seed)
     tokens = rollouts.completions.slice(start, stop).values
     logits = rng.normal(0, 3, (len(tokens), VOCAB)).astype(np.float32)
-    order = np.argsort(-logits, axis=1)[:, :top].astype(np.int32)
-    others = np.argsort(-logits, axis=1)[:, top:]
-    rest = np.log(np.exp(np.take_along_axis(logits, others, 1).astype(np.float64)).sum(1))
+    order = np.argsort(-logits, axis=1)
+    largest, others = np.split(np.take_along_axis(logits, order, 1), [top], axis=1)
     final = np.where(rollouts.finished[start:stop], 0, rng.normal(0, 3, stop - start)).astype(np.float32)
-    return Scores(
-        q=logits[np.arange(len(tokens)), tokens],
-        max_q=logits.max(1),
-        logsumexp=np.log(np.exp(logits.astype(np.float64)).sum(1)).astype(np.float32),
-        mean_q=logits.mean(1),
-        final_max_q=final,
-        top=TopLogits(np.take_along_axis(logits, order.astype(np.int64), 1), order, rest.astype(np.float32)),
-    )
+    logsumexp, rest = (np.log(np.exp(of.astype(np.float64)).sum(1)).astype(np.float32) for of in (logits, others))
+    kept, q = TopLogits(largest, order[:, :top].astype(np.int32), rest), logits[np.arange(len(tokens)), tokens]
+    return Scores(q, logits.max(1), logsumexp, logits.mean(1), final, kept)
 
 
 @pytest.fixture(scope="module")

@@ -54,33 +54,27 @@ def test_variance_and_bias_are_drawn_with_their_bars():
     assert drawn(variance, "far") == ([1, 2, 8], [40, 22, 11], [[36, 44], [20, 24], [10, 12]])
     assert drawn(bias, "far") == ([1, 2, 8], [0, 5, 7], [[0, 0], [4.5, 5.5], [6.25, 7.75]])
     assert drawn(bias, "near") == ([1, 2, 8], [0, 1.5, 3], [[0, 0], [1.5, 1.5], [3, 3]])
-
-
-def test_an_unknown_variance_is_left_out_not_drawn_as_zero():
-    variance, _ = variance_bias_figure({"policies": [FAR, NEAR]}).axes
+    variance.figure.canvas.draw()
+    for axes in (variance, bias):
+        assert axes.get_xscale() == "log"
+        assert [t.get_text() for t in axes.get_xticklabels()] == ["1", "2", "8"]
+        assert axes.get_ylim()[0] == 0
+    # an unknown variance is left out, not drawn as zero
     assert [c.get_label()[:3] for c in variance.containers] == ["far"]
     variance, _ = variance_bias_figure({"policies": [NEAR]}).axes
     assert [text.get_text() for text in variance.texts] == ["needs 2 rollouts per prompt"]
 
 
 def test_policies_are_named_with_their_kl_from_near_to_far_and_look_different():
-    figure = variance_bias_figure({"policies": [FAR, NEAR]})
+    nobody = dict(FAR, label="nobody", kl_per_token=None)  # all its tokens were forced
+    figure = variance_bias_figure({"policies": [nobody, FAR, NEAR]})
     names = [t.get_text() for t in figure.legends[0].get_texts()]
-    assert names == ["near   (KL 0.5 nats per token)", "far   (KL 1.25 nats per token)"]
-    near, far = (container[0] for container in figure.axes[1].containers)
-    assert near.get_marker() != far.get_marker()
-    assert near.get_linestyle() != far.get_linestyle()
+    assert names == ["near   (KL 0.5 nats per token)", "far   (KL 1.25 nats per token)", "nobody   (KL unknown)"]
+    near, middle, far = (container[0] for container in figure.axes[1].containers)
+    assert len({line.get_marker() for line in (near, middle, far)}) == 3
+    assert len({line.get_linestyle() for line in (near, middle, far)}) == 3
     grey = [np.dot(line.get_color()[:3], [0.299, 0.587, 0.114]) for line in (near, far)]
     assert grey[1] - grey[0] > 0.3  # readable without colour
-
-
-def test_k_axis_is_logarithmic_with_the_given_ks_as_ticks():
-    figure = variance_bias_figure({"policies": [FAR]})
-    figure.canvas.draw()
-    for axes in figure.axes:
-        assert axes.get_xscale() == "log"
-        assert [t.get_text() for t in axes.get_xticklabels()] == ["1", "2", "8"]
-        assert axes.get_ylim()[0] == 0
 
 
 def test_learning_curves_are_the_values_themselves_or_with_a_window_the_mean_of_the_last_steps_too():

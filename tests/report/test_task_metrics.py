@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-from pathlib import Path
 
 import pytest
 
@@ -12,7 +10,6 @@ from ketchup_cache.errors import DataError
 from ketchup_cache.report.task_metrics import compute, final_answer
 
 MAT = "the cat sat on the mat"
-GSM8K = Path(__file__).parents[3] / "shared" / "data" / "gsm8k" / "test.jsonl"
 
 
 def test_rouge_by_hand():
@@ -85,18 +82,6 @@ def test_gsm8k_compares_answers_as_text():
 def test_gsm8k_refuses_a_target_without_an_answer():
     with pytest.raises(DataError, match=r"example 2 has no final answer.*--target-field"):
         compute(["gsm8k"], ["#### 1", "#### 2"], ["#### 1", "2"])
-
-
-def test_gsm8k_answers_of_the_real_test_set_are_right_about_themselves():
-    if not GSM8K.exists():
-        pytest.skip("GSM8K is not on this machine")
-    answers = [json.loads(line)["answer"] for line in GSM8K.read_text(encoding="utf-8").splitlines()]
-    assert len(answers) == 1319
-    assert compute(["gsm8k"], answers, answers)["gsm8k"] == 100
-    neighbours = compute(["gsm8k"], answers, answers[1:] + answers[:1])["gsm8k"]
-    plain = [a.split("#### ")[1].replace(",", "") for a in answers]  # a second reading of the file
-    same = sum(a == b for a, b in zip(plain, plain[1:] + plain[:1], strict=True))
-    assert neighbours == pytest.approx(100 * same / 1319)
 
 
 def test_empty_outputs_are_wrong_not_errors():
