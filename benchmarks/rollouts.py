@@ -208,10 +208,7 @@ def main() -> None:
     model.generation_config.eos_token_id = model.config.eos_token_id = [1, *map(int, ends)]
     n = 4 if chosen.short else chosen.prompts
     prompts = sample(0, n, samples=1).prompts.tokens
-    ways: dict[str, Any] = {
-        "plain": plain,
-        **{name: ours_in(name) for name in WAYS},
-    }
+    ways: dict[str, Any] = {"plain": plain, **{name: ours_in(name) for name in WAYS}}
     missing, wanted = None, [name.strip() for name in chosen.ways.split(",") if name.strip()]
     with tempfile.TemporaryDirectory() as temporary:
         try:

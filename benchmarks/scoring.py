@@ -58,11 +58,7 @@ from ketchup_cache.provenance import TeacherInfo, TokenizerInfo
 from ketchup_cache.scoring.teacher import Teacher
 from ketchup_cache.types import Ragged, Rollouts
 
-MODELS = {
-    "small": partial(t5, T5_SMALL),
-    "base": partial(t5, T5_BASE),
-    "decoder": partial(qwen2, QWEN2_SMALL),
-}
+MODELS = {"small": partial(t5, T5_SMALL), "base": partial(t5, T5_BASE), "decoder": partial(qwen2, QWEN2_SMALL)}
 
 
 def teacher_of(model: Any) -> Teacher:

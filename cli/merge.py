@@ -5,10 +5,7 @@ from ketchup_cache.config.commands import MergeConfig
 from .app import Result, command
 
 
-@command(
-    examples=["ketchup-cache merge ana ben --into both"],
-    positional=["a", "b"],
-)
+@command(examples=["ketchup-cache merge ana ben --into both"], positional=["a", "b"])
 def merge(config: MergeConfig) -> Result:
     """Bring the segments of two caches together in one."""
     from ketchup_cache.sharing.transfer import merge as merge_caches

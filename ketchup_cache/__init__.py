@@ -7,13 +7,7 @@ from typing import TYPE_CHECKING, Any
 from ketchup_cache.version import __version__
 
 if TYPE_CHECKING:
-    from ketchup_cache.config.commands import (
-        EvaluateConfig,
-        LearnConfig,
-        PretrainConfig,
-        RolloutConfig,
-        ScoreConfig,
-    )
+    from ketchup_cache.config.commands import EvaluateConfig, LearnConfig, PretrainConfig, RolloutConfig, ScoreConfig
     from ketchup_cache.method.returns import k_step_returns
     from ketchup_cache.report.evaluate import evaluate
     from ketchup_cache.rollouts.rollout import rollout

@@ -105,13 +105,7 @@ REINFORCE: Options = {
 these rollouts are cut; `drop` was the default when the first of them ran."""
 
 KEEP_TOP = 64
-DIVERGENCE: Options = {
-    "steps": 188,
-    "batch_size": 64,
-    "warmup": 10,
-    "schedule": "linear",
-    "keep_top": KEEP_TOP,
-}
+DIVERGENCE: Options = {"steps": 188, "batch_size": 64, "warmup": 10, "schedule": "linear", "keep_top": KEEP_TOP}
 """`learn` for the methods that learn from teacher outputs: as many steps as eight epochs of 1,500 outputs take."""
 
 ON_SAMPLES: Options = {"samples": 1, "refresh_every": 16}
@@ -199,8 +193,7 @@ ABLATIONS = (
         ),
     ),
     Ablation(
-        "normalisation (no baseline)",
-        (DEFAULT, *(Row(n, {"k": 4, "normalization": n}) for n in ("raw", "centred"))),
+        "normalisation (no baseline)", (DEFAULT, *(Row(n, {"k": 4, "normalization": n}) for n in ("raw", "centred")))
     ),
     Ablation(
         "refresh period N, with and without importance correction",

@@ -257,18 +257,9 @@ HOSTILE = {
     "a missing array": (lambda m, f: m["arrays"].pop("ids"), "array 'ids'"),
     "another dtype": (lambda m, f: m["arrays"]["tokens"].update(dtype="uint32"), "array 'tokens'"),
     "an unknown dtype": (lambda m, f: m["arrays"]["tokens"].update(dtype="object"), "arrays.tokens.dtype"),
-    "a huge shape": (
-        lambda m, f: (
-            m.update(tokens=10**12),
-            m["arrays"]["tokens"].update(shape=[10**12]),
-        ),
-        "limit is",
-    ),
+    "a huge shape": (lambda m, f: (m.update(tokens=10**12), m["arrays"]["tokens"].update(shape=[10**12])), "limit is"),
     "an endless shape": (
-        lambda m, f: (
-            m.update(tokens=10**400),
-            m["arrays"]["tokens"].update(shape=[10**400]),
-        ),
+        lambda m, f: (m.update(tokens=10**400), m["arrays"]["tokens"].update(shape=[10**400])),
         "limit is",
     ),
     "a negative shape": (lambda m, f: m["arrays"]["tokens"].update(shape=[-1]), "arrays.tokens.shape"),
@@ -319,10 +310,7 @@ HOSTILE = {
         lambda m, f: m["info"]["tokenizer"].update(fingerprint="../../etc"),
         "tokenizer.fingerprint",
     ),
-    "a hash in capitals": (
-        lambda m, f: m["files"]["zarr.json"].update(sha256="A" * 64),
-        "sha256",
-    ),
+    "a hash in capitals": (lambda m, f: m["files"]["zarr.json"].update(sha256="A" * 64), "sha256"),
     "a name with credentials": (
         lambda m, f: m["info"]["data"].update(name="https://me:SECRET@example.org/data"),
         "address with credentials",
@@ -444,11 +432,7 @@ def test_parents_must_be_there_and_fit(cache: Cache) -> None:
     shutil.rmtree(cache.path / "segments" / forged)
     (cache.path / "manifests" / f"{forged}.json").unlink()
 
-    forged = forge(
-        cache,
-        scores_id,
-        lambda m, f: m["info"].update(row_start=1, row_stop=4),
-    )
+    forged = forge(cache, scores_id, lambda m, f: m["info"].update(row_start=1, row_stop=4))
     refused(cache.path, CacheError, "covers rows 1 to 4 of .*, which has 3")
     forged = forge(cache, forged, lambda m, f: m["info"].update(rollouts=prompts, row_start=0, row_stop=3))
     refused(cache.path, CacheError, "is a segment of prompts")

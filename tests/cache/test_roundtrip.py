@@ -193,11 +193,7 @@ N = 14
 BAD_ROLLOUTS = {
     "NaN": (changed(ROLLOUTS, behavior_logprob=np.full(N, np.nan, np.float32)), NumericsError, r"logprob\[0\] is nan"),
     "-inf": (changed(ROLLOUTS, behavior_logprob=np.full(N, -np.inf, np.float32)), NumericsError, "must be finite"),
-    "probability above 1": (
-        changed(ROLLOUTS, behavior_logprob=np.full(N, 0.5, np.float32)),
-        CacheError,
-        "more than 1",
-    ),
+    "probability above 1": (changed(ROLLOUTS, behavior_logprob=np.full(N, 0.5, np.float32)), CacheError, "more than 1"),
     "float64": (changed(ROLLOUTS, behavior_logprob=np.zeros(N)), CacheError, r"is float64 \[14\], must be float32"),
     "too short": (changed(ROLLOUTS, forced=np.zeros(N - 1, bool)), CacheError, r"forced is bool \[13\], must be"),
     "foreign prompt": (changed(ROLLOUTS, prompt_index=np.array([0, 3, 1])), CacheError, r"prompt_index\[1\] is outs"),

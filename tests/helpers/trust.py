@@ -195,10 +195,7 @@ def kill_clean(root: Path, times: int, leftovers: int = 40, seed: int = 0) -> Ki
                 copied = root / place / f"{name:064x}"
                 shutil.copytree(root / "segments" / kept[0], copied, dirs_exist_ok=True)
         began = time.monotonic()
-        _, killed = _killed(
-            lambda: _run(words),
-            rng.uniform(0, 0.9 * whole_s) if whole_s else 600,
-        )
+        _, killed = _killed(lambda: _run(words), rng.uniform(0, 0.9 * whole_s) if whole_s else 600)
         whole_s = whole_s or time.monotonic() - began
         count.kills += killed
         visible = {segment_id for segment_id, _ in open_cache(root).manifests()}

@@ -11,11 +11,7 @@ from matplotlib.image import imread
 
 from ketchup_cache.errors import WriteError
 from ketchup_cache.report.demo import CURVES
-from ketchup_cache.report.plots import (
-    learning_curves_figure,
-    variance_bias_figure,
-    write_png,
-)
+from ketchup_cache.report.plots import learning_curves_figure, variance_bias_figure, write_png
 
 
 def policy(label, kl, points):
