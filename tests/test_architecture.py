@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import ast
+import io
+import re
 import resource
 import subprocess
 import sys
+import tokenize
 from pathlib import Path
 
 import pytest
@@ -13,6 +16,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 ROOMS = ["config", "method", "text", "models", "cache", "sharing", "rollouts", "scoring", "training", "report"]
 """Folders, each of which imports only from those before it, and from the root."""
+BUDGET = {"ketchup_cache": 6_950, "tests": 10_520}
+"""Lines of code at most (`code_lines`)."""
 
 
 def modules() -> dict[str, Path]:
@@ -80,6 +85,55 @@ def test_there_are_no_import_cycles():
 
 def test_the_root_has_at_most_nine_files():
     assert len(list((ROOT / "ketchup_cache").glob("*.py"))) <= 9
+
+
+def code_lines(path: Path) -> int:
+    """Lines of a file without blanks, comments and docstrings."""
+    text, kept = path.read_text(), set()
+    words = tokenize.generate_tokens(io.StringIO(text).readline)
+    layout = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
+    for word in (word for word in words if word.type not in layout):
+        kept |= set(range(word.start[0], word.end[0] + 1))
+    for node in ast.walk(ast.parse(text)):
+        match node:
+            case ast.Expr(value=ast.Constant(value=str())):
+                kept -= set(range(node.lineno, node.end_lineno + 1))
+    return len(kept)
+
+
+@pytest.mark.parametrize("folder", BUDGET)
+def test_lines_of_code_stay_within_the_budget(folder):
+    """By room with `pytest -s -k budget`."""
+    rooms: dict[str, int] = {}
+    for path in (ROOT / folder).rglob("*.py"):
+        name = path.relative_to(ROOT / folder).parts[0]
+        rooms[name] = rooms.get(name, 0) + code_lines(path)
+    print(f"\n{folder}: {sum(rooms.values()):,} lines of code, budget {BUDGET[folder]:,}")
+    print(*(f"{lines:>7,} {name}" for name, lines in sorted(rooms.items(), key=lambda r: -r[1])), sep="\n")
+    assert sum(rooms.values()) <= BUDGET[folder]
+
+
+def test_lines_of_code_are_counted_as_they_are_read(tmp_path):
+    (file := tmp_path / "a.py").write_text(
+        '"""One.\n\nTwo."""\n# three\nx = """a\nb"""  # four\ndef f():\n    """Five."""\n    return [\n        x,\n    ]'
+    )
+    assert code_lines(file) == 6
+
+
+PAGES = [*ROOT.glob("*.md"), *ROOT.glob("[!.]*/**/*.md")]  # not those in .venv
+
+
+@pytest.mark.parametrize("page", sorted(str(p.relative_to(ROOT)) for p in PAGES))
+def test_pages_name_files_that_exist(page):
+    """Paths in `code` and in links; the log of experiments names what was there then."""
+    if page in ("docs/log.md", "CHANGELOG.md"):
+        return
+    text = (ROOT / page).read_text()
+    folders = "ketchup_cache|cli|schemas|tests|benchmarks|data|docs|examples"
+    named = set(re.findall(rf"\b((?:{folders})/[\w/.-]+\.\w+)", text))
+    links = set(re.findall(r"\]\(([^)#:]+)\)", text))
+    assert not sorted(name for name in named if not (ROOT / name).exists())
+    assert not sorted(link for link in links if not ((ROOT / page).parent / link).exists())
 
 
 @pytest.mark.parametrize("name", ["returns", "baselines", "losses", "divergences"])

@@ -11,6 +11,7 @@ import pytest
 
 from ketchup_cache import open_cache
 from ketchup_cache.cache.cache import Cache
+from ketchup_cache.cache.inspect import verify
 from ketchup_cache.cache.manifest import PromptsInfo, RolloutsInfo
 from ketchup_cache.config.commands import ScoreConfig
 from ketchup_cache.config.options import ScoringOptions
@@ -152,6 +153,26 @@ def test_copies_need_no_weights(cache, teacher, monkeypatch):
     monkeypatch.setattr(Teacher, "load", None)
     assert score(options(cache, teacher)).copied == 5
     assert_scored(cache, teacher, [first, second])
+
+
+@pytest.mark.parametrize("keep_top", [0, 3])
+def test_scores_in_float16_say_so_and_are_never_copied_as_float32(cache, teacher, keep_top):
+    prompts, rollouts = random_rollouts(0, 5)
+    add_rollouts(cache, prompts, rollouts)
+    more = {"storage": "float16", "keep_top": keep_top}
+    assert score(options(cache, teacher, **more)).computed > 0
+    ((id_, manifest),) = segments(cache)
+    assert (manifest.info.storage, manifest.arrays["q"].dtype) == ("compact", "float16")
+    cache.refresh()
+    assert verify(cache, deep=True).ok
+    assert_same_scores(cache.load_scores(id_), plain_scores(make_t5("1.1"), prompts, rollouts), 1e-2)
+    second = add_rollouts(cache, prompts, rollouts, policy=1)
+    assert score(options(cache, teacher, keep_top=keep_top)).computed > 0
+    ((part, _),) = [(i, m) for i, m in segments(cache) if m.info.rollouts == second]
+    cache.refresh()
+    assert_same_scores(cache.load_scores(part), plain_scores(make_t5("1.1"), prompts, rollouts))
+    add_rollouts(cache, prompts, rollouts, policy=2)
+    assert score(options(cache, teacher, **more)).computed == 0
 
 
 def test_another_teacher_or_precision_scores_anew(cache, teacher, tmp_path):
