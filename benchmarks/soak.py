@@ -115,7 +115,7 @@ def main() -> int:
         return max(1, round(number * arguments.share))
 
     troubles: dict[str, Callable[[Path], Any]] = {
-        "kill a writer": lambda folder: kill_writers(folder, cases(600)),
+        "kill a writer": lambda folder: kill_writers(folder, cases(680)),
         "kill push": lambda folder: kill_copy(folder, cases(60), "push"),
         "kill pull": lambda folder: kill_copy(folder, cases(60), "pull"),
         "kill merge": lambda folder: kill_copy(folder, cases(60), "merge"),
