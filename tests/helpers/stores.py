@@ -30,8 +30,8 @@ from ketchup_cache.sharing import object_store, remote_cache, stores
 from ketchup_cache.sharing.object_store import ObjectStore
 from ketchup_cache.sharing.stores import open_store
 from ketchup_cache.sharing.transfer import copy
-from tests.helpers.segments import make_prompts, make_rollouts, prompts_info, rollouts_info
-from tests.helpers.trust import Kills, load
+from tests.helpers.segments import add_prompts, contents, make_rollouts, rollouts_info
+from tests.helpers.trust import Kills
 
 KEYS = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "SECRET"}
 
@@ -78,7 +78,7 @@ def families(root: Path, count: int = 10) -> Cache:
     """Prompts with rollouts, so that there are children whose parents must come first."""
     made = open_cache(root, create=True)
     for seed in range(count):
-        prompts = made.commit_prompts(make_prompts([300] * 20, seed=seed), prompts_info())
+        prompts = add_prompts(made, [300] * 20, seed=seed)
         made.commit_rollouts(make_rollouts([200] * 20, prompts=20, seed=seed), rollouts_info(prompts, 20))
     return made
 
@@ -133,7 +133,7 @@ def kill_copies(folder: Path, times: int, *, pull: bool, seed: int = 0) -> Kills
                 count.lost += len(seen - there)
                 for segment_id in there - seen:
                     try:
-                        load(open_cache(taken), segment_id)
+                        open_cache(taken).load(segment_id)
                     except KetchupError:
                         count.partial += 1
                 count.acknowledged += len(there - seen)
@@ -185,7 +185,7 @@ def same_keys(folder: Path, url: str, writers: int, segments: int) -> SameKeys:
     """Writers that all bring the same segments to the same place at once, through clients of their own."""
     cache = open_cache(folder / "many", create=True)
     for seed in range(segments):
-        cache.commit_prompts(make_prompts(seed=seed), prompts_info())
+        add_prompts(cache, seed=seed)
     created: list[str] = []
     early: list[str] = []
 
@@ -197,13 +197,6 @@ def same_keys(folder: Path, url: str, writers: int, segments: int) -> SameKeys:
 
     with ThreadPoolExecutor(writers) as pool:
         list(pool.map(push, range(writers)))
-    files = (p for name in ("manifests", "segments") for p in (cache.path / name).rglob("*") if p.is_file())
-    wanted = {str(p.relative_to(cache.path)) for p in files} | {"ketchup-cache.json"}
-    return SameKeys(
-        writers=writers,
-        segments=segments,
-        objects=len(wanted),
-        two_creators=len(created) - len(set(created)),
-        lost=len(wanted - set(created)),
-        early=len(early),
-    )
+    wanted = contents(cache.path).keys() | {"ketchup-cache.json"}
+    twice, lost = len(created) - len(set(created)), len(wanted - set(created))
+    return SameKeys(writers, segments, objects=len(wanted), two_creators=twice, lost=lost, early=len(early))

@@ -27,9 +27,11 @@ from ketchup_cache.cache.segment_bytes import MARKER, Packed
 from ketchup_cache.cli import main
 from ketchup_cache.errors import KetchupError, WriteError
 from tests.helpers.segments import (
+    add_prompts,
     exit_code,
     fill,
     in_child,
+    load_all,
     make_prompts,
     make_rollouts,
     make_scores,
@@ -40,16 +42,6 @@ from tests.helpers.segments import (
 )
 
 ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES, errno.EFBIG)
-
-
-def load(cache: Cache, segment_id: str) -> object:
-    return cache.load(segment_id)
-
-
-def load_all(root: Path) -> None:
-    cache = open_cache(root)
-    for segment_id, _ in cache.manifests():
-        cache.load(segment_id)
 
 
 # ---------------------------------------------------------------------------------------------------------- kills
@@ -86,7 +78,7 @@ def kill_at_random(work: Callable[[], object], root: Path, count: Kills, times: 
         count.lost += len(acknowledged - visible)
         for segment_id in visible - loaded:
             try:
-                load(cache, segment_id)
+                cache.load(segment_id)
             except KetchupError:
                 count.partial += 1
         loaded |= visible
@@ -135,7 +127,7 @@ def write_for_ever(root: Path) -> None:
     for seed in itertools.count(os.getpid()):
         if os.getppid() != parent:  # nobody is left to kill us
             return
-        prompts = cache.commit_prompts(make_prompts(seed=seed), prompts_info())
+        prompts = add_prompts(cache, seed=seed)
         lengths = (5, 2, 7) if seed % 5 else (300, 0, 400)
         rollouts = make_rollouts(lengths, seed=seed)
         rollouts_id = cache.commit_rollouts(rollouts, rollouts_info(prompts, 3))
@@ -202,7 +194,7 @@ def kill_clean(root: Path, times: int, leftovers: int = 40, seed: int = 0) -> Ki
         count.lost += len(set(kept) - visible)
         for segment_id in kept:
             try:
-                load(open_cache(root), segment_id)
+                open_cache(root).load(segment_id)
             except KetchupError:
                 count.partial += 1
     _killed(lambda: _run(words), 600)  # and at last it finishes
@@ -324,8 +316,7 @@ def sample_cache(root: Path) -> Cache:
     prompts = cache.manifests("prompts")[0][0]
     rollouts = make_rollouts((300, 0, 200), seed=3)
     rollouts_id = cache.commit_rollouts(rollouts, rollouts_info(prompts, 3))
-    compact = scores_info(rollouts_id, 0, 3).model_copy(update={"storage": "compact"})
-    cache.commit_scores(make_scores(rollouts, 0, 3), compact)
+    cache.commit_scores(make_scores(rollouts, 0, 3), scores_info(rollouts_id, 0, 3, storage="compact"))
     return cache
 
 
@@ -375,7 +366,7 @@ def write_at_once(folder: Path, processes: int, each: int) -> Writers:
     def work(first: int) -> None:
         cache = open_cache(root, create=True)
         for seed in range(first, first + each):
-            segment_id = cache.commit_prompts(make_prompts((3, 0, 5), seed=seed), prompts_info())
+            segment_id = add_prompts(cache, (3, 0, 5), seed=seed)
             os.write(write, f"{segment_id} {seed}\n".encode())
 
     pids = [in_child(lambda i=i: work(10_000 * i)) for i in range(processes)]
@@ -389,7 +380,7 @@ def write_at_once(folder: Path, processes: int, each: int) -> Writers:
         try:
             cache = open_cache(root)
             for segment_id in {i for i, _ in cache.manifests()} - seen:
-                load(cache, segment_id)
+                cache.load(segment_id)
                 seen.add(segment_id)
         except KetchupError:
             count.torn += 1
