@@ -93,9 +93,9 @@ transfer.copy(sys.argv[1], sys.argv[2])
 """
 
 
-def start_copy(source: str, target: str) -> subprocess.Popen[str]:
-    """A process that has made its imports and copies now. (A forked child can't use the threads of the S3 client.)"""
-    process = subprocess.Popen([sys.executable, "-c", COPY, source, target], stdout=subprocess.PIPE, text=True)
+def start(code: str, *words: str) -> subprocess.Popen[str]:
+    """A process that has said "go", its imports made. (A forked child can't use the threads of the S3 client.)"""
+    process = subprocess.Popen([sys.executable, "-c", code, *words], stdout=subprocess.PIPE, text=True)
     assert process.stdout
     assert process.stdout.readline() == "go\n"
     return process
@@ -121,11 +121,11 @@ def kill_copies(folder: Path, times: int, *, pull: bool, seed: int = 0) -> Kills
                 given, taken = remote, str(folder / f"pulled {number}")
             if not whole_s:
                 began = time.monotonic()
-                assert start_copy(given, f"{taken} measured").wait() == 0
+                assert start(COPY, given, f"{taken} measured").wait() == 0
                 whole_s = time.monotonic() - began
             seen: set[str] = set()
             while count.kills < times:
-                process = start_copy(given, taken)
+                process = start(COPY, given, taken)
                 time.sleep(rng.uniform(0, 0.9 * whole_s))
                 process.send_signal(signal.SIGKILL)
                 count.kills += process.wait() == -signal.SIGKILL
