@@ -19,8 +19,7 @@ from ketchup_cache.cache.inspect import verify
 from ketchup_cache.errors import NumericsError
 from ketchup_cache.types import PER_TOKEN, Scores, TopLogits
 from tests.cache.test_hostile import forge, refused, replaced
-from tests.cache.test_top_logits import scores_of
-from tests.helpers.segments import VOCAB, fill, make_rollouts, make_scores
+from tests.helpers.segments import VOCAB, fill, make_rollouts, make_scores, scores_of
 
 
 def committed(root: Path, scores: Scores | None = None, vocab: int = VOCAB) -> tuple[Cache, str]:

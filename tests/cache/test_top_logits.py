@@ -15,9 +15,9 @@ from ketchup_cache import open_cache
 from ketchup_cache.cache.cache import Cache
 from ketchup_cache.cache.inspect import describe, verify
 from ketchup_cache.errors import CacheError, CorruptError, KetchupError, NumericsError
-from ketchup_cache.types import Scores, TopLogits
+from ketchup_cache.types import Scores
 from tests.cache.test_hostile import both, forge, refused, removed, replaced, said
-from tests.helpers.segments import VOCAB, fill, fingerprint, make_rollouts, same
+from tests.helpers.segments import VOCAB, fill, fingerprint, make_rollouts, same, scores_of
 
 NAN, INF = np.float32("nan"), np.float32("inf")
 
@@ -25,25 +25,6 @@ NAN, INF = np.float32("nan"), np.float32("inf")
 @pytest.fixture
 def cache(tmp_path: Path) -> Cache:
     return open_cache(tmp_path / "cache", create=True)
-
-
-def scores_of(logits: np.ndarray, tokens: np.ndarray, final: np.ndarray, top: int) -> Scores:
-    """From all logits, in float64, with the kept ones found by a plain sort."""
-    order = np.argsort(-logits, axis=1, kind="stable")[:, :top].astype(np.int32)
-    wide = logits.astype(np.float64)
-    rest = wide.copy()
-    np.put_along_axis(rest, order, -np.inf, axis=1)
-    with np.errstate(divide="ignore"):
-        lse, others = (np.log(np.exp(x - 50).sum(1)) + 50 for x in (wide, rest))
-    kept = TopLogits(np.take_along_axis(logits, order, 1), order, others.astype(np.float32))
-    return Scores(
-        q=logits[np.arange(len(tokens)), tokens],
-        max_q=logits.max(1),
-        logsumexp=lse.astype(np.float32),
-        mean_q=logits.mean(1),
-        final_max_q=final,
-        top=kept if top else None,
-    )
 
 
 def fill_top(cache: Cache, top: int, **info) -> tuple[str, Scores]:

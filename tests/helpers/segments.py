@@ -14,7 +14,7 @@ from ketchup_cache import open_cache
 from ketchup_cache.cache.cache import Cache
 from ketchup_cache.cache.manifest import PromptsInfo, RolloutsInfo, ScoresInfo
 from ketchup_cache.provenance import DataInfo, PolicyInfo, Sampling, TeacherInfo, TokenizerInfo
-from ketchup_cache.types import Prompts, Ragged, Rollouts, Scores
+from ketchup_cache.types import Prompts, Ragged, Rollouts, Scores, TopLogits
 
 VOCAB = 60
 
@@ -95,6 +95,19 @@ def make_scores(rollouts: Rollouts, start: int, stop: int, *, seed: int = 0, voc
         mean_q=logits.mean(axis=1),
         final_max_q=np.where(rollouts.finished[start:stop], np.float32(0), final),
     )
+
+
+def scores_of(logits: np.ndarray, tokens: np.ndarray, final: np.ndarray, top: int) -> Scores:
+    """From all logits, in float64, with the kept ones found by a plain sort."""
+    order = np.argsort(-logits, axis=1, kind="stable")[:, :top].astype(np.int32)
+    wide = logits.astype(np.float64)
+    rest = wide.copy()
+    np.put_along_axis(rest, order, -np.inf, axis=1)
+    with np.errstate(divide="ignore"):
+        lse, others = (np.log(np.exp(x - 50).sum(1)) + 50 for x in (wide, rest))
+    kept = TopLogits(np.take_along_axis(logits, order, 1), order, others.astype(np.float32))
+    q = logits[np.arange(len(tokens)), tokens]
+    return Scores(q, logits.max(1), lse.astype(np.float32), logits.mean(1), final, kept if top else None)
 
 
 def add_prompts(cache: Cache, lengths: Sequence[int] = (3, 1, 4), *, seed: int = 0, vocab_size: int = VOCAB) -> str:
