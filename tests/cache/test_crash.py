@@ -2,66 +2,18 @@
 
 from __future__ import annotations
 
-import errno
 import os
-import random
-import signal
-import threading
-import time
 from pathlib import Path
 
 import pytest
 
 from ketchup_cache import open_cache
 from ketchup_cache.cache import disk
-from ketchup_cache.cache.cache import Cache
 from ketchup_cache.cache.inspect import verify
 from ketchup_cache.cache.segment_bytes import MARKER, Packed
 from ketchup_cache.errors import WriteError
-from tests.helpers.segments import exit_code, fill, in_child, make_prompts, prompts_info, same
-
-STEPS = ("mkdir", "makedirs", "open", "write", "fsync", "close", "rename")
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES)
-
-
-class Interrupted:
-    """Stands in for `os` inside disk.py: counts the steps on the file system, and does something at the n-th."""
-
-    def __init__(self, at: int, act) -> None:
-        self.at, self.act, self.done = at, act, 0
-        self.counting = threading.Lock()  # files are written in threads
-
-    def __getattr__(self, name: str):
-        real = getattr(os, name)
-        if name not in STEPS:
-            return real
-
-        def step(*args, **kwargs):
-            with self.counting:
-                self.done += 1
-                now = self.done - 1
-            if now == self.at:
-                return self.act(name, real, args, kwargs)
-            return real(*args, **kwargs)
-
-        return step
-
-
-def kill(name, real, args, kwargs):
-    """Die before the step, which is after the one before; in the middle where half of the bytes can be written."""
-    if name == "write":
-        real(args[0], args[1][: len(args[1]) // 2])
-    os._exit(9)
-
-
-NEW = (make_prompts((2, 6), seed=9), prompts_info())
-
-
-def count_steps(cache: Cache, monkeypatch) -> int:
-    with monkeypatch.context() as patch:
-        patch.setattr(disk, "os", counter := Interrupted(-1, None))
-        cache.commit_prompts(*NEW)
-    return counter.done
+from tests.helpers.segments import exit_code, fill, in_child, same
+from tests.helpers.trust import NEW, Interrupted, count_steps, kill
 
 
 def test_killed_at_every_step_leaves_all_or_nothing(tmp_path: Path, monkeypatch) -> None:
@@ -106,41 +58,6 @@ def test_killed_while_a_cache_is_made(tmp_path: Path, monkeypatch) -> None:
     assert at > 10
 
 
-def test_an_error_at_every_step_is_one_line_and_acknowledges_nothing(tmp_path: Path, monkeypatch) -> None:
-    root = tmp_path / "cache"
-    cache = open_cache(root, create=True)
-    family = fill(cache)
-    steps = count_steps(cache, monkeypatch)
-    for at in range(steps):
-        number = DISK_ERRORS[at % len(DISK_ERRORS)]
-
-        def fail(name, real, args, kwargs, number=number):
-            if name == "write":
-                real(args[0], args[1][: len(args[1]) // 2])
-            if name == "close":
-                real(*args)
-            raise OSError(number, os.strerror(number))
-
-        before = {i for i, _ in open_cache(root).manifests()}
-        with monkeypatch.context() as patch:
-            patch.setattr(disk, "os", Interrupted(at, fail))
-            with pytest.raises(WriteError) as caught:
-                cache.commit_prompts(*NEW)
-        message = str(caught.value)
-        assert "\n" not in message
-        assert str(root) in message
-        assert os.strerror(number) in message
-        assert "run the command again" in message or "choose a cache folder" in message
-        assert list((root / "tmp").iterdir()) == []
-        new = [i for i, _ in open_cache(root).manifests() if i not in before]
-        assert not new or at >= steps - 3  # the last three steps make the rename, already done, disk
-    report = verify(cache)
-    assert report.ok
-    cache.refresh()
-    assert {i for i, _ in cache.manifests()} >= set(family)
-    assert same(cache.load_prompts(cache.commit_prompts(*NEW)), NEW[0])
-
-
 def test_a_read_only_folder_is_a_write_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(WriteError, match="can't write"):
@@ -162,79 +79,6 @@ def test_data_left_by_a_crash_is_reused_or_replaced(tmp_path: Path) -> None:
     disk.publish(root, Packed("whole", b"third", files))
     assert (root / "segments/whole/q/c/0").read_bytes() == b"abc"
     assert list((root / "tmp").iterdir()) == []
-
-
-def commit_forever(root: Path, pipe: int, first: int, most: int = 10**9) -> None:
-    cache = open_cache(root)
-    for seed in range(first, first + most):
-        segment_id = cache.commit_prompts(make_prompts((3, 0, 5), seed=seed), prompts_info())
-        os.write(pipe, f"{segment_id} {seed}\n".encode())
-
-
-def test_no_acknowledged_segment_is_lost_to_sigkill(tmp_path: Path) -> None:
-    root = tmp_path / "cache"
-    open_cache(root, create=True)
-    rng = random.Random(0)
-    acknowledged: dict[str, int] = {}
-    for run in range(20):
-        read, write = os.pipe()
-        pid = in_child(lambda write=write, run=run: commit_forever(root, write, run * 1000))
-        os.close(write)
-        with open(read, "rb") as acks:
-            if run % 2:  # at least every other kill comes after a commit
-                segment_id, seed = acks.readline().split()
-                acknowledged[segment_id.decode()] = int(seed)
-            time.sleep(rng.uniform(0, 0.06))
-            os.kill(pid, signal.SIGKILL)
-            assert exit_code(pid) == -signal.SIGKILL
-            for line in acks:
-                segment_id, seed = line.split()
-                acknowledged[segment_id.decode()] = int(seed)
-        seen = {i for i, _ in open_cache(root).manifests()}
-        assert acknowledged.keys() <= seen
-    assert len(acknowledged) >= 10
-    cache = open_cache(root)
-    for segment_id, seed in acknowledged.items():
-        assert same(cache.load_prompts(segment_id), make_prompts((3, 0, 5), seed=seed))
-    assert verify(cache).ok
-
-
-def test_four_writers_and_a_reader_at_once(tmp_path: Path) -> None:
-    root = tmp_path / "cache"
-    read, write = os.pipe()
-
-    def work(first: int) -> None:
-        open_cache(root, create=True)  # all four make the cache
-        commit_forever(root, write, first, 25)
-
-    pids = [in_child(lambda i=i: work(1000 * i)) for i in range(4)]
-    os.close(write)
-    # read along while they write: what is visible is whole
-    os.set_blocking(read, False)
-    seen: set[str] = set()
-    text = b""
-    open_acks = True
-    while open_acks:
-        try:
-            data = os.read(read, 2**16)
-            open_acks = bool(data)
-            text += data
-        except BlockingIOError:
-            pass
-        if (root / MARKER).exists():
-            cache = open_cache(root)
-            for segment_id, _ in cache.manifests("prompts"):
-                if segment_id not in seen:
-                    cache.load_prompts(segment_id)
-                    seen.add(segment_id)
-    os.close(read)
-    assert [exit_code(pid) for pid in pids] == [0, 0, 0, 0]
-    acknowledged = dict(line.split() for line in text.decode().splitlines())
-    assert len(acknowledged) == 100
-    cache = open_cache(root)
-    assert {i for i, _ in cache.manifests()} == acknowledged.keys()
-    for segment_id, seed in acknowledged.items():
-        assert same(cache.load_prompts(segment_id), make_prompts((3, 0, 5), seed=int(seed)))
 
 
 def test_another_process_makes_the_cache_between_two_looks(tmp_path: Path, monkeypatch) -> None:

@@ -19,29 +19,13 @@ from ketchup_cache.cache.inspect import verify
 from ketchup_cache.errors import NumericsError
 from ketchup_cache.types import PER_TOKEN, Scores, TopLogits
 from tests.cache.test_hostile import forge, refused, replaced
-from tests.cache.test_top_logits import scores_of
-from tests.helpers.segments import (
-    VOCAB,
-    make_prompts,
-    make_rollouts,
-    make_scores,
-    prompts_info,
-    rollouts_info,
-    scores_info,
-)
-
-FLOAT16 = {"storage": "compact"}
+from tests.helpers.segments import VOCAB, fill, make_rollouts, make_scores, scores_of
 
 
 def committed(root: Path, scores: Scores | None = None, vocab: int = VOCAB) -> tuple[Cache, str]:
     """A cache with three rollouts, and the id of their scores in float16."""
     cache = open_cache(root, create=True)
-    prompts = cache.commit_prompts(make_prompts(vocab_size=vocab), prompts_info(vocab))
-    rollouts = make_rollouts(vocab_size=vocab)
-    id_ = cache.commit_rollouts(rollouts, rollouts_info(prompts, 3, vocab_size=vocab))
-    scores = scores or make_scores(rollouts, 0, 3)
-    info = scores_info(id_, 0, 3, vocab_size=vocab).model_copy(update={**FLOAT16, "keep_top": scores.keep_top})
-    return cache, cache.commit_scores(scores, info)
+    return cache, fill(cache, scores, forced=False, vocab_size=vocab, storage="compact")[2]
 
 
 def test_committed_scores_come_back_within_the_documented_error(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -20,7 +21,7 @@ from ketchup_cache.cache import zarr_files
 from ketchup_cache.cache.cache import Cache
 from ketchup_cache.cache.inspect import clean, verify
 from ketchup_cache.errors import CacheError, CorruptError, KetchupError, MismatchError
-from tests.helpers.segments import exit_code, fill, fingerprint, in_child, make_prompts, prompts_info, same
+from tests.helpers.segments import add_prompts, exit_code, fill, fingerprint, in_child, load_all, same
 
 ARCHIVE = zarr_files.ARCHIVE
 
@@ -28,12 +29,6 @@ ARCHIVE = zarr_files.ARCHIVE
 @pytest.fixture
 def cache(tmp_path: Path) -> Cache:
     return open_cache(tmp_path / "cache", create=True)
-
-
-def load_all(root: Path) -> None:
-    cache = open_cache(root)
-    for segment_id in cache.segment_ids():
-        cache.load(segment_id)
 
 
 def refused(root: Path, error: type[KetchupError] = CorruptError, match: str = ": ") -> str:
@@ -53,7 +48,7 @@ def refused(root: Path, error: type[KetchupError] = CorruptError, match: str = "
 
 
 def test_one_flipped_bit_anywhere_is_refused(cache: Cache) -> None:
-    segment_id = cache.commit_prompts(make_prompts((2, 3)), prompts_info())
+    segment_id = add_prompts(cache, (2, 3))
     archive = cache.path / "segments" / segment_id / ARCHIVE
     for path in (cache.path / "manifests" / f"{segment_id}.json", archive):
         whole = path.read_bytes()
@@ -122,7 +117,7 @@ def test_folders_that_are_links_lead_nowhere(cache: Cache, tmp_path: Path, name:
             load_all(cache.path)
     if name != "a segment":
         with pytest.raises(CorruptError, match="is a symbolic link"):
-            open_cache(cache.path).commit_prompts(make_prompts(seed=3), prompts_info())
+            add_prompts(open_cache(cache.path), seed=3)
         with pytest.raises(CorruptError, match="is a symbolic link"):
             clean(open_cache(cache.path), hours=0)
     assert (outside / "thesis.tex").read_text() == "words"
@@ -197,8 +192,7 @@ def forge(cache: Cache, segment_id: str, change: Change, keep: bool = False, ver
     data = json.dumps(manifest).encode()
     forged = hashlib.sha256(data).hexdigest()
     if not keep:
-        path.unlink()
-        shutil.rmtree(folder)
+        removed(cache.path, segment_id)
     for name, content in files.items():
         target = cache.path / "segments" / forged / name
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -226,6 +220,11 @@ def edited(key: str, **values: object) -> Change:
     return lambda manifest, files: files.update({key: json.dumps(json.loads(files[key]) | values).encode()})
 
 
+def removed(root: Path, segment_id: str) -> None:
+    shutil.rmtree(root / "segments" / segment_id)
+    (root / "manifests" / f"{segment_id}.json").unlink()
+
+
 def renamed(old: str, new: str) -> Change:
     return lambda manifest, files: files.update({new: files.pop(old)})
 
@@ -247,84 +246,25 @@ class Payload:
         return (Path.touch, (Path("unpickled"),))
 
 
-ZSTD = numcodecs.Zstd(level=1)
-HOSTILE = {
-    "a path out of the segment": (renamed("tokens/c/0", "../../tokens"), "is foreign|is missing|is not part"),
-    "an absolute path": (renamed("tokens/c/0", "/etc/passwd"), "is foreign|is missing|is not part"),
-    "a foreign file": (lambda m, f: f.update({"run.py": b"print()"}), "is foreign|is not part"),
-    "a missing chunk": (lambda m, f: f.pop("tokens/c/0"), "is missing"),
-    "a foreign array": (lambda m, f: m["arrays"].update(x={"dtype": "uint8", "shape": [1]}), "array 'x'"),
-    "a missing array": (lambda m, f: m["arrays"].pop("ids"), "array 'ids'"),
-    "another dtype": (lambda m, f: m["arrays"]["tokens"].update(dtype="uint32"), "array 'tokens'"),
-    "an unknown dtype": (lambda m, f: m["arrays"]["tokens"].update(dtype="object"), "arrays.tokens.dtype"),
-    "a huge shape": (lambda m, f: (m.update(tokens=10**12), m["arrays"]["tokens"].update(shape=[10**12])), "limit is"),
-    "an endless shape": (
-        lambda m, f: (m.update(tokens=10**400), m["arrays"]["tokens"].update(shape=[10**400])),
-        "limit is",
-    ),
-    "a negative shape": (lambda m, f: m["arrays"]["tokens"].update(shape=[-1]), "arrays.tokens.shape"),
-    "a huge file": (lambda m, f: m["files"]["tokens/c/0"].update(length=2**40, sha256="0" * 64), "limit is"),
-    "no version": (lambda m, f: m.pop("version"), "format and version"),
-    "an unknown key": (lambda m, f: m.update(extra=1), "extra"),
-    "metadata of another shape": (edited("tokens/zarr.json", shape=[7]), "not the Zarr metadata"),
-    "metadata of a huge shape": (edited("tokens/zarr.json", shape=[10**12]), "not the Zarr metadata"),
-    "metadata of Zarr 2": (edited("tokens/zarr.json", zarr_format=2), "not the Zarr metadata"),
-    "metadata with a filter that unpickles": (
-        edited("tokens/zarr.json", filters=[{"id": "pickle"}]),
-        "not the Zarr metadata",
-    ),
-    "a codec that unpickles": (
-        lambda m, f: (
-            edited(
-                "tokens/zarr.json",
-                codecs=[{"name": "bytes"}, {"name": "numcodecs.pickle", "configuration": {"id": "pickle"}}],
-            )(m, f),
-            f.update({"tokens/c/0": pickle.dumps(Payload())}),
-        ),
-        "not the Zarr metadata",
-    ),
-    "an unknown codec": (edited("tokens/zarr.json", codecs=[{"name": "nothing"}]), "not the Zarr metadata"),
-    "consolidated metadata": (edited("zarr.json", consolidated_metadata={"metadata": {}}), "not the Zarr metadata"),
-    "deep JSON": (lambda m, f: f.update({"tokens/zarr.json": b"[" * 100_000}), "not valid JSON"),
-    "a chunk that is not zstd": (lambda m, f: f.update({"tokens/c/0": b"x" * 40}), "not one zstd frame"),
-    "an empty chunk": (lambda m, f: f.update({"tokens/c/0": b""}), "not one zstd frame"),
-    "a zstd bomb": (
-        lambda m, f: f.update({"tokens/c/0": chunk(bytes(ZSTD.encode(bytes(2**28))))}),
-        "declares 268,435,456 bytes, its chunk holds 16",
-    ),
-    "a zstd bomb behind a harmless frame": (
-        lambda m, f: f.update({"tokens/c/0": chunk(bytes(ZSTD.encode(bytes(16))) + bytes(ZSTD.encode(bytes(2**28))))}),
-        "not one zstd frame",
-    ),
-    "a zstd frame that understates its size": (
-        lambda m, f: f.update({"tokens/c/0": chunk(understated(bytes(ZSTD.encode(bytes(200))), 16))}),
-        "can't be decoded",
-    ),
-    "a wrong checksum": (lambda m, f: f.update({"tokens/c/0": f["tokens/c/0"][:-1] + b"\0"}), "can't be decoded"),
-    "ids beyond the vocabulary": (replaced("tokens", np.full(8, 60, np.uint16)), r"tokens\[0\] is not a token id"),
-    "offsets out of order": (replaced("offsets", np.array([0, 5, 4, 8])), "offsets of tokens do not rise"),
-    "offsets past the end": (replaced("offsets", np.array([0, 3, 4, 9])), "offsets of tokens do not rise"),
-    "offsets that start late": (replaced("offsets", np.array([1, 3, 4, 8])), "offsets of tokens do not rise"),
-    "negative offsets": (replaced("offsets", np.array([0, -3, 4, 8])), "offsets of tokens do not rise"),
-    "a fingerprint that is none": (
-        lambda m, f: m["info"]["tokenizer"].update(fingerprint="../../etc"),
-        "tokenizer.fingerprint",
-    ),
-    "a hash in capitals": (lambda m, f: m["files"]["zarr.json"].update(sha256="A" * 64), "sha256"),
-    "a name with credentials": (
-        lambda m, f: m["info"]["data"].update(name="https://me:SECRET@example.org/data"),
-        "address with credentials",
-    ),
-    "a name with a token": (
-        lambda m, f: m["info"]["tokenizer"].update(name="s3://SECRET@bucket/tokenizer"),
-        "address with credentials",
-    ),
-    "a text for a number": (lambda m, f: m.update(rows="3"), "rows"),
-    "a vocabulary of nothing": (lambda m, f: m["info"]["tokenizer"].update(vocab_size=0), "vocab_size"),
-    "an unknown kind": (lambda m, f: m["info"].update(kind="weights"), "kind"),
-    "a deep manifest": (lambda m, f: m.update(tool=_deep(200)), "recursion limit"),
-    "offsets that overflow": (replaced("offsets", np.array([0, 2**63 - 1, -(2**63), 8])), "offsets of tokens"),
-}
+def said(*keys: str, **values: object) -> Change:
+    """The manifest, with other values in its mapping under these keys."""
+    return lambda manifest, files: functools.reduce(dict.__getitem__, keys, manifest).update(values)
+
+
+def holding(data: bytes, key: str = "tokens/c/0") -> Change:
+    return lambda manifest, files: files.update({key: data})
+
+
+def both(*changes: Change) -> Change:
+    return lambda manifest, files: [change(manifest, files) for change in changes]
+
+
+def of_size(size: int) -> Change:
+    return both(said(tokens=size), said("arrays", "tokens", shape=[size]))
+
+
+def frame(size: int) -> bytes:
+    return bytes(ZSTD.encode(bytes(size)))
 
 
 def _deep(levels: int) -> object:
@@ -336,12 +276,63 @@ def understated(frame: bytes, size: int) -> bytes:
     return frame[:5] + bytes([size]) + frame[6:]
 
 
+ZSTD = numcodecs.Zstd(level=1)
+PICKLED = [{"name": "bytes"}, {"name": "numcodecs.pickle", "configuration": {"id": "pickle"}}]
+UNPICKLED = both(edited("tokens/zarr.json", codecs=PICKLED), holding(pickle.dumps(Payload())))
+OUTSIDE, NOT_ZARR = "is foreign|is missing|is not part", "not the Zarr metadata"
+NOT_A_FRAME, UNORDERED, CREDENTIALS = "not one zstd frame", "offsets of tokens do not rise", "address with credentials"
+HOSTILE = {
+    "a path out of the segment": (renamed("tokens/c/0", "../../tokens"), OUTSIDE),
+    "an absolute path": (renamed("tokens/c/0", "/etc/passwd"), OUTSIDE),
+    "a foreign file": (holding(b"print()", "run.py"), "is foreign|is not part"),
+    "a missing chunk": (lambda m, f: f.pop("tokens/c/0"), "is missing"),
+    "a foreign array": (said("arrays", x={"dtype": "uint8", "shape": [1]}), "array 'x'"),
+    "a missing array": (lambda m, f: m["arrays"].pop("ids"), "array 'ids'"),
+    "another dtype": (said("arrays", "tokens", dtype="uint32"), "array 'tokens'"),
+    "an unknown dtype": (said("arrays", "tokens", dtype="object"), "arrays.tokens.dtype"),
+    "a huge shape": (of_size(10**12), "limit is"),
+    "an endless shape": (of_size(10**400), "limit is"),
+    "a negative shape": (said("arrays", "tokens", shape=[-1]), "arrays.tokens.shape"),
+    "a huge file": (said("files", "tokens/c/0", length=2**40, sha256="0" * 64), "limit is"),
+    "no version": (lambda m, f: m.pop("version"), "format and version"),
+    "an unknown key": (said(extra=1), "extra"),
+    "metadata of another shape": (edited("tokens/zarr.json", shape=[7]), NOT_ZARR),
+    "metadata of a huge shape": (edited("tokens/zarr.json", shape=[10**12]), NOT_ZARR),
+    "metadata of Zarr 2": (edited("tokens/zarr.json", zarr_format=2), NOT_ZARR),
+    "metadata with a filter that unpickles": (edited("tokens/zarr.json", filters=[{"id": "pickle"}]), NOT_ZARR),
+    "a codec that unpickles": (UNPICKLED, NOT_ZARR),
+    "an unknown codec": (edited("tokens/zarr.json", codecs=[{"name": "nothing"}]), NOT_ZARR),
+    "consolidated metadata": (edited("zarr.json", consolidated_metadata={"metadata": {}}), NOT_ZARR),
+    "deep JSON": (holding(b"[" * 100_000, "tokens/zarr.json"), "not valid JSON"),
+    "a chunk that is not zstd": (holding(b"x" * 40), NOT_A_FRAME),
+    "an empty chunk": (holding(b""), NOT_A_FRAME),
+    "a zstd bomb": (holding(chunk(frame(2**28))), "declares 268,435,456 bytes, its chunk holds 16"),
+    "a zstd bomb behind a harmless frame": (holding(chunk(frame(16) + frame(2**28))), NOT_A_FRAME),
+    "a zstd frame that understates its size": (holding(chunk(understated(frame(200), 16))), "can't be decoded"),
+    "a wrong checksum": (lambda m, f: f.update({"tokens/c/0": f["tokens/c/0"][:-1] + b"\0"}), "can't be decoded"),
+    "ids beyond the vocabulary": (replaced("tokens", np.full(8, 60, np.uint16)), r"tokens\[0\] is not a token id"),
+    "offsets out of order": (replaced("offsets", np.array([0, 5, 4, 8])), UNORDERED),
+    "offsets past the end": (replaced("offsets", np.array([0, 3, 4, 9])), UNORDERED),
+    "offsets that start late": (replaced("offsets", np.array([1, 3, 4, 8])), UNORDERED),
+    "negative offsets": (replaced("offsets", np.array([0, -3, 4, 8])), UNORDERED),
+    "a fingerprint that is none": (said("info", "tokenizer", fingerprint="../../etc"), "tokenizer.fingerprint"),
+    "a hash in capitals": (said("files", "zarr.json", sha256="A" * 64), "sha256"),
+    "a name with credentials": (said("info", "data", name="https://me:SECRET@example.org/data"), CREDENTIALS),
+    "a name with a token": (said("info", "tokenizer", name="s3://SECRET@bucket/tokenizer"), CREDENTIALS),
+    "a text for a number": (said(rows="3"), "rows"),
+    "a vocabulary of nothing": (said("info", "tokenizer", vocab_size=0), "vocab_size"),
+    "an unknown kind": (said("info", kind="weights"), "kind"),
+    "a deep manifest": (said(tool=_deep(200)), "recursion limit"),
+    "offsets that overflow": (replaced("offsets", np.array([0, 2**63 - 1, -(2**63), 8])), "offsets of tokens"),
+}
+
+
 @pytest.mark.parametrize("version", [1, 2])
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_prompts(cache: Cache, name: str, version: int, monkeypatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     change, match = HOSTILE[name]
-    segment_id = cache.commit_prompts(make_prompts((3, 1, 4)), prompts_info())
+    segment_id = add_prompts(cache)
     forged = forge(cache, segment_id, change, version=version)
     message = refused(cache.path, match=match)
     assert forged in message
@@ -361,12 +352,12 @@ def test_hostile_prompts(cache: Cache, name: str, version: int, monkeypatch, tmp
 
 def test_the_forger_forges_valid_segments(cache: Cache) -> None:
     """Else every test above would pass for the wrong reason."""
-    segment_id = cache.commit_prompts(make_prompts((3, 1, 4)), prompts_info())
+    segment_id = add_prompts(cache)
     forged = forge(cache, segment_id, replaced("tokens", np.arange(8, dtype=np.uint16)))
     assert forged != segment_id
     assert open_cache(cache.path).load_prompts(forged).tokens.values.tolist() == list(range(8))
     # and so does the chunk with a checksum made here
-    again = forge(cache, forged, lambda m, f: f.update({"tokens/c/0": chunk(bytes(ZSTD.encode(bytes(16))))}))
+    again = forge(cache, forged, holding(chunk(frame(16))))
     assert open_cache(cache.path).load_prompts(again).tokens.values.tolist() == [0] * 8
     assert open_cache(cache.path).load_prompts(forge(cache, again, lambda m, f: None, version=1)).tokens.values[0] == 0
 
@@ -420,23 +411,22 @@ def test_bytes_that_are_no_booleans(cache: Cache) -> None:
     _, rollouts_id, scores = fill(cache)
     (cache.path / "manifests" / f"{scores}.json").unlink()
     odd = np.array([2, 0, 1], np.uint8)
-    forge(cache, rollouts_id, lambda m, f: f.update({"finished/c/0": stored(odd, "finished")["finished/c/0"]}))
+    forge(cache, rollouts_id, holding(stored(odd, "finished")["finished/c/0"], "finished/c/0"))
     refused(cache.path, match="finished: holds bytes that are neither true nor false")
 
 
 def test_parents_must_be_there_and_fit(cache: Cache) -> None:
     prompts, rollouts_id, scores_id = fill(cache)
     other = {"name": "other", "fingerprint": fingerprint("other"), "vocab_size": 60}
-    forged = forge(cache, scores_id, lambda m, f: m["info"].update(tokenizer=other), keep=True)
+    forged = forge(cache, scores_id, said("info", tokenizer=other), keep=True)
     assert "share a tokenizer" in refused(cache.path, MismatchError, "other and words encode differently")
-    shutil.rmtree(cache.path / "segments" / forged)
-    (cache.path / "manifests" / f"{forged}.json").unlink()
+    removed(cache.path, forged)
 
-    forged = forge(cache, scores_id, lambda m, f: m["info"].update(row_start=1, row_stop=4))
+    forged = forge(cache, scores_id, said("info", row_start=1, row_stop=4))
     refused(cache.path, CacheError, "covers rows 1 to 4 of .*, which has 3")
-    forged = forge(cache, forged, lambda m, f: m["info"].update(rollouts=prompts, row_start=0, row_stop=3))
+    forged = forge(cache, forged, said("info", rollouts=prompts, row_start=0, row_stop=3))
     refused(cache.path, CacheError, "is a segment of prompts")
-    forged = forge(cache, forged, lambda m, f: m["info"].update(rollouts=rollouts_id))
+    forged = forge(cache, forged, said("info", rollouts=rollouts_id))
     load_all(cache.path)
 
     (cache.path / "manifests" / f"{rollouts_id}.json").unlink()
@@ -453,7 +443,7 @@ def test_parents_must_be_there_and_fit(cache: Cache) -> None:
 def test_manifest_of_another_version_says_so(cache: Cache) -> None:
     fill(cache)
     segment_id = cache.manifests("scores")[0][0]
-    forge(cache, segment_id, lambda m, f: m.update(version=3, news={}))
+    forge(cache, segment_id, said(version=3, news={}))
     with pytest.raises(CacheError, match=r"is of format version 3, this program reads versions up to 2; upgrade"):
         open_cache(cache.path).manifests()
 

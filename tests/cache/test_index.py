@@ -12,18 +12,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ketchup_cache import open_cache
-from ketchup_cache.cache.cache import Cache
 from ketchup_cache.cache.index import gaps
 from ketchup_cache.cache.inspect import describe
 from ketchup_cache.errors import CacheError
-from ketchup_cache.types import Rollouts, Scores
+from ketchup_cache.types import Scores
 from tests.helpers.segments import (
+    add_prompts,
     fill,
     fingerprint,
     make_prompts,
     make_rollouts,
     make_scores,
-    prompts_info,
     rollouts_info,
     same,
     scores_info,
@@ -39,8 +38,8 @@ class Family:
 
     def __init__(self, root: Path) -> None:
         self.cache = open_cache(root, create=True)
-        self.prompts = make_prompts((3, 1, 4))
-        self.prompts_id = self.cache.commit_prompts(self.prompts, prompts_info())
+        self.prompts = make_prompts()
+        self.prompts_id = add_prompts(self.cache)
         self.rollouts = make_rollouts(LENGTHS, forced=True, seed=3)
         self.rollouts_id = self.draw("student")
         self.whole = make_scores(self.rollouts, 0, 6, seed=1)
@@ -69,15 +68,11 @@ def test_overlapping_scorers_give_every_row_once(family: Family) -> None:
     cache = family.cache
     first, second, third = family.score(1, 3), family.score(0, 5), family.score(2, 4)
     refs = cache.scored()
-    assert [(ref.scores_id, ref.row_start, ref.row_stop) for ref in refs] == [
-        (first, 1, 3),
-        (second, 0, 1),
-        (second, 3, 5),
-    ]
+    wanted = [(first, 1, 3), (second, 0, 1), (second, 3, 5)]
+    assert [(ref.scores_id, ref.row_start, ref.row_stop) for ref in refs] == wanted
     assert third not in {ref.scores_id for ref in refs}
-    assert {(ref.rollouts_id, ref.prompts_id, ref.samples) for ref in refs} == {
-        (family.rollouts_id, family.prompts_id, 2)
-    }
+    (of_all,) = {(ref.rollouts_id, ref.prompts_id, ref.samples) for ref in refs}
+    assert of_all == (family.rollouts_id, family.prompts_id, 2)
     assert [ref.rows for ref in refs] == [2, 1, 2]
     assert cache.unscored(fingerprint("teacher")) == [(family.rollouts_id, 5, 6)]
     assert cache.unscored(fingerprint("nobody")) == [(family.rollouts_id, 0, 6)]
@@ -181,16 +176,11 @@ def test_commits_of_others_show_up_after_a_refresh(family: Family) -> None:
     assert reader.scored()[0].scores_id == segment_id
 
 
-def test_loaded_arrays_are_read_only_because_they_are_shared(family: Family) -> None:
-    rollouts: Rollouts = family.cache.load_rollouts(family.rollouts_id)
-    assert family.cache.load_rollouts(family.rollouts_id) is rollouts
+def test_only_the_last_two_segments_stay_decoded_shared_and_read_only(family: Family) -> None:
+    cache = family.cache
+    ids = [add_prompts(cache, (), seed=i) for i in range(3)]
     with pytest.raises(ValueError, match="read-only"):
-        rollouts.behavior_logprob[0] = 1
-
-
-def test_only_the_last_two_segments_stay_decoded(tmp_path: Path) -> None:
-    cache: Cache = open_cache(tmp_path / "cache", create=True)
-    ids = [cache.commit_prompts(make_prompts((), seed=i), prompts_info()) for i in range(3)]
+        cache.load_rollouts(family.rollouts_id).behavior_logprob[0] = 1
     first = cache.load_prompts(ids[0])
     cache.load_prompts(ids[1])
     assert cache.load_prompts(ids[0]) is first  # also where the segment is empty, and so false
@@ -236,15 +226,10 @@ def test_info(family: Family) -> None:
         assert part in str(info)
 
 
-def test_info_of_an_empty_cache(tmp_path: Path) -> None:
-    info = describe(open_cache(tmp_path / "cache", create=True))
+def test_info_of_an_empty_cache_and_of_control_characters(tmp_path: Path) -> None:
+    cache = open_cache(tmp_path / "cache", create=True)
+    info = describe(cache)
     assert (info.rollouts, info.bytes, info.listing) == (0, 0, [])
     assert "0 rollouts" in str(info)
-
-
-def test_info_prints_no_control_characters(tmp_path: Path) -> None:
-    cache = open_cache(tmp_path / "cache", create=True)
-    _, r, _ = fill(cache)
-    info = scores_info(r, 0, 3, by="red\x1b[31m\r\n")
-    cache.commit_scores(make_scores(cache.load_rollouts(r), 0, 3), info)
-    assert "red�[31m��" in str(describe(cache))
+    fill(cache, by="red\x1b[31m\r\n")
+    assert "red\ufffd[31m\ufffd\ufffd" in str(describe(cache))

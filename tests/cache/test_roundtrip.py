@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from ketchup_cache.errors import CacheError, MismatchError, NumericsError
 from ketchup_cache.schemas.generate import SCHEMAS, render
 from ketchup_cache.types import Ragged, Rollouts, Scores
 from tests.helpers.segments import (
+    add_prompts,
     fill,
     make_prompts,
     make_rollouts,
@@ -106,17 +108,12 @@ def test_arrays_of_every_kind_and_size(dtype: str, shape: tuple[int, ...], zeros
 def test_plain_zarr_reads_the_same_numbers(cache: Cache) -> None:
     p, r, s = fill(cache)
     prompts, rollouts, scores = cache.load_prompts(p), cache.load_rollouts(r), cache.load_scores(s)
+    completions = rollouts.completions
+    of_rollouts = {n: getattr(rollouts, n) for n in ("prompt_index", "behavior_logprob", "finished", "forced")}
     expected = {
         p: {"ids": prompts.ids, "tokens": prompts.tokens.values, "offsets": prompts.tokens.offsets},
-        r: {
-            "prompt_index": rollouts.prompt_index,
-            "completion_tokens": rollouts.completions.values,
-            "completion_offsets": rollouts.completions.offsets,
-            "behavior_logprob": rollouts.behavior_logprob,
-            "finished": rollouts.finished,
-            "forced": rollouts.forced,
-        },
-        s: {k: v for k, v in vars(scores).items() if k in ("q", "max_q", "logsumexp", "mean_q", "final_max_q")},
+        r: of_rollouts | {"completion_tokens": completions.values, "completion_offsets": completions.offsets},
+        s: scores.per_token() | {"final_max_q": scores.final_max_q},
     }
     for segment_id, named in expected.items():
         archive = cache.path / "segments" / segment_id / arrays.ARCHIVE
@@ -154,7 +151,7 @@ def test_schema_files_are_up_to_date(name: str) -> None:
     assert (SCHEMA_FOLDER / name).read_text(encoding="utf-8") == render(SCHEMAS[name]())
 
 
-def test_manifests_on_disk_follow_the_schema(cache: Cache) -> None:
+def test_manifests_and_the_marker_follow_the_schema(cache: Cache) -> None:
     schema = json.loads((SCHEMA_FOLDER / "manifest.schema.json").read_text(encoding="utf-8"))
     jsonschema.Draft202012Validator.check_schema(schema)
     validator = jsonschema.Draft202012Validator(schema)
@@ -164,9 +161,6 @@ def test_manifests_on_disk_follow_the_schema(cache: Cache) -> None:
         for key in manifest:
             assert not validator.is_valid({k: v for k, v in manifest.items() if k != key})
         assert not validator.is_valid(manifest | {"version": 3})
-
-
-def test_marker(cache: Cache) -> None:
     assert json.loads((cache.path / "ketchup-cache.json").read_bytes()) == {"format": "ketchup-cache", "version": 2}
 
 
@@ -184,37 +178,35 @@ def test_the_store_is_torch_free(cache: Cache) -> None:
 # ------------------------------------------------------------------------------------------- what is not stored
 
 
-def changed(value, **fields):
-    return type(value)(**(vars(value) | fields))
-
-
 ROLLOUTS, PROMPTS = make_rollouts((5, 2, 7)), make_prompts((3, 1, 4))
 N = 14
+
+
+def bad_logprob(value: float) -> Rollouts:
+    return replace(ROLLOUTS, behavior_logprob=np.full(N, value, np.float32))
+
+
+def bad_tokens(value: int) -> Rollouts:
+    return replace(ROLLOUTS, completions=ROLLOUTS.completions.with_values(np.full(N, value, np.int32)))
+
+
 BAD_ROLLOUTS = {
-    "NaN": (changed(ROLLOUTS, behavior_logprob=np.full(N, np.nan, np.float32)), NumericsError, r"logprob\[0\] is nan"),
-    "-inf": (changed(ROLLOUTS, behavior_logprob=np.full(N, -np.inf, np.float32)), NumericsError, "must be finite"),
-    "probability above 1": (changed(ROLLOUTS, behavior_logprob=np.full(N, 0.5, np.float32)), CacheError, "more than 1"),
-    "float64": (changed(ROLLOUTS, behavior_logprob=np.zeros(N)), CacheError, r"is float64 \[14\], must be float32"),
-    "too short": (changed(ROLLOUTS, forced=np.zeros(N - 1, bool)), CacheError, r"forced is bool \[13\], must be"),
-    "foreign prompt": (changed(ROLLOUTS, prompt_index=np.array([0, 3, 1])), CacheError, r"prompt_index\[1\] is outs"),
-    "negative prompt": (changed(ROLLOUTS, prompt_index=np.array([0, 1, -1])), CacheError, r"prompt_index\[2\] is out"),
-    "beyond the vocabulary": (
-        changed(ROLLOUTS, completions=ROLLOUTS.completions.with_values(np.full(N, 60, np.int32))),
-        CacheError,
-        r"completion_tokens\[0\] is not a token id of words, which has 60",
-    ),
-    "negative id": (
-        changed(ROLLOUTS, completions=ROLLOUTS.completions.with_values(np.full(N, -1, np.int32))),
-        CacheError,
-        r"completion_tokens\[0\] is not a token id",
-    ),
+    "NaN": (bad_logprob(np.nan), NumericsError, r"logprob\[0\] is nan"),
+    "-inf": (bad_logprob(-np.inf), NumericsError, "must be finite"),
+    "probability above 1": (bad_logprob(0.5), CacheError, "more than 1"),
+    "float64": (replace(ROLLOUTS, behavior_logprob=np.zeros(N)), CacheError, r"is float64 \[14\], must be float32"),
+    "too short": (replace(ROLLOUTS, forced=np.zeros(N - 1, bool)), CacheError, r"forced is bool \[13\], must be"),
+    "foreign prompt": (replace(ROLLOUTS, prompt_index=np.array([0, 3, 1])), CacheError, r"prompt_index\[1\] is outs"),
+    "negative prompt": (replace(ROLLOUTS, prompt_index=np.array([0, 1, -1])), CacheError, r"prompt_index\[2\] is out"),
+    "beyond the vocabulary": (bad_tokens(60), CacheError, r"tokens\[0\] is not a token id of words, which has 60"),
+    "negative id": (bad_tokens(-1), CacheError, r"completion_tokens\[0\] is not a token id"),
     "offsets": (
-        changed(ROLLOUTS, completions=Ragged(ROLLOUTS.completions.values, np.array([0, 7, 5, N]))),
+        replace(ROLLOUTS, completions=Ragged(ROLLOUTS.completions.values, np.array([0, 7, 5, N]))),
         CacheError,
         "do not rise from 0 to 14",
     ),
     "finished without EOS": (
-        changed(make_rollouts((0, 2, 7)), finished=np.array([True, False, False])),
+        replace(make_rollouts((0, 2, 7)), finished=np.array([True, False, False])),
         CacheError,
         r"finished\[0\] is a finished rollout without a token",
     ),
@@ -242,7 +234,7 @@ def test_parts_that_do_not_belong_together_are_not_committed(cache: Cache) -> No
     r = cache.commit_rollouts(ROLLOUTS, rollouts_info(p, 3))
     scores = make_scores(ROLLOUTS, 0, 3)
     with pytest.raises(CacheError, match="scores of 14 tokens for rollouts that have 7"):
-        cache.commit_scores(changed(scores, final_max_q=np.zeros(2, np.float32)), scores_info(r, 0, 2))
+        cache.commit_scores(replace(scores, final_max_q=np.zeros(2, np.float32)), scores_info(r, 0, 2))
     with pytest.raises(NumericsError, match=r"q\[0\] is nan"):
         cache.commit_scores(Scores(*(np.full(n, np.nan, np.float32) for n in (N, N, N, N, 3))), scores_info(r, 0, 3))
     with pytest.raises(CacheError, match="Rollouts can't be a segment of kind scores"):
@@ -254,11 +246,9 @@ def test_parts_that_do_not_belong_together_are_not_committed(cache: Cache) -> No
 
 def test_rounding_is_not_an_error(cache: Cache) -> None:
     """A one-token vocabulary: q, max, logsumexp and mean are the same number up to rounding."""
-    rollouts = Rollouts(
-        np.zeros(1, np.int64), Ragged.from_rows([[0]], np.int32), np.zeros(1, np.float32), np.zeros(1, bool),
-        np.zeros(1, bool),
-    )  # fmt: skip
-    p = cache.commit_prompts(make_prompts((1,), vocab_size=1), prompts_info(1))
+    one = np.zeros(1, np.float32)
+    rollouts = Rollouts(np.zeros(1, np.int64), Ragged.from_rows([[0]], np.int32), one, one > 0, one > 0)
+    p = add_prompts(cache, (1,), vocab_size=1)
     r = cache.commit_rollouts(rollouts, rollouts_info(p, 1, vocab_size=1))
     near = np.array([40.0], np.float32)
     scores = Scores(near * np.float32(1 + 1e-6), near, near * np.float32(1 - 1e-6), near * np.float32(1 + 1e-6), near)

@@ -15,18 +15,9 @@ from ketchup_cache import open_cache
 from ketchup_cache.cache.cache import Cache
 from ketchup_cache.cache.inspect import describe, verify
 from ketchup_cache.errors import CacheError, CorruptError, KetchupError, NumericsError
-from ketchup_cache.types import Scores, TopLogits
-from tests.cache.test_hostile import forge, refused, replaced, stored
-from tests.helpers.segments import (
-    VOCAB,
-    fingerprint,
-    make_prompts,
-    make_rollouts,
-    prompts_info,
-    rollouts_info,
-    same,
-    scores_info,
-)
+from ketchup_cache.types import Scores
+from tests.cache.test_hostile import both, forge, refused, removed, replaced, said
+from tests.helpers.segments import VOCAB, fill, fingerprint, make_rollouts, same, scores_of
 
 NAN, INF = np.float32("nan"), np.float32("inf")
 
@@ -36,35 +27,12 @@ def cache(tmp_path: Path) -> Cache:
     return open_cache(tmp_path / "cache", create=True)
 
 
-def scores_of(logits: np.ndarray, tokens: np.ndarray, final: np.ndarray, top: int) -> Scores:
-    """From all logits, in float64, with the kept ones found by a plain sort."""
-    order = np.argsort(-logits, axis=1, kind="stable")[:, :top].astype(np.int32)
-    wide = logits.astype(np.float64)
-    rest = wide.copy()
-    np.put_along_axis(rest, order, -np.inf, axis=1)
-    with np.errstate(divide="ignore"):
-        lse, others = (np.log(np.exp(x - 50).sum(1)) + 50 for x in (wide, rest))
-    kept = TopLogits(np.take_along_axis(logits, order, 1), order, others.astype(np.float32))
-    return Scores(
-        q=logits[np.arange(len(tokens)), tokens],
-        max_q=logits.max(1),
-        logsumexp=lse.astype(np.float32),
-        mean_q=logits.mean(1),
-        final_max_q=final,
-        top=kept if top else None,
-    )
-
-
-def fill_top(cache: Cache, top: int, *, by: str = "teacher") -> tuple[str, Scores]:
-    prompts = cache.commit_prompts(make_prompts(), prompts_info())
-    rollouts = make_rollouts()
-    rollouts_id = cache.commit_rollouts(rollouts, rollouts_info(prompts, 3))
-    rng = np.random.default_rng(0)
+def fill_top(cache: Cache, top: int, **info) -> tuple[str, Scores]:
+    rollouts, rng = make_rollouts(), np.random.default_rng(0)
     logits = rng.normal(0, 8, (len(rollouts.completions.values), VOCAB)).astype(np.float32)
     final = np.where(rollouts.finished, 0, rng.normal(0, 8, 3)).astype(np.float32)
     scores = scores_of(logits, rollouts.completions.values, final, top)
-    info = scores_info(rollouts_id, 0, 3, by=by).model_copy(update={"keep_top": top})
-    return cache.commit_scores(scores, info), scores
+    return fill(cache, scores, forced=False, **info)[2], scores
 
 
 @pytest.mark.parametrize("top", [1, 4, VOCAB - 1, VOCAB])
@@ -82,15 +50,12 @@ def test_round_trip(cache: Cache, top: int) -> None:
 @pytest.mark.parametrize(("vocab", "top"), [(32_100, 1), (32_100, 64), (500, 3), (32_100, 32_099)])
 def test_equal_logits_are_within_the_rules_after_rounding(cache: Cache, vocab: int, top: int) -> None:
     """Every bound is met exactly there, and float16 bends it: also where a few logits are far below."""
-    prompts = cache.commit_prompts(make_prompts(), prompts_info(vocab))
     rollouts = make_rollouts()
-    rollouts_id = cache.commit_rollouts(rollouts, rollouts_info(prompts, 3, vocab_size=vocab))
     tokens = rollouts.completions.values
     logits = np.zeros((len(tokens), vocab), np.float32)
     logits[3:, vocab // 2 :] = -17.3
     scores = scores_of(logits, tokens, np.where(rollouts.finished, 0, 1).astype(np.float32), top)
-    info = scores_info(rollouts_id, 0, 3, vocab_size=vocab)
-    id_ = cache.commit_scores(scores, info.model_copy(update={"keep_top": top, "storage": "compact"}))
+    *_, id_ = fill(cache, scores, forced=False, vocab_size=vocab, storage="compact")
     read = open_cache(cache.path).load_scores(id_)
     np.testing.assert_allclose(read.top.rest_logsumexp, scores.top.rest_logsumexp, atol=0.02)
 
@@ -114,6 +79,10 @@ def swapped(scores: Scores) -> np.ndarray:
     array = np.array(scores.top.q)
     array[3, [1, 2]] = array[3, [2, 1]]
     return array
+
+
+def raised(scores: Scores) -> np.ndarray:
+    return scores.logsumexp + np.float32(0.5) * (np.arange(len(scores.q)) == 3).astype(np.float32)
 
 
 def twice(scores: Scores) -> np.ndarray:
@@ -147,21 +116,14 @@ def other_ids(scores: Scores) -> np.ndarray:
         (*at("top_q", (3, 3), -30), r"rest_logsumexp\[3\] is more than so many smaller logits can have"),
         (*at("rest_logsumexp", (3,), 1000), r"rest_logsumexp\[3\] is more than so many"),
         (*at("logsumexp", (3,), 0), r"logsumexp\[3\] is smaller than max_q"),
+        # each array is possible for itself; together they are not those of one distribution
+        ("logsumexp", raised, r"top_q\[3\] and rest_logsumexp do not add up to logsumexp"),
     ],
 )
 def test_hostile_top(cache: Cache, name: str, change, match: str) -> None:
     segment_id, scores = fill_top(cache, 4)
     forge(cache, segment_id, replaced(name, change(scores)))
     refused(cache.path, KetchupError, match=match)
-
-
-def test_logits_that_do_not_add_up(cache: Cache) -> None:
-    """Each array is possible for itself; together they are not those of one distribution."""
-    segment_id, scores = fill_top(cache, 4)
-    wrong = np.array(scores.logsumexp)
-    wrong[3] += 0.5
-    forge(cache, segment_id, replaced("logsumexp", wrong))
-    refused(cache.path, match=r"top_q\[3\] and rest_logsumexp do not add up to logsumexp")
 
 
 def test_arrays_that_are_missing_or_too_many(cache: Cache) -> None:
@@ -175,40 +137,28 @@ def test_arrays_that_are_missing_or_too_many(cache: Cache) -> None:
         return change
 
     segment_id, scores = fill_top(cache, 4)
-    for names in (("rest_logsumexp",), ("top_ids",), ("top_q", "top_ids", "rest_logsumexp")):
-        forged = forge(cache, segment_id, without(*names), keep=True)
-        with pytest.raises(CorruptError, match=r"arrays?"):
-            open_cache(cache.path).load_scores(forged)
-        (cache.path / "manifests" / f"{forged}.json").unlink()
-
-    def of_other_size(manifest, files):
-        """`keep_top` says 5."""
-        manifest["info"]["keep_top"] = 5
-
-    def with_rest_of_nothing(manifest, files):
-        manifest["info"]["keep_top"] = 0
-        without("top_q", "top_ids")(manifest, files)
-
-    def wide_ids(manifest, files):
-        files.update(stored(scores.top.ids.astype(np.uint32), "top_ids"))
-        manifest["arrays"]["top_ids"]["dtype"] = "uint32"
-
-    def too_many(manifest, files):
-        manifest["info"]["keep_top"] = VOCAB + 1
-
-    for change in (of_other_size, with_rest_of_nothing, wide_ids, too_many):
+    wide_ids = both(replaced("top_ids", scores.top.ids.astype(np.uint32)), said("arrays", "top_ids", dtype="uint32"))
+    for change, match in (
+        (without("rest_logsumexp"), "arrays?"),
+        (without("top_ids"), "arrays?"),
+        (without("top_q", "top_ids", "rest_logsumexp"), "arrays?"),
+        (said("info", keep_top=5), None),
+        (both(said("info", keep_top=0), without("top_q", "top_ids")), None),  # a rest of nothing
+        (wide_ids, None),
+        (said("info", keep_top=VOCAB + 1), None),
+    ):
         forged = forge(cache, segment_id, change, keep=True)
-        with pytest.raises(CorruptError):
+        with pytest.raises(CorruptError, match=match):
             open_cache(cache.path).load_scores(forged)
-        (cache.path / "manifests" / f"{forged}.json").unlink()
+        removed(cache.path, forged)
     open_cache(cache.path).load_scores(segment_id)
 
 
-@pytest.mark.parametrize("said", [0, 3, 5])
-def test_not_committed_with_another_number_than_info_says(cache: Cache, said: int) -> None:
+@pytest.mark.parametrize("number", [0, 3, 5])
+def test_not_committed_with_another_number_than_info_says(cache: Cache, number: int) -> None:
     segment_id, scores = fill_top(cache, 4)
-    info = cache.manifest(segment_id).info.model_copy(update={"keep_top": said})
-    with pytest.raises(CacheError, match=f"top_q has 4 logits of each state, must be {said}"):
+    info = cache.manifest(segment_id).info.model_copy(update={"keep_top": number})
+    with pytest.raises(CacheError, match=f"top_q has 4 logits of each state, must be {number}"):
         cache.commit_scores(scores, info)
 
 
@@ -247,11 +197,8 @@ def test_info_gives_bytes_per_token_of_each_choice_of_score(cache: Cache) -> Non
     assert scores.keep_top == 0
     info = describe(cache)
     assert list(info.sizes) == ["prompts", "rollouts", "scores", "scores, --keep-top 4"]
-    folders = [cache.path / "segments" / id_ for id_, m in cache.manifests("scores") if m.info.keep_top]
-    paths = [
-        *(folder / "arrays.zip" for folder in folders),
-        *(cache.path / f"manifests/{f.name}.json" for f in folders),
-    ]
+    (id_,) = (id_ for id_, m in cache.manifests("scores") if m.info.keep_top)
+    paths = (cache.path / f"segments/{id_}/arrays.zip", cache.path / f"manifests/{id_}.json")
     assert info.sizes["scores, --keep-top 4"] == sum(path.stat().st_size for path in paths) / 14
     assert "scores, --keep-top 4: " in str(info)
     assert json.loads(json.dumps(info.to_dict()))["sizes"]["scores"] > 0

@@ -12,7 +12,7 @@ from ketchup_cache import open_cache
 from ketchup_cache.errors import WriteError
 from ketchup_cache.sharing import remote_cache as view
 from tests.cache.test_hostile import HOSTILE
-from tests.helpers.segments import exit_code, in_child, make_prompts, prompts_info
+from tests.helpers.segments import add_prompts, exit_code, in_child
 from tests.helpers.stores import KEYS, kill_copies
 from tests.helpers.trust import ERRORS, fail_every_step, flips, kill_clean, kill_writers, write_at_once
 
@@ -50,7 +50,7 @@ def test_a_write_that_the_system_refuses(tmp_path: Path) -> None:
     def work() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
         with pytest.raises(WriteError, match=r"can't write .File too large") as caught:
-            cache.commit_prompts(make_prompts((20_000,)), prompts_info())
+            add_prompts(cache, (20_000,))
         assert "\n" not in str(caught.value)
 
     assert exit_code(in_child(work)) == 0

@@ -6,13 +6,15 @@ import hashlib
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import fields
+from pathlib import Path
 
 import numpy as np
 
+from ketchup_cache import open_cache
 from ketchup_cache.cache.cache import Cache
 from ketchup_cache.cache.manifest import PromptsInfo, RolloutsInfo, ScoresInfo
 from ketchup_cache.provenance import DataInfo, PolicyInfo, Sampling, TeacherInfo, TokenizerInfo
-from ketchup_cache.types import Prompts, Ragged, Rollouts, Scores
+from ketchup_cache.types import Prompts, Ragged, Rollouts, Scores, TopLogits
 
 VOCAB = 60
 
@@ -33,14 +35,9 @@ def prompts_info(vocab_size: int = VOCAB) -> PromptsInfo:
 def rollouts_info(
     prompts: str, prompt_stop: int, *, policy: str = "student", samples: int = 1, vocab_size: int = VOCAB
 ) -> RolloutsInfo:
-    return RolloutsInfo(
-        prompts=prompts,
-        prompt_start=0,
-        prompt_stop=prompt_stop,
-        policy=PolicyInfo(name=policy, fingerprint=fingerprint(policy)),
-        tokenizer=tokenizer(vocab_size),
-        sampling=Sampling(samples=samples),
-    )
+    by = PolicyInfo(name=policy, fingerprint=fingerprint(policy))
+    made = {"policy": by, "tokenizer": tokenizer(vocab_size), "sampling": Sampling(samples=samples)}
+    return RolloutsInfo(prompts=prompts, prompt_start=0, prompt_stop=prompt_stop, **made)
 
 
 def teacher(name: str = "teacher") -> TeacherInfo:
@@ -48,11 +45,10 @@ def teacher(name: str = "teacher") -> TeacherInfo:
 
 
 def scores_info(
-    rollouts: str, row_start: int, row_stop: int, *, by: str = "teacher", vocab_size: int = VOCAB
+    rollouts: str, start: int, stop: int, *, by: str = "teacher", vocab_size: int = VOCAB, **more
 ) -> ScoresInfo:
-    return ScoresInfo(
-        rollouts=rollouts, row_start=row_start, row_stop=row_stop, teacher=teacher(by), tokenizer=tokenizer(vocab_size)
-    )
+    made = {"teacher": teacher(by), "tokenizer": tokenizer(vocab_size)}
+    return ScoresInfo(rollouts=rollouts, row_start=start, row_stop=stop, **made, **more)
 
 
 def ragged(rng: np.random.Generator, lengths: Sequence[int], vocab_size: int) -> Ragged:
@@ -101,13 +97,44 @@ def make_scores(rollouts: Rollouts, start: int, stop: int, *, seed: int = 0, voc
     )
 
 
-def fill(cache: Cache) -> tuple[str, str, str]:
-    """A family of three small segments."""
-    prompts = cache.commit_prompts(make_prompts(), prompts_info())
-    rollouts = make_rollouts(forced=True)
-    rollouts_id = cache.commit_rollouts(rollouts, rollouts_info(prompts, 3))
-    scores_id = cache.commit_scores(make_scores(rollouts, 0, 3), scores_info(rollouts_id, 0, 3))
-    return prompts, rollouts_id, scores_id
+def scores_of(logits: np.ndarray, tokens: np.ndarray, final: np.ndarray, top: int) -> Scores:
+    """From all logits, in float64, with the kept ones found by a plain sort."""
+    order = np.argsort(-logits, axis=1, kind="stable")[:, :top].astype(np.int32)
+    wide = logits.astype(np.float64)
+    rest = wide.copy()
+    np.put_along_axis(rest, order, -np.inf, axis=1)
+    with np.errstate(divide="ignore"):
+        lse, others = (np.log(np.exp(x - 50).sum(1)) + 50 for x in (wide, rest))
+    kept = TopLogits(np.take_along_axis(logits, order, 1), order, others.astype(np.float32))
+    q = logits[np.arange(len(tokens)), tokens]
+    return Scores(q, logits.max(1), lse.astype(np.float32), logits.mean(1), final, kept if top else None)
+
+
+def add_prompts(cache: Cache, lengths: Sequence[int] = (3, 1, 4), *, seed: int = 0, vocab_size: int = VOCAB) -> str:
+    return cache.commit_prompts(make_prompts(lengths, seed=seed, vocab_size=vocab_size), prompts_info(vocab_size))
+
+
+def fill(
+    cache: Cache, scores: Scores | None = None, *, forced: bool = True, vocab_size: int = VOCAB, **info
+) -> tuple[str, str, str]:
+    """A family of three small segments. scores: in the place of made-up ones. info: more that is said of them."""
+    prompts, rollouts = add_prompts(cache, vocab_size=vocab_size), make_rollouts(forced=forced)
+    rollouts_id = cache.commit_rollouts(rollouts, rollouts_info(prompts, 3, vocab_size=vocab_size))
+    scores = scores or make_scores(rollouts, 0, 3)
+    made_by = scores_info(rollouts_id, 0, 3, vocab_size=vocab_size, keep_top=scores.keep_top, **info)
+    return prompts, rollouts_id, cache.commit_scores(scores, made_by)
+
+
+def contents(root: Path) -> dict[str, bytes]:
+    """Of manifests/ and segments/."""
+    found = (p for folder in ("manifests", "segments") for p in (root / folder).rglob("*") if p.is_file())
+    return {str(p.relative_to(root)): p.read_bytes() for p in found}
+
+
+def load_all(root: Path) -> None:
+    cache = open_cache(root)
+    for segment_id in cache.segment_ids():
+        cache.load(segment_id)
 
 
 def same(a: object, b: object) -> bool:

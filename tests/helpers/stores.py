@@ -30,8 +30,8 @@ from ketchup_cache.sharing import object_store, remote_cache, stores
 from ketchup_cache.sharing.object_store import ObjectStore
 from ketchup_cache.sharing.stores import open_store
 from ketchup_cache.sharing.transfer import copy
-from tests.helpers.segments import make_prompts, make_rollouts, prompts_info, rollouts_info
-from tests.helpers.trust import Kills, load
+from tests.helpers.segments import add_prompts, contents, make_rollouts, rollouts_info
+from tests.helpers.trust import Kills
 
 KEYS = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "SECRET"}
 
@@ -78,7 +78,7 @@ def families(root: Path, count: int = 10) -> Cache:
     """Prompts with rollouts, so that there are children whose parents must come first."""
     made = open_cache(root, create=True)
     for seed in range(count):
-        prompts = made.commit_prompts(make_prompts([300] * 20, seed=seed), prompts_info())
+        prompts = add_prompts(made, [300] * 20, seed=seed)
         made.commit_rollouts(make_rollouts([200] * 20, prompts=20, seed=seed), rollouts_info(prompts, 20))
     return made
 
@@ -93,9 +93,9 @@ transfer.copy(sys.argv[1], sys.argv[2])
 """
 
 
-def start_copy(source: str, target: str) -> subprocess.Popen[str]:
-    """A process that has made its imports and copies now. (A forked child can't use the threads of the S3 client.)"""
-    process = subprocess.Popen([sys.executable, "-c", COPY, source, target], stdout=subprocess.PIPE, text=True)
+def start(code: str, *words: str) -> subprocess.Popen[str]:
+    """A process that has said "go", its imports made. (A forked child can't use the threads of the S3 client.)"""
+    process = subprocess.Popen([sys.executable, "-c", code, *words], stdout=subprocess.PIPE, text=True)
     assert process.stdout
     assert process.stdout.readline() == "go\n"
     return process
@@ -121,11 +121,11 @@ def kill_copies(folder: Path, times: int, *, pull: bool, seed: int = 0) -> Kills
                 given, taken = remote, str(folder / f"pulled {number}")
             if not whole_s:
                 began = time.monotonic()
-                assert start_copy(given, f"{taken} measured").wait() == 0
+                assert start(COPY, given, f"{taken} measured").wait() == 0
                 whole_s = time.monotonic() - began
             seen: set[str] = set()
             while count.kills < times:
-                process = start_copy(given, taken)
+                process = start(COPY, given, taken)
                 time.sleep(rng.uniform(0, 0.9 * whole_s))
                 process.send_signal(signal.SIGKILL)
                 count.kills += process.wait() == -signal.SIGKILL
@@ -133,7 +133,7 @@ def kill_copies(folder: Path, times: int, *, pull: bool, seed: int = 0) -> Kills
                 count.lost += len(seen - there)
                 for segment_id in there - seen:
                     try:
-                        load(open_cache(taken), segment_id)
+                        open_cache(taken).load(segment_id)
                     except KetchupError:
                         count.partial += 1
                 count.acknowledged += len(there - seen)
@@ -185,7 +185,7 @@ def same_keys(folder: Path, url: str, writers: int, segments: int) -> SameKeys:
     """Writers that all bring the same segments to the same place at once, through clients of their own."""
     cache = open_cache(folder / "many", create=True)
     for seed in range(segments):
-        cache.commit_prompts(make_prompts(seed=seed), prompts_info())
+        add_prompts(cache, seed=seed)
     created: list[str] = []
     early: list[str] = []
 
@@ -197,13 +197,6 @@ def same_keys(folder: Path, url: str, writers: int, segments: int) -> SameKeys:
 
     with ThreadPoolExecutor(writers) as pool:
         list(pool.map(push, range(writers)))
-    files = (p for name in ("manifests", "segments") for p in (cache.path / name).rglob("*") if p.is_file())
-    wanted = {str(p.relative_to(cache.path)) for p in files} | {"ketchup-cache.json"}
-    return SameKeys(
-        writers=writers,
-        segments=segments,
-        objects=len(wanted),
-        two_creators=len(created) - len(set(created)),
-        lost=len(wanted - set(created)),
-        early=len(early),
-    )
+    wanted = contents(cache.path).keys() | {"ketchup-cache.json"}
+    twice, lost = len(created) - len(set(created)), len(wanted - set(created))
+    return SameKeys(writers, segments, objects=len(wanted), two_creators=twice, lost=lost, early=len(early))

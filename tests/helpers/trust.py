@@ -1,6 +1,6 @@
 """What breaks caches, on purpose and many times: kills, failing disks, damage, writers at once. Everything is counted.
 
-`tests/test_trust.py` runs a short form, `benchmarks/soak.py` the long one. Children are forked, so a command that
+`tests/cache/test_trust.py` runs a short form, `benchmarks/soak.py` the long one. Children are forked, so a command that
 imports torch is killed at work and not at its imports.
 """
 
@@ -13,6 +13,7 @@ import random
 import select
 import shutil
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -25,11 +26,12 @@ from ketchup_cache.cache.inspect import verify
 from ketchup_cache.cache.segment_bytes import MARKER, Packed
 from ketchup_cache.cli import main
 from ketchup_cache.errors import KetchupError, WriteError
-from tests.cache.test_crash import Interrupted, count_steps
 from tests.helpers.segments import (
+    add_prompts,
     exit_code,
     fill,
     in_child,
+    load_all,
     make_prompts,
     make_rollouts,
     make_scores,
@@ -40,16 +42,6 @@ from tests.helpers.segments import (
 )
 
 ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES, errno.EFBIG)
-
-
-def load(cache: Cache, segment_id: str) -> object:
-    return cache.load(segment_id)
-
-
-def load_all(root: Path) -> None:
-    cache = open_cache(root)
-    for segment_id, _ in cache.manifests():
-        cache.load(segment_id)
 
 
 # ---------------------------------------------------------------------------------------------------------- kills
@@ -86,7 +78,7 @@ def kill_at_random(work: Callable[[], object], root: Path, count: Kills, times: 
         count.lost += len(acknowledged - visible)
         for segment_id in visible - loaded:
             try:
-                load(cache, segment_id)
+                cache.load(segment_id)
             except KetchupError:
                 count.partial += 1
         loaded |= visible
@@ -135,7 +127,7 @@ def write_for_ever(root: Path) -> None:
     for seed in itertools.count(os.getpid()):
         if os.getppid() != parent:  # nobody is left to kill us
             return
-        prompts = cache.commit_prompts(make_prompts(seed=seed), prompts_info())
+        prompts = add_prompts(cache, seed=seed)
         lengths = (5, 2, 7) if seed % 5 else (300, 0, 400)
         rollouts = make_rollouts(lengths, seed=seed)
         rollouts_id = cache.commit_rollouts(rollouts, rollouts_info(prompts, 3))
@@ -202,7 +194,7 @@ def kill_clean(root: Path, times: int, leftovers: int = 40, seed: int = 0) -> Ki
         count.lost += len(set(kept) - visible)
         for segment_id in kept:
             try:
-                load(open_cache(root), segment_id)
+                open_cache(root).load(segment_id)
             except KetchupError:
                 count.partial += 1
     _killed(lambda: _run(words), 600)  # and at last it finishes
@@ -220,28 +212,65 @@ def _run(words: list[str]) -> None:
 # ------------------------------------------------------------------------------------------------- failing writes
 
 
+STEPS = ("mkdir", "makedirs", "open", "write", "fsync", "close", "rename")
+NEW = (make_prompts((2, 6), seed=9), prompts_info())
+
+
+class Interrupted:
+    """Stands in for `os` inside disk.py: counts the steps on the file system, and does something at the n-th."""
+
+    def __init__(self, at: int, act) -> None:
+        self.at, self.act, self.done = at, act, 0
+        self.counting = threading.Lock()  # files are written in threads
+
+    def __getattr__(self, name: str):
+        real = getattr(os, name)
+        if name not in STEPS:
+            return real
+
+        def step(*args, **kwargs):
+            with self.counting:
+                self.done += 1
+                now = self.done - 1
+            return self.act(name, real, args) if now == self.at else real(*args, **kwargs)
+
+        return step
+
+
+def kill(name, real, args):
+    """Die before the step, which is after the one before; in the middle where half of the bytes can be written."""
+    if name == "write":
+        real(args[0], args[1][: len(args[1]) // 2])
+    os._exit(9)
+
+
+def count_steps(cache: Cache, patch_with) -> int:
+    with patch_with.context() as patch:
+        patch.setattr(disk, "os", counter := Interrupted(-1, None))
+        cache.commit_prompts(*NEW)
+    return counter.done
+
+
 @dataclass
 class Failures:
     failures: int = 0
     false_acknowledgements: int = 0
     unclear: int = 0
-    """Errors that are not one line with the folder and the reason."""
+    """Errors that are not one line with the folder, the reason and what to do."""
 
 
 def fail_every_step(folder: Path, patch_with, errors: tuple[int, ...] = ERRORS, every: int = 1) -> Failures:
-    """Each of the errors at each step of a commit on the file system, or at every so manieth. A failed commit must
-    say so, in one line; and if it was acknowledged, it must be there.
+    """Each of the errors at each step of a commit, or at every so manieth. A failed commit says so in
+    one line, leaves nothing in `tmp/`, and is seen only where its rename is done; run again, it succeeds.
     """
-    count = Failures()
-    root = folder / "failing"
+    count, root = Failures(), folder / "failing"
     cache = open_cache(root, create=True)
     family = set(fill(cache))
     steps = count_steps(cache, patch_with)
-    new = make_prompts((2, 6), seed=9), prompts_info()
     for number in errors:
         for at in range(number % every, steps, every):
 
-            def fail(name, real, args, kwargs, number=number):
+            def fail(name, real, args, number=number):
                 if name == "write":
                     real(args[0], args[1][: len(args[1]) // 2])
                 if name == "close":
@@ -249,19 +278,24 @@ def fail_every_step(folder: Path, patch_with, errors: tuple[int, ...] = ERRORS, 
                 raise OSError(number, os.strerror(number))
 
             count.failures += 1
+            before = set(open_cache(root).segment_ids())
             with patch_with.context() as patch:
                 patch.setattr(disk, "os", Interrupted(at, fail))
                 try:
-                    segment_id = cache.commit_prompts(*new)
+                    cache.commit_prompts(*NEW)
                 except WriteError as error:
                     text = str(error)
-                    count.unclear += "\n" in text or str(root) not in text or os.strerror(number) not in text
+                    said = "run the command again" in text or "choose a cache folder" in text
+                    said = said and str(root) in text and os.strerror(number) in text
+                    count.unclear += "\n" in text or not said
                 else:
                     count.false_acknowledgements += 1
-                    assert segment_id
             count.unclear += bool(os.listdir(root / "tmp"))
+            # the last three steps sync a rename that is done
+            assert set(open_cache(root).segment_ids()) == before or at >= steps - 3
+    assert same(cache.load_prompts(cache.commit_prompts(*NEW)), NEW[0])
     assert verify(open_cache(root)).ok
-    assert family <= {i for i, _ in open_cache(root).manifests()}
+    assert family <= set(open_cache(root).segment_ids())
     return count
 
 
@@ -282,8 +316,7 @@ def sample_cache(root: Path) -> Cache:
     prompts = cache.manifests("prompts")[0][0]
     rollouts = make_rollouts((300, 0, 200), seed=3)
     rollouts_id = cache.commit_rollouts(rollouts, rollouts_info(prompts, 3))
-    compact = scores_info(rollouts_id, 0, 3).model_copy(update={"storage": "compact"})
-    cache.commit_scores(make_scores(rollouts, 0, 3), compact)
+    cache.commit_scores(make_scores(rollouts, 0, 3), scores_info(rollouts_id, 0, 3, storage="compact"))
     return cache
 
 
@@ -333,7 +366,7 @@ def write_at_once(folder: Path, processes: int, each: int) -> Writers:
     def work(first: int) -> None:
         cache = open_cache(root, create=True)
         for seed in range(first, first + each):
-            segment_id = cache.commit_prompts(make_prompts((3, 0, 5), seed=seed), prompts_info())
+            segment_id = add_prompts(cache, (3, 0, 5), seed=seed)
             os.write(write, f"{segment_id} {seed}\n".encode())
 
     pids = [in_child(lambda i=i: work(10_000 * i)) for i in range(processes)]
@@ -347,7 +380,7 @@ def write_at_once(folder: Path, processes: int, each: int) -> Writers:
         try:
             cache = open_cache(root)
             for segment_id in {i for i, _ in cache.manifests()} - seen:
-                load(cache, segment_id)
+                cache.load(segment_id)
                 seen.add(segment_id)
         except KetchupError:
             count.torn += 1

@@ -17,6 +17,7 @@ from ketchup_cache.errors import DataError, MismatchError, WriteError
 from ketchup_cache.report import evaluate as module
 from ketchup_cache.report.evaluate import evaluate
 from tests.helpers.models import WORDS, make_tokenizer, save_model, write_prompts
+from tests.helpers.oracle import plain_logits
 
 LONGEST = 12
 VOCABULARY = len(WORDS) + 3
@@ -46,15 +47,19 @@ def write_data(path: Path, rows: list[dict]) -> str:
     return str(path)
 
 
+def loaded(place: Path, name: str):
+    """The model by transformers, and the token ids of each prompt."""
+    tokenizer = AutoTokenizer.from_pretrained(place / name)
+    prompts = [tokenizer(row["prompt"]).input_ids for row in records(place / "data.jsonl")]
+    return AutoModelForSeq2SeqLM.from_pretrained(place / name), prompts
+
+
 @pytest.fixture(scope="module")
 def plain(place: Path) -> list[list[int]]:
     """Greedy completions by transformers, one prompt at a time, cut after EOS."""
-    model = AutoModelForSeq2SeqLM.from_pretrained(place / "student")
-    tokenizer = AutoTokenizer.from_pretrained(place / "student")
-    completions = []
-    for row in records(place / "data.jsonl"):
-        ids = tokenizer(row["prompt"], return_tensors="pt").input_ids
-        completions.append(model.generate(ids, do_sample=False, max_new_tokens=LONGEST)[0, 1:].tolist())
+    model, prompts = loaded(place, "student")
+    options = {"do_sample": False, "max_new_tokens": LONGEST}
+    completions = [model.generate(torch.tensor([ids]), **options)[0, 1:].tolist() for ids in prompts]
     assert {completion[-1] == 1 for completion in completions} == {True, False}
     return completions
 
@@ -68,11 +73,9 @@ def test_outputs_are_the_greedy_ones_with_their_lengths(place: Path, plain: list
     assert [(w["prompt"], w["target"]) for w in written] == [(row["prompt"], row["target"]) for row in data]
     assert [w["finished"] for w in written] == [c[-1] == 1 for c in plain]
     lengths = [len(c) for c in plain]
-    assert result.examples == 12
-    assert result.length_mean == pytest.approx(statistics.fmean(lengths))
-    assert result.length_sd == pytest.approx(statistics.stdev(lengths))
-    assert result.finished == pytest.approx(sum(c[-1] == 1 for c in plain) / 12)
-    assert result.returns is None
+    wanted = (statistics.fmean(lengths), statistics.stdev(lengths), statistics.fmean(c[-1] == 1 for c in plain))
+    assert (result.length_mean, result.length_sd, result.finished) == pytest.approx(wanted)
+    assert (result.examples, result.returns) == (12, None)
 
 
 def test_metrics_are_of_outputs_against_their_own_targets(place: Path, tmp_path: Path):
@@ -84,42 +87,28 @@ def test_metrics_are_of_outputs_against_their_own_targets(place: Path, tmp_path:
     assert result.metrics["exact"] == pytest.approx(100 * 8 / 12)
 
 
-def one_step_return(model, prompt: list[int], completion: list[int], finished: bool) -> float:
+def one_step_return(model, prompt: list[int], completion: list[int]) -> float:
     """Σ r_t of Eq. 10 on log-probabilities; a cut output keeps the value of the state it was cut in."""
-    with torch.no_grad():
-        logits = model(input_ids=torch.tensor([prompt]), decoder_input_ids=torch.tensor([[0, *completion]])).logits[
-            0, :, :VOCABULARY
-        ]
-    logprob = logits.double().log_softmax(-1)
-    largest = logprob.max(-1).values
-    rewards = [logprob[t, a] - largest[t + 1] for t, a in enumerate(completion[:-1])]
+    logprob = plain_logits(model, prompt, completion)[:, :VOCABULARY].double().log_softmax(-1)
     # the value after EOS is 0; after a cut m_{T+1} is subtracted and bootstrapped back
-    return float(sum(rewards) + logprob[len(completion) - 1, completion[-1]])
+    return float(logprob[range(len(completion)), completion].sum() - logprob[1:].max(-1).values.sum())
 
 
 def test_mean_return_equals_plain_forward_passes(place: Path, plain: list[list[int]]):
-    model = AutoModelForSeq2SeqLM.from_pretrained(place / "teacher")
-    tokenizer = AutoTokenizer.from_pretrained(place / "teacher")
-    prompts = [tokenizer(row["prompt"]).input_ids for row in records(place / "data.jsonl")]
-    expected = [one_step_return(model, p, c, c[-1] == 1) for p, c in zip(prompts, plain, strict=True)]
+    model, prompts = loaded(place, "teacher")
+    expected = [one_step_return(model, p, c) for p, c in zip(prompts, plain, strict=True)]
     done = [r for r, c in zip(expected, plain, strict=True) if c[-1] == 1]
     result = run(place, teacher=str(place / "teacher"), batch_tokens=64)
-    assert result.returns.mean == pytest.approx(statistics.fmean(expected), abs=1e-4)
-    assert result.returns.sd == pytest.approx(statistics.stdev(expected), abs=1e-4)
-    assert result.returns.se == pytest.approx(statistics.stdev(expected) / 12**0.5, abs=1e-4)
-    assert result.returns.mean_finished == pytest.approx(statistics.fmean(done), abs=1e-4)
+    r, spread = result.returns, statistics.stdev(expected)
+    wanted = (statistics.fmean(expected), spread, spread / 12**0.5, statistics.fmean(done))
+    assert (r.mean, r.sd, r.se, r.mean_finished) == pytest.approx(wanted, abs=1e-4)
     assert "(at most: unfinished outputs count up to the cut)" in str(result)
 
 
 def test_a_model_judged_by_itself_pays_no_gap_and_the_normalisation_is_the_chosen_one(place: Path):
     """Greedy outputs are the teacher's own choices, so G_1 is the largest (normalised) logit in the first state."""
-    model = AutoModelForSeq2SeqLM.from_pretrained(place / "student")
-    tokenizer = AutoTokenizer.from_pretrained(place / "student")
-    first = []
-    for row in records(place / "data.jsonl"):
-        ids = tokenizer(row["prompt"], return_tensors="pt").input_ids
-        with torch.no_grad():
-            first.append(model(input_ids=ids, decoder_input_ids=torch.tensor([[0]])).logits[0, 0])
+    model, prompts = loaded(place, "student")
+    first = [plain_logits(model, ids, [1])[0] for ids in prompts]
     for normalization, best in (("raw", first), ("logprob", [logits.log_softmax(-1) for logits in first])):
         result = run(place, teacher=str(place / "student"), normalization=normalization).returns
         assert result.mean == pytest.approx(statistics.fmean(float(logits.max()) for logits in best), abs=1e-4)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -14,36 +15,28 @@ import pytest
 
 from ketchup_cache import open_cache
 from ketchup_cache.cli import main
-from ketchup_cache.types import Scores, TopLogits
-from tests.helpers.segments import VOCAB, make_prompts, make_rollouts, prompts_info, rollouts_info, scores_info
+from tests.helpers.segments import VOCAB, add_prompts, make_rollouts, rollouts_info, scores_info, scores_of
 
 LISTS = ("prompt_tokens", "completion_tokens", "forced", "behavior_logprob", "q", "max_q", "logsumexp", "mean_q")
 
 
 def top_scores(rollouts, start, stop, top, seed):
     """Scores of random logits over the whole vocabulary, with the largest ones kept."""
-    rng = np.random.default_rng(seed)
-    tokens = rollouts.completions.slice(start, stop).values
-    logits = rng.normal(0, 3, (len(tokens), VOCAB)).astype(np.float32)
-    order = np.argsort(-logits, axis=1)
-    largest, others = np.split(np.take_along_axis(logits, order, 1), [top], axis=1)
-    final = np.where(rollouts.finished[start:stop], 0, rng.normal(0, 3, stop - start)).astype(np.float32)
-    logsumexp, rest = (np.log(np.exp(of.astype(np.float64)).sum(1)).astype(np.float32) for of in (logits, others))
-    kept, q = TopLogits(largest, order[:, :top].astype(np.int32), rest), logits[np.arange(len(tokens)), tokens]
-    return Scores(q, logits.max(1), logsumexp, logits.mean(1), final, kept)
+    part, rng = rollouts.rows(start, stop), np.random.default_rng(seed)
+    logits = rng.normal(0, 3, (len(part.completions.values), VOCAB)).astype(np.float32)
+    final = np.where(part.finished, 0, rng.normal(0, 3, stop - start)).astype(np.float32)
+    return scores_of(logits, part.completions.values, final, top)
 
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
     """Two policies. The first is scored but for its last row, by two segments; the second has no scores."""
     made = open_cache(tmp_path_factory.mktemp("export") / "c", create=True)
-    prompts = made.commit_prompts(make_prompts((3, 1, 4)), prompts_info())
+    prompts = add_prompts(made)
     rollouts = make_rollouts((5, 2, 7, 1, 3, 4), forced=True)
     child = made.commit_rollouts(rollouts, rollouts_info(prompts, 3, samples=2))
     for start, stop in ((0, 2), (2, 5)):
-        scores = top_scores(rollouts, start, stop, 6, seed=start)
-        info = scores_info(child, start, stop).model_copy(update={"keep_top": 6})
-        made.commit_scores(scores, info)
+        made.commit_scores(top_scores(rollouts, start, stop, 6, start), scores_info(child, start, stop, keep_top=6))
     made.commit_rollouts(make_rollouts((2, 2), seed=5), rollouts_info(prompts, 3, policy="other"))
     return made
 
@@ -80,11 +73,10 @@ def test_the_largest_logits_and_rows_without_scores(cache, tmp_path):
     words = ["export", str(cache.path), str(tmp_path / "out"), "--to", "parquet", "--keep-top", "4", "--unscored"]
     assert main(words) == 0
     found = read(tmp_path / "out")
-    scores = [cache.load_scores(id_) for id_, _ in cache.manifests("scores")]
-    top_q = np.concatenate([s.top.q for s in scores])[:, :4]
-    top_ids = np.concatenate([s.top.ids for s in scores])[:, :4]
-    np.testing.assert_array_equal(np.array([x for r in found[:5] for x in r["top_q"]], np.float32), top_q)
-    np.testing.assert_array_equal(np.array([x for r in found[:5] for x in r["top_ids"]]), top_ids)
+    tops = [cache.load_scores(id_).top for id_, _ in cache.manifests("scores")]
+    for name, whole in (("top_q", [top.q for top in tops]), ("top_ids", [top.ids for top in tops])):
+        read_back = np.array([x for r in found[:5] for x in r[name]], whole[0].dtype)
+        np.testing.assert_array_equal(read_back, np.concatenate(whole)[:, :4])
     assert [(r["policy"], r["row"]) for r in found[5:]] == [("student", 5), ("other", 0), ("other", 1)]
     for row in found[5:]:
         assert all(row[name] is None for name in ("q", "max_q", "final_max_q", "teacher", "top_q", "top_ids"))
@@ -119,8 +111,6 @@ def test_what_is_chosen_and_what_does_not_fit(cache, tmp_path, capsys):
 
 
 def test_a_damaged_segment_leaves_no_output(cache, tmp_path, capsys):
-    import shutil
-
     copied = shutil.copytree(cache.path, tmp_path / "copy")
     victim = copied / "segments" / cache.manifests("scores")[1][0] / "arrays.zip"
     victim.write_bytes(victim.read_bytes()[:-1])
@@ -132,7 +122,7 @@ def test_a_damaged_segment_leaves_no_output(cache, tmp_path, capsys):
 def test_memory_is_that_of_a_segment(tmp_path):
     """Forty segments of 2 MB: the peak grows by a few of them, not by all."""
     cache = open_cache(tmp_path / "c", create=True)
-    prompts = cache.commit_prompts(make_prompts([5] * 100), prompts_info())
+    prompts = add_prompts(cache, [5] * 100)
     for seed in range(40):
         rollouts = make_rollouts([2500] * 100, prompts=100, seed=seed)
         cache.commit_rollouts(rollouts, rollouts_info(prompts, 100, policy=f"p{seed}"))

@@ -6,11 +6,8 @@ KETCHUP_SOAK=1: more kills.
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from contextlib import suppress
@@ -21,13 +18,15 @@ import pytest
 
 from ketchup_cache import open_cache
 from ketchup_cache.cache import segment_bytes
-from ketchup_cache.cache.inspect import clean, verify
+from ketchup_cache.cache.inspect import verify
+from ketchup_cache.cache.segment_bytes import MARKER
 from ketchup_cache.cli import main
 from ketchup_cache.errors import KetchupError
 from ketchup_cache.sharing import network, remote_cache
 from ketchup_cache.sharing.stores import open_store
 from ketchup_cache.sharing.transfer import copy, merge
-from tests.helpers.segments import exit_code, fill, in_child, make_prompts, make_rollouts, prompts_info, rollouts_info
+from tests.helpers.segments import contents, exit_code, fill, in_child
+from tests.helpers.stores import COPY, families, start
 
 KILLS = 50 if os.environ.get("KETCHUP_SOAK") else 3
 
@@ -41,92 +40,60 @@ def _home(monkeypatch, tmp_path):
 @pytest.fixture(scope="module")
 def big(tmp_path_factory):
     """Twenty segments, children among them."""
-    made = open_cache(tmp_path_factory.mktemp("big") / "c", create=True)
-    for seed in range(10):
-        prompts = made.commit_prompts(make_prompts([300] * 20, seed=seed), prompts_info())
-        made.commit_rollouts(make_rollouts([200] * 20, prompts=20, seed=seed), rollouts_info(prompts, 20))
-    return made
-
-
-def contents(root):
-    found = (p for folder in ("manifests", "segments") for p in (root / folder).rglob("*") if p.is_file())
-    return {str(p.relative_to(root)): p.read_bytes() for p in found}
-
-
-def start(code, *words):
-    """A Python process that has made its imports and begins now."""
-    code = "import sys\nfrom ketchup_cache.sharing import transfer\nprint('go', flush=True)\n" + code
-    process = subprocess.Popen([sys.executable, "-c", code, *map(str, words)], stdout=subprocess.PIPE, text=True)
-    assert process.stdout.readline() == "go\n"
-    return process
+    return families(tmp_path_factory.mktemp("big") / "c")
 
 
 def killed(work, longest):
-    """Kill it, a function or a process, after a random time; whether it had not ended by itself. `longest`: seconds."""
-    pid = in_child(work) if callable(work) else work.pid
+    """Kill it after a random time, at most `longest` seconds; whether it had not ended by itself."""
+    pid = in_child(work)
     time.sleep(np.random.default_rng().uniform(0, longest))
     os.kill(pid, signal.SIGKILL)
     return exit_code(pid) != 0
 
 
-COPY = "transfer.copy(sys.argv[1], sys.argv[2])"
-
-
-@pytest.mark.parametrize("url", ["local", "s3"], indirect=True)
-def test_killed_pushes_and_pulls_show_nothing_partial_and_go_on(big, url, tmp_path):
-    hit = 0
-    for _ in range(KILLS):
-        # a child that was forked can't use the threads of the S3 client
-        hit += killed(start(COPY, big.path, url), 1.0) if "://" in url else killed(lambda: copy(big.path, url), 0.06)
-        if open_store(url).exists():
-            assert verify(open_cache(url), deep=False).ok
-    copy(big.path, url)
-    assert verify(open_cache(url), deep=False).segments == 20
-    for _ in range(KILLS):
-        back = tmp_path / "back"
-        hit += killed(start(COPY, url, back), 0.6) if "://" in url else killed(lambda: copy(url, back), 0.06)  # noqa: B023
-        if (tmp_path / "back" / "ketchup-cache.json").exists():
-            assert verify(open_cache(tmp_path / "back")).ok
-    report = copy(url, tmp_path / "back")
-    assert report.already + sum(report.segments.values()) == 20
-    assert contents(big.path).items() <= contents(tmp_path / "back").items()
+def test_killed_copies_show_nothing_partial_and_go_on(big, tmp_path):
+    """There and back. Copies to and from S3: `test_trust.py`."""
+    hit, there, back = 0, tmp_path / "there", tmp_path / "back"
+    for source, target in ((big.path, there), (there, back)):
+        for _ in range(KILLS):
+            hit += killed(lambda a=source, b=target: copy(a, b), 0.06)
+            if (target / MARKER).exists():
+                assert verify(open_cache(target)).ok
+        report = copy(source, target)
+        assert report.already + sum(report.segments.values()) == 20
+    assert contents(big.path).items() <= contents(back).items()
+    assert verify(open_cache(back)).segments == 20
     assert hit
 
 
-def test_killed_merges_and_cleanings_lose_nothing(big, tmp_path):
-    other = open_cache(tmp_path / "other", create=True)
+def test_killed_merges_lose_nothing(big, tmp_path):
+    other, ours = (open_cache(tmp_path / name, create=True) for name in ("other", "ours"))
     fill(other)
-    ours = open_cache(tmp_path / "ours", create=True)
-    kept = set(fill(ours))
-    hit = 0
+    kept, hit = set(fill(ours)), 0
     for _ in range(KILLS):
         hit += killed(lambda: merge([big.path, other.path], ours.path), 0.1)
         assert verify(open_cache(ours.path)).ok
-        for name in range(40):  # garbage for `clean` to be killed at
-            shutil.copytree(next((other.path / "segments").iterdir()), ours.path / "segments" / f"{name:064x}")
-        hit += killed(lambda: clean(ours, hours=0), 0.05)
-        report = verify(open_cache(ours.path))
-        assert report.ok
-        ours.refresh()
-        assert kept <= set(ours.segment_ids())
+        assert kept <= set(open_cache(ours.path).segment_ids())
         assert main(["verify", str(ours.path), "--clean", "--older-than", "0"]) == 0
         assert verify(open_cache(ours.path)).leftovers == ()
     assert main(["merge", str(big.path), str(other.path), "--into", str(ours.path)]) == 0
     ours.refresh()
     assert set(ours.segment_ids()) == kept | set(big.segment_ids()) | set(other.segment_ids())
-    assert verify(open_cache(ours.path)).ok
+    assert verify(ours).ok
     assert hit
 
 
 def test_processes_that_copy_the_same_segments_to_one_folder_all_succeed(big, tmp_path):
-    processes = [start(COPY, big.path, tmp_path / "b") for _ in range(4)]
+    processes = [start(COPY, str(big.path), str(tmp_path / "b")) for _ in range(4)]
     assert [process.wait() for process in processes] == [0] * 4
     assert contents(tmp_path / "b") == contents(big.path)
     assert not list((tmp_path / "b" / "tmp").iterdir())
 
 
 READ = """
+import sys
 from ketchup_cache import open_cache
+print("go", flush=True)
 cache = open_cache(sys.argv[1])
 for _ in range(2):
     for id_, _ in cache.manifests("prompts"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -72,8 +73,6 @@ def cache(tmp_path):
 
 
 def test_the_stand_in_takes_the_arguments_of_the_real_client():
-    import inspect
-
     for name in ("create_repo", "list_repo_tree", "create_commit", "hf_hub_download"):
         real = inspect.signature(getattr(HfApi, name)).parameters
         assert set(inspect.signature(getattr(FakeApi, name)).parameters) <= set(real), name
@@ -101,6 +100,8 @@ def test_a_batch_is_one_commit_and_a_killed_upload_shows_nothing(api, cache, tmp
         with pytest.raises(KeyboardInterrupt):
             transfer.copy(cache.path, URL)
     assert verify(open_cache(URL)).segments == 3
+    with pytest.raises(WriteError, match="read-only"):
+        transfer.copy(cache.path, f"{URL}@v1")  # a revision
     transfer.copy(cache.path, URL)
     assert verify(open_cache(URL)).segments == 6
 
@@ -128,10 +129,3 @@ def test_conflicts_are_tried_again_and_errors_hide_tokens(api, cache, tmp_path):
     with pytest.raises(CacheError, match="can't be reached") as lost:
         transfer.copy(URL, tmp_path / "b")
     assert "SECRET" not in str(lost.value)
-
-
-def test_a_revision_is_read_only(api, cache):
-    transfer.copy(cache.path, URL)
-    fill(cache)
-    with pytest.raises(WriteError, match="read-only"):
-        transfer.copy(cache.path, f"{URL}@v1")

@@ -21,7 +21,7 @@ from ketchup_cache.cache.inspect import verify
 from ketchup_cache.cache.segment_bytes import Packed, read_manifest, read_segment
 from ketchup_cache.sharing.stores import open_store
 from ketchup_cache.sharing.transfer import copy, merge
-from tests.helpers.segments import make_prompts, make_rollouts, make_scores, prompts_info, rollouts_info, scores_info
+from tests.helpers.segments import add_prompts, contents, make_rollouts, make_scores, rollouts_info, scores_info
 
 EXAMPLES, STEPS = (200, 50) if os.environ.get("KETCHUP_SOAK") else (5, 20)
 CACHES = range(3)
@@ -43,13 +43,11 @@ def families() -> list[list[Packed]]:
     with tempfile.TemporaryDirectory() as folder:
         cache, made, remote = open_cache(folder, create=True), [], open_store(folder)
         for seed in range(20):
-            prompts = cache.commit_prompts(make_prompts([2, 1], seed=seed), prompts_info())
+            prompts = add_prompts(cache, [2, 1], seed=seed)
             rollouts = make_rollouts([3, 2], prompts=2, seed=seed)
             child = cache.commit_rollouts(rollouts, rollouts_info(prompts, 2))
-            scores = [
-                cache.commit_scores(make_scores(rollouts, row, row + 1), scores_info(child, row, row + 1))
-                for row in range(2)
-            ]
+            parts = [(make_scores(rollouts, row, row + 1), scores_info(child, row, row + 1)) for row in range(2)]
+            scores = [cache.commit_scores(*part) for part in parts]
             made.append([read_segment(remote, id_, *read_manifest(remote, id_)) for id_ in (prompts, child, *scores)])
         return made
 
@@ -107,17 +105,8 @@ class MergeLaws(RuleBasedStateMachine):
         ran.append(self.steps)
 
 
-def contents(root: Path) -> dict[str, bytes]:
-    """Of manifests/ and segments/."""
-    found = (p for folder in ("manifests", "segments") for p in (root / folder).rglob("*") if p.is_file())
-    return {str(p.relative_to(root)): p.read_bytes() for p in found}
-
-
 TestMergeLaws = MergeLaws.TestCase
 TestMergeLaws.settings = settings(
-    max_examples=EXAMPLES,
-    stateful_step_count=STEPS,
-    deadline=None,
-    derandomize=True,
+    max_examples=EXAMPLES, stateful_step_count=STEPS, deadline=None, derandomize=True,
     suppress_health_check=[HealthCheck.too_slow],
-)
+)  # fmt: skip

@@ -6,9 +6,7 @@ import functools
 import http.server
 import os
 import shutil
-import signal
 import threading
-import time
 import uuid
 from pathlib import Path
 from typing import ClassVar
@@ -26,7 +24,7 @@ from ketchup_cache.sharing import network, remote_cache
 from ketchup_cache.sharing.object_store import ObjectStore
 from ketchup_cache.sharing.stores import open_store
 from ketchup_cache.sharing.transfer import copy
-from tests.helpers.segments import exit_code, fill, in_child, make_prompts, prompts_info
+from tests.helpers.segments import add_prompts, contents, fill
 from tests.helpers.stores import same_keys
 
 
@@ -43,15 +41,6 @@ def cache(tmp_path):
     return made
 
 
-def contents(root: Path) -> dict[str, bytes]:
-    return {
-        str(p.relative_to(root)): p.read_bytes()
-        for folder in ("manifests", "segments")
-        for p in (root / folder).rglob("*")
-        if p.is_file()
-    }
-
-
 def test_push_and_pull_bring_back_every_byte(cache, url, tmp_path):
     planned = copy(cache.path, url, dry_run=True)
     assert not open_store(url).exists()
@@ -65,7 +54,7 @@ def test_push_and_pull_bring_back_every_byte(cache, url, tmp_path):
     assert copy(url, tmp_path / "b").bytes == 0
 
 
-def test_a_cache_at_an_address_reads_as_the_folder_does(cache, url):
+def test_a_cache_at_an_address_reads_as_the_folder_does_and_takes_commits(cache, url, tmp_path):
     copy(cache.path, url)
     there = open_cache(url)
     for mine, theirs in zip(cache.rows(), there.rows(), strict=True):
@@ -74,11 +63,8 @@ def test_a_cache_at_an_address_reads_as_the_folder_does(cache, url):
     assert {**describe(there).to_dict(), "path": ""} == {**describe(cache).to_dict(), "path": ""}
     assert verify(there).ok
     assert verify(there, deep=False).ok
-
-
-def test_what_is_committed_at_an_address_is_there_for_others(cache, url, tmp_path):
-    copy(cache.path, url)
-    new = open_cache(url).commit_prompts(make_prompts(seed=9), prompts_info())
+    # and what is committed there is there for others
+    new = add_prompts(open_cache(url), seed=9)
     assert new in open_store(url).segment_ids()
     copy(url, tmp_path / "b")
     assert verify(open_cache(tmp_path / "b")).ok
@@ -111,23 +97,16 @@ def web(cache):
     server.server_close()
 
 
-def test_a_web_server_is_read_only(cache, web, tmp_path):
-    address, _ = web
-    copy(address, tmp_path / "b")
-    assert contents(tmp_path / "b") == contents(cache.path)
-    assert len(list(open_cache(address).rows())) == 3
-    other = open_cache(tmp_path / "c", create=True)
-    fill(other)
-    with pytest.raises(WriteError, match="read-only"):
-        copy(other.path, address)
-
-
-def test_a_connection_that_is_cut_is_tried_again(cache, web, tmp_path):
+def test_a_web_server_is_read_only_and_what_it_cuts_is_asked_for_again(cache, web, tmp_path):
     address, handler = web
     handler.cut = {f"/{name}" for name in contents(cache.path)}
     copy(address, tmp_path / "b")
     assert not handler.cut
     assert contents(tmp_path / "b") == contents(cache.path)
+    assert len(list(open_cache(address).rows())) == 3
+    fill(open_cache(tmp_path / "c", create=True))
+    with pytest.raises(WriteError, match="read-only"):
+        copy(tmp_path / "c", address)
 
 
 @pytest.mark.parametrize("damage", ["flip", "shorter", "longer", "gone"])
@@ -147,15 +126,12 @@ def test_tampered_bytes_are_never_committed(cache, web, tmp_path, damage):
         copy(cache.path, tmp_path / "c")
 
 
-def test_a_tampered_manifest_is_refused(cache, web, tmp_path):
-    path = next((cache.path / "manifests").iterdir())
+def test_a_tampered_manifest_is_refused_and_a_child_without_its_parent_does_not_travel(cache, web, tmp_path):
+    path = cache.path / "manifests" / f"{cache.manifests('prompts')[0][0]}.json"
     path.write_bytes(path.read_bytes().replace(b'"rows":3', b'"rows":2'))
     with pytest.raises(CorruptError, match="not those of its id"):
-        copy(web[0], tmp_path / "b")
-
-
-def test_a_child_without_its_parent_does_not_travel(cache, tmp_path):
-    (cache.path / "manifests" / f"{cache.manifests('prompts')[0][0]}.json").unlink()
+        copy(web[0], tmp_path / "c")
+    path.unlink()
     with pytest.raises(CacheError, match="needs prompts"):
         copy(cache.path, tmp_path / "b")
     assert not (tmp_path / "b").exists()
@@ -178,28 +154,9 @@ def test_damaged_data_in_the_store_is_not_published(cache, tmp_path):
     assert remote.segment_ids() == []
 
 
-def test_killed_pulls_go_on(tmp_path):
-    """At no moment does a kill leave a partial segment; the next pull ends the work."""
-    cache = open_cache(tmp_path / "a", create=True)
-    for seed in range(30):
-        cache.commit_prompts(make_prompts([300] * 20, seed=seed), prompts_info())
-    rng, killed = np.random.default_rng(0), 0
-    for _ in range(8):
-        pid = in_child(lambda: copy(cache.path, tmp_path / "b"))
-        time.sleep(rng.uniform(0.01, 0.15))
-        os.kill(pid, signal.SIGKILL)
-        killed += exit_code(pid) == -signal.SIGKILL
-        if (tmp_path / "b" / "ketchup-cache.json").exists():
-            assert verify(open_cache(tmp_path / "b")).ok
-    assert killed >= 1
-    copy(cache.path, tmp_path / "b")
-    assert contents(tmp_path / "b").keys() >= contents(cache.path).keys()
-    assert verify(open_cache(tmp_path / "b")).segments == 30
-
-
 def test_info_of_two_says_what_each_lacks(cache, tmp_path):
     copy(cache.path, tmp_path / "b")
-    new = open_cache(tmp_path / "b").commit_prompts(make_prompts(seed=5), prompts_info())
+    new = add_prompts(open_cache(tmp_path / "b"), seed=5)
     report = compare(cache, open_cache(tmp_path / "b"))
     assert report.both == 3
     assert [[e["id"] for e in entries] for entries in report.only.values()] == [[], [new]]
@@ -230,17 +187,23 @@ def test_clean_takes_old_leftovers_only(cache):
     assert main(["verify", str(cache.path), "--clean"]) == 0
 
 
+@pytest.fixture
+def remote(cache):
+    """The address of a copy in memory."""
+    url = f"memory://{uuid.uuid4().hex}/cache"
+    copy(cache.path, url)
+    return url
+
+
 def mirrored(url, folder, limit=10**9):
     return Cache(remote_cache.MirroredStore(open_store(url), folder, limit))
 
 
-def test_the_segment_cache_keeps_the_most_recently_used(cache, tmp_path):
-    url = f"memory://{uuid.uuid4().hex}/cache"
-    copy(cache.path, url)
+def test_the_segment_cache_keeps_the_most_recently_used(cache, remote, tmp_path):
     ids = {kind: cache.manifests(kind)[0][0] for kind in ("prompts", "rollouts", "scores")}
     size = {id_: sum(f.length for f in cache.manifest(id_).files.values()) for id_ in ids.values()}
     home = tmp_path / "home"
-    there = mirrored(url, home, size[ids["prompts"]] + size[ids["scores"]])
+    there = mirrored(remote, home, size[ids["prompts"]] + size[ids["scores"]])
     there.load_prompts(ids["prompts"])
     there.load_rollouts(ids["rollouts"])
     os.utime(home / "segments" / ids["rollouts"], (1, 1))
@@ -250,11 +213,9 @@ def test_the_segment_cache_keeps_the_most_recently_used(cache, tmp_path):
     assert ids["rollouts"] not in held
 
 
-def test_a_segment_cache_that_can_not_be_written_is_no_obstacle(cache, tmp_path, capsys):
-    url = f"memory://{uuid.uuid4().hex}/cache"
-    copy(cache.path, url)
+def test_a_segment_cache_that_can_not_be_written_is_no_obstacle(remote, tmp_path, capsys):
     (tmp_path / "home").write_bytes(b"a file where the folder should be")
-    there = mirrored(url, tmp_path / "home")
+    there = mirrored(remote, tmp_path / "home")
     assert len(list(there.rows())) == 3
     (line,) = capsys.readouterr().err.splitlines()
     assert "warning: segments are not kept here" in line
@@ -270,16 +231,10 @@ def test_leftovers_of_killed_processes_leave_the_segment_cache(cache, tmp_path):
     assert (old.exists(), young.exists()) == (False, True)
 
 
-@pytest.mark.parametrize(
-    "address",
-    [
-        "s3://user:SECRET@bucket/c",
-        "https://u:SECRET@h/c",
-        "https://h/c?token=SECRET",
-        "s3://k:SE/SECRET@b/c",
-        "hf://u:SECRET@datasets/a/b",
-    ],
-)
+SECRETS = "s3://user:SECRET@bucket/c https://u:SECRET@h/c https://h/c?token=SECRET s3://k:SE/SECRET@b/c"
+
+
+@pytest.mark.parametrize("address", [*SECRETS.split(), "hf://u:SECRET@datasets/a/b"])
 def test_credentials_in_an_address_are_refused_and_never_repeated(address, tmp_path, capsys, cache):
     for command in (["pull", address, str(tmp_path / "b")], ["push", str(cache.path), address], ["info", address]):
         assert main(command) == 2
@@ -306,17 +261,15 @@ def test_pins_show_the_pinned_segments_alone(cache):
     assert [id_ for id_, _ in again.manifests()] == used
     assert {ref.scores_id for ref in again.scored()} <= set(used)
     with pytest.raises(MismatchError, match="pinned"):
-        again.commit_prompts(make_prompts(), prompts_info())
+        add_prompts(again)
 
 
-def test_a_damaged_copy_in_the_segment_cache_is_fetched_again(cache, tmp_path):
-    url = f"memory://{uuid.uuid4().hex}/cache"
-    copy(cache.path, url)
+def test_a_damaged_copy_in_the_segment_cache_is_fetched_again(cache, remote, tmp_path):
     scores = cache.manifests("scores")[0][0]
-    mirrored(url, tmp_path / "home").load_scores(scores)
+    mirrored(remote, tmp_path / "home").load_scores(scores)
     victim = tmp_path / "home" / "segments" / scores / "arrays.zip"
     victim.write_bytes(b"damaged")
-    read = mirrored(url, tmp_path / "home").load_scores(scores)
+    read = mirrored(remote, tmp_path / "home").load_scores(scores)
     np.testing.assert_array_equal(read.q, cache.load_scores(scores).q)
     assert victim.read_bytes() == (cache.path / "segments" / scores / "arrays.zip").read_bytes()
 
