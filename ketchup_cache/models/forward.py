@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal, overload
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -46,21 +46,16 @@ class Batch:
         return cls(prompts.take(used), index.astype(np.int64), completions.take(rows))
 
 
-@overload
-def completion_states(model: PreTrainedModel, batch: Batch) -> Tensor: ...
-@overload
-def completion_states(
-    model: PreTrainedModel, batch: Batch, *, next_state: NDArray[np.bool_]
-) -> tuple[Tensor, Tensor]: ...
+def completion_states(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """The input of the head at every completion token, as `states_and_next` gives it, alone."""
+    return states_and_next(model, batch, np.zeros(len(batch.completions), np.bool_))[0]
 
 
-def completion_states(
-    model: PreTrainedModel, batch: Batch, *, next_state: NDArray[np.bool_] | None = None
-) -> Tensor | tuple[Tensor, Tensor]:
+def states_and_next(model: PreTrainedModel, batch: Batch, next_state: NDArray[np.bool_]) -> tuple[Tensor, Tensor]:
     """The input of the head at every completion token: [N, D], rows end to end, in the dtype of the model's body.
 
     The state of token a_t is the one that predicts a_t: it has seen the prompt and a_1 … a_{t-1}.
-    With `next_state` ([B] bool) also [sum(next_state), D]: the states after the last token of those rows.
+    Then, of the rows in `next_state` ([B] bool), the states after their last token: [sum(next_state), D].
 
     Each prompt is computed once, however many completions it has; only a decoder-only model that can't share it
     (`can_share`) computes it anew for each. Padding is masked by length, never by token id. Gradients flow unless the
@@ -72,19 +67,17 @@ def completion_states(
     if (empty := np.flatnonzero(batch.prompts.lengths == 0)).size:
         raise DataError(f"prompt {empty[0]} of the batch has no tokens; drop it or use a template that adds some")
     lengths = batch.completions.lengths
-    after = np.zeros(len(lengths), np.int64) if next_state is None else next_state.astype(np.int64)
     if is_ragged(model):
         pass_ = _ragged_pass
     elif can_share(model) and len(batch.prompts) < len(batch.completions):
         pass_ = _shared_pass
     else:
         pass_ = _encoder_decoder_pass if model.config.is_encoder_decoder else _decoder_only_pass
-    states, starts = pass_(model, batch, lengths + after)
+    states, starts = pass_(model, batch, lengths + next_state)
     within = np.arange(lengths.sum()) - np.repeat(offsets_of(lengths)[:-1], lengths)
-    chosen = states[_to(np.repeat(starts, lengths) + within, states.device)]
-    if next_state is None:
-        return chosen
-    return chosen, states[_to((starts + lengths)[next_state], states.device)]
+    places = np.repeat(starts, lengths) + within, (starts + lengths)[next_state]
+    chosen, after = (states[_to(place, states.device)] for place in places)
+    return chosen, after
 
 
 def training_states(model: PreTrainedModel, batch: Batch, precision: Literal["float32", "bfloat16"]) -> Tensor:

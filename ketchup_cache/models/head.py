@@ -6,7 +6,7 @@ them is noise. So the head's weights, products and reductions are float32 here, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from ketchup_cache.errors import ModelError
-from ketchup_cache.models.forward import Batch, completion_states, decoder_start, head_input
+from ketchup_cache.models.forward import Batch, decoder_start, head_input, states_and_next
 from ketchup_cache.models.load import evaluating, input_device
 from ketchup_cache.types import Ragged
 
@@ -107,7 +107,7 @@ class Head:
             logits = self.logits(states)
             return logits.gather(1, targets[:, None]).squeeze(1) - logits.logsumexp(1)
 
-        parts = _chunks(states, targets, chunk)
+        parts = zip(states.split(chunk), targets.split(chunk), strict=True)
         if torch.is_grad_enabled():
             return torch.cat([checkpoint(chosen, *part, use_reentrant=False) for part in parts])
         return torch.cat([chosen(*part) for part in parts])
@@ -124,7 +124,8 @@ class Head:
         block = max(BLOCK.get(kind, BLOCK_ELSEWHERE) // size, 1)
         if keep_top:  # a row's largest are looked for among all of it
             size, block = max(size * block // self.vocab_size, 1), self.vocab_size
-        parts = [self._reduce(*chunk, block, keep_top) for chunk in _chunks(states, targets, size)]
+        chunks = zip(states.split(size), targets.split(size), strict=True)
+        parts = [self._reduce(*chunk, block, keep_top) for chunk in chunks]
         return tuple(torch.cat(values) for values in zip(*parts, strict=True))
 
     def _reduce(self, states: Tensor, targets: Tensor, block: int, keep_top: int) -> tuple[Tensor, ...]:
@@ -168,12 +169,6 @@ def _product(states: Tensor, weight: Tensor) -> Tensor:
     return F.linear(states.float(), weight.float())
 
 
-def _chunks(states: Tensor, targets: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """At least one chunk, if an empty one."""
-    for start in range(0, max(len(states), 1), size):
-        yield states[start : start + size], targets[start : start + size]
-
-
 def _post_operations(model: PreTrainedModel) -> list[Callable[[Tensor], Tensor] | None]:
     """The operations this model's config speaks of first, then none."""
     configs = [model.config, model.config.get_text_config(decoder=True)]
@@ -198,14 +193,13 @@ def _probe(model: PreTrainedModel, vocab_size: int) -> tuple[Tensor, Tensor]:
         rows = zip(prompts.take(batch.prompt_index), completions, strict=True)
         states, logits = zip(*(_own_pass(model, *row) for row in rows), strict=True)
         # fed one token more than the rows alone: a model that looks ahead is found out too
-        ours, _ = completion_states(model, batch, next_state=np.ones(4, np.bool_))
+        ours, _ = states_and_next(model, batch, np.ones(4, np.bool_))
     own = torch.cat(states)
     # rounding differs between one row and four: in bfloat16 by percents after many layers
     tolerance = (1e-3 if own.dtype == torch.float32 else 0.1) * own.abs().max()
     if not ((ours - own).abs() <= tolerance).all():
-        raise ModelError(
-            f"{type(model).__name__} computes other states in a padded batch than alone, or looks ahead: not supported"
-        )
+        what = "computes other states in a padded batch than alone, or looks ahead: not supported"
+        raise ModelError(f"{type(model).__name__} {what}")
     return own, torch.cat(logits)[:, :vocab_size]
 
 

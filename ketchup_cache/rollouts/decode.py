@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -45,41 +46,45 @@ def can_decode(model: PreTrainedModel) -> bool:
     return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in _empty_cache(model).layers)
 
 
-@torch.no_grad()
-def decode(
-    model: PreTrainedModel,
-    prompts: Ragged,
-    samples: int,
-    *,
-    longest: int,
-    uniform: Tensor | None,
-    eos: list[int],
-    processors: Sequence[LogitsProcessor],
-    on_leave: Callable[[list[int]], None] | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Tokens [B, T] int64 and their log-probabilities [B, T] float32 (greedy: 0), T ≤ `longest`; after the first EOS
-    of a row anything. B = prompts × samples; the samples of a prompt stand together.
+@dataclass(frozen=True)
+class Decoding:
+    """How a batch of B rows is decoded: prompts × `samples`; the samples of a prompt stand together.
 
-    uniform: [B, longest] float64 in [0, 1), what each row draws its tokens by; None for the likeliest token.
-    processors: called one after the other with the tokens so far, behind one of no meaning, and the scores [rows, V]
-    float32. on_leave: called whenever rows leave, with the places of the others among the rows of the last call.
+    longest: most tokens of a row. eos: ids that end one. uniform: [B, longest] float64 in [0, 1), what each row draws
+    its tokens by; None for the likeliest token. processors: called one after the other with the tokens so far, behind
+    one of no meaning, and the scores [rows, V] float32. on_leave: called whenever rows leave, with the places of the
+    others among the rows of the last call.
     """
+
+    samples: int
+    longest: int
+    eos: list[int]
+    uniform: Tensor | None
+    processors: Sequence[LogitsProcessor]
+    on_leave: Callable[[list[int]], None] | None
+
+
+@torch.no_grad()
+def decode(model: PreTrainedModel, prompts: Ragged, how: Decoding) -> tuple[Tensor, Tensor]:
+    """Tokens [B, T] int64 and their log-probabilities [B, T] float32 (greedy: 0), T ≤ `longest`; after the first EOS
+    of a row anything."""
+    longest = how.longest
     if can_step(model):
         encoded = _encode(model, prompts).last_hidden_state
         rows: T5Rows | _Rows = T5Rows(model, prompts.lengths, encoded, longest)
     else:
         rows = _Rows(model, prompts)
-    rows.take(torch.arange(len(prompts)).repeat_interleave(samples))
-    device, size = rows.logits.device, len(prompts) * samples
-    uniform = None if uniform is None else uniform.to(device, number_type(device))
+    rows.take(torch.arange(len(prompts)).repeat_interleave(how.samples))
+    device, size = rows.logits.device, len(prompts) * how.samples
+    uniform = None if how.uniform is None else how.uniform.to(device, number_type(device))
     place = torch.arange(size, device=device)
     going = torch.ones(size, dtype=torch.bool, device=device)
-    ends = torch.tensor(eos, device=device)
+    ends = torch.tensor(how.eos, device=device)
     tokens = torch.zeros(size, longest + 1, dtype=torch.long, device=device)
     logprob = torch.zeros(size, longest, device=device)
     for step in range(longest):
         scores, so_far = rows.logits, tokens[place, : step + 1]
-        for processor in processors:
+        for processor in how.processors:
             scores = processor(so_far, scores)
         if uniform is None:
             chosen = scores.argmax(1)
@@ -94,8 +99,8 @@ def decode(
             stay = going.nonzero()[:, 0]
             rows.take(stay)
             place, chosen, going = place[stay], chosen[stay], going[stay]
-            if on_leave is not None:
-                on_leave(stay.tolist())
+            if how.on_leave is not None:
+                how.on_leave(stay.tolist())
         rows.advance(chosen)
     return tokens[:, 1 : step + 2], logprob[:, : step + 1]
 
@@ -110,7 +115,7 @@ class _Rows:
         self._model, self._device = model, input_device(model)
         self._encoded: Any = None
         self._takes = inspect.signature(model.forward).parameters
-        self._cache: DynamicCache | EncoderDecoderCache = _empty_cache(model)
+        self._cache: Any = _empty_cache(model)
         # a decoder-only model goes on at the right end, so the padding is on the left
         tokens, self._mask = padded(prompts, self._device, left=not model.config.is_encoder_decoder)
         if model.config.is_encoder_decoder:

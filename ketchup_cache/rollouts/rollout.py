@@ -107,8 +107,7 @@ def rollout(config: RolloutConfig) -> RolloutReport:
         model = load_model(config.student, device=config.device, trust_remote_code=config.trust_remote_code)
         sampled = partial(rollout_range, cache, model, policy, info, batch=config.rollout_batch, calculator=calculator)
         with progress("rollouts", new, "rollouts") as bar:
-            for chunk in missing:
-                held[chunk] = sampled(*chunk, sampling, bar=bar)
+            held |= {chunk: sampled(chunk, sampling, bar=bar) for chunk in missing}
     rows = tokens = finished = 0
     for chunk in chunks:
         rollouts = cache.load_rollouts(held[chunk])
@@ -189,31 +188,29 @@ def rollout_range(
     model: PreTrainedModel,
     policy: PolicyInfo,
     tokenizer: TokenizerInfo,
-    prompts_id: str,
-    start: int,
-    stop: int,
+    chunk: Chunk,
     sampling: Sampling,
     *,
     batch: int,
     calculator: Calculator | None = None,
     bar: Bar | None = None,
 ) -> str:
-    """Id of the segment with the rollouts of prompts start..stop of a prompts segment, sampled if it is not there yet.
+    """Id of the segment with the rollouts of these prompts, sampled if it is not there yet.
 
     policy: what `model` is. batch: completions generated at once. calculator: of the tokenizer, for sampling with it.
     bar: advances by the number of new ones.
     Raises the errors of `sample_completions` and `Cache.commit_rollouts`.
     """
-    if found := held_rollouts(cache, policy, sampling).get((prompts_id, start, stop)):
+    if found := held_rollouts(cache, policy, sampling).get(chunk):
         return found
+    prompts_id, start, stop = chunk
     parent = cache.manifest(prompts_id).info
     assert isinstance(parent, PromptsInfo)
     prompts, first = cache.load_prompts(prompts_id).tokens.slice(start, stop), parent.start + start
+    place = {"prompts": prompts_id, "prompt_start": start, "prompt_stop": stop}
+    info = RolloutsInfo(**place, policy=policy, tokenizer=tokenizer, sampling=sampling)
     told, size = bar.advance if bar else None, tokenizer.vocab_size
     sampled = sample_completions(
         model, size, prompts, sampling, first_prompt=first, batch=batch, calculator=calculator, on_batch=told
-    )
-    info = RolloutsInfo(
-        prompts=prompts_id, prompt_start=start, prompt_stop=stop, policy=policy, tokenizer=tokenizer, sampling=sampling
     )
     return cache.commit_rollouts(replace(sampled, prompt_index=sampled.prompt_index + start), info)

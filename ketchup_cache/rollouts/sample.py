@@ -10,8 +10,7 @@ another policy of it. They are set aside, and only the end-of-sequence and decod
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -25,7 +24,7 @@ from ketchup_cache.models.forward import check_positions, decoder_start, padded
 from ketchup_cache.models.load import evaluating, input_device, model_name
 from ketchup_cache.provenance import Sampling
 from ketchup_cache.rollouts.calculator import Calculator, ForcedResults
-from ketchup_cache.rollouts.decode import can_decode, decode
+from ketchup_cache.rollouts.decode import Decoding, can_decode, decode
 from ketchup_cache.rollouts.draw import draw, number_type, uniforms
 from ketchup_cache.types import TOKEN_DTYPE, Ragged, Rollouts
 
@@ -75,19 +74,13 @@ def sample_completions(
     with evaluating(model):
         for places, part in _batches(prompts.lengths, sampling.samples, batch):
             forcing = ForcedResults(calculator) if calculator and sampling.calculator else None
-            numbers = (
-                [] if sampling.greedy else [uniforms(sampling.seed, first_prompt + p, part, longest) for p in places]
-            )
-            chosen, logprob = way(
-                model,
-                prompts.take(places),
-                part.stop - part.start,
-                longest=longest,
-                uniform=torch.from_numpy(np.concatenate(numbers)) if numbers else None,
-                eos=eos,
-                processors=_processors(vocab_size, sampling, forcing),
-                on_leave=forcing.keep if forcing else None,
-            )
+            uniform = None
+            if not sampling.greedy:
+                numbers = [uniforms(sampling.seed, first_prompt + place, part, longest) for place in places]
+                uniform = torch.from_numpy(np.concatenate(numbers))
+            processors, on_leave = _processors(vocab_size, sampling, forcing), forcing.keep if forcing else None
+            how = Decoding(part.stop - part.start, longest, eos, uniform, processors, on_leave)
+            chosen, logprob = way(model, prompts.take(places), how)
             tokens = chosen.cpu().numpy()
             # only EOS ends a completion: the padding behind it may be an id that the policy also chooses
             is_eos = np.isin(tokens, eos)
@@ -96,7 +89,7 @@ def sample_completions(
             inside = np.arange(tokens.shape[1]) < lengths[:, None]
             completions = Ragged.from_lengths(tokens[inside].astype(TOKEN_DTYPE), lengths)
             forced = forcing.forced(tokens.shape[1]) if forcing else np.zeros(tokens.shape, np.bool_)
-            index = np.repeat(places, part.stop - part.start)
+            index = np.repeat(places, how.samples)
             made.append(Rollouts(index, completions, logprob.cpu().numpy()[inside], forced[inside], finished))
             rows.append((places[:, None] * sampling.samples + np.arange(part.start, part.stop)).ravel())
             if on_batch is not None:
@@ -158,38 +151,27 @@ class _RealVocabulary(LogitsProcessor):
 # --------------------------------------------------------------------------------------------------------- generate
 
 
-def _generate(
-    model: PreTrainedModel,
-    prompts: Ragged,
-    samples: int,
-    *,
-    longest: int,
-    uniform: Tensor | None,
-    eos: list[int],
-    processors: Sequence[LogitsProcessor],
-    **_: Any,
-) -> tuple[Tensor, Tensor]:
+def _generate(model: PreTrainedModel, prompts: Ragged, how: Decoding) -> tuple[Tensor, Tensor]:
     """`decode` for any model, by transformers' `generate`: every row is computed until the last has ended."""
     encodes, own = model.config.is_encoder_decoder, model.generation_config
     input_ids, mask = padded(prompts, input_device(model), left=not encodes)
-    drawing = [] if uniform is None else [_Draw(uniform)]
+    drawing = [] if how.uniform is None else [_Draw(how.uniform)]
+    processors = LogitsProcessorList([*how.processors, *drawing])
     # `generate` takes what is not set in the config that it is given from the model's own
     model.generation_config = GenerationConfig(
         decoder_start_token_id=decoder_start(model) if encodes else None,
-        eos_token_id=eos,
-        pad_token_id=eos[0],
-        do_sample=uniform is not None,  # from what the last processor has left: a single token
-        top_k=None if uniform is None else 0,  # transformers' default is 50
-        num_return_sequences=samples,
-        max_new_tokens=longest,
+        eos_token_id=how.eos,
+        pad_token_id=how.eos[0],
+        do_sample=bool(drawing),  # from what the last processor has left: a single token
+        top_k=0 if drawing else None,  # transformers' default is 50
+        num_return_sequences=how.samples,
+        max_new_tokens=how.longest,
     )
     kind = "mps" if torch.backends.mps.is_available() else "cuda"
     try:
         # it draws a number for every row, if only of one token
         with torch.random.fork_rng(range(torch.get_device_module(kind).device_count()), device_type=kind):
-            sequences = model.generate(
-                input_ids=input_ids, attention_mask=mask, logits_processor=LogitsProcessorList([*processors, *drawing])
-            )
+            sequences = model.generate(input_ids=input_ids, attention_mask=mask, logits_processor=processors)
     finally:
         model.generation_config = own
     tokens = sequences[:, 1 if encodes else input_ids.shape[1] :]  # behind the decoder start, or the prompt

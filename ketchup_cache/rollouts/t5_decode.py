@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from transformers import MT5ForConditionalGeneration, PreTrainedModel, T5ForConditionalGeneration
 from transformers.modeling_outputs import BaseModelOutput
@@ -78,8 +78,7 @@ class T5Rows:
             self._set_lengths(self._lengths[used], self._across[0][0].dtype)
             self._prompt, width = ordinal, self._behind.shape[1]
             self._across = [(keys[used, :, :width], values[used, :, :width]) for keys, values in self._across]
-        self._each = int(counts.max())
-        self._slot = None
+        self._each, self._slot = int(counts.max()), None
         if len(rows) < len(self._lengths) * self._each:
             rank = torch.arange(len(rows), device=self._device) - (counts.cumsum(0) - counts)[ordinal]
             self._slot = self._prompt * self._each + rank
@@ -95,9 +94,8 @@ class T5Rows:
         for block, along, across in zip(self._stack.block, self._along, self._across, strict=True):
             own, crossing, forward = block.layer
             attention, normed = own.SelfAttention, _norm(own, states)
-            query = attention.q(normed).view(rows, *self._shape)
-            for i, projection in enumerate((attention.k, attention.v)):
-                along[i, :, :, self._read] = projection(normed).view(rows, *self._shape)
+            query, *new = (part(normed).view(rows, *self._shape) for part in (attention.q, attention.k, attention.v))
+            along[0, :, :, self._read], along[1, :, :, self._read] = new
             keys, values = along[..., :size, :]
             found = F.scaled_dot_product_attention(query[:, :, None], keys, values, attn_mask=bias, scale=1.0)
             states = states + attention.o(found.reshape(rows, -1))
@@ -127,14 +125,10 @@ class T5Rows:
         """Keys and values of the prompts, [P, H, L, d] each, of the real tokens alone."""
         real = ~self._behind
         states = encoded[real]
-
-        def projected(projection: nn.Module) -> Tensor:
-            found = projection(states)
-            padded = found.new_zeros(*real.shape, found.shape[1])
-            padded[real] = found
-            return padded.view(*real.shape, *self._shape).transpose(1, 2)
-
-        return projected(attention.k), projected(attention.v)
+        padded = states.new_zeros(2, *real.shape, attention.inner_dim)
+        padded[0, real], padded[1, real] = attention.k(states), attention.v(states)
+        keys, values = padded.view(2, *real.shape, *self._shape).transpose(2, 3)
+        return keys, values
 
     def _set_lengths(self, lengths: Tensor, dtype: torch.dtype) -> None:
         """lengths: [P], of the prompts. Sets `_behind` [P, L], True behind a prompt's end, and `_mask` [P, 1, 1, L],

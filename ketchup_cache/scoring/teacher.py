@@ -14,7 +14,7 @@ from ketchup_cache.config.options import ScoringOptions
 from ketchup_cache.errors import MismatchError, ModelError, NumericsError
 from ketchup_cache.models.batching import batch_size, token_budget_batches
 from ketchup_cache.models.fingerprint import tokenizer_info, weights_fingerprint
-from ketchup_cache.models.forward import Batch, completion_states, computes_prompts_once
+from ketchup_cache.models.forward import Batch, computes_prompts_once, states_and_next
 from ketchup_cache.models.head import Head
 from ketchup_cache.models.load import load_model, load_tokenizer, resolve_folder
 from ketchup_cache.models.memory import TokenBudget, out_of_memory
@@ -129,7 +129,7 @@ class Teacher:
     def _score_batch(
         self, batch: Batch, finished: NDArray[np.bool_], names: NDArray[np.int64], keep_top: int
     ) -> Scores:
-        states, next_states = completion_states(self._model, batch, next_state=~finished)
+        states, next_states = states_and_next(self._model, batch, ~finished)
         targets = torch.tensor(batch.completions.values, dtype=torch.long, device=self._head.device)
         reduced = self._head.reduce(states, targets, keep_top=keep_top)
         q, max_q, logsumexp, mean_q, *largest = (values.cpu().numpy() for values in reduced)

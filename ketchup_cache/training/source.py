@@ -172,7 +172,7 @@ class OnPolicy(Offline):
                 for first, last in rollout_chunks(stop - start, sampling):
                     chunk = (prompts_id, start + first, start + last)
                     made = rollout_range(
-                        self._cache, model, policy, self._tokenizer, *chunk, sampling,
+                        self._cache, model, policy, self._tokenizer, chunk, sampling,
                         batch=self._config.rollout_batch, calculator=self._calculator, bar=bar,
                     )  # fmt: skip
                     ids.append(made)

@@ -8,7 +8,7 @@ import torch
 
 from ketchup_cache.errors import DataError, ModelError
 from ketchup_cache.models.fingerprint import tokenizer_info
-from ketchup_cache.models.forward import Batch, completion_states
+from ketchup_cache.models.forward import Batch, completion_states, states_and_next
 from ketchup_cache.models.head import Head
 from ketchup_cache.models.load import load_model
 from ketchup_cache.provenance import TeacherInfo
@@ -58,7 +58,7 @@ def test_known_corners():
     for family in ("qwen2", "gpt2", "mistral-window"):
         assert_scores_are_plain(make_decoder(family), prompts, rollouts, 10_000)
     batch = Batch(prompts, np.array([0, 2]), Ragged.from_rows([[], [7]], np.int32))
-    states, next_states = completion_states(make_decoder("qwen2"), batch, next_state=np.array([True, False]))
+    states, next_states = states_and_next(make_decoder("qwen2"), batch, np.array([True, False]))
     assert (len(states), len(next_states)) == (1, 1)
     alone = Batch(prompts, np.array([0]), Ragged.from_rows([[4]], np.int32))
     torch.testing.assert_close(next_states, completion_states(make_decoder("qwen2"), alone), rtol=1e-4, atol=1e-5)
@@ -119,7 +119,7 @@ def test_what_the_model_has_no_room_for():
     batch = Batch(Ragged.from_rows([range(9)], np.int32), np.zeros(1, np.int64), Ragged.from_rows([[5] * 4], np.int32))
     assert len(completion_states(model, batch)) == 4  # 9 + 3: the last token is not fed
     with pytest.raises(DataError, match="have 13 tokens"):
-        completion_states(model, batch, next_state=np.ones(1, np.bool_))
+        states_and_next(model, batch, np.ones(1, np.bool_))
 
 
 def test_a_model_that_looks_ahead_is_refused(tmp_path):

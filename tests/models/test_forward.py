@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from ketchup_cache.errors import DataError, ModelError
-from ketchup_cache.models.forward import Batch, completion_states, decoder_start, training_states
+from ketchup_cache.models.forward import Batch, completion_states, decoder_start, states_and_next, training_states
 from ketchup_cache.types import Ragged
 from tests.helpers.models import make_decoder, make_t5
 from tests.helpers.oracle import assert_same_gradients, gradients, plain_states, random_batch, random_rollouts
@@ -21,7 +21,7 @@ def model(request):
 def test_states_are_those_of_each_row_alone(model):
     batch = random_batch(rows=9)
     next_state = np.arange(9) % 3 == 0
-    states, next_states = completion_states(model, batch, next_state=next_state)
+    states, next_states = states_and_next(model, batch, next_state)
     plain = plain_states(model, batch)
     torch.testing.assert_close(states, torch.cat([row[:-1] for row in plain]), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(next_states, torch.stack([plain[i][-1] for i in (0, 3, 6)]), rtol=1e-4, atol=1e-5)
@@ -112,7 +112,7 @@ def test_a_decoder_only_body_takes_bfloat16_too():
 def test_an_empty_unfinished_completion_has_only_a_next_state(model):
     prompts, completions = Ragged.from_rows([[5, 6, 1]], np.int32), Ragged.from_rows([[], [7]], np.int32)
     batch = Batch(prompts, np.zeros(2, np.int64), completions)
-    states, next_states = completion_states(model, batch, next_state=np.array([True, False]))
+    states, next_states = states_and_next(model, batch, np.array([True, False]))
     torch.testing.assert_close(next_states, states)  # both have seen the prompt alone
 
 

@@ -6,7 +6,7 @@ import torch
 
 from ketchup_cache.errors import ModelError
 from ketchup_cache.models import forward
-from ketchup_cache.models.forward import Batch, completion_states
+from ketchup_cache.models.forward import Batch, states_and_next
 from ketchup_cache.models.head import Head
 from ketchup_cache.types import Scores
 from tests.helpers.models import make_model, make_t5
@@ -16,7 +16,7 @@ from tests.helpers.oracle import assert_same_scores, plain_scores, random_rollou
 def head_scores(model, prompts, rollouts, vocab_size=60) -> Scores:
     head = Head.of(model, vocab_size)
     batch = Batch(prompts, rollouts.prompt_index, rollouts.completions)
-    states, next_states = completion_states(model, batch, next_state=~rollouts.finished)
+    states, next_states = states_and_next(model, batch, ~rollouts.finished)
     per_token = head.reduce(states, torch.tensor(rollouts.completions.values, dtype=torch.long))
     final = np.zeros(len(rollouts), np.float32)
     final[~rollouts.finished] = head.reduce(next_states, torch.zeros(len(next_states), dtype=torch.long))[1].numpy()

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from ketchup_cache.models import forward
 from ketchup_cache.models import shared_prompt as shared
-from ketchup_cache.models.forward import Batch, completion_states
+from ketchup_cache.models.forward import Batch, completion_states, states_and_next
 from ketchup_cache.models.shared_prompt import SharedRows, can_share
 from ketchup_cache.types import Ragged
 from tests.helpers.models import FAMILIES, make_decoder
@@ -55,9 +55,9 @@ def test_states_are_those_of_rows_of_their_own(family, widest, monkeypatch):
     after = np.arange(7) % 2 == 0
     rows = passes_of(model, monkeypatch)
     with torch.no_grad():
-        states, next_states = completion_states(model, batch, next_state=after)
+        states, next_states = states_and_next(model, batch, after)
         monkeypatch.setattr(forward, "can_share", lambda _: False)
-        own, own_next = completion_states(model, batch, next_state=after)
+        own, own_next = states_and_next(model, batch, after)
     torch.testing.assert_close(states, own, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(next_states, own_next, rtol=1e-4, atol=1e-5)
     assert rows[1] == 7

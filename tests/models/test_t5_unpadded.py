@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from ketchup_cache.models import forward
 from ketchup_cache.models import t5_unpadded as ragged
-from ketchup_cache.models.forward import Batch, completion_states
+from ketchup_cache.models.forward import Batch, completion_states, states_and_next
 from ketchup_cache.models.t5_unpadded import groups_of, is_ragged
 from ketchup_cache.types import Ragged
 from tests.helpers.models import make_model, make_t5
@@ -88,7 +88,7 @@ def test_empty_completions_have_no_states():
     prompts = Ragged.from_rows([[5, 1], [6, 7, 1]], np.int32)
     batch = Batch(prompts, np.array([0, 1, 1]), Ragged.from_rows([[], [4, 5], []], np.int32))
     assert_states_are_plain(model, batch)
-    states, after = completion_states(model, batch, next_state=np.array([True, False, False]))
+    states, after = states_and_next(model, batch, np.array([True, False, False]))
     assert (states.shape[0], after.shape[0]) == (2, 1)
     nothing = Batch(prompts, np.array([0, 1]), Ragged.from_rows([[], []], np.int32))
     assert completion_states(model, nothing).shape == (0, 32)

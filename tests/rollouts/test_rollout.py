@@ -239,7 +239,7 @@ def test_ranges_of_prompts_as_the_learner_asks_for_them(tmp_path, student):
     prompts_id, _ = cache.manifests("prompts")[-1]
     info = cache.manifests("rollouts")[0][1].info
     policy = info.policy.model_copy(update={"name": "run", "step": 7, "fingerprint": "0" * 64})
-    arguments = (cache, model, policy, info.tokenizer, prompts_id, 1, 3, sampling_of(config))
+    arguments = (cache, model, policy, info.tokenizer, (prompts_id, 1, 3), sampling_of(config))
     new = rollout_range(*arguments, batch=4)
     assert cache.manifest(new).info.policy == policy
     assert cache.load_rollouts(new).prompt_index.tolist() == [1, 1, 2, 2]

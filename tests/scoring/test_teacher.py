@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from ketchup_cache.config.options import ScoringOptions
 from ketchup_cache.errors import MismatchError, ModelError, NumericsError
 from ketchup_cache.models.fingerprint import tokenizer_info
-from ketchup_cache.models.forward import completion_states
+from ketchup_cache.models.forward import states_and_next
 from ketchup_cache.provenance import TeacherInfo
 from ketchup_cache.scoring.teacher import Teacher
 from ketchup_cache.types import Ragged
@@ -138,7 +138,7 @@ def test_numbers_that_are_none_name_their_row(poison):
 
 def test_a_state_after_the_end_is_checked_too(monkeypatch):
     def spoiled(model, batch, *, next_state):
-        states, next_states = completion_states(model, batch, next_state=next_state)
+        states, next_states = states_and_next(model, batch, next_state)
         next_states[-1] = float("nan")
         return states, next_states
 
