@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,17 +19,18 @@ from ketchup_cache.errors import ModelError
 from ketchup_cache.models.fingerprint import state_fingerprint, tokenizer_info, weights_fingerprint
 from ketchup_cache.models.head import Head
 from ketchup_cache.models.load import load_model, load_tokenizer
-from ketchup_cache.provenance import PolicyInfo, require_same_tokenizer
+from ketchup_cache.provenance import require_same_tokenizer
 from ketchup_cache.rollouts.calculator import Calculator
 from ketchup_cache.sharing.remote_cache import open_cache
 from ketchup_cache.training.divergence import divergence_step
 from ketchup_cache.training.metrics import StepMetrics
 from ketchup_cache.training.optimizer import Learner, Optimizer
 from ketchup_cache.training.policy_gradient import policy_gradient_step
-from ketchup_cache.training.run import Run, read_origin, read_pins
+from ketchup_cache.training.run import Origin, Run, read_origin, read_pins
 from ketchup_cache.training.source import Offline, OnPolicy, ScoreRollouts
 from ketchup_cache.types import Rollouts
 
+TIMES = ("sample_s", "score_s", "load_s", "train_s")
 OFTEN_CUT = 0.2
 """Share of rollouts that were cut at the length limit."""
 MOSTLY_TAIL = 0.6
@@ -61,9 +63,8 @@ class LearnReport(Report):
         resumed = f" (continued from step {self.resumed_from})" if self.resumed_from else ""
         change = " → ".join(f"{m['return_mean']:.2f}" for m in (self.first, self.last) if m["return_mean"] is not None)
         skipped = f"; {self.skipped} steps skipped, all their rollouts were dropped" if self.skipped else ""
-        changes = f"mean return of the rollouts {change}" if change else ""
-        if not change:
-            changes = f"loss {self.first['loss']:.4f} → {self.last['loss']:.4f} nats per token"
+        loss = f"loss {self.first['loss']:.4f} → {self.last['loss']:.4f} nats per token"
+        changes = f"mean return of the rollouts {change}" if change else loss
         return f"{self.steps} steps in {self.seconds:.0f} s{resumed}; {changes}{skipped}; student in {self.student}"
 
 
@@ -87,9 +88,8 @@ def learn(config: LearnConfig) -> LearnReport:
         if report := run.finished(LearnReport):
             return report
         calculator = Calculator(tokenizer, config.student) if config.calculator else None
-        source = (
-            Offline(cache, config) if config.offline else OnPolicy(cache, config, info, _scoring(config), calculator)
-        )
+        refreshed = None if config.offline else (info, _scoring(config), calculator)
+        source = OnPolicy(cache, config, *refreshed) if refreshed else Offline(cache, config)
         origin = read_origin(config.student)
         if config.scores_from is None:
             _warn_of_origin(config, origin, config.teacher or cache.select_teacher(config.scored_by).name)
@@ -98,7 +98,7 @@ def learn(config: LearnConfig) -> LearnReport:
         load_s = time.perf_counter() - began
         learner = Learner(model, Head.of(model, info.vocab_size), Optimizer(model, config, source.steps), config)
         run.write_config({"student": state_fingerprint(model), "steps": source.steps, **source.resolved()})
-        source.restore(run.restore(model, learner.optimizer))
+        source.restore(run.restore(learner))
 
         def step(number: int) -> tuple[dict[str, Any], str]:
             drawn = source.batch(number, model)
@@ -107,7 +107,7 @@ def learn(config: LearnConfig) -> LearnReport:
                     warn(warning)
                 if isinstance(source, OnPolicy) and config.scores_from is not None:
                     _warn_of_origin(config, origin, cache.select_teacher(source.teacher).name)
-            if number == run.resumed or drawn.refreshed:
+            if number == run.resumed or drawn.times:
                 run.pin(cache.address, source.segments())
             began = time.perf_counter()
             if METHODS[config.method].step == "policy_gradient":
@@ -116,10 +116,12 @@ def learn(config: LearnConfig) -> LearnReport:
                 metrics = divergence_step(learner, drawn.rollouts, drawn.from_teacher, number)
             times = drawn.times | {"train_s": time.perf_counter() - began}
             rounded = {name: round(seconds, 4) for name, seconds in times.items()}
-            metrics = metrics.model_copy(update={"refreshed": drawn.refreshed, **rounded})
+            metrics = metrics.model_copy(update={"refreshed": bool(drawn.times), **rounded})
             return metrics.model_dump(), _note(metrics)
 
-        lines = run.train(model, learner.optimizer, source.steps, step, source.state)
+        lines = run.train(learner, source.steps, step, source.state)
+        times: dict[str, Any] = {name: sum(line[name] for line in lines) for name in TIMES}
+        times["load_s"] += round(load_s, 4)
         report = LearnReport(
             student=str(run.out / "student"),
             steps=source.steps,
@@ -129,12 +131,9 @@ def learn(config: LearnConfig) -> LearnReport:
             fingerprint=state_fingerprint(model),
             first=lines[0],
             last=lines[-1],
-            sample_s=sum(line["sample_s"] for line in lines),
-            score_s=sum(line["score_s"] for line in lines),
-            load_s=sum(line["load_s"] for line in lines) + round(load_s, 4),
-            train_s=sum(line["train_s"] for line in lines),
+            **times,
         )
-        run.finish("student", model, tokenizer, report, origin)
+        run.finish("student", (model, tokenizer), report, origin)
     return report
 
 
@@ -155,16 +154,14 @@ def _scoring(config: LearnConfig) -> ScoreRollouts:
     return score_rollouts
 
 
-def _warn_of_origin(config: LearnConfig, origin: Sequence[PolicyInfo], teacher: str) -> None:
+def _warn_of_origin(config: LearnConfig, origin: Origin, teacher: str) -> None:
     """Where the student learned another model's text than the teacher's (teacher consistency): the scores are least
     telling then. The precision that the teacher scores in does not matter."""
     if not origin or any(policy.name == teacher for policy in origin):
         return
-    try:
+    with suppress(ModelError):
         if Path(teacher).is_dir() and weights_fingerprint(Path(teacher)) in {policy.fingerprint for policy in origin}:
             return
-    except ModelError:
-        pass
     names = ", ".join(f"{policy.name} ({policy.fingerprint[:12]})" for policy in origin)
     warn(
         f"{config.student}: was pre-distilled on the outputs of {names}, but {teacher} scored: pre-distil it on "
@@ -197,10 +194,9 @@ def rollout_warnings(config: LearnConfig, rollouts: Rollouts) -> Iterator[str]:
 
 
 def _note(metrics: StepMetrics) -> str:
-    if metrics.return_mean is None and metrics.action_tokens:
-        return f"loss {metrics.loss:.4f} nats per token, length {metrics.length_mean:.1f}"
     if metrics.return_mean is None:
-        return "every rollout of this step was dropped"
+        loss = f"loss {metrics.loss:.4f} nats per token, length {metrics.length_mean:.1f}"
+        return loss if metrics.action_tokens else "every rollout of this step was dropped"
     returns = f"return {metrics.return_mean:.2f} ± {metrics.return_sd:.2f}"
     ess = "" if metrics.ess is None else f", ess {metrics.ess:.2f}"
     return f"{returns}, length {metrics.length_mean:.1f}{ess}"
