@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 
 from ketchup_cache.cache.cache import Cache
-from ketchup_cache.config.commands import LearnConfig
+from ketchup_cache.config.commands import LearnConfig, ScoreConfig
 from ketchup_cache.config.methods import METHODS
+from ketchup_cache.config.options import ScoringOptions
 from ketchup_cache.console import Report, warn
 from ketchup_cache.errors import ModelError
 from ketchup_cache.models.fingerprint import state_fingerprint, tokenizer_info, weights_fingerprint
@@ -122,17 +123,9 @@ def learn(config: LearnConfig) -> LearnReport:
         lines = run.train(learner, source.steps, step, source.state)
         times: dict[str, Any] = {name: sum(line[name] for line in lines) for name in TIMES}
         times["load_s"] += round(load_s, 4)
-        report = LearnReport(
-            student=str(run.out / "student"),
-            steps=source.steps,
-            skipped=sum(line["action_tokens"] == 0 for line in lines),
-            resumed_from=run.resumed,
-            seconds=run.seconds,
-            fingerprint=state_fingerprint(model),
-            first=lines[0],
-            last=lines[-1],
-            **times,
-        )
+        skipped = sum(line["action_tokens"] == 0 for line in lines)
+        done = run.resumed, run.seconds, state_fingerprint(model)
+        report = LearnReport(str(run.out / "student"), source.steps, skipped, *done, lines[0], lines[-1], **times)
         run.finish("student", (model, tokenizer), report, origin)
     return report
 
@@ -145,8 +138,8 @@ def _scoring(config: LearnConfig) -> ScoreRollouts:
         return ScoresFrom(config)
     from ketchup_cache.scoring.score import Scorer
 
-    assert config.teacher is not None
-    scorer = Scorer(config.teacher, config, keep_top=config.top_needed)
+    options = config.model_dump(include={"teacher", "cache", *ScoringOptions.model_fields})
+    scorer = Scorer(ScoreConfig(keep_top=config.top_needed, **options))
 
     def score_rollouts(cache: Cache, rollout_ids: Sequence[str], teacher: str | None) -> tuple[str, float]:
         return scorer.info.fingerprint, scorer.ensure(cache, rollout_ids).load_s
@@ -163,10 +156,8 @@ def _warn_of_origin(config: LearnConfig, origin: Origin, teacher: str) -> None:
         if Path(teacher).is_dir() and weights_fingerprint(Path(teacher)) in {policy.fingerprint for policy in origin}:
             return
     names = ", ".join(f"{policy.name} ({policy.fingerprint[:12]})" for policy in origin)
-    warn(
-        f"{config.student}: was pre-distilled on the outputs of {names}, but {teacher} scored: pre-distil it on "
-        f"outputs of {teacher}, unless these are one model under two names"
-    )
+    todo = f"pre-distil it on outputs of {teacher}, unless these are one model under two names"
+    warn(f"{config.student}: was pre-distilled on the outputs of {names}, but {teacher} scored: {todo}")
 
 
 def rollout_warnings(config: LearnConfig, rollouts: Rollouts) -> Iterator[str]:
@@ -182,15 +173,13 @@ def rollout_warnings(config: LearnConfig, rollouts: Rollouts) -> Iterator[str]:
     lengths = rollouts.completions.lengths
     tail, cut = np.minimum(lengths, config.k).sum() / max(1, lengths.sum()), 1 - rollouts.finished.mean()
     if config.k > 1 and config.tail == "one-step" and tail >= MOSTLY_TAIL:
-        yield (
-            f"{tail:.0%} of the tokens are among the last {config.k} of their completion, where K = {config.k} steps "
-            f"one by one as K = 1 does; choose a smaller --k, or --tail jump"
-        )
+        todo = "choose a smaller --k, or --tail jump"
+        among = f"{tail:.0%} of the tokens are among the last {config.k} of their completion"
+        yield f"{among}, where K = {config.k} steps one by one as K = 1 does; {todo}"
     if config.unfinished == "drop" and cut >= OFTEN_CUT:
-        yield (
-            f"{cut:.0%} of the first rollouts were cut at --max-new-tokens and are dropped, so the student learns from "
-            "short ones alone; raise --max-new-tokens, or keep them with --unfinished bootstrap"
-        )
+        todo = "raise --max-new-tokens, or keep them with --unfinished bootstrap"
+        dropped = f"{cut:.0%} of the first rollouts were cut at --max-new-tokens and are dropped"
+        yield f"{dropped}, so the student learns from short ones alone; {todo}"
 
 
 def _note(metrics: StepMetrics) -> str:

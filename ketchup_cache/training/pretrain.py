@@ -75,8 +75,7 @@ def pretrain(config: PretrainConfig) -> PretrainReport:
                 f"at which the model does not stop (eos_token_id {eos_ids(model)}): make them agree in its config.json"
             )
         rows = len(data.completions)
-        batch_size = min(config.batch_size, rows)
-        per_epoch = rows // batch_size
+        per_epoch = rows // (batch_size := min(config.batch_size, rows))
         steps = per_epoch * config.epochs
         run.write_config({"model": state_fingerprint(model), "examples": rows, "steps": steps})
         learner = Learner(model, head, Optimizer(model, config, steps), config)
@@ -109,15 +108,9 @@ def pretrain(config: PretrainConfig) -> PretrainReport:
 
         losses = [line["loss"] for line in run.train(learner, steps, step)]
         model.eval()
+        first, last = (float(np.mean(of_epoch)) for of_epoch in (losses[:per_epoch], losses[-per_epoch:]))
         report = PretrainReport(
-            model=str(run.out / "model"),
-            examples=rows,
-            steps=steps,
-            resumed_from=run.resumed,
-            seconds=run.seconds,
-            loss_first=float(np.mean(losses[:per_epoch])),
-            loss_last=float(np.mean(losses[-per_epoch:])),
-            fingerprint=state_fingerprint(model),
+            str(run.out / "model"), rows, steps, run.resumed, run.seconds, first, last, state_fingerprint(model)
         )
         run.finish("model", (model, tokenizer), report, origin)
     return report

@@ -78,10 +78,9 @@ class Run:
         if not (path.exists() and self.metrics_path.exists() and self.metrics_path.stat().st_size > 0):
             return
         before, options = _read_json(path).get("options", {}), self.config.model_dump(mode="json")
-        fields = type(self.config).model_fields
+        todo, fields = "repeat its options to continue it, or choose another --out", type(self.config).model_fields
         if problems := [
-            f"{self.out} holds a run with {flag(k)} {before.get(k)}, not {options[k]}: "
-            "repeat its options to continue it, or choose another --out"
+            f"{self.out} holds a run with {flag(k)} {before.get(k)}, not {options[k]}: {todo}"
             for k in sorted(options.keys() - MAY_CHANGE)
             # an option that the run does not know came with a later version; its default does what was done before
             if before.get(k) != options[k] and (k in before or getattr(self.config, k) != fields[k].default)
