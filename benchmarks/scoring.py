@@ -53,7 +53,7 @@ from benchmarks.common import (
     word_tokenizer,
 )
 from ketchup_cache import open_cache
-from ketchup_cache.config.options import ScoringOptions
+from ketchup_cache.config.commands import ScoreConfig
 from ketchup_cache.provenance import TeacherInfo, TokenizerInfo
 from ketchup_cache.scoring.teacher import Teacher
 from ketchup_cache.types import Ragged, Rollouts
@@ -216,7 +216,7 @@ def overlap(model: Any, rollouts: int) -> dict[str, float]:
 
         tokenizer = tokenizer_info(load_tokenizer(str(folder / "teacher")), "t5")
         commit_rollouts(open_cache(folder / "cache", create=True), sample(0, rollouts), tokenizer=tokenizer)
-        scorer = Scorer(str(folder / "teacher"), ScoringOptions(device="cpu"))
+        scorer = Scorer(ScoreConfig(teacher=str(folder / "teacher"), cache=folder / "cache", device="cpu"))
         scorer.stay()
         Teacher.score = measured  # type: ignore[method-assign]
         try:

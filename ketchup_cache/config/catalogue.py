@@ -54,7 +54,6 @@ def one_recipe(name: str) -> Recipe:
     """Raises ConfigError where there is no such recipe."""
     options = load_yaml(find_recipe(name))
     about = options.pop("about")
-    options.pop("extends", None)
     places = {"teacher": options["teacher"], "data": options["rollout"]["data"], "k": options["learn"]["k"]}
     commands = COMMANDS.format_map({"finetune": None, "name": name} | about | places).splitlines()
     return Recipe(name, about, options, tuple(commands if "finetune" in about else commands[1:]))

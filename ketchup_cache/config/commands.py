@@ -163,9 +163,7 @@ class LearnConfig(LossOptions, SelectOptions, SamplingOptions, ScoringOptions, S
     def _batches_fit(self) -> LearnConfig:
         rule = METHODS[self.method]
         if self.teacher is not None and self.scores_from is not None:
-            raise ValueError(
-                "with --scores-from the teacher is elsewhere: leave --teacher out, and choose one with --scored-by"
-            )
+            raise ValueError("with --scores-from, leave --teacher out, and choose one with --scored-by")
         if rule.samples and rule.outputs and self.batch_size // 2 % self.samples + self.batch_size % 2:
             raise ValueError(
                 f"method {self.method} takes half of the {self.batch_size} rollouts from the teacher: "

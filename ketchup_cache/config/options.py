@@ -33,15 +33,9 @@ Above0 = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 def _tokens_or_auto(value: Any) -> Any:
-    if value == "auto":
+    if value == "auto" or (str(value).strip().isdecimal() and int(value) > 0):
         return value
-    try:
-        number = int(value) if isinstance(value, str | int) and not isinstance(value, bool) else 0
-    except ValueError:
-        number = 0
-    if number < 1:
-        raise ValueError("must be a whole number of 1 or more, or auto")
-    return number
+    raise ValueError("must be a whole number of 1 or more, or auto")
 
 
 TokensOrAuto = Annotated[Positive | Literal["auto"], BeforeValidator(_tokens_or_auto)]

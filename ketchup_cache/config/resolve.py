@@ -16,8 +16,21 @@ from ketchup_cache.config.options import Config
 from ketchup_cache.errors import ConfigError
 from ketchup_cache.shipped import recipe, recipe_names
 
-RECIPE_KEYS = {"extends", "about"}
-"""Keys of a YAML file that are not options: the recipe it builds on, and what `ketchup-cache recipes` shows of it."""
+ABOUT = "about"
+"""Key of a YAML file that is no option: what `ketchup-cache recipes` shows of it."""
+WANTS = {
+    "greater_than": "must be greater than {gt}",
+    "greater_than_equal": "must be {ge} or more",
+    "less_than": "must be less than {lt}",
+    "less_than_equal": "must be {le} or less",
+    "literal_error": "must be one of {expected}",
+    "int_parsing": "must be a whole number",
+    "int_from_float": "must be a whole number",
+    "float_parsing": "must be a number",
+    "bool_parsing": "must be true or false",
+    "value_error": "{error}",
+}
+"""What is said for a kind of pydantic's errors."""
 
 
 def resolve(command: str, file: Path | None, flags: dict[str, Any], recipe_name: str | None = None) -> Config:
@@ -31,32 +44,29 @@ def resolve(command: str, file: Path | None, flags: dict[str, Any], recipe_name:
     config_class = COMMANDS[command]
     values: dict[str, Any] = {}
     problems: list[str] = []
-    for path in (find_recipe(recipe_name) if recipe_name else None, file):
-        if path:
-            found, wrong = _read_yaml(command, path)
-            values |= found
-            problems += wrong
+    for path in filter(None, (find_recipe(recipe_name) if recipe_name else None, file)):
+        found, wrong = _read_yaml(command, path)
+        values |= found
+        problems += wrong
     values |= {key: value for key, value in flags.items() if value is not None}
-    for name in _passed_over(command, values, flags):
-        values.pop(name, None)
+    for name in _unused(values, flags) if command == "learn" else ():
+        if flags.get(name) is None:
+            values.pop(name, None)
     try:
         config = config_class.model_validate(values)
     except ValidationError as error:
-        raise ConfigError([*problems, *(_explain(detail, config_class) for detail in error.errors())]) from None
+        problems += [_explain(detail, config_class) for detail in error.errors()]
     if problems:
         raise ConfigError(problems)
     return config
 
 
-def _passed_over(command: str, values: dict[str, Any], flags: dict[str, Any]) -> set[str]:
-    """Options that do not apply, and come from a file, which may serve several methods and commands."""
-    if command != "learn":
-        return set()
+def _unused(values: dict[str, Any], flags: dict[str, Any]) -> set[str]:
+    """Options that do not apply. A file may hold them, since it may serve several methods and commands."""
     rule = METHODS.get(str(values.get("method")))
-    unused = set(rule.fixed) if rule else set()
-    if values.get("scores_from") is not None and values.get("teacher") is not None:
-        unused.add("scores_from" if flags.get("teacher") is not None else "teacher")
-    return {name for name in unused if flags.get(name) is None}
+    both = values.get("scores_from") is not None and values.get("teacher") is not None
+    other = "scores_from" if flags.get("teacher") is not None else "teacher"
+    return set(rule.fixed if rule else ()) | ({other} if both else set())
 
 
 def find_recipe(name: str) -> Path:
@@ -82,16 +92,14 @@ def load_yaml(file: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise ConfigError([f"{file}: can't be read ({error})"]) from None
     except yaml.YAMLError as error:
         raise ConfigError([f"{file}: not valid YAML: {' '.join(str(error).split())}"]) from None
-    if loaded is None:
-        return {}
-    if not isinstance(loaded, dict):
+    if not isinstance(loaded, dict | None):
         raise ConfigError([f"{file}: expected `option: value` lines, found a {type(loaded).__name__}"])
-    own = _underscored(loaded)
-    if "extends" not in own:
+    own = _underscored(loaded or {})
+    if (name := own.pop("extends", None)) is None:
         return own
-    below = find_recipe(str(own["extends"]))
+    below = find_recipe(str(name))
     if below in (*above, file):
-        raise ConfigError([f"{file}: `extends: {own['extends']}` goes round in a circle"])
+        raise ConfigError([f"{file}: `extends: {name}` goes round in a circle"])
     merged = load_yaml(below, (*above, file))
     for key, value in own.items():
         both = isinstance(value, dict) and isinstance(merged.get(key), dict)
@@ -106,7 +114,7 @@ def _underscored(values: dict[Any, Any]) -> dict[str, Any]:
 def _read_yaml(command: str, file: Path) -> tuple[dict[str, Any], list[str]]:
     """Options of one command, and what is wrong with the file."""
     loaded = load_yaml(file)
-    shared = {key: value for key, value in loaded.items() if key not in COMMANDS and key not in RECIPE_KEYS}
+    shared = {key: value for key, value in loaded.items() if key not in (*COMMANDS, ABOUT)}
     known = {name for config_class in COMMANDS.values() for name in config_class.model_fields}
     problems = [f"{file}: unknown key `{key}`{_did_you_mean(key, known)}" for key in shared if key not in known]
     for name, config_class in COMMANDS.items():
@@ -114,10 +122,8 @@ def _read_yaml(command: str, file: Path) -> tuple[dict[str, Any], list[str]]:
         if not isinstance(section, dict):
             problems.append(f"{file}: section `{name}` must hold `option: value` lines")
             continue
-        unknown = [key for key in section if key not in fields]
-        problems += [
-            f"{file}: unknown key `{key}` in section `{name}`{_did_you_mean(key, set(fields))}" for key in unknown
-        ]
+        unknown, where = [key for key in section if key not in fields], f"in section `{name}`"
+        problems += [f"{file}: unknown key `{key}` {where}{_did_you_mean(key, set(fields))}" for key in unknown]
         if name == command:
             shared |= section
     return {key: value for key, value in shared.items() if key in COMMANDS[command].model_fields}, problems
@@ -144,17 +150,5 @@ def _explain(detail: ErrorDetails, config_class: type[Config]) -> str:
         return f"{flag(name)} is missing: {text[:1].lower()}{text[1:]}"
     if kind == "extra_forbidden":
         return f"unknown option `{name}`{_did_you_mean(name, set(config_class.model_fields))}"
-    wants = {
-        "greater_than": "must be greater than {gt}",
-        "greater_than_equal": "must be {ge} or more",
-        "less_than": "must be less than {lt}",
-        "less_than_equal": "must be {le} or less",
-        "literal_error": "must be one of {expected}",
-        "int_parsing": "must be a whole number",
-        "int_from_float": "must be a whole number",
-        "float_parsing": "must be a number",
-        "bool_parsing": "must be true or false",
-        "value_error": "{error}",
-    }
-    wants_this = wants[kind].format(**context) if kind in wants else detail["msg"].lower()
-    return f"{flag(name)} {wants_this}, not {given!r}"
+    wants = WANTS[kind].format(**context) if kind in WANTS else detail["msg"].lower()
+    return f"{flag(name)} {wants}, not {given!r}"

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,9 +18,8 @@ from transformers import PreTrainedTokenizerBase
 
 from ketchup_cache.cache.cache import Cache
 from ketchup_cache.cache.index import ScoredRef
-from ketchup_cache.cache.manifest import RolloutsInfo, ScoresInfo
+from ketchup_cache.cache.manifest import RolloutsInfo, ScoresInfo, Storage
 from ketchup_cache.config.commands import ScoreConfig
-from ketchup_cache.config.options import ScoringOptions
 from ketchup_cache.console import Bar, Report, progress, say
 from ketchup_cache.errors import CacheError, CorruptError, MismatchError, ModelError, NumericsError, WriteError
 from ketchup_cache.models.fingerprint import require_same_encoding
@@ -30,10 +29,8 @@ from ketchup_cache.scoring.teacher import Teacher
 from ketchup_cache.sharing.remote_cache import open_cache
 from ketchup_cache.types import Ragged, Rollouts, Scores
 
-Storage = Literal["lossless", "compact"]
 LONGEST_PAUSE_S = 60.0
 """Between two tries in an outage."""
-COMMIT_TOKENS: int = ScoreConfig.model_fields["commit_tokens"].default
 
 TOP_BYTES = 2**28
 """Most bytes of kept logits in a segment, so that it stays well below the format's limit and fits into memory."""
@@ -66,9 +63,8 @@ class ScoreReport(Report):
 
     def plus(self, other: ScoreReport) -> ScoreReport:
         """This and what was done after it."""
-        counts = {
-            name: getattr(self, name) + getattr(other, name) for name in ("computed", "tokens", "copied", "segments")
-        }
+        names = ("computed", "tokens", "copied", "segments")
+        counts = {name: getattr(self, name) + getattr(other, name) for name in names}
         return replace(self, **counts, batch_tokens=other.batch_tokens or self.batch_tokens)
 
     @property
@@ -96,20 +92,18 @@ def score(config: ScoreConfig) -> ScoreReport:
 
     Raises CacheError, ModelError, MismatchError (tokenizers), NumericsError, WriteError.
     """
-    cache = open_cache(config.cache, create=config.follow)
-    storage: Storage = "compact" if config.storage == "float16" else "lossless"
-    scorer = Scorer(config.teacher, config, config.keep_top, commit_tokens=config.commit_tokens, storage=storage)
-    return follow(cache, scorer, config) if config.follow else scorer.ensure(cache)
+    cache, scorer = open_cache(config.cache, create=config.follow), Scorer(config)
+    return follow(cache, scorer) if config.follow else scorer.ensure(cache)
 
 
-def follow(cache: Cache, scorer: Scorer, config: ScoreConfig) -> ScoreReport:
+def follow(cache: Cache, scorer: Scorer) -> ScoreReport:
     """`score --follow`: score what lacks scores, look again every `--poll` seconds, until Ctrl-C or `--until-idle`.
 
     Any number of these may work at one place. They do not talk to each other: each takes a segment at random, and the
     format allows a row to be scored twice. Rollouts that this teacher can't score are said once and passed over. An
     outage of the place is retried with growing pauses. Raises ModelError where the teacher can't be loaded.
     """
-    began = time.monotonic()
+    began, config = time.monotonic(), scorer.config
     scorer.stay()
     idle_since, pause, passed_over = time.monotonic(), config.poll, set[str]()
     done = ScoreReport(str(scorer), 0)
@@ -141,25 +135,17 @@ class Scorer:
     info, tokenizer: what its scores are filed under. keep_top: how many of the largest logits they keep.
     """
 
-    def __init__(
-        self,
-        teacher: str,
-        options: ScoringOptions,
-        keep_top: int = 0,
-        *,
-        commit_tokens: int = COMMIT_TOKENS,
-        storage: Storage = "lossless",
-    ) -> None:
-        """storage: compact is float16. Raises ModelError where the teacher's files are missing or damaged."""
-        self._name, self._options, self._storage = teacher, options, storage
-        self._budget = TokenBudget(options.batch_tokens)
+    def __init__(self, config: ScoreConfig) -> None:
+        """Raises ModelError where the teacher's files are missing or damaged."""
+        self.config, self._budget = config, TokenBudget(config.batch_tokens)
+        self._storage: Storage = "compact" if config.storage == "float16" else "lossless"
         self._known: _KnownScores | None = None
         self._teacher: Teacher | None = None
         self._stays, self._load_s = False, 0.0
-        self.info, self.tokenizer = Teacher.identify(teacher, options)
-        self.keep_top = min(keep_top, self.tokenizer.vocab_size)
-        fitting = TOP_BYTES // (self.keep_top * TOP_ITEM_BYTES) if self.keep_top else commit_tokens
-        self._commit_tokens = max(1, min(commit_tokens, fitting))
+        self.info, self.tokenizer = Teacher.identify(config.teacher, config)
+        self.keep_top = min(config.keep_top, self.tokenizer.vocab_size)
+        fitting = TOP_BYTES // (self.keep_top * TOP_ITEM_BYTES) if self.keep_top else config.commit_tokens
+        self._commit_tokens = max(1, min(config.commit_tokens, fitting))
 
     def __str__(self) -> str:
         return f"{self.info.name} ({self.info.fingerprint[:12]})"
@@ -187,9 +173,9 @@ class Scorer:
         report = ScoreReport(str(self), rows - sum(stop - start for _, start, stop in missing))
         if self._known is None or self._known.cache is not cache:
             self._known = _KnownScores(cache, self.info.fingerprint, self.keep_top, self._storage)
+        parents = [cache.manifest(rollouts_id) for rollouts_id, _, _ in missing]
+        total = sum(m.tokens * (b - a) // m.rows for m, (_, a, b) in zip(parents, missing, strict=True))
         try:
-            manifests = {rollouts_id: cache.manifest(rollouts_id) for rollouts_id, _, _ in missing}
-            total = sum(manifests[i].tokens * (stop - start) // manifests[i].rows for i, start, stop in missing)
             with progress("score", total) as bar:
                 for rollouts_id, start, stop in missing:
                     completions = cache.load_rollouts(rollouts_id).completions
@@ -212,15 +198,10 @@ class Scorer:
         tokens = 0
         if new:
             places = np.sort(np.fromiter(new.values(), np.int64))
-            teacher = self._loaded()
+            teacher, budget, top = self._loaded(), self._budget, self.keep_top
             try:
                 scores = teacher.score(
-                    prompts,
-                    rollouts,
-                    rows=places,
-                    batch_tokens=self._budget,
-                    keep_top=self.keep_top,
-                    on_batch=bar.advance,
+                    prompts, rollouts, rows=places, batch_tokens=budget, keep_top=top, on_batch=bar.advance
                 )
             except (MismatchError, NumericsError) as error:
                 raise type(error)(f"{cache.address}, rollouts {rollouts_id[:12]}: {error}") from None
@@ -228,15 +209,9 @@ class Scorer:
             completions = rollouts.completions.take(places)
             found |= {keys[row - rows.start]: scores.rows(completions, i, i + 1) for i, row in enumerate(places)}
         bar.advance(int(rollouts.completions.lengths[rows.start : rows.stop].sum()) - tokens)
-        info = ScoresInfo(
-            rollouts=rollouts_id,
-            row_start=rows.start,
-            row_stop=rows.stop,
-            teacher=self.info,
-            tokenizer=self.tokenizer,
-            keep_top=self.keep_top,
-            storage=self._storage,
-        )
+        made: dict[str, Any] = {"teacher": self.info, "tokenizer": self.tokenizer}
+        made |= {"keep_top": self.keep_top, "storage": self._storage}
+        info = ScoresInfo(rollouts=rollouts_id, row_start=rows.start, row_stop=rows.stop, **made)
         cache.commit_scores(Scores.concatenate([found[key] for key in keys]), info)
         copied, batch = len(rows) - len(new), self._budget.tokens if new else None
         return ScoreReport(str(self), 0, len(new), tokens, copied, segments=1, batch_tokens=batch)
@@ -244,7 +219,7 @@ class Scorer:
     def _loaded(self) -> Teacher:
         if self._teacher is None:
             began = time.monotonic()
-            self._teacher = Teacher.load(self._name, self._options)
+            self._teacher = Teacher.load(self.config.teacher, self.config)
             self._load_s += time.monotonic() - began
         return self._teacher
 
@@ -254,7 +229,7 @@ class Scorer:
         def load(name: str) -> PreTrainedTokenizerBase:
             if name == theirs.name and not Path(name).is_dir():
                 raise ModelError(f"{name}: is not here, and names in a cache are not downloaded")
-            return load_tokenizer(name, trust_remote_code=self._options.trust_remote_code)
+            return load_tokenizer(name, trust_remote_code=self.config.trust_remote_code)
 
         what = f"{cache.address}, rollouts {rollouts_id[:12]}: tokenizer {theirs.name} wrote them"
         what += f", but that of teacher {self.info.name} encodes differently"
@@ -293,10 +268,9 @@ class _KnownScores:
                         self._places.setdefault(key, (ref, place))
                     self._seen.add(ref)
         places: dict[ScoredRef, dict[bytes, int]] = {}
-        for key in keys:
-            if key in self._places:
-                ref, place = self._places[key]
-                places.setdefault(ref, {})[key] = place
+        for key in self._places.keys() & set(keys):
+            ref, place = self._places[key]
+            places.setdefault(ref, {})[key] = place
         found: dict[bytes, Scores] = {}
         for ref, wanted in places.items():
             part = self.cache.load_scored(ref)
@@ -316,10 +290,7 @@ def _keys(prompts: Ragged, rollouts: Rollouts, rows: range) -> list[bytes]:
     """What the scores of each row depend on, beside the teacher: prompt, completion, and whether it finished."""
     keys = []
     for row in rows:
-        prompt = prompts[rollouts.prompt_index[row]]
-        key = hashlib.blake2b(len(prompt).to_bytes(8, "little"), digest_size=16)
-        key.update(prompt.tobytes())
-        key.update(rollouts.completions[row].tobytes())
-        key.update(b"finished" if rollouts.finished[row] else b"unfinished")
-        keys.append(key.digest())
+        prompt, ending = prompts[rollouts.prompt_index[row]], b"finished" if rollouts.finished[row] else b"unfinished"
+        parts = len(prompt).to_bytes(8, "little"), prompt.tobytes(), rollouts.completions[row].tobytes(), ending
+        keys.append(hashlib.blake2b(b"".join(parts), digest_size=16).digest())
     return keys

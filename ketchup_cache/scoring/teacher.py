@@ -27,8 +27,7 @@ class Teacher:
 
     def __init__(self, model: PreTrainedModel, info: TeacherInfo, tokenizer: TokenizerInfo) -> None:
         """Raises ModelError where the model's logits can't be reproduced (`Head.of`)."""
-        self.info = info
-        self.tokenizer = tokenizer
+        self.info, self.tokenizer = info, tokenizer
         self._model = model.eval()
         self._head = Head.of(model, tokenizer.vocab_size)
         self._devices = {parameter.device for parameter in model.parameters()}
@@ -37,14 +36,8 @@ class Teacher:
     def load(cls, name: str, options: ScoringOptions) -> Teacher:
         """Raises ModelError (`load_model`, `Head.of`)."""
         info, tokenizer = cls.identify(name, options)
-        model = load_model(
-            name,
-            dtype=options.dtype,
-            device=options.device,
-            device_map=options.device_map,
-            trust_remote_code=options.trust_remote_code,
-        )
-        return cls(model, info, tokenizer)
+        placed = options.model_dump(include={"dtype", "device", "device_map", "trust_remote_code"})
+        return cls(load_model(name, **placed), info, tokenizer)
 
     @staticmethod
     def identify(name: str, options: ScoringOptions) -> tuple[TeacherInfo, TokenizerInfo]:
@@ -138,14 +131,13 @@ class Teacher:
         final_max_q = np.zeros(len(names), np.float32)
         final_max_q[~finished] = next_max_q.cpu().numpy()
 
-        finite = np.isfinite(q) & np.isfinite(max_q) & np.isfinite(logsumexp) & np.isfinite(mean_q)
+        finite = np.isfinite((q, max_q, logsumexp, mean_q)).all(axis=0)
         finite_next = np.isfinite(next_logsumexp.cpu().numpy())
         bad = np.append(np.repeat(names, batch.completions.lengths)[~finite], names[~finished][~finite_next])
         if len(bad):
             hint = "its weights are damaged" if self.info.dtype == "float32" else "try --dtype float32"
-            raise NumericsError(
-                f"rollout row {bad.min()}: teacher {self.info.name} gives NaN or infinite logits; {hint}"
-            )
+            what = f"teacher {self.info.name} gives NaN or infinite logits; {hint}"
+            raise NumericsError(f"rollout row {bad.min()}: {what}")
         return Scores(q, max_q, logsumexp, mean_q, final_max_q, top)
 
     def _check_ids(self, what: str, tokens: Ragged, names: NDArray[np.int64]) -> None:

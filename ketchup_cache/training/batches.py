@@ -66,20 +66,14 @@ class Stream:
     """
 
     def __init__(
-        self,
-        cache: Cache,
-        refs: Sequence[ScoredRef],
-        batch_size: int,
-        seed: int,
-        skip: int = 0,
-        batches: int | None = None,
+        self, cache: Cache, refs: Sequence[ScoredRef], size: int, seed: int, skip: int = 0, batches: int | None = None
     ) -> None:
-        """skip: batches that were seen already. batches: how many will be asked for after them, so that none is read
-        in vain; None: no end.
+        """size: rollouts per batch. skip: batches that were seen already. batches: how many will be asked for after
+        them, so that none is read in vain; None: no end.
         """
         # a handle of its own: the caller may commit to the cache while the thread reads it
         self._cache, self._refs = cache.handle(), refs
-        plan = islice(plan_batches(refs, batch_size, seed), skip, None if batches is None else skip + batches)
+        plan = islice(plan_batches(refs, size, seed), skip, None if batches is None else skip + batches)
         self._plan, ahead = tee(plan)
         indices = (index for parts in ahead for index, _ in parts)
         self._pairs = pairwise(index for index, _ in groupby(indices))

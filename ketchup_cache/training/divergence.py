@@ -4,6 +4,7 @@ and TVD."""
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -58,14 +59,9 @@ def divergence_step(
             chunk = slice(start, start + CHUNK)
             some = places[chunk]
             # each chunk's logits are computed again in the backward pass: [n, V] is never held for the whole batch
-            values, logprob = checkpoint(
-                terms,
-                states[chunk],
-                targets[chunk].to(head.device),
-                tensor(teacher[chunk]),
-                *(tensor(values[some]) for values in (vars(top).values() if top else ())),
-                use_reentrant=False,
-            )
+            largest = [tensor(values[some]) for values in (vars(top).values() if top else ())]
+            inputs = states[chunk], targets[chunk].to(head.device), tensor(teacher[chunk]), *largest
+            values, logprob = checkpoint(terms, *inputs, use_reentrant=False)
             losses.append(values * tensor(weight[some].astype(np.float32)))
             logprobs.append(logprob.detach())
         if logprobs and not teacher.all():
@@ -74,16 +70,15 @@ def divergence_step(
         return torch.cat([values.to(losses[-1].device) for values in losses]).sum()
 
     loss_sum = learner.accumulate(all_rows(batch), np.flatnonzero(completions.lengths > 0), loss, step)
-    norm = learner.optimizer.step(step) if weight.any() else 0.0
+    norm, lr = learner.optimizer.step(step) if weight.any() else 0.0, learner.optimizer.lr(step)
     (one_step,) = rollout_returns(rollouts, batch.scores, (1,), **options.of_returns)
     kept = (rollouts.finished | (options.unfinished != "drop")) & (completions.lengths > 0) & ~from_teacher
     signal = Signal(np.zeros(len(weight), np.float32), weight > 0, kept, one_step[:, 0], one_step[:, 0])
-    metrics = StepMetrics.of(step, batch, signal, staleness, loss_sum, norm, learner.optimizer.lr(step))
-    nothing = dict.fromkeys(("k_return_mean", "k_return_sd", "advantage_sd"))
-    nothing |= {} if staleness.tokens else dict.fromkeys(("ratio_mean", "ess", "behavior_kl"))
-    return metrics.model_copy(
-        update={**nothing, "dropped": 0.0, "teacher_kl": teacher_kl(batch, ~of_teacher & ~rollouts.forced)}
-    )
+    nothing = ["k_return_mean", "k_return_sd", "advantage_sd"]
+    nothing += [] if staleness.tokens else ["ratio_mean", "ess", "behavior_kl"]
+    given: dict[str, Any] = {"step": step, "loss": loss_sum, "grad_norm": norm, "lr": lr} | dict.fromkeys(nothing)
+    given |= {"dropped": 0.0, "teacher_kl": teacher_kl(batch, ~of_teacher & ~rollouts.forced)}
+    return StepMetrics.of(batch, signal, staleness, **given)
 
 
 def token_weights(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,24 +12,26 @@ from typing import Any
 import numpy as np
 
 from ketchup_cache.cache.cache import Cache
-from ketchup_cache.config.commands import LearnConfig
+from ketchup_cache.config.commands import LearnConfig, ScoreConfig
 from ketchup_cache.config.methods import METHODS
+from ketchup_cache.config.options import ScoringOptions
 from ketchup_cache.console import Report, warn
 from ketchup_cache.errors import ModelError
 from ketchup_cache.models.fingerprint import state_fingerprint, tokenizer_info, weights_fingerprint
 from ketchup_cache.models.head import Head
 from ketchup_cache.models.load import load_model, load_tokenizer
-from ketchup_cache.provenance import PolicyInfo, require_same_tokenizer
+from ketchup_cache.provenance import require_same_tokenizer
 from ketchup_cache.rollouts.calculator import Calculator
 from ketchup_cache.sharing.remote_cache import open_cache
 from ketchup_cache.training.divergence import divergence_step
 from ketchup_cache.training.metrics import StepMetrics
 from ketchup_cache.training.optimizer import Learner, Optimizer
 from ketchup_cache.training.policy_gradient import policy_gradient_step
-from ketchup_cache.training.run import Run, read_origin, read_pins
+from ketchup_cache.training.run import Origin, Run, read_origin, read_pins
 from ketchup_cache.training.source import Offline, OnPolicy, ScoreRollouts
 from ketchup_cache.types import Rollouts
 
+TIMES = ("sample_s", "score_s", "load_s", "train_s")
 OFTEN_CUT = 0.2
 """Share of rollouts that were cut at the length limit."""
 MOSTLY_TAIL = 0.6
@@ -61,9 +64,8 @@ class LearnReport(Report):
         resumed = f" (continued from step {self.resumed_from})" if self.resumed_from else ""
         change = " → ".join(f"{m['return_mean']:.2f}" for m in (self.first, self.last) if m["return_mean"] is not None)
         skipped = f"; {self.skipped} steps skipped, all their rollouts were dropped" if self.skipped else ""
-        changes = f"mean return of the rollouts {change}" if change else ""
-        if not change:
-            changes = f"loss {self.first['loss']:.4f} → {self.last['loss']:.4f} nats per token"
+        loss = f"loss {self.first['loss']:.4f} → {self.last['loss']:.4f} nats per token"
+        changes = f"mean return of the rollouts {change}" if change else loss
         return f"{self.steps} steps in {self.seconds:.0f} s{resumed}; {changes}{skipped}; student in {self.student}"
 
 
@@ -87,9 +89,8 @@ def learn(config: LearnConfig) -> LearnReport:
         if report := run.finished(LearnReport):
             return report
         calculator = Calculator(tokenizer, config.student) if config.calculator else None
-        source = (
-            Offline(cache, config) if config.offline else OnPolicy(cache, config, info, _scoring(config), calculator)
-        )
+        refreshed = None if config.offline else (info, _scoring(config), calculator)
+        source = OnPolicy(cache, config, *refreshed) if refreshed else Offline(cache, config)
         origin = read_origin(config.student)
         if config.scores_from is None:
             _warn_of_origin(config, origin, config.teacher or cache.select_teacher(config.scored_by).name)
@@ -98,7 +99,7 @@ def learn(config: LearnConfig) -> LearnReport:
         load_s = time.perf_counter() - began
         learner = Learner(model, Head.of(model, info.vocab_size), Optimizer(model, config, source.steps), config)
         run.write_config({"student": state_fingerprint(model), "steps": source.steps, **source.resolved()})
-        source.restore(run.restore(model, learner.optimizer))
+        source.restore(run.restore(learner))
 
         def step(number: int) -> tuple[dict[str, Any], str]:
             drawn = source.batch(number, model)
@@ -107,7 +108,7 @@ def learn(config: LearnConfig) -> LearnReport:
                     warn(warning)
                 if isinstance(source, OnPolicy) and config.scores_from is not None:
                     _warn_of_origin(config, origin, cache.select_teacher(source.teacher).name)
-            if number == run.resumed or drawn.refreshed:
+            if number == run.resumed or drawn.times:
                 run.pin(cache.address, source.segments())
             began = time.perf_counter()
             if METHODS[config.method].step == "policy_gradient":
@@ -116,25 +117,16 @@ def learn(config: LearnConfig) -> LearnReport:
                 metrics = divergence_step(learner, drawn.rollouts, drawn.from_teacher, number)
             times = drawn.times | {"train_s": time.perf_counter() - began}
             rounded = {name: round(seconds, 4) for name, seconds in times.items()}
-            metrics = metrics.model_copy(update={"refreshed": drawn.refreshed, **rounded})
+            metrics = metrics.model_copy(update={"refreshed": bool(drawn.times), **rounded})
             return metrics.model_dump(), _note(metrics)
 
-        lines = run.train(model, learner.optimizer, source.steps, step, source.state)
-        report = LearnReport(
-            student=str(run.out / "student"),
-            steps=source.steps,
-            skipped=sum(line["action_tokens"] == 0 for line in lines),
-            resumed_from=run.resumed,
-            seconds=run.seconds,
-            fingerprint=state_fingerprint(model),
-            first=lines[0],
-            last=lines[-1],
-            sample_s=sum(line["sample_s"] for line in lines),
-            score_s=sum(line["score_s"] for line in lines),
-            load_s=sum(line["load_s"] for line in lines) + round(load_s, 4),
-            train_s=sum(line["train_s"] for line in lines),
-        )
-        run.finish("student", model, tokenizer, report, origin)
+        lines = run.train(learner, source.steps, step, source.state)
+        times: dict[str, Any] = {name: sum(line[name] for line in lines) for name in TIMES}
+        times["load_s"] += round(load_s, 4)
+        skipped = sum(line["action_tokens"] == 0 for line in lines)
+        done = run.resumed, run.seconds, state_fingerprint(model)
+        report = LearnReport(str(run.out / "student"), source.steps, skipped, *done, lines[0], lines[-1], **times)
+        run.finish("student", (model, tokenizer), report, origin)
     return report
 
 
@@ -146,8 +138,8 @@ def _scoring(config: LearnConfig) -> ScoreRollouts:
         return ScoresFrom(config)
     from ketchup_cache.scoring.score import Scorer
 
-    assert config.teacher is not None
-    scorer = Scorer(config.teacher, config, keep_top=config.top_needed)
+    options = config.model_dump(include={"teacher", "cache", *ScoringOptions.model_fields})
+    scorer = Scorer(ScoreConfig(keep_top=config.top_needed, **options))
 
     def score_rollouts(cache: Cache, rollout_ids: Sequence[str], teacher: str | None) -> tuple[str, float]:
         return scorer.info.fingerprint, scorer.ensure(cache, rollout_ids).load_s
@@ -155,21 +147,17 @@ def _scoring(config: LearnConfig) -> ScoreRollouts:
     return score_rollouts
 
 
-def _warn_of_origin(config: LearnConfig, origin: Sequence[PolicyInfo], teacher: str) -> None:
+def _warn_of_origin(config: LearnConfig, origin: Origin, teacher: str) -> None:
     """Where the student learned another model's text than the teacher's (teacher consistency): the scores are least
     telling then. The precision that the teacher scores in does not matter."""
     if not origin or any(policy.name == teacher for policy in origin):
         return
-    try:
+    with suppress(ModelError):
         if Path(teacher).is_dir() and weights_fingerprint(Path(teacher)) in {policy.fingerprint for policy in origin}:
             return
-    except ModelError:
-        pass
     names = ", ".join(f"{policy.name} ({policy.fingerprint[:12]})" for policy in origin)
-    warn(
-        f"{config.student}: was pre-distilled on the outputs of {names}, but {teacher} scored: pre-distil it on "
-        f"outputs of {teacher}, unless these are one model under two names"
-    )
+    todo = f"pre-distil it on outputs of {teacher}, unless these are one model under two names"
+    warn(f"{config.student}: was pre-distilled on the outputs of {names}, but {teacher} scored: {todo}")
 
 
 def rollout_warnings(config: LearnConfig, rollouts: Rollouts) -> Iterator[str]:
@@ -185,22 +173,19 @@ def rollout_warnings(config: LearnConfig, rollouts: Rollouts) -> Iterator[str]:
     lengths = rollouts.completions.lengths
     tail, cut = np.minimum(lengths, config.k).sum() / max(1, lengths.sum()), 1 - rollouts.finished.mean()
     if config.k > 1 and config.tail == "one-step" and tail >= MOSTLY_TAIL:
-        yield (
-            f"{tail:.0%} of the tokens are among the last {config.k} of their completion, where K = {config.k} steps "
-            f"one by one as K = 1 does; choose a smaller --k, or --tail jump"
-        )
+        todo = "choose a smaller --k, or --tail jump"
+        among = f"{tail:.0%} of the tokens are among the last {config.k} of their completion"
+        yield f"{among}, where K = {config.k} steps one by one as K = 1 does; {todo}"
     if config.unfinished == "drop" and cut >= OFTEN_CUT:
-        yield (
-            f"{cut:.0%} of the first rollouts were cut at --max-new-tokens and are dropped, so the student learns from "
-            "short ones alone; raise --max-new-tokens, or keep them with --unfinished bootstrap"
-        )
+        todo = "raise --max-new-tokens, or keep them with --unfinished bootstrap"
+        dropped = f"{cut:.0%} of the first rollouts were cut at --max-new-tokens and are dropped"
+        yield f"{dropped}, so the student learns from short ones alone; {todo}"
 
 
 def _note(metrics: StepMetrics) -> str:
-    if metrics.return_mean is None and metrics.action_tokens:
-        return f"loss {metrics.loss:.4f} nats per token, length {metrics.length_mean:.1f}"
     if metrics.return_mean is None:
-        return "every rollout of this step was dropped"
+        loss = f"loss {metrics.loss:.4f} nats per token, length {metrics.length_mean:.1f}"
+        return loss if metrics.action_tokens else "every rollout of this step was dropped"
     returns = f"return {metrics.return_mean:.2f} ± {metrics.return_sd:.2f}"
     ess = "" if metrics.ess is None else f", ess {metrics.ess:.2f}"
     return f"{returns}, length {metrics.length_mean:.1f}{ess}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -79,38 +80,18 @@ class StepMetrics(BaseModel):
     """Wall time of the optimizer step itself."""
 
     @classmethod
-    def of(
-        cls,
-        step: int,
-        batch: ScoredRollouts,
-        signal: Signal,
-        staleness: Staleness,
-        loss: float,
-        grad_norm: float,
-        lr: float,
-    ) -> StepMetrics:
+    def of(cls, batch: ScoredRollouts, signal: Signal, staleness: Staleness, **given: Any) -> StepMetrics:
+        """given: the figures that do not follow from these three, and those that replace what follows from them."""
         rollouts, kept = batch.rollouts, signal.kept
-        return_mean, return_sd = _mean_sd(signal.one_step[kept])
-        k_return_mean, k_return_sd = _mean_sd(signal.first_return[kept])
-        return cls(
-            step=step,
-            return_mean=return_mean,
-            return_sd=return_sd,
-            k_return_mean=k_return_mean,
-            k_return_sd=k_return_sd,
-            advantage_sd=_mean_sd(signal.advantage[signal.in_loss])[1],
-            length_mean=float(rollouts.completions.lengths.mean()),
-            unfinished=float(1 - rollouts.finished.mean()),
-            dropped=float(1 - kept.mean()),
-            teacher_kl=teacher_kl(batch, ~rollouts.forced),
-            ratio_mean=staleness.ratio,
-            ess=staleness.ess,
-            behavior_kl=staleness.kl,
-            loss=loss,
-            grad_norm=grad_norm,
-            lr=lr,
-            action_tokens=int(signal.in_loss.sum()),
-        )
+        figures: dict[str, Any] = {"advantage_sd": _mean_sd(signal.advantage[signal.in_loss])[1]}
+        figures["return_mean"], figures["return_sd"] = _mean_sd(signal.one_step[kept])
+        figures["k_return_mean"], figures["k_return_sd"] = _mean_sd(signal.first_return[kept])
+        figures["ratio_mean"], figures["ess"], figures["behavior_kl"] = staleness.ratio, staleness.ess, staleness.kl
+        figures["length_mean"] = float(rollouts.completions.lengths.mean())
+        figures["unfinished"], figures["dropped"] = float(1 - rollouts.finished.mean()), float(1 - kept.mean())
+        figures["teacher_kl"] = teacher_kl(batch, ~rollouts.forced)
+        figures["action_tokens"] = int(signal.in_loss.sum())
+        return cls(**figures | given)
 
 
 def teacher_kl(batch: ScoredRollouts, tokens: NDArray[np.bool_]) -> float | None:

@@ -85,14 +85,12 @@ class Learner(Generic[Options]):
     def micro_batches(self, batch: Batch, rows: NDArray) -> Iterator[tuple[NDArray, Batch]]:
         """The given rows of a batch in parts of at most `micro_batch_tokens` tokens, each with the places [n] of its
         tokens among all of the batch."""
-        index = batch.prompt_index[rows]
-        for part in token_budget_batches(
-            batch.prompts.lengths[index],
-            batch.completions.lengths[rows],
+        index, once = batch.prompt_index[rows], computes_prompts_once(self.model)
+        lengths, budget = (
+            (batch.prompts.lengths[index], batch.completions.lengths[rows]),
             self.options.micro_batch_tokens,
-            prompt_index=index,
-            once=computes_prompts_once(self.model),
-        ):
+        )
+        for part in token_budget_batches(*lengths, budget, prompt_index=index, once=once):
             chosen = rows[part]
             cut = Batch.of_rows(batch.prompts, batch.prompt_index, batch.completions, chosen)
             yield batch.completions.places(chosen)[0], cut

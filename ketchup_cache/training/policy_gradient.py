@@ -76,8 +76,8 @@ def policy_gradient_step(learner: Learner[LossOptions], batch: ScoredRollouts, s
         return policy_gradient_loss(logprob, advantage, ratio, total)
 
     loss_sum = learner.accumulate(all_rows(batch), np.flatnonzero(signal.kept), loss, step)
-    norm = learner.optimizer.step(step) if total else 0.0
-    return StepMetrics.of(step, batch, signal, staleness, loss_sum, norm, learner.optimizer.lr(step))
+    norm, lr = learner.optimizer.step(step) if total else 0.0, learner.optimizer.lr(step)
+    return StepMetrics.of(batch, signal, staleness, step=step, loss=loss_sum, grad_norm=norm, lr=lr)
 
 
 @torch.no_grad()

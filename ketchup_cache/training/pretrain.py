@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -21,14 +20,14 @@ from ketchup_cache.models.fingerprint import state_fingerprint, tokenizer_info
 from ketchup_cache.models.forward import Batch
 from ketchup_cache.models.head import Head
 from ketchup_cache.models.load import is_encoder_decoder, load_model, load_tokenizer
-from ketchup_cache.provenance import PolicyInfo, TokenizerInfo, require_same_tokenizer
+from ketchup_cache.provenance import TokenizerInfo, require_same_tokenizer
 from ketchup_cache.rollouts.sample import eos_ids
 from ketchup_cache.sharing.remote_cache import open_cache
 from ketchup_cache.text.prompts import as_chat, kept_examples, tokenize_prompts
 from ketchup_cache.text.read import read_examples
 from ketchup_cache.training.batches import seed_of
 from ketchup_cache.training.optimizer import Learner, Optimizer
-from ketchup_cache.training.run import Run
+from ketchup_cache.training.run import Origin, Run
 from ketchup_cache.types import TOKEN_DTYPE, Ragged
 
 
@@ -76,12 +75,11 @@ def pretrain(config: PretrainConfig) -> PretrainReport:
                 f"at which the model does not stop (eos_token_id {eos_ids(model)}): make them agree in its config.json"
             )
         rows = len(data.completions)
-        batch_size = min(config.batch_size, rows)
-        per_epoch = rows // batch_size
+        per_epoch = rows // (batch_size := min(config.batch_size, rows))
         steps = per_epoch * config.epochs
         run.write_config({"model": state_fingerprint(model), "examples": rows, "steps": steps})
         learner = Learner(model, head, Optimizer(model, config, steps), config)
-        run.restore(model, learner.optimizer)
+        run.restore(learner)
         model.train(config.dropout)
 
         @lru_cache(maxsize=1)
@@ -93,24 +91,28 @@ def pretrain(config: PretrainConfig) -> PretrainReport:
             # dropout's randomness belongs to the step, so that a resumed run draws the same
             torch.manual_seed(seed_of(config.seed, number))
             epoch, place = divmod(number, per_epoch)
-            rows_of_step = order(epoch)[place * batch_size :][:batch_size]
-            loss, norm = _cross_entropy_step(learner, data, rows_of_step, number)
-            line = {"step": number, "loss": loss, "grad_norm": norm, "lr": learner.optimizer.lr(number)}
-            return line, f"loss {loss:.3f}"
+            chosen = order(epoch)[place * batch_size :][:batch_size]
+            total = int(data.completions.lengths[chosen].sum())
 
-        losses = [line["loss"] for line in run.train(model, learner.optimizer, steps, step, dict)]
+            def loss(places: NDArray, states: Tensor, targets: Tensor) -> Tensor:
+                return cross_entropy_loss(head.log_prob(states, targets), total)
+
+            nats = learner.accumulate(data, chosen, loss, number)
+            norm = learner.optimizer.step(number)
+            return {
+                "step": number,
+                "loss": nats,
+                "grad_norm": norm,
+                "lr": learner.optimizer.lr(number),
+            }, f"loss {nats:.3f}"
+
+        losses = [line["loss"] for line in run.train(learner, steps, step)]
         model.eval()
+        first, last = (float(np.mean(of_epoch)) for of_epoch in (losses[:per_epoch], losses[-per_epoch:]))
         report = PretrainReport(
-            model=str(run.out / "model"),
-            examples=rows,
-            steps=steps,
-            resumed_from=run.resumed,
-            seconds=run.seconds,
-            loss_first=float(np.mean(losses[:per_epoch])),
-            loss_last=float(np.mean(losses[-per_epoch:])),
-            fingerprint=state_fingerprint(model),
+            str(run.out / "model"), rows, steps, run.resumed, run.seconds, first, last, state_fingerprint(model)
         )
-        run.finish("model", model, tokenizer, report, origin)
+        run.finish("model", (model, tokenizer), report, origin)
     return report
 
 
@@ -118,10 +120,8 @@ def _from_references(config: PretrainConfig, tokenizer: PreTrainedTokenizerBase)
     examples = as_chat(read_examples(config, need_target=True), tokenizer, config)
     prompts = tokenize_prompts(examples, tokenizer, config)
     bare = not is_encoder_decoder(config.model, trust_remote_code=config.trust_remote_code)
-    targets = [
-        _target_ids(tokenizer, example.target or "", config.max_new_tokens, bare=bare)
-        for example in kept_examples(examples, prompts)
-    ]
+    references = [example.target or "" for example in kept_examples(examples, prompts)]
+    targets = [_target_ids(tokenizer, reference, config.max_new_tokens, bare=bare) for reference in references]
     return Batch(prompts.tokens, np.arange(len(prompts)), Ragged.from_rows(targets, TOKEN_DTYPE))
 
 
@@ -138,21 +138,17 @@ def _target_ids(tokenizer: PreTrainedTokenizerBase, target: str, limit: int, *, 
     return ids[:limit]
 
 
-def _from_cache(config: PretrainConfig, info: TokenizerInfo) -> tuple[Batch, Sequence[PolicyInfo]]:
+def _from_cache(config: PretrainConfig, info: TokenizerInfo) -> tuple[Batch, Origin]:
     """The finished rollouts of one policy, and that policy. Cut ones would teach the student not to stop."""
     assert config.cache is not None
     cache = open_cache(config.cache)
-    policies = cache.policies()
-    if config.policy is None and len(policies) > 1:
-        names = ", ".join(f"{p.name} ({p.fingerprint[:12]})" for p in policies)
-        raise CacheError(f"{config.cache}: holds rollouts of several policies: choose one with --policy: {names}")
-    wanted = [cache.select_policy(config.policy)] if config.policy else policies
+    policy = cache.select_policy(config.policy)
     prompts, indices, completions, offset = [], [], [], 0
     place: dict[str, int] = {}
     for id_, segment in cache.rollouts():
         what = f"{config.cache}: was encoded by another tokenizer; train a model that has it"
         require_same_tokenizer(info, segment.tokenizer, what)
-        if segment.policy.fingerprint not in {policy.fingerprint for policy in wanted}:
+        if segment.policy.fingerprint != policy.fingerprint:
             continue
         if (parent := segment.prompts) not in place:
             place[parent] = offset
@@ -163,20 +159,5 @@ def _from_cache(config: PretrainConfig, info: TokenizerInfo) -> tuple[Batch, Seq
         indices.append(rollouts.prompt_index[finished] + place[parent])
         completions.append(rollouts.completions.take(finished))
     if not sum(map(len, completions)):
-        raise CacheError(
-            f"{config.cache}: holds no finished rollouts to learn from; make some with `ketchup-cache rollout`"
-        )
-    return Batch(Ragged.concatenate(prompts), np.concatenate(indices), Ragged.concatenate(completions)), wanted
-
-
-def _cross_entropy_step(
-    learner: Learner[PretrainConfig], data: Batch, rows: NDArray[np.int64], step: int
-) -> tuple[float, float]:
-    """Loss in nats per token, and the gradient's norm. The weights stay as they were if either is not finite."""
-    total = int(data.completions.lengths[rows].sum())
-
-    def loss(places: NDArray, states: Tensor, targets: Tensor) -> Tensor:
-        return cross_entropy_loss(learner.head.log_prob(states, targets), total)
-
-    value = learner.accumulate(data, rows, loss, step)
-    return value, learner.optimizer.step(step)
+        raise CacheError(f"{config.cache}: holds no finished rollouts; make some with `ketchup-cache rollout`")
+    return Batch(Ragged.concatenate(prompts), np.concatenate(indices), Ragged.concatenate(completions)), [policy]

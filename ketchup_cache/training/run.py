@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
 import re
 import shutil
 import time
@@ -34,13 +33,17 @@ from ketchup_cache.errors import ConfigError, MismatchError, ModelError, WriteEr
 from ketchup_cache.files import publishing, write_file, writing
 from ketchup_cache.models.load import quiet, resolve_folder
 from ketchup_cache.provenance import PolicyInfo
-from ketchup_cache.training.optimizer import Optimizer
+from ketchup_cache.training.optimizer import Learner
 from ketchup_cache.version import TOOL
 
 MAY_CHANGE = {"checkpoint_every", "trust_remote_code", "scores_timeout"}
 """Options that a resumed run may change, since no number depends on them."""
 ORIGIN = "ketchup-cache-origin.json"
 """Beside a pre-distilled model's weights: the policies whose text it learned."""
+Origin = Sequence[PolicyInfo]
+"""The policies whose text a model was pre-distilled on."""
+State = Callable[[], dict[str, Any]]
+"""Returns what a checkpoint holds besides weights and optimizer."""
 Step = Callable[[int], tuple[dict[str, Any], str]]
 """Takes optimizer step n; returns its line of metrics.jsonl and a note beside the progress bar."""
 AnyReport = TypeVar("AnyReport", bound=Report)
@@ -61,26 +64,23 @@ class Run:
         """
         with writing(self.out):
             self.out.mkdir(parents=True, exist_ok=True)
-            lock = os.open(self.out / ".lock", os.O_CREAT | os.O_RDWR)
-        try:
+            lock = (self.out / ".lock").open("a")
+        with lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise ConfigError([f"{self.out}: another process is running there; choose another --out"]) from None
             self._match_config()
             yield self
-        finally:
-            os.close(lock)
 
     def _match_config(self) -> None:
         path = self.out / "config.json"
         if not (path.exists() and self.metrics_path.exists() and self.metrics_path.stat().st_size > 0):
             return
         before, options = _read_json(path).get("options", {}), self.config.model_dump(mode="json")
-        fields = type(self.config).model_fields
+        todo, fields = "repeat its options to continue it, or choose another --out", type(self.config).model_fields
         if problems := [
-            f"{self.out} holds a run with {flag(k)} {before.get(k)}, not {options[k]}: "
-            "repeat its options to continue it, or choose another --out"
+            f"{self.out} holds a run with {flag(k)} {before.get(k)}, not {options[k]}: {todo}"
             for k in sorted(options.keys() - MAY_CHANGE)
             # an option that the run does not know came with a later version; its default does what was done before
             if before.get(k) != options[k] and (k in before or getattr(self.config, k) != fields[k].default)
@@ -89,24 +89,15 @@ class Run:
 
     def write_config(self, resolved: dict[str, Any]) -> None:
         """Record the options, and what they resolved to, once the run is known to be possible."""
-        record = {
-            "tool": TOOL,
-            "versions": {"torch": torch.__version__, "transformers": version("transformers")},
-            "command": self.command,
-            "options": self.config.model_dump(mode="json"),
-            "resolved": resolved,
-        }
+        versions = {"torch": torch.__version__, "transformers": version("transformers")}
+        record = {"tool": TOOL, "versions": versions, "command": self.command}
+        record |= {"options": self.config.model_dump(mode="json"), "resolved": resolved}
         write_file(self.out / "config.json", _json(record))
 
     # -------------------------------------------------------------------------------------------------- loop
 
-    def train(
-        self, model: PreTrainedModel, optimizer: Optimizer, steps: int, step: Step, state: Callable[[], dict[str, Any]]
-    ) -> list[dict[str, Any]]:
-        """Take the optimizer steps that are left, with a checkpoint now and then; returns the metrics of all.
-
-        state: what a checkpoint holds besides weights and optimizer.
-        """
+    def train(self, learner: Learner, steps: int, step: Step, state: State = dict) -> list[dict[str, Any]]:
+        """Take the optimizer steps that are left, with a checkpoint now and then; returns the metrics of all."""
         every = self.config.checkpoint_every
         with progress(self.command, steps - self.resumed, "steps") as bar:
             for number in range(self.resumed, steps):
@@ -117,7 +108,7 @@ class Run:
                 bar.advance()
                 done = number + 1
                 if every and done % every == 0 and done < steps:
-                    self._save_checkpoint(done, model, optimizer, state())
+                    self._save_checkpoint(done, learner, state())
         return [json.loads(line) for line in self.metrics_path.read_text(encoding="utf-8").splitlines()]
 
     @property
@@ -125,18 +116,18 @@ class Run:
         """Wall time since `restore`."""
         return round(time.monotonic() - self._began, 1)
 
-    def _save_checkpoint(self, step: int, model: PreTrainedModel, optimizer: Optimizer, state: dict[str, Any]) -> None:
+    def _save_checkpoint(self, step: int, learner: Learner, state: dict[str, Any]) -> None:
         """After `step` optimizer steps. The earlier checkpoints go once this one is on the disk."""
         target = self.out / "checkpoints" / f"step-{step:08d}"
         with publishing(target) as partial:
-            save_file(_weights(model), partial / "model.safetensors")
-            save_file(optimizer.tensors(), partial / "optimizer.safetensors")
+            save_file(_weights(learner.model), partial / "model.safetensors")
+            save_file(learner.optimizer.tensors(), partial / "optimizer.safetensors")
             (partial / "state.json").write_bytes(_json({"step": step, **state}))
         for other in target.parent.iterdir():
             if other != target:
                 shutil.rmtree(other, ignore_errors=True)
 
-    def restore(self, model: PreTrainedModel, optimizer: Optimizer) -> dict[str, Any]:
+    def restore(self, learner: Learner) -> dict[str, Any]:
         """Load the newest checkpoint into model and optimizer; returns its state, {} where there is none.
 
         Metrics of later steps, which will be computed again, are cut off.
@@ -147,9 +138,9 @@ class Run:
             state = _read_json(found[-1] / "state.json")
             try:
                 weights = load_file(found[-1] / "model.safetensors")
-                optimizer.load_tensors(load_file(found[-1] / "optimizer.safetensors"))
+                learner.optimizer.load_tensors(load_file(found[-1] / "optimizer.safetensors"))
                 with torch.no_grad():
-                    for name, tensor in _weights(model).items():
+                    for name, tensor in _weights(learner.model).items():
                         tensor.copy_(weights[name])
             except (OSError, SafetensorError, KeyError, RuntimeError) as error:
                 raise WriteError(f"{found[-1]}: damaged checkpoint ({error}); delete it to start again") from error
@@ -175,20 +166,12 @@ class Run:
         return kind(**{**_read_json(path), "already_done": True}) if path.exists() else None
 
     def finish(
-        self,
-        result: str,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        report: Report,
-        origin: Sequence[PolicyInfo],
+        self, result: str, parts: Sequence[PreTrainedModel | PreTrainedTokenizerBase], report: Report, origin: Origin
     ) -> None:
-        """Publish the trained model as OUT/result, then the report, then drop the checkpoints.
-
-        origin: the policies whose text it was pre-distilled on.
-        """
+        """Publish the trained model and its tokenizer as OUT/result, then the report, then drop the checkpoints."""
         with publishing(self.out / result) as partial, quiet():
-            model.save_pretrained(partial)
-            tokenizer.save_pretrained(partial)
+            for part in parts:
+                part.save_pretrained(partial)
             if origin:
                 record = {"tool": TOOL, "pretrained_on": [policy.model_dump(mode="json") for policy in origin]}
                 write_file(partial / ORIGIN, _json(record))
@@ -208,12 +191,12 @@ def read_origin(model: str) -> list[PolicyInfo]:
 def read_pins(path: Path) -> list[str]:
     """The ids in a pins.json. Raises MismatchError where the file is none."""
     try:
-        ids = json.loads(path.read_text(encoding="utf-8"))["segments"]
-        if ids and all(re.fullmatch("[0-9a-f]{64}", id_) for id_ in ids):
-            return list(ids)
+        ids = list(json.loads(path.read_text(encoding="utf-8"))["segments"])
+        if not ids or not all(re.fullmatch("[0-9a-f]{64}", id_) for id_ in ids):
+            raise ValueError("holds no segment ids")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise MismatchError(f"{path}: is no list of pins ({error}); take pins.json from the folder of a run") from None
-    raise MismatchError(f"{path}: holds no segment ids; take pins.json from the folder of a run")
+    return ids
 
 
 def _weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:

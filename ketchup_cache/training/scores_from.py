@@ -55,10 +55,9 @@ class ScoresFrom:
                         bar.advance(left - waiting)
                         left, news = waiting, time.monotonic()
                     pause = POLL_S
-                except CorruptError:
-                    raise
                 except (CacheError, WriteError) as error:
-                    if self._store is None:  # never reached: no outage, but a place that can't be used
+                    # a place that was never reached is no outage: it can't be used
+                    if self._store is None or isinstance(error, CorruptError):
                         raise
                     pause = min(2 * pause, SAY_EVERY_S)
                     say(f"{error}; trying again in {pause:.0f} s")
@@ -79,20 +78,17 @@ class ScoresFrom:
 
     def _look(self, cache: Cache, ids: set[str], teacher: str | None) -> tuple[TeacherInfo | None, int]:
         """The teacher whose scores of all rows are in the cache; None while rows wait, and how many."""
-        if self._in_cache:
-            self._store = cache
-            cache.refresh()
         by, left = self._scored_all(cache, ids, teacher)
-        if by or self._in_cache:
+        if by:
             return by, left
-        if not ids <= self._sent:
+        if not self._in_cache and not ids <= self._sent:
             copy(cache.address, self._place, only=ids)
             self._sent |= ids
-        self._store = self._store or open_cache(self._place)
+        self._store = self._store or (cache if self._in_cache else open_cache(self._place))
         self._store.refresh()
         by, left = self._scored_all(self._store, ids, teacher)
-        if by is None:
-            return None, left
+        if by is None or self._in_cache:
+            return by, left
         refs = self._store.scored(by.fingerprint, keep_top=self._config.top_needed)
         copy(self._place, cache.address, only={ref.scores_id for ref in refs if ref.rollouts_id in ids})
         cache.refresh()
@@ -101,13 +97,11 @@ class ScoresFrom:
     def _scored_all(self, cache: Cache, ids: set[str], teacher: str | None) -> tuple[TeacherInfo | None, int]:
         """The one teacher that has scored all rows; and how many rows still lack scores by the one nearest to that."""
         selector = teacher or self._config.scored_by
-        left = {
-            by: sum(
-                b - a for id_, a, b in cache.unscored(by.fingerprint, keep_top=self._config.top_needed) if id_ in ids
-            )
-            for by in cache.teachers()
-            if selector in (None, by.name) or by.fingerprint.startswith(str(selector))
-        }
+        left = {}
+        for by in cache.teachers():
+            if selector in (None, by.name) or by.fingerprint.startswith(str(selector)):
+                waiting = cache.unscored(by.fingerprint, keep_top=self._config.top_needed)
+                left[by] = sum(stop - start for id_, start, stop in waiting if id_ in ids)
         done = [by for by, rows in left.items() if not rows]
         if len(done) > 1:
             names = ", ".join(f"{by.name} ({by.fingerprint[:12]})" for by in done)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -37,13 +38,12 @@ teacher that has scored for the run so far. Returns that of the teacher, and the
 
 @dataclass(frozen=True)
 class Drawn:
-    """The rollouts of one optimizer step. from_teacher: [B] bool, rows that count as teacher outputs. refreshed:
-    whether rollouts were sampled for it; times: how long that took, as in `StepMetrics`."""
+    """The rollouts of one optimizer step. from_teacher: [B] bool, rows that count as teacher outputs. times: how long
+    it took to sample and score new rollouts for it, as in `StepMetrics`; empty where that was not done."""
 
     rollouts: ScoredRollouts
     from_teacher: NDArray[np.bool_]
-    refreshed: bool
-    times: dict[str, float]
+    times: dict[str, float] = field(default_factory=dict)
 
 
 class Offline:
@@ -52,24 +52,20 @@ class Offline:
     An epoch is one over the student's rollouts; over the teacher outputs where the method has no others.
     """
 
-    def __init__(self, cache: Cache, config: LearnConfig) -> None:
-        """Raises CacheError where the cache lacks what the method learns from."""
+    def __init__(self, cache: Cache, config: LearnConfig, rollouts: int = 0) -> None:
+        """rollouts: how many the run is to learn from; 0: those of the cache, in `config.epochs` passes.
+
+        Raises CacheError where the cache lacks what the method learns from.
+        """
         self._cache, self._config, method = cache, config, METHODS[config.method]
         # asked for first: where they are missing, they must be made before anything is scored again
         outputs = {TEACHER: scored_rollouts(cache, config, TEACHER)} if method.outputs else {}
-        self._refs: dict[str, list[ScoredRef]] = {STUDENT: self._samples()} if method.samples else {}
-        self._refs |= outputs
+        samples = scored_rollouts(cache, config, STUDENT) if method.samples and config.offline else []
+        self._refs = ({STUDENT: samples} if method.samples else {}) | outputs
         self._share = config.batch_size // len(self._refs)
         self._streams: dict[str, Stream] = {}
-        self.steps = config.steps or max(1, self._rollouts() // self._share)
-
-    def _samples(self) -> list[ScoredRef]:
-        """The student's part, before the first batch."""
-        return scored_rollouts(self._cache, self._config, STUDENT)
-
-    def _rollouts(self) -> int:
-        """How many rollouts the run is to learn from."""
-        return sum(ref.rows for ref in next(iter(self._refs.values()))) * self._config.epochs
+        rollouts = rollouts or sum(ref.rows for ref in next(iter(self._refs.values()))) * config.epochs
+        self.steps = config.steps or max(1, rollouts // self._share)
 
     def batch(self, step: int, model: PreTrainedModel) -> Drawn:
         """The rollouts of optimizer step `step`. model: the student as it is."""
@@ -77,7 +73,7 @@ class Offline:
             self._open(kind, self._config.seed, skip=step, batches=self.steps - step)
         drawn = concatenate([next(self._streams[kind]) for kind in self._refs])
         from_teacher = np.repeat([kind == TEACHER for kind in self._refs], self._share)
-        return Drawn(drawn, from_teacher, False, {})
+        return Drawn(drawn, from_teacher)
 
     def _open(self, kind: str, seed: int, skip: int, batches: int) -> None:
         self._streams[kind] = Stream(self._cache, self._refs[kind], self._share, seed, skip=skip, batches=batches)
@@ -109,51 +105,43 @@ class OnPolicy(Offline):
     """
 
     def __init__(
-        self,
-        cache: Cache,
-        config: LearnConfig,
-        tokenizer: TokenizerInfo,
-        score_rollouts: ScoreRollouts,
-        calculator: Calculator | None = None,
+        self, cache: Cache, config: LearnConfig, tokenizer: TokenizerInfo, score: ScoreRollouts, by: Calculator | None
     ) -> None:
-        self._tokenizer, self._score, self._calculator = tokenizer, score_rollouts, calculator
-        self._prompt_segments = _distinct_prompts(cache)
+        """tokenizer: of the student. by: what computes between << and =. Raises CacheError."""
+        self._tokenizer, self._score, self._calculator = tokenizer, score, by
+        segments: dict[tuple[str, ...], tuple[str, int]] = {}
+        for id_, manifest in cache.manifests("prompts"):  # two processes may have stored the same at once
+            content = tuple(manifest.files[name].sha256 for name in sorted(manifest.files))
+            segments.setdefault(content, (id_, manifest.rows))
+        self._prompt_segments = list(segments.values())
         self._prompts = sum(rows for _, rows in self._prompt_segments)
         if self._prompts == 0:
             raise CacheError(f"{cache.address}: holds no prompts; put them there with `ketchup-cache rollout`")
-        super().__init__(cache, config)
+        super().__init__(cache, config, self._prompts * config.samples * config.epochs * config.reuse)
         # the stream of a phase goes over its rollouts again and again, each time in another order
         self._prompts_per_phase = config.refresh_every // config.reuse * self._share // config.samples
         self._phase: int | None = None
         self.teacher: str | None = None
 
-    def _samples(self) -> list[ScoredRef]:
-        return []
-
-    def _rollouts(self) -> int:
-        return self._prompts * self._config.samples * self._config.epochs * self._config.reuse
-
     def batch(self, step: int, model: PreTrainedModel) -> Drawn:
         every = self._config.refresh_every
         phase, place = divmod(step, every)
-        refreshed, times = phase != self._phase, {}
-        if refreshed:
-            self._phase = phase
-            times = self._refresh(phase, step, model)
-        if refreshed or STUDENT not in self._streams:
+        times = self._refresh(phase, step, model) if phase != self._phase else {}
+        if times or STUDENT not in self._streams:
             # each phase has a seed of its own; a resumed one skips the batches it has trained on
             left = min(every - place, self.steps - step)
             self._open(STUDENT, seed_of(self._config.seed, phase), skip=place, batches=left)
-        drawn = super().batch(step, model)
-        return Drawn(drawn.rollouts, drawn.from_teacher, refreshed, times)
+        return replace(super().batch(step, model), times=times)
 
     def _refresh(self, phase: int, step: int, model: PreTrainedModel) -> dict[str, float]:
         """Sample and score the rollouts of a phase; returns the seconds that took."""
-        began = time.perf_counter()
+        self._phase, began = phase, time.perf_counter()
         if phase == 0:
             # of the files, as `rollout` takes it: a checkpoint of the Hub may hold tensors that the model does not
             name, fingerprint = self._config.student, weights_fingerprint(resolve_folder(self._config.student))
-            ids = self._held_rollouts(fingerprint)
+            drawn = self._config.greedy, self._config.calculator
+            held = [(id_, i) for id_, i in self._cache.rollouts() if i.policy.fingerprint == fingerprint]
+            ids = [id_ for id_, i in held if (i.sampling.greedy, i.sampling.calculator) == drawn]
         else:
             name, fingerprint, ids = str(self._config.out), state_fingerprint(model), []
         ids = ids or self._sample(phase, PolicyInfo(name=name, fingerprint=fingerprint, step=step), model)
@@ -165,35 +153,22 @@ class OnPolicy(Offline):
     def _sample(self, phase: int, policy: PolicyInfo, model: PreTrainedModel) -> list[str]:
         # a prompt that comes again in a later phase must not be met with the same random numbers
         sampling = sampling_of(self._config).model_copy(update={"seed": seed_of(phase, self._config.seed)})
+        rollout = partial(rollout_range, self._cache, model, policy, self._tokenizer)
+        options: dict[str, Any] = {"batch": self._config.rollout_batch, "calculator": self._calculator}
         ranges = self._next_prompts(phase)
-        ids = []
         with progress("rollouts", sum(stop - start for _, start, stop in ranges) * sampling.samples, "rollouts") as bar:
-            for prompts_id, start, stop in ranges:
-                for first, last in rollout_chunks(stop - start, sampling):
-                    chunk = (prompts_id, start + first, start + last)
-                    made = rollout_range(
-                        self._cache, model, policy, self._tokenizer, chunk, sampling,
-                        batch=self._config.rollout_batch, calculator=self._calculator, bar=bar,
-                    )  # fmt: skip
-                    ids.append(made)
-        return ids
-
-    def _held_rollouts(self, fingerprint: str) -> list[str]:
-        """Rollouts of exactly this policy that the cache already holds."""
-        drawn = self._config.greedy, self._config.calculator
-        return [
-            id_
-            for id_, info in self._cache.rollouts()
-            if info.policy.fingerprint == fingerprint and (info.sampling.greedy, info.sampling.calculator) == drawn
-        ]
+            return [
+                rollout((prompts_id, start + first, start + last), sampling, bar=bar, **options)
+                for prompts_id, start, stop in ranges
+                for first, last in rollout_chunks(stop - start, sampling)
+            ]
 
     def _take(self, rollout_ids: Sequence[str]) -> float:
         """Have these rollouts scored, and learn from them; returns the seconds that reading the teacher took."""
         self.teacher, load_s = self._score(self._cache, rollout_ids, self.teacher)
         place = {id_: i for i, id_ in enumerate(rollout_ids)}
-        refs = self._cache.scored(self.teacher, keep_top=self._config.top_needed)
-        chosen = [ref for ref in refs if ref.rollouts_id in place]
-        self._refs[STUDENT] = sorted(chosen, key=lambda ref: (place[ref.rollouts_id], ref.row_start))
+        refs = [r for r in self._cache.scored(self.teacher, keep_top=self._config.top_needed) if r.rollouts_id in place]
+        self._refs[STUDENT] = sorted(refs, key=lambda ref: (place[ref.rollouts_id], ref.row_start))
         return load_s
 
     def _next_prompts(self, phase: int) -> list[tuple[str, int, int]]:
@@ -201,11 +176,10 @@ class OnPolicy(Offline):
         begin = (phase * self._prompts_per_phase) % self._prompts
         end = begin + min(self._prompts_per_phase, self._prompts)
         ranges = []
-        for first, last in ((begin, min(end, self._prompts)), (0, end - self._prompts)):  # at the end, from the start
-            for id_, rows in self._prompt_segments:
-                if (start := max(first, 0)) < (stop := min(last, rows)):
-                    ranges.append((id_, start, stop))
-                first, last = first - rows, last - rows
+        for id_, rows in self._prompt_segments * 2:  # at the end, from the start
+            if (start := max(begin, 0)) < (stop := min(end, rows)):
+                ranges.append((id_, start, stop))
+            begin, end = begin - rows, end - rows
         return ranges
 
     def state(self) -> dict[str, Any]:
@@ -223,15 +197,6 @@ class OnPolicy(Offline):
 
     def segments(self) -> list[str]:
         return list(dict.fromkeys([*self.resolved()["prompts"], *super().segments()]))
-
-
-def _distinct_prompts(cache: Cache) -> list[tuple[str, int]]:
-    """(id, rows) of the prompts segments, one of each content: two processes may have stored the same at once."""
-    segments: dict[tuple[str, ...], tuple[str, int]] = {}
-    for id_, manifest in cache.manifests("prompts"):
-        content = tuple(manifest.files[name].sha256 for name in sorted(manifest.files))
-        segments.setdefault(content, (id_, manifest.rows))
-    return list(segments.values())
 
 
 def scored_rollouts(cache: Cache, config: LearnConfig, kind: str) -> list[ScoredRef]:

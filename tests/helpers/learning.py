@@ -30,7 +30,7 @@ TASK = task("translate")
 def following(place: str | Path) -> Iterator[Future[ScoreReport]]:
     """`score --follow` by the shipped teacher, in a thread, while the block runs."""
     options = ScoreConfig(teacher=str(TASK / "teacher"), cache=place, device="cpu", follow=True, poll=0.02)
-    cache, scorer, stop = open_cache(place, create=True), Scorer(options.teacher, options), threading.Event()
+    cache, scorer, stop = open_cache(place, create=True), Scorer(options), threading.Event()
     refresh = cache.refresh
 
     def stoppable() -> None:
@@ -41,7 +41,7 @@ def following(place: str | Path) -> Iterator[Future[ScoreReport]]:
     cache.refresh = stoppable  # type: ignore[method-assign]
     scorer.stay()  # two threads can't load models at once
     with ThreadPoolExecutor(1) as pool:
-        running = pool.submit(follow, cache, scorer, options)
+        running = pool.submit(follow, cache, scorer)
         try:
             yield running
         finally:

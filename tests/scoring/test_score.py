@@ -102,7 +102,7 @@ def test_scoring_a_cache_and_scoring_it_again(cache, teacher, monkeypatch):
 
 def test_only_the_segments_that_are_asked_for(cache, teacher):
     first, second = (add_rollouts(cache, *random_rollouts(seed, 6), policy=seed) for seed in range(2))
-    scorer = Scorer(str(teacher), options(cache, teacher))
+    scorer = Scorer(options(cache, teacher))
     scorer.ensure(cache, [second])
     assert_scored(cache, teacher, [second])
     assert scorer.ensure(cache, [second]).already == 6
@@ -136,7 +136,7 @@ def test_the_same_rollout_is_computed_once(cache, teacher):
 
 
 def test_a_scorer_knows_what_it_wrote_itself(cache, teacher):
-    scorer = Scorer(str(teacher), options(cache, teacher), commit_tokens=1)
+    scorer = Scorer(options(cache, teacher, commit_tokens=1))
     prompts, rollouts = random_rollouts(0, 5)
     add_rollouts(cache, prompts, rollouts)
     scorer.ensure(cache)
@@ -249,7 +249,7 @@ def test_the_weights_are_gone_after_scoring(cache, teacher, monkeypatch):
 
     monkeypatch.setattr(Teacher, "load", watched)
     add_rollouts(cache, *random_rollouts(0, 5))
-    scorer = Scorer(str(teacher), options(cache, teacher))
+    scorer = Scorer(options(cache, teacher))
     scorer.ensure(cache)
     assert [reference() for reference in loaded] == [None]
 
@@ -303,7 +303,7 @@ def test_ranges_to_commit_are_contiguous_and_bounded():
 def following(cache, teacher, **more):
     """`score --follow` on its own handle of the cache, until everything was scored for a moment."""
     config = options(cache, teacher, follow=True, poll=0.01, **{"until_idle": 0.3, **more})
-    return follow(open_cache(cache.path), Scorer(str(teacher), config), config)
+    return follow(open_cache(cache.path), Scorer(config))
 
 
 def test_following_scores_what_appears_and_loads_the_teacher_once(cache, teacher, monkeypatch):
