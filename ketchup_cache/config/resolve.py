@@ -17,7 +17,7 @@ from ketchup_cache.errors import ConfigError
 from ketchup_cache.shipped import recipe, recipe_names
 
 ABOUT = "about"
-"""Key of a YAML file that is no option: what `ketchup-cache recipes` shows of it."""
+"""The key of a YAML file that is not an option: what `ketchup-cache recipes` shows of the file."""
 WANTS = {
     "greater_than": "must be greater than {gt}",
     "greater_than_equal": "must be {ge} or more",

@@ -82,16 +82,6 @@ def test_all_problems_at_once_each_with_its_fix(tmp_path):
         ({"scores_from": "cache", "teacher": "t"}, "leave --teacher out, and choose one with --scored-by"),
         ({"scores_from": "cache", "baseline": "leave-one-out"}, "set --samples to 2 or more"),
         ({"scores_timeout": "-1"}, "--scores-timeout must be 0.0 or more"),
-    ],
-)
-def test_rules(flags, message):
-    (found,) = problems("learn", **LEARN, **flags)
-    assert message in found
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
         ({"method": "llmr", "k": "4"}, "method llmr is K = 1: leave --k out (it is 4), or use another --method"),
         ({"method": "kl", "teacher": "t"}, "method kl learns from teacher outputs in the cache: leave --teacher out"),
         ({"method": "kl", "scores_from": "cache"}, "learns from teacher outputs in the cache: leave --scores-from out"),
@@ -104,7 +94,7 @@ def test_rules(flags, message):
         ({"method": "ppo"}, "--method must be one of"),
     ],
 )
-def test_rules_of_the_methods(flags, message):
+def test_rules(flags, message):
     (found,) = problems("learn", **LEARN, **flags)
     assert message in found
 
@@ -125,23 +115,20 @@ def test_llmr_is_k_1_whatever_a_file_says(tmp_path):
 def test_what_a_method_has_no_use_for_may_stand_in_a_file(tmp_path):
     file = yaml(tmp_path, "teacher: T\nlearn: {k: 8, baseline: mean, policy: p}\n")
     assert resolve("learn", file, LEARN).teacher == "T"
-    kl = resolve("learn", file, {**LEARN, "method": "kl"})
-    assert (kl.teacher, kl.policy, kl.baseline) == (None, None, "none")
-    js = resolve("learn", file, {**LEARN, "method": "js"})
-    assert (js.teacher, js.policy, js.baseline) == ("T", "p", "none")
-    reverse = resolve("learn", file, {**LEARN, "method": "reverse-kl"})
-    assert (reverse.teacher, reverse.policy, reverse.baseline) == ("T", "p", "none")
+    for method, kept in (("kl", (None, None)), ("js", ("T", "p")), ("reverse-kl", ("T", "p"))):
+        config = resolve("learn", file, {**LEARN, "method": method})
+        assert (config.teacher, config.policy, config.baseline) == (*kept, "none")
     assert "leave --teacher out" in problems("learn", file, **LEARN, method="kl", teacher="T")[0]
 
 
 def test_a_flag_for_one_way_of_scoring_passes_over_the_other_in_a_file(tmp_path):
-    file = yaml(tmp_path, "teacher: T\n")
-    ours = resolve("learn", file, LEARN | {"scores_from": "cache"})
-    assert (ours.teacher, ours.scores_from) == (None, "cache")
-    file = yaml(tmp_path, "scores_from: cache\n")
-    ours = resolve("learn", file, LEARN | {"teacher": "T"})
-    assert (ours.teacher, ours.scores_from) == ("T", None)
-    assert resolve("learn", file, LEARN, "xsum").teacher is None
+    for text, flag, kept in (
+        ("teacher: T\n", {"scores_from": "cache"}, (None, "cache")),
+        ("scores_from: cache\n", {"teacher": "T"}, ("T", None)),
+    ):
+        ours = resolve("learn", yaml(tmp_path, text), LEARN | flag)
+        assert (ours.teacher, ours.scores_from) == kept
+    assert resolve("learn", tmp_path / "config.yaml", LEARN, "xsum").teacher is None
 
 
 def test_every_method_has_a_row_that_says_what_it_learns_from():
@@ -164,16 +151,18 @@ def test_pretrain_takes_one_source():
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("k: [1", "not valid YAML"), ("- a\n- b", "found a list"), ("learn: 3", "section `learn` must hold")],
+    [
+        (b"k: [1", "not valid YAML"),
+        (b"- a\n- b", "found a list"),
+        (b"learn: 3", "section `learn` must hold"),
+        (b"\xff\xfe\x00k", "can't be read"),
+        (None, "no such config file"),
+    ],
 )
 def test_unusable_files(tmp_path, content, message):
-    assert message in problems("learn", yaml(tmp_path, content), **LEARN)[0]
-
-
-def test_missing_and_binary_files(tmp_path):
-    assert "no such config file" in problems("learn", tmp_path / "none.yaml", **LEARN)[0]
-    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00k")
-    assert "can't be read" in problems("learn", tmp_path / "binary", **LEARN)[0]
+    if content is not None:
+        (tmp_path / "config.yaml").write_bytes(content)
+    assert message in problems("learn", tmp_path / "config.yaml", **LEARN)[0]
 
 
 def test_batch_tokens_is_a_number_or_auto():

@@ -1,9 +1,9 @@
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
-import weakref
 from pathlib import Path
 
 import numpy as np
@@ -40,17 +40,9 @@ def add_rollouts(cache: Cache, prompts: Ragged, rollouts: Rollouts, *, policy: i
     ids = np.random.default_rng(0).integers(0, 256, (len(prompts), 16)).astype(np.uint8)
     data = DataInfo(name="made up", fingerprint="d" * 64, template="{prompt}")
     prompts_id = cache.commit_prompts(Prompts(ids, prompts), PromptsInfo(tokenizer=info, data=data, start=0))
-    return cache.commit_rollouts(
-        rollouts,
-        RolloutsInfo(
-            prompts=prompts_id,
-            prompt_start=0,
-            prompt_stop=len(prompts),
-            policy=PolicyInfo(name="student", fingerprint=f"{policy:064x}"),
-            tokenizer=info,
-            sampling=Sampling(),
-        ),
-    )
+    made_by = {"policy": PolicyInfo(name="student", fingerprint=f"{policy:064x}"), "sampling": Sampling()}
+    made_by |= {"prompts": prompts_id, "prompt_start": 0, "prompt_stop": len(prompts), "tokenizer": info}
+    return cache.commit_rollouts(rollouts, RolloutsInfo(**made_by))
 
 
 def options(cache: Cache, teacher: Path, **more) -> ScoreConfig:
@@ -77,10 +69,7 @@ def segments(cache: Cache):
 
 @pytest.fixture
 def no_loading(monkeypatch):
-    def load(*arguments, **options):
-        raise AssertionError("weights are loaded")
-
-    monkeypatch.setattr(Teacher, "load", load)
+    monkeypatch.setattr(Teacher, "load", None)
 
 
 def test_scoring_a_cache_and_scoring_it_again(cache, teacher, monkeypatch):
@@ -145,16 +134,6 @@ def test_a_scorer_knows_what_it_wrote_itself(cache, teacher):
     assert (report.computed, report.copied, report.hit_rate) == (0, 5, 1.0)
 
 
-def test_copies_need_no_weights(cache, teacher, monkeypatch):
-    prompts, rollouts = random_rollouts(0, 5)
-    first = add_rollouts(cache, prompts, rollouts)
-    score(options(cache, teacher))
-    second = add_rollouts(cache, prompts, rollouts, policy=1)
-    monkeypatch.setattr(Teacher, "load", None)
-    assert score(options(cache, teacher)).copied == 5
-    assert_scored(cache, teacher, [first, second])
-
-
 @pytest.mark.parametrize("keep_top", [0, 3])
 def test_scores_in_float16_say_so_and_are_never_copied_as_float32(cache, teacher, keep_top):
     prompts, rollouts = random_rollouts(0, 5)
@@ -178,22 +157,16 @@ def test_scores_in_float16_say_so_and_are_never_copied_as_float32(cache, teacher
 def test_another_teacher_or_precision_scores_anew(cache, teacher, tmp_path):
     add_rollouts(cache, *random_rollouts(0, 5))
     other = save_model(tmp_path / "other", "1.1", seed=1)
-    reports = [
-        score(options(cache, teacher)),
-        score(options(cache, other)),
-        score(options(cache, teacher, dtype="bfloat16")),
-    ]
+    asked = (options(cache, teacher), options(cache, other), options(cache, teacher, dtype="bfloat16"))
+    reports = [score(one) for one in asked]
     assert [report.copied + report.already for report in reports] == [5 - report.computed for report in reports]
     assert all(report.computed for report in reports)
     assert len(open_cache(cache.path).teachers()) == 3
 
 
-def test_an_empty_cache(cache, teacher, no_loading):
-    report = score(options(cache, teacher))
-    assert (report.already, report.segments, report.hit_rate) == (0, 0, 0.0)
-
-
 def test_another_tokenizer_is_refused_before_weights_are_loaded(cache, teacher, tmp_path, no_loading):
+    report = score(options(cache, teacher))  # nothing there yet
+    assert (report.already, report.segments, report.hit_rate) == (0, 0, 0.0)
     theirs = make_tokenizer([*WORDS[:4], "hound", *WORDS[5:]])
     theirs.save_pretrained(tmp_path / "student")
     add_rollouts(cache, *random_rollouts(0, 5), tokenizer=theirs, name=str(tmp_path / "student"))
@@ -205,11 +178,8 @@ def test_another_tokenizer_is_refused_before_weights_are_loaded(cache, teacher, 
     assert f"id 7 is {WORDS[4]!r} in one and 'hound' in the other" in message
     assert "\n" not in message
     assert not segments(cache)
-
-
-def test_another_tokenizer_that_is_gone_is_refused_too(cache, teacher, no_loading):
-    add_rollouts(cache, *random_rollouts(0, 5), tokenizer=make_tokenizer(WORDS[::-1]), name="gone/student")
-    with pytest.raises(MismatchError, match=r"gone/student wrote them, .* encodes differently; score"):
+    shutil.rmtree(tmp_path / "student")
+    with pytest.raises(MismatchError, match=r"student wrote them, .* encodes differently; score"):
         score(options(cache, teacher))
 
 
@@ -234,24 +204,9 @@ def test_a_bad_number_names_its_rollouts_and_keeps_what_was_done(cache, teacher,
 
 @pytest.mark.parametrize("wrong", ["cache", "teacher"])
 def test_what_is_missing_is_named(wrong, cache, teacher, tmp_path):
-    config = options(cache, teacher).model_copy(update={wrong: tmp_path / "nowhere"})
-    config = config.model_copy(update={"teacher": str(config.teacher)})
+    config = options(cache, teacher).model_copy(update={wrong: str(tmp_path / "nowhere")})
     with pytest.raises(KetchupError, match=r"nowhere: no"):
         score(config)
-
-
-def test_the_weights_are_gone_after_scoring(cache, teacher, monkeypatch):
-    load, loaded = Teacher.load, []
-
-    def watched(*arguments, **options):
-        loaded.append(weakref.ref((made := load(*arguments, **options))._model))
-        return made
-
-    monkeypatch.setattr(Teacher, "load", watched)
-    add_rollouts(cache, *random_rollouts(0, 5))
-    scorer = Scorer(options(cache, teacher))
-    scorer.ensure(cache)
-    assert [reference() for reference in loaded] == [None]
 
 
 KILLED = """
@@ -275,8 +230,8 @@ score(ScoreConfig(teacher=sys.argv[1], cache=sys.argv[2], device="cpu", batch_to
 def test_a_killed_run_is_finished_by_the_next_and_no_row_is_scored_twice(cache, teacher):
     rollouts_id = add_rollouts(cache, *random_rollouts(1, 60, prompts=30))
     process = subprocess.Popen([sys.executable, "-c", KILLED, str(teacher), str(cache.path)], start_new_session=True)
-    deadline = time.monotonic() + 120
-    while not segments(cache) and time.monotonic() < deadline:
+    while not segments(cache):
+        assert process.poll() is None
         time.sleep(0.02)
     os.kill(process.pid, signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL

@@ -86,25 +86,19 @@ def test_rows_can_be_chosen():
     np.testing.assert_allclose(scores.final_max_q, plain.final_max_q[rows], rtol=1e-4, atol=1e-4)
 
 
-def test_a_loaded_teacher_is_who_its_files_say(tmp_path):
+def test_a_loaded_teacher_is_who_its_files_and_its_precision_say(tmp_path):
     folder = save_model(tmp_path, "1.1")
     teacher = Teacher.load(str(folder), CPU)
     assert (teacher.info, teacher.tokenizer) == Teacher.identify(str(folder), CPU)
     assert teacher.info.name == str(folder)
+    half, _ = Teacher.identify(str(folder), ScoringOptions(dtype="bfloat16"))
+    assert half.fingerprint != teacher.info.fingerprint
+    assert half.dtype == "bfloat16"
     assert teacher.tokenizer.fingerprint == TOKENIZER.fingerprint
     prompts, rollouts = random_rollouts(5, 6)
     assert_same_scores(
         teacher.score(prompts, rollouts, batch_tokens=100), plain_scores(make_t5("1.1"), prompts, rollouts)
     )
-
-
-def test_the_precision_is_part_of_who_a_teacher_is(tmp_path):
-    folder = save_model(tmp_path)
-    (single, _), (half, _) = (
-        Teacher.identify(str(folder), ScoringOptions(dtype=dtype)) for dtype in ("float32", "bfloat16")
-    )
-    assert single.fingerprint != half.fingerprint
-    assert half.dtype == "bfloat16"
 
 
 def test_a_bfloat16_teacher_scores_in_float32(tmp_path, monkeypatch):

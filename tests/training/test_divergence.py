@@ -11,8 +11,10 @@ from ketchup_cache import open_cache
 from ketchup_cache.config.commands import LearnConfig, ScoreConfig
 from ketchup_cache.errors import CacheError, NumericsError
 from ketchup_cache.scoring.score import score
+from ketchup_cache.training.batches import Stream
 from ketchup_cache.training.divergence import divergence_step, token_weights
 from ketchup_cache.training.learn import learn
+from ketchup_cache.training.policy_gradient import learning_signal, score_weights
 from ketchup_cache.training.source import Offline
 from ketchup_cache.types import Ragged
 from tests.helpers.caches import make_cache
@@ -50,9 +52,10 @@ def step_of(base, options):
     return learner.optimizer.gradient, metrics, drawn
 
 
-def literal(base, drawn, method):
+def literal(base, drawn, method, learned=None):
     """Plain forward passes of both models, one row at a time, full distributions: gradient and loss."""
-    student, teacher = (AutoModelForSeq2SeqLM.from_pretrained(base / name).eval() for name in ("s", "t"))
+    folders = learned or base / "s", base / "t"
+    student, teacher = (AutoModelForSeq2SeqLM.from_pretrained(folder).eval() for folder in folders)
     rollouts, sums, counts = drawn.rollouts.rollouts, {}, {}
     for row, completion in enumerate(rollouts.completions):
         span = slice(*rollouts.completions.offsets[row : row + 2])
@@ -139,15 +142,14 @@ def test_weights_of_a_token():
     lengths = np.array([3, 0, 2, 1])
     completions = Ragged.from_rows([np.zeros(n) for n in lengths], np.int32)
     forced = np.array([0, 1, 0, 0, 0, 1], bool)
-    both = token_weights(np.array([True, False, False, True]), completions, forced)
-    np.testing.assert_allclose(both, [1 / 4, 0, 1 / 4, 1 / 4, 1 / 4, 0])
-    one = token_weights(np.ones(4, bool), completions, forced)
-    np.testing.assert_allclose(one, [1 / 4, 0, 1 / 4, 1 / 4, 1 / 4, 0])
-    lopsided = token_weights(np.array([True, True, False, False]), completions, np.zeros(6, bool))
-    np.testing.assert_allclose(lopsided, [1 / 6] * 6)
-    uneven = token_weights(np.array([True, True, True, False]), completions, np.zeros(6, bool))
-    np.testing.assert_allclose(uneven, [1 / 10] * 5 + [1 / 2])
-    assert token_weights(np.ones(4, bool), completions, np.ones(6, bool)).tolist() == [0] * 6
+    for from_teacher, without, expected in (
+        ([1, 0, 0, 1], forced, [1 / 4, 0, 1 / 4, 1 / 4, 1 / 4, 0]),
+        ([1, 1, 1, 1], forced, [1 / 4, 0, 1 / 4, 1 / 4, 1 / 4, 0]),
+        ([1, 1, 0, 0], np.zeros(6, bool), [1 / 6] * 6),
+        ([1, 1, 1, 0], np.zeros(6, bool), [1 / 10] * 5 + [1 / 2]),
+        ([1, 1, 1, 1], np.ones(6, bool), [0] * 6),
+    ):
+        np.testing.assert_allclose(token_weights(np.array(from_teacher, bool), completions, without), expected)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -182,33 +184,15 @@ def test_metrics_are_of_the_students_samples_or_null(base, method):
     assert metrics.teacher_kl == pytest.approx(np.mean(kls), rel=1e-4)
 
 
-def exact_divergence(base, folder, method) -> float:
-    """Mean over all tokens of the cache, each kind of rollout on its own half, off full distributions."""
-    options = config(base, method=method, batch_size=24)
-    drawn = Offline(open_cache(base / "cache"), options).batch(0, None)
-    student, teacher = (AutoModelForSeq2SeqLM.from_pretrained(f).eval() for f in (folder, base / "t"))
-    rollouts, terms = drawn.rollouts.rollouts, {True: [], False: []}
-    for row, tokens in enumerate(rollouts.completions):
-        prompt = drawn.rollouts.prompts.tokens[rollouts.prompt_index[row]]
-        s, p = (plain_logits(m, prompt, tokens)[:, :VOCAB].double().softmax(1).numpy() for m in (student, teacher))
-        m, kind = (s + p) / 2, bool(drawn.from_teacher[row])
-        value = {
-            "seqkd": -np.log(s[range(len(tokens)), tokens]),
-            "kl": (p * np.log(p / s)).sum(1),
-            "reverse-kl": (s * np.log(s / p)).sum(1),
-            "js": (p * np.log(p / m)).sum(1) if kind else (s * np.log(s / m)).sum(1),
-            "tvd": np.abs(p - s).sum(1) / 2,
-        }[method]
-        terms[kind].extend(value)
-    return float(np.mean([np.mean(t) for t in terms.values() if t]))
-
-
 @pytest.mark.parametrize("method", METHODS)
 def test_each_method_lowers_its_own_divergence(base, tmp_path, method):
     """Measured exactly, though learned off 8 of the logits."""
     options = config(base, method=method, keep_top=8, steps=30, lr=3e-3, weight_decay=0, out=tmp_path / "run")
     report = learn(options)
-    before, after = exact_divergence(base, base / "s", method), exact_divergence(base, tmp_path / "run/student", method)
+    everything = Offline(open_cache(base / "cache"), config(base, method=method, batch_size=24)).batch(0, None)
+    (_, before, _), (_, after, _) = (
+        literal(base, everything, method, folder) for folder in (base / "s", tmp_path / "run" / "student")
+    )
     assert after < 0.8 * before
     assert (report.first["return_mean"] is None) == (method in ("seqkd", "kl"))
     summary = "loss" if method in ("seqkd", "kl") else "mean return of the rollouts"
@@ -217,9 +201,6 @@ def test_each_method_lowers_its_own_divergence(base, tmp_path, method):
 
 def test_min_variance_learns_from_start_to_end(base, tmp_path, monkeypatch):
     """The baseline of a whole run's first step is the one of plain forward passes."""
-    from ketchup_cache.training.batches import Stream
-    from ketchup_cache.training.policy_gradient import learning_signal, score_weights
-
     options = config(base, method="ketchup", baseline="min-variance", k=2, unfinished="bootstrap", keep_top=64)
     options = options.model_copy(update={"policy": str(base / "s"), "batch_size": 10, "out": tmp_path / "run"})
     report = learn(options)
@@ -249,33 +230,28 @@ def test_min_variance_learns_from_start_to_end(base, tmp_path, monkeypatch):
 def test_what_a_method_lacks_is_said_in_one_line(base, tmp_path):
     student, teacher = base / "s", base / "t"
     make_cache(tmp_path / "cache", student, teacher, prompts=3)
+    make_cache(tmp_path / "outputs", teacher, teacher, prompts=3)
+
+    def source(cache="cache", teacher_outputs=None, **options):
+        options = config(base, cache=tmp_path / cache, teacher_outputs=teacher_outputs, **options)
+        return Offline(open_cache(options.cache), options)
 
     def refused(match, **options):
         with pytest.raises(CacheError, match=match) as caught:
-            Offline(open_cache(tmp_path / "cache"), config(base, cache=tmp_path / "cache", **options))
+            source(**options)
         assert "\n" not in str(caught.value)
 
     for method in ("seqkd", "kl", "js", "tvd"):
-        refused(
-            f"--method {method} learns from teacher outputs.*rollout --student", method=method, teacher_outputs=None
-        )
+        refused(f"--method {method} learns from teacher outputs.*rollout --student", method=method)
+    score(ScoreConfig(teacher=str(teacher), cache=tmp_path / "outputs", device="cpu", keep_top=8))
+    nobody = "no scored rollouts of a student; make some with `rollout` and `score`"
+    refused(nobody, cache="outputs", method="js", keep_top=8)
     make_cache(tmp_path / "cache", teacher, teacher, prompts=3, seed=1)
     # found by its fingerprint, without --teacher-outputs
-    found = Offline(
-        open_cache(tmp_path / "cache"), config(base, cache=tmp_path / "cache", method="seqkd", teacher_outputs=None)
-    )
-    assert found.batch(0, None).from_teacher.all()
+    assert source(method="seqkd").batch(0, None).from_teacher.all()
     refused("--keep-top 8", method="kl", keep_top=8)
     refused("--keep-top 8", method="reverse-kl", keep_top=8)
     refused("no policy `nobody`", method="kl", teacher_outputs="nobody")
-
-
-def test_js_without_a_student(base, tmp_path):
-    make_cache(tmp_path / "cache", base / "t", base / "t", prompts=3)
-    score(ScoreConfig(teacher=str(base / "t"), cache=tmp_path / "cache", device="cpu", keep_top=8))
-    options = config(base, cache=tmp_path / "cache", method="js", keep_top=8, teacher_outputs=None)
-    with pytest.raises(CacheError, match="no scored rollouts of a student; make some with `rollout` and `score`"):
-        Offline(open_cache(tmp_path / "cache"), options)
 
 
 def test_a_loss_that_is_not_finite_changes_nothing(base):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -14,25 +14,19 @@ import pytest
 import torch
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
-from ketchup_cache.config.commands import LearnConfig
-from ketchup_cache.errors import CacheError, ConfigError, MismatchError, NumericsError
+from ketchup_cache.errors import CacheError, ConfigError, MismatchError, NumericsError, WriteError
 from ketchup_cache.models.head import Head
-from ketchup_cache.training.batches import Stream, plan_batches
+from ketchup_cache.training.batches import plan_batches
 from ketchup_cache.training.learn import learn, rollout_warnings
 from ketchup_cache.types import Ragged, Rollouts
 from tests.helpers.caches import make_cache
 from tests.helpers.learning import assert_same_weights, config, metrics, whole_batch
-from tests.helpers.models import WORDS, make_t5, save_model
-
-VOCAB = len(WORDS) + 3
+from tests.helpers.models import WORDS, make_t5, make_tokenizer, save_model
 
 
 @pytest.fixture
 def cache(tmp_path, folders):
     return make_cache(tmp_path / "cache", *folders, forced=True, stale=0.7)
-
-
-# ------------------------------------------------------------------------------------------------------- stream
 
 
 def test_every_epoch_visits_every_rollout_once_and_keeps_samples_together(tmp_path, folders):
@@ -54,30 +48,6 @@ def test_every_epoch_visits_every_rollout_once_and_keeps_samples_together(tmp_pa
     assert epochs[0] != epochs[1]
 
 
-def test_skipping_is_the_same_as_having_seen(tmp_path, folders):
-    cache = make_cache(tmp_path / "cache", *folders, prompts=5, samples=2, segments=2)
-    slow = Stream(cache, cache.scored(), 4, seed=3)
-    for _ in range(4):
-        next(slow)
-    fast = Stream(cache, cache.scored(), 4, seed=3, skip=4)
-    np.testing.assert_array_equal(next(slow).scores.q, next(fast).scores.q)
-
-
-# --------------------------------------------------------------------------------------------------------- runs
-
-
-def run_learn(options: LearnConfig, **environment) -> subprocess.Popen:
-    flags = [
-        part
-        for key, value in options.model_dump(mode="json", exclude_unset=True).items()
-        for part in (f"--{key.replace('_', '-')}", str(value))
-    ]
-    command = [sys.executable, "-m", "ketchup_cache", "learn", *flags]
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | environment
-    )
-
-
 def test_killed_and_resumed_gives_the_same_bits(cache, tmp_path, folders):
     """kill -9 after some checkpoint; the second run goes on from it to the weights of an undisturbed one."""
     options = config(tmp_path, folders, steps=40, checkpoint_every=3, k=2, warmup=5, schedule="linear")
@@ -85,10 +55,11 @@ def test_killed_and_resumed_gives_the_same_bits(cache, tmp_path, folders):
     report = learn(undisturbed)
     assert report.resumed_from == 0
 
-    process = run_learn(options)
-    deadline = time.monotonic() + 120
-    while not list((options.out / "checkpoints").glob("step-????????")) and time.monotonic() < deadline:
-        assert process.poll() is None, process.communicate()
+    given = options.model_dump(mode="json", exclude_unset=True).items()
+    flags = [part for key, value in given for part in (f"--{key.replace('_', '-')}", str(value))]
+    process = subprocess.Popen([sys.executable, "-m", "ketchup_cache", "learn", *flags])
+    while not list((options.out / "checkpoints").glob("step-????????")):
+        assert process.poll() is None
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     process.wait()
@@ -169,15 +140,13 @@ assert len(whole) <= 1
     assert done.returncode == 0, done.stderr
 
 
-def test_another_runs_folder_is_refused(cache, tmp_path, folders):
-    learn(config(tmp_path, folders, k=2))
-    with pytest.raises(ConfigError, match="--k 2, not 4"):
-        learn(config(tmp_path, folders, k=4))
-
-
-def test_a_run_of_an_earlier_version_goes_on_where_later_options_are_at_their_defaults(cache, tmp_path, folders):
+def test_another_runs_folder_is_refused_unless_an_earlier_version_left_new_options_at_their_defaults(
+    cache, tmp_path, folders
+):
     options = config(tmp_path, folders)
     learn(options)
+    with pytest.raises(ConfigError, match="--k 4, not 2: repeat its options"):
+        learn(config(tmp_path, folders, k=2))
     written = options.out / "config.json"
     record = json.loads(written.read_text())
     assert {record["options"].pop("reuse"), record["options"].pop("precision")} == {1, "float32"}
@@ -192,8 +161,6 @@ def test_a_run_of_an_earlier_version_goes_on_where_later_options_are_at_their_de
 
 
 def test_two_at_once_in_one_folder(cache, tmp_path, folders):
-    import fcntl
-
     (tmp_path / "run").mkdir()
     with (tmp_path / "run" / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -201,19 +168,9 @@ def test_two_at_once_in_one_folder(cache, tmp_path, folders):
             learn(config(tmp_path, folders))
 
 
-def test_a_broken_checkpoint_is_named(cache, tmp_path, folders):
-    options = config(tmp_path, folders, steps=4, checkpoint_every=2)
-    learn(options)
-    broken = options.out / "checkpoints" / "step-00000002"
-    broken.mkdir(parents=True)
-    (broken / "state.json").write_text('{"step": 2}')
-    (broken / "model.safetensors").write_bytes(b"not weights")
-    (options.out / "report.json").unlink()
-    with pytest.raises(Exception, match="step-00000002: damaged checkpoint"):
-        learn(options)
-
-
-def test_nan_is_refused_and_keeps_what_was_written(cache, tmp_path, folders, monkeypatch):
+def test_nan_is_refused_and_keeps_what_was_written_and_a_broken_checkpoint_is_named(
+    cache, tmp_path, folders, monkeypatch
+):
     options = config(tmp_path, folders, steps=6, checkpoint_every=2)
     original, calls = Head.log_prob, []
 
@@ -226,15 +183,15 @@ def test_nan_is_refused_and_keeps_what_was_written(cache, tmp_path, folders, mon
     with pytest.raises(NumericsError, match="step 3: the loss is nan"):
         learn(options)
     assert [p.name for p in (options.out / "checkpoints").iterdir()] == ["step-00000002"]
-    assert len((options.out / "metrics.jsonl").read_text().splitlines()) == 3
+    assert len(metrics(options.out)) == 3
+    (options.out / "checkpoints" / "step-00000002" / "model.safetensors").write_bytes(b"not weights")
+    with pytest.raises(WriteError, match="step-00000002: damaged checkpoint"):
+        learn(options)
 
 
 def test_other_tokenizer_and_empty_cache_are_refused(cache, tmp_path, folders):
-    from tests.helpers.models import make_tokenizer
-
     other = save_model(tmp_path / "other", "1.0", seed=1)
-    words = [*WORDS[1:], WORDS[0]]
-    make_tokenizer(words).save_pretrained(other)
+    make_tokenizer([*WORDS[1:], WORDS[0]]).save_pretrained(other)
     with pytest.raises(MismatchError, match="encode differently"):
         learn(config(tmp_path, (other, folders[1])))
     with pytest.raises(CacheError, match="nobody"):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import os
+import gc
 import signal
 import subprocess
 import sys
 import time
+import weakref
 
 import numpy as np
 import pytest
@@ -18,9 +19,10 @@ import ketchup_cache.training.learn
 from ketchup_cache import open_cache
 from ketchup_cache.cli import main
 from ketchup_cache.models.fingerprint import weights_fingerprint
+from ketchup_cache.training.optimizer import Optimizer
 from ketchup_cache.training.policy_gradient import policy_gradient_step
 from tests.helpers.learning import assert_same_weights, metrics
-from tests.helpers.models import WORDS, make_t5, save_model, write_prompts
+from tests.helpers.models import WORDS, make_t5, make_tokenizer, save_model, write_prompts
 from tests.helpers.oracle import plain_logits
 from tests.helpers.oracle import plain_row_scores as plain_scores
 
@@ -34,12 +36,17 @@ LEARN = {
 @pytest.fixture
 def words(tmp_path, folders):
     """A cache with prompts and two rollouts, and the words of a `learn` command."""
-    data = write_prompts(tmp_path / "d.jsonl", 30)
-    student, teacher = map(str, folders)
-    rollout = ["rollout", "--student", student, "--data", data, "--cache", tmp_path / "cache", "--first", 1]
-    assert main([*map(str, rollout), "--samples", "2", "--max-new-tokens", "6"]) == 0
-    options = {"--student": student, "--teacher": teacher, "--cache": tmp_path / "cache", "--out": tmp_path / "run"}
-    return {**LEARN, **options}
+    write_prompts(tmp_path / "d.jsonl", 30)
+    options = {"--teacher": folders[1], "--cache": tmp_path / "cache", "--out": tmp_path / "run"}
+    return fill({**LEARN, "--student": folders[0], **options}, tmp_path)
+
+
+def fill(options, tmp_path):
+    """The same options, once their cache holds prompts and two rollouts of the first."""
+    rollout = ["rollout", "--student", options["--student"], "--data", tmp_path / "d.jsonl", "--first", 1]
+    rollout += ["--cache", options["--cache"], "--samples", 2, "--max-new-tokens", 6]
+    assert main([*map(str, rollout)]) == 0
+    return options
 
 
 def flat(options) -> list[str]:
@@ -57,9 +64,16 @@ def test_every_phase_samples_the_student_as_it_is_then(words, tmp_path, folders)
     for m in metrics(tmp_path / "run"):
         if m["refreshed"]:
             assert m["ratio_mean"] == pytest.approx(1, abs=1e-5)
+            assert m["ess"] == pytest.approx(1, abs=1e-6)
             assert m["behavior_kl"] == pytest.approx(0, abs=1e-8)
         else:
             assert m["behavior_kl"] > 1e-7
+    infos = [info for _, info in cache.rollouts()]
+    ranges = [(-1 if i.policy.step is None else i.policy.step, i.prompt_start, i.prompt_stop) for i in infos]
+    # each phase goes on where the last one stopped, 12 prompts; phase 0 is content with what was held of this student
+    assert sorted(ranges) == [(-1, 0, 1), (3, 12, 24), (6, 0, 6), (6, 24, 30)]
+    # prompts 0 to 6 come again, but not with the random numbers of another phase
+    assert len({info.sampling.seed for info in infos}) == 3
 
     assert main(flat(words | {"--steps": 3, "--out": tmp_path / "short"})) == 0
     at_three = tmp_path / "short" / "student"
@@ -79,18 +93,6 @@ def test_every_phase_samples_the_student_as_it_is_then(words, tmp_path, folders)
             np.testing.assert_allclose(getattr(row, name), expected[name], rtol=0, atol=1e-4)
         checked += 1
     assert checked == 24  # 3 steps of 8 rollouts
-
-
-def test_prompts_go_on_where_the_last_phase_stopped(words, tmp_path):
-    assert main(flat(words)) == 0
-    cache = open_cache(tmp_path / "cache")
-    infos = [info for _, info in cache.rollouts()]
-    ranges = [(-1 if i.policy.step is None else i.policy.step, i.prompt_start, i.prompt_stop) for i in infos]
-    # 12 prompts a phase; phase 0 is content with what the cache held for this student
-    assert sorted(ranges) == [(-1, 0, 1), (3, 12, 24), (6, 0, 6), (6, 24, 30)]
-    # prompts 0 to 6 come again, but not with the random numbers of another phase
-    seeds = {info.policy.step: info.sampling.seed for info in infos}
-    assert len(set(seeds.values())) == 3
 
 
 def test_rollouts_may_be_used_several_times(words, tmp_path, monkeypatch):
@@ -134,11 +136,6 @@ def test_prompts_that_were_stored_twice_count_once(words, tmp_path):
 
 def test_teacher_is_in_memory_only_while_it_scores(words, monkeypatch):
     """During every optimizer step, no module that a teacher was loaded with is alive."""
-    import gc
-    import weakref
-
-    from ketchup_cache.training.optimizer import Optimizer
-
     original, alive, loaded = Optimizer.step, [], []
     load = ketchup_cache.scoring.score.Teacher.load
 
@@ -165,15 +162,11 @@ def test_teacher_is_in_memory_only_while_it_scores(words, monkeypatch):
 def test_killed_at_any_moment_it_ends_with_the_same_bits(words, tmp_path):
     """kill -9 again and again, while sampling, scoring or training; each run goes on; the end is the same."""
     options = words | {"--out": tmp_path / "undisturbed", "--cache": tmp_path / "other"}
-    data, student = tmp_path / "d.jsonl", words["--student"]
-    rollout = ["rollout", "--student", student, "--data", data, "--cache", tmp_path / "other", "--first", 1]
-    assert main([*map(str, rollout), "--samples", "2", "--max-new-tokens", "6"]) == 0
-    assert main(flat(options)) == 0
-
+    assert main(flat(fill(options, tmp_path))) == 0
     rng, kills = np.random.default_rng(0), 0
     command = [sys.executable, "-m", "ketchup_cache", *flat(words)]
     for _ in range(4):
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=os.environ)
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         before = _progress(tmp_path)
         deadline = time.monotonic() + 100
         # let it get somewhere new first, so that attempts make headway whatever the machine's speed
@@ -198,8 +191,6 @@ def _progress(tmp_path) -> tuple:
 
 
 def test_teacher_of_another_tokenizer_is_refused(words, tmp_path, capsys):
-    from tests.helpers.models import make_tokenizer
-
     other = save_model(tmp_path / "other", "1.1", seed=2)
     make_tokenizer([*WORDS[1:], WORDS[0]]).save_pretrained(other)
     assert main(flat(words | {"--teacher": other})) == 2

@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 
 from ketchup_cache.config.commands import PretrainConfig
 from ketchup_cache.config.options import StepOptions
@@ -28,14 +29,19 @@ def test_first_loss_is_the_mean_negative_log_likelihood(tmp_path, folders):
     """Against one plain forward per pair; targets end with EOS; the mean is over tokens, not over rows."""
     data = write_prompts(tmp_path / "d.jsonl", 6)
     report = pretrain(config(tmp_path, folders, data=str(data), batch_size=6))
-    model, tokenizer, nll = make_t5("1.0", seed=1), make_tokenizer(), []
-    for line in data.read_text().splitlines():
-        example = json.loads(line)
-        target = tokenizer(example["target"])["input_ids"]
-        assert target[-1] == 1
-        logprob = plain_logits(model, tokenizer(example["prompt"])["input_ids"], target).log_softmax(1)
-        nll += (-logprob[range(len(target)), target]).tolist()
-    assert report.loss_first == pytest.approx(np.mean(nll), rel=1e-5)
+    examples, encode = map(json.loads, data.read_text().splitlines()), make_tokenizer()
+    pairs = [[encode(example[part])["input_ids"] for part in ("prompt", "target")] for example in examples]
+    assert {target[-1] for _, target in pairs} == {1}
+    assert report.loss_first == pytest.approx(mean_nll(pairs), rel=1e-5)
+
+
+def mean_nll(pairs) -> float:
+    """Of the target's tokens given the prompt, by plain forward passes of the first model."""
+    model, nll = make_t5("1.0", seed=1), []
+    for prompt, target in pairs:
+        logprob = plain_logits(model, prompt, target).log_softmax(1)
+        nll += (-logprob[range(len(target)), [int(token) for token in target]]).tolist()
+    return np.mean(nll)
 
 
 def gradient(tmp_path, folders, monkeypatch, name, **options):
@@ -79,11 +85,8 @@ def test_learns_the_finished_rollouts_of_a_cache(tmp_path, folders):
     rows = [row for row in cache.rows() if row.finished]
     assert len(rows) < 10
     assert report.examples == len(rows)
-    nll = []
-    for row in rows:
-        logprob = plain_logits(make_t5("1.0", seed=1), row.prompt_tokens, row.completion_tokens).log_softmax(1)
-        nll += (-logprob[range(len(row.completion_tokens)), row.completion_tokens.tolist()]).tolist()
-    assert report.loss_first == pytest.approx(np.mean(nll), rel=1e-5)
+    expected = mean_nll((row.prompt_tokens, row.completion_tokens) for row in rows)
+    assert report.loss_first == pytest.approx(expected, rel=1e-5)
 
 
 def test_interrupted_run_goes_on_to_the_same_weights(tmp_path, folders):
@@ -100,8 +103,6 @@ def test_interrupted_run_goes_on_to_the_same_weights(tmp_path, folders):
 
 def test_targets_end_with_eos_even_if_the_tokenizer_adds_none():
     """As GPT-2's and others' do not; a student that never sees EOS never stops."""
-    from tokenizers.processors import TemplateProcessing
-
     plain = make_tokenizer()
     plain.backend_tokenizer.post_processor = TemplateProcessing(single="$A", special_tokens=[])
     assert plain("the cat")["input_ids"] == [3, 5]
@@ -121,12 +122,10 @@ def test_schedule_by_hand():
     assert rates(1, "linear", 5) == [0.5, 1, 0.75, 0.5, 0.25]
 
 
-@pytest.mark.parametrize(
-    ("content", "error"), [('{"prompt": "the cat"}', DataError), ("", DataError), ('{"target": "x"}', DataError)]
-)
-def test_unusable_data_is_one_line(tmp_path, folders, content, error):
+@pytest.mark.parametrize("content", ['{"prompt": "the cat"}', "", '{"target": "x"}'])
+def test_unusable_data_is_one_line(tmp_path, folders, content):
     (tmp_path / "d.jsonl").write_text(content)
-    with pytest.raises(error) as caught:
+    with pytest.raises(DataError) as caught:
         pretrain(config(tmp_path, folders, data=str(tmp_path / "d.jsonl")))
     assert "\n" not in str(caught.value)
 
