@@ -15,7 +15,7 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 from ketchup_cache.config.commands import EvaluateConfig
 from ketchup_cache.report.evaluate import Evaluation, evaluate
 from ketchup_cache.report.task_metrics import final_answer
-from ketchup_cache.rollouts.arithmetic import calculate
+from ketchup_cache.rollouts.calculator import calculate
 from ketchup_cache.shipped import task
 
 SPLITS = ("train", "prompts", "dev", "test")
