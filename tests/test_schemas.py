@@ -1,4 +1,4 @@
-"""Real files keep the JSON Schemas. (That the schemas are those of the models: test_store_roundtrip.py.)"""
+"""Real files keep the JSON Schemas. (That the schemas are those of the models: cache/test_roundtrip.py.)"""
 
 from __future__ import annotations
 

@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 
 from ketchup_cache.cache.cache import Cache
 from ketchup_cache.cache.index import ScoredRef
-from ketchup_cache.cache.manifest import RolloutsInfo
 from ketchup_cache.config.commands import AnalyzeConfig
 from ketchup_cache.console import Bar, Report, progress
 from ketchup_cache.errors import CacheError
@@ -127,10 +126,12 @@ def analyze(config: AnalyzeConfig) -> Analysis:
     if not refs:
         what = f"{config.cache}: teacher {teacher.name} has scored no rollouts of policy {config.policy}"
         raise CacheError(f"{what}; run `ketchup-cache score --cache {config.cache}` first")
-    groups: dict[tuple[str, str, int], list[ScoredRef]] = {}
+    groups: dict[tuple[str, str, int], list[Drawn]] = {}
+    infos = dict(cache.rollouts())
     for ref in refs:
-        sampling = _sampling(cache, ref)
-        groups.setdefault((ref.policy.fingerprint, _describe(sampling), sampling.max_new_tokens), []).append(ref)
+        sampling = infos[ref.rollouts_id].sampling
+        key = ref.policy.fingerprint, _describe(sampling), sampling.max_new_tokens
+        groups.setdefault(key, []).append((ref, sampling))
     with progress("analyze", sum(ref.rows for ref in refs), "rollouts") as bar:
         policies = [_analyze_policy(cache, of_one, config, bar) for of_one in groups.values()]
     labels = [policy.label for policy in policies]
@@ -149,19 +150,23 @@ def analyze(config: AnalyzeConfig) -> Analysis:
     return analysis
 
 
-def _analyze_policy(cache: Cache, refs: list[ScoredRef], config: AnalyzeConfig, bar: Bar) -> PolicyAnalysis:
-    """refs: rollouts of one policy, sampled in one way. The label is its name, step and way of sampling."""
+Drawn = tuple[ScoredRef, Sampling]
+"""Scored rollouts and how they were sampled."""
+
+
+def _analyze_policy(cache: Cache, group: list[Drawn], config: AnalyzeConfig, bar: Bar) -> PolicyAnalysis:
+    """group: rollouts of one policy, sampled in one way. The label is its name, step and way of sampling."""
     options: Any = config.model_dump(include={"tail", "normalization", "unfinished"})
     totals = np.zeros(6)
     used: list[tuple[NDArray, NDArray, NDArray]] = []
     sources: dict[tuple[int, bytes], str] = {}
-    for ref in refs:
-        scored, seed = cache.load_scored(ref), _sampling(cache, ref).seed
+    for ref, way in group:
+        scored = cache.load_scored(ref)
         rollouts, scores, lengths = scored.rollouts, scored.scores, scored.rollouts.completions.lengths
         # S16 cuts zeros at the end, but all ids have 16 bytes, so different ones stay different
         ids = np.ascontiguousarray(scored.prompts.ids[rollouts.prompt_index]).view("S16")[:, 0]
         # one seed draws the same rollouts again: a prompt's second segment of that seed is no new evidence
-        first = {i: sources.setdefault((seed, i), ref.rollouts_id) for i in set(ids.tolist())}
+        first = {i: sources.setdefault((way.seed, i), ref.rollouts_id) for i in set(ids.tolist())}
         new = np.array([first[i] == ref.rollouts_id for i in ids.tolist()])
         drawn = np.repeat(new, lengths) & ~rollouts.forced
         log_ratio = rollouts.behavior_logprob.astype(np.float64) - (scores.q.astype(np.float64) - scores.logsumexp)
@@ -183,30 +188,16 @@ def _analyze_policy(cache: Cache, refs: list[ScoredRef], config: AnalyzeConfig, 
     np.add.at(sums[2], prompt, k_step - one_step[:, None])
     variance, bias = sums[1, several] / (counts[several, None] - 1), sums[2] / counts[:, None]
     of_k = zip(config.ks, variance.T, bias.T, strict=True)
-    policy, sampling = refs[0].policy, _describe(_sampling(cache, refs[0]))
+    by_k = tuple(KAnalysis(k, *spread(v)[::2], *spread(b)[::2], spread(lengths <= k)[0]) for k, v, b in of_k)
+    policy, sampling = group[0][0].policy, _describe(group[0][1])
     step = [] if policy.step is None else [f"step {policy.step}"]
-    return PolicyAnalysis(
-        label=", ".join([policy.name, *step, *([] if sampling == "plain" else [sampling])]),
-        policy=policy.model_dump(mode="json"),
-        sampling=sampling,
-        prompts=len(counts),
-        prompts_with_variance=int(several.sum()),
-        rollouts=int(rollout_count),
-        repeated=int(repeated),
-        dropped=int(rollout_count) - len(ids),
-        finished=finished / rollout_count,
-        length_mean=tokens / rollout_count,
-        return_mean=mean(one_step),
-        return_sd=sd(one_step),
-        kl_per_token=log_ratio_sum / drawn_count if drawn_count else None,
-        by_k=tuple(KAnalysis(k, mean(v), se(v), mean(b), se(b), mean(lengths <= k)) for k, v, b in of_k),
-    )
-
-
-def _sampling(cache: Cache, ref: ScoredRef) -> Sampling:
-    info = cache.manifest(ref.rollouts_id).info
-    assert isinstance(info, RolloutsInfo)
-    return info.sampling
+    label = ", ".join([policy.name, *step, *([] if sampling == "plain" else [sampling])])
+    numbers: Any = {"prompts": len(counts), "prompts_with_variance": int(several.sum())}
+    numbers |= {"rollouts": int(rollout_count), "repeated": int(repeated), "dropped": int(rollout_count) - len(ids)}
+    numbers |= {"finished": finished / rollout_count, "length_mean": tokens / rollout_count}
+    numbers |= dict(zip(("return_mean", "return_sd"), spread(one_step)[:2], strict=True))
+    numbers |= {"kl_per_token": log_ratio_sum / drawn_count if drawn_count else None}
+    return PolicyAnalysis(label, policy.model_dump(mode="json"), sampling, **numbers, by_k=by_k)
 
 
 def _describe(sampling: Sampling) -> str:
@@ -217,19 +208,10 @@ def _describe(sampling: Sampling) -> str:
     return ", ".join(f"{name} {value:g}" for name, value, off in options if value != off) or "plain"
 
 
-def mean(values: NDArray) -> float | None:
-    """None where there is no value."""
-    return float(values.mean()) if len(values) else None
-
-
-def sd(values: NDArray) -> float | None:
-    """Standard deviation, unbiased (n − 1). None for fewer than two values."""
-    return float(values.std(ddof=1)) if len(values) > 1 else None
-
-
-def se(values: NDArray) -> float | None:
-    """Standard error of the mean. None for fewer than two values."""
-    return float(values.std(ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else None
+def spread(values: NDArray) -> tuple[float | None, float | None, float | None]:
+    """[n] → mean, standard deviation (unbiased, n − 1), standard error of the mean. None for too few values."""
+    sd = float(values.std(ddof=1)) if len(values) > 1 else None
+    return float(values.mean()) if len(values) else None, sd, None if sd is None else sd / math.sqrt(len(values))
 
 
 def _number(value: float | None) -> str:

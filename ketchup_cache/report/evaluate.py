@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import gc
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ketchup_cache.config.commands import EvaluateConfig
 from ketchup_cache.console import Report, progress
@@ -20,7 +19,7 @@ from ketchup_cache.method.returns import rollout_returns
 from ketchup_cache.models.fingerprint import require_same_encoding, tokenizer_info
 from ketchup_cache.models.load import load_model, load_tokenizer
 from ketchup_cache.provenance import Sampling
-from ketchup_cache.report.analyze import mean, sd, se
+from ketchup_cache.report.analyze import spread
 from ketchup_cache.report.task_metrics import Values, check_targets, compute
 from ketchup_cache.rollouts.calculator import Calculator
 from ketchup_cache.rollouts.sample import sample_completions
@@ -86,36 +85,20 @@ class Evaluation(Report):
 
 
 def evaluate(config: EvaluateConfig) -> Evaluation:
-    """Decode the data set greedily and measure the outputs. Only one model is in memory at a time.
+    """Decode `config.data` greedily, compute the task metrics, and the mean return where there is a teacher. Only one
+    model is in memory at a time.
 
-    Raises the errors of `measure`, and MismatchError where the teacher's tokenizer encodes differently.
+    Raises MismatchError where the teacher's tokenizer encodes differently, DataError for unusable data or targets,
+    ModelError for an unusable model, WriteError for `outputs`. All but the last before anything is decoded.
     """
     load = partial(load_tokenizer, trust_remote_code=config.trust_remote_code)
-    tokenizer, options = load(config.model), config.model_dump(include={"device", "trust_remote_code"})
-    teacher = None
+    tokenizer = load(config.model)
+    info = tokenizer_info(tokenizer, config.model)
     if config.teacher is not None:
-        teacher = partial(Teacher.load, config.teacher, config)
         _, theirs = Teacher.identify(config.teacher, config)
         what = f"teacher {config.teacher}: its tokenizer encodes differently from that of model {config.model}"
         todo = "choose a teacher that shares it, or leave --teacher out"
-        require_same_encoding(tokenizer_info(tokenizer, config.model), theirs, what, todo, load)
-    return measure(config, tokenizer, partial(load_model, config.model, **options), teacher)
-
-
-def measure(
-    config: EvaluateConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    model: Callable[[], PreTrainedModel],
-    teacher: Callable[[], Teacher] | None,
-) -> Evaluation:
-    """Decode `config.data` greedily, compute the task metrics, and the mean return where there is a teacher.
-
-    model, teacher: give what is measured and what scores it. Each is called when it is needed, and what it gives is
-    not held longer: so that both need not fit into memory together.
-
-    Raises DataError for unusable data or targets, ModelError for an unusable model, WriteError for `outputs`. All but
-    the last before anything is decoded.
-    """
+        require_same_encoding(info, theirs, what, todo, load)
     examples = as_chat(read_examples(config), tokenizer, config)
     prompts = tokenize_prompts(examples, tokenizer, config)
     kept = kept_examples(examples, prompts)
@@ -123,10 +106,11 @@ def measure(
     check_targets(config.metrics, targets or [])
     calculator = Calculator(tokenizer, config.model) if config.calculator else None
     greedy = Sampling(greedy=True, max_new_tokens=config.max_new_tokens, calculator=config.calculator)
-    vocab_size = tokenizer_info(tokenizer, config.model).vocab_size
     with progress("decode", len(kept), "outputs") as bar:
         how: Any = {"batch": config.rollout_batch, "calculator": calculator, "on_batch": bar.advance}
-        rollouts = sample_completions(model(), vocab_size, prompts.tokens, greedy, first_prompt=0, **how)
+        model = partial(load_model, config.model, device=config.device, trust_remote_code=config.trust_remote_code)
+        # not held longer than this call, so that student and teacher need not fit into memory together
+        rollouts = sample_completions(model(), info.vocab_size, prompts.tokens, greedy, first_prompt=0, **how)
     gc.collect()
     torch.cuda.empty_cache()
     outputs = [tokenizer.decode(row, skip_special_tokens=True) for row in rollouts.completions]
@@ -141,9 +125,9 @@ def measure(
         left_out=len(examples) - len(kept),
         metrics=compute(config.metrics, outputs, targets) if targets is not None else None,
         length_mean=float(lengths.mean()),
-        length_sd=sd(lengths),
+        length_sd=spread(lengths)[1],
         finished=float(rollouts.finished.mean()),
-        returns=_mean_return(teacher(), prompts.tokens, rollouts, config) if teacher else None,
+        returns=_mean_return(prompts.tokens, rollouts, config) if config.teacher is not None else None,
     )
 
 
@@ -159,13 +143,15 @@ def _targets(examples: Sequence[Example], config: EvaluateConfig) -> list[str] |
     return targets or None
 
 
-def _mean_return(teacher: Teacher, prompts: Ragged, rollouts: Rollouts, config: EvaluateConfig) -> MeanReturn:
+def _mean_return(prompts: Ragged, rollouts: Rollouts, config: EvaluateConfig) -> MeanReturn:
+    assert config.teacher is not None
+    teacher = Teacher.load(config.teacher, config)
     with progress("score", len(rollouts.completions.values)) as bar:
         scores = teacher.score(prompts, rollouts, batch_tokens=config.batch_tokens, on_batch=bar.advance)
     (one_step,) = rollout_returns(rollouts, scores, [1], normalization=config.normalization, unfinished="bootstrap")
     returns, finished = one_step[:, 0], one_step[rollouts.finished, 0]
-    who = {"teacher": teacher.info.name, "fingerprint": teacher.info.fingerprint, "normalization": config.normalization}
-    return MeanReturn(**who, mean=float(returns.mean()), sd=sd(returns), se=se(returns), mean_finished=mean(finished))
+    who = (teacher.info.name, teacher.info.fingerprint, config.normalization)
+    return MeanReturn(*who, float(returns.mean()), *spread(returns)[1:], spread(finished)[0])
 
 
 def _json_line(e: Example, output: str, finished: bool) -> str:

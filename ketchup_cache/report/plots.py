@@ -43,31 +43,21 @@ def variance_bias_figure(analysis: Mapping[str, Any]) -> Figure:
     panels = figure.subplots(1, 2)
     for axes, quantity in zip(panels, ("variance", "bias"), strict=True):
         for i, policy in enumerate(policies):
-            points = [
-                (p["k"], p[quantity], p[f"{quantity}_se"] or 0) for p in policy["by_k"] if p[quantity] is not None
-            ]
+            points = [(p["k"], p[quantity], p[f"{quantity}_se"] or 0) for p in policy["by_k"]]
+            points = [point for point in points if point[1] is not None]
             if not points:
                 continue
             kl = "unknown" if policy["kl_per_token"] is None else f"{policy['kl_per_token']:.3g} nats per token"
-            axes.errorbar(
-                *zip(*points, strict=True),
-                label=f"{_short(policy['label'], 60 // columns)}   (KL {kl})",
-                # an order, so shades of one map: dark is near to the teacher
-                color=colormaps["cividis"](0.8 * i / max(len(policies) - 1, 1)),
-                marker=MARKERS[i % len(MARKERS)],
-                linestyle=DASHES[i % len(DASHES)],
-                capsize=3,
-                markersize=5,
-                clip_on=False,  # a bias of 0 sits on the axis
-            )
+            # an order, so shades of one map: dark is near to the teacher
+            style: Any = {"color": colormaps["cividis"](0.8 * i / max(len(policies) - 1, 1)), "capsize": 3}
+            style |= {"marker": MARKERS[i % len(MARKERS)], "linestyle": DASHES[i % len(DASHES)], "markersize": 5}
+            label = f"{_short(policy['label'], 60 // columns)}   (KL {kl})"
+            axes.errorbar(*zip(*points, strict=True), label=label, clip_on=False, **style)  # a bias of 0 is on the axis
         if not axes.lines:
             axes.text(0.5, 0.5, "needs 2 rollouts per prompt", ha="center", va="center", transform=axes.transAxes)
         axes.set_xscale("log", base=2)
-        axes.set(xlabel="K (steps per jump)", xlim=(ks[0] / 1.2, ks[-1] * 1.2))
-        axes.xaxis.set_major_locator(FixedLocator(ks))
-        axes.xaxis.set_minor_locator(NullLocator())
-        axes.xaxis.set_major_formatter("{x:.0f}")
-        axes.set_ylim(bottom=0)
+        axes.set(xlabel="K (steps per jump)", xlim=(ks[0] / 1.2, ks[-1] * 1.2), ylim=(0, None))
+        axes.xaxis.set(major_locator=FixedLocator(ks), minor_locator=NullLocator(), major_formatter="{x:.0f}")
         axes.grid(axis="y", alpha=0.3)
     panels[0].set(title="Variance over a prompt's rollouts", ylabel="Var[Ĝ₁]  (logit units²)")
     panels[1].set(title="Bias of the K-step return", ylabel="E[Ĝ₁ − G₁]  (logit units)")
@@ -131,8 +121,7 @@ def _draw_run(axes: Axes, quantity: str, place: int, label: str, records: Record
 
 def running_mean(values: NDArray[np.float64], window: int) -> NDArray[np.float64]:
     """[n] → [n]: mean of the last `window` values up to each, of fewer at the start."""
-    total = np.concatenate([[0.0], np.cumsum(values)])
-    stop = np.arange(1, len(values) + 1)
+    total, stop = np.concatenate([[0.0], np.cumsum(values)]), np.arange(1, len(values) + 1)
     start = np.maximum(stop - window, 0)
     return (total[stop] - total[start]) / (stop - start)
 

@@ -18,17 +18,19 @@ from ketchup_cache import open_cache
 ROOT = Path(__file__).parents[2]
 
 
+def gpu(*words):
+    command = [sys.executable, "-m", "benchmarks.gpu", "--device", "cpu", *words]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+
+
 def test_gpu_script_runs_without_a_gpu(tmp_path):
-    out = tmp_path / "gpu.json"
-    command = [sys.executable, "-m", "benchmarks.gpu", "--tiny", "--device", "cpu", "--out", str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    done = gpu("--tiny", "--out", str(tmp_path / "gpu.json"))
     assert done.returncode == 0, done.stderr
-    found = json.loads(out.read_text())
+    found = json.loads((tmp_path / "gpu.json").read_text())
     assert found["tiny"] is True
     assert [entry["samples"] for entry in found["scoring"]] == [4, 1]
-    assert all(
-        entry["flops"] / found["matrix_flops"] == entry["share_of_matrix_rate"] > 0 for entry in found["scoring"]
-    )
+    for entry in found["scoring"]:
+        assert entry["flops"] / found["matrix_flops"] == entry["share_of_matrix_rate"] > 0
     assert found["exactness"]["largest_difference"] < 1e-4
     # at least the embedding of the toy shape, float32
     assert found["weights_bytes"] > 4 * 64 * 32_100
@@ -41,8 +43,7 @@ def test_gpu_script_runs_without_a_gpu(tmp_path):
 
 
 def test_it_refuses_three_billion_parameters_on_a_cpu():
-    command = [sys.executable, "-m", "benchmarks.gpu", "--device", "cpu"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    done = gpu()
     assert done.returncode == 1
     assert "use --tiny" in done.stderr
 
@@ -55,11 +56,8 @@ def test_peak_sees_memory_that_is_gone_again():
 
 def test_a_process_is_charged_its_memory_and_time():
     mine = b"1" * 400_000_000  # of the process that asks: not of the one that is measured
-    found = run(
-        sys.executable,
-        "-c",
-        "x = b'1' * 200_000_000\nimport time; b = time.process_time()\nwhile time.process_time() < b + .3: pass",
-    )
+    code = "x = b'1' * 200_000_000\nimport time; b = time.process_time()\nwhile time.process_time() < b + .3: pass"
+    found = run(sys.executable, "-c", code)
     assert 200e6 < found["peak_bytes"] < 260e6 < len(mine)
     assert 0.3 <= found["cpu_seconds"] <= found["seconds"] + 0.1
 
@@ -103,11 +101,8 @@ def test_the_parts_of_a_timed_command_are_its_own(tmp_path):
     assert alone["work"]["seconds"] == pytest.approx(sum(p["work"]["seconds"] for p in alone["parts"].values()))
     assert alone["peak_bytes"] == max(part["peak_bytes"] for part in alone["parts"].values())
     rows = timed_run.rows([{"name": "live", **{k: v for k, v in live.items() if k != "name"}}, alone], 16)
-    assert [row[0] for row in rows] == [
-        "live",
-        "offline, each rollout 2 times",
-        "offline, each rollout 2 times, learning alone",
-    ]
+    name = "offline, each rollout 2 times"
+    assert [row[0] for row in rows] == ["live", name, f"{name}, learning alone"]
     assert all(len(row) == len(timed_run.HEAD) for row in rows)
     faster = live["work"]["seconds"] / alone["parts"]["learn"]["work"]["seconds"]
     assert float(rows[2][timed_run.HEAD.index("× live (wall)")]) == pytest.approx(faster, abs=0.01)
@@ -138,18 +133,11 @@ def test_a_way_with_a_method_of_its_own():
 
 
 def test_each_method_is_compared_with_its_own_live_run():
-    seconds = {
-        "live, lr 0.1": 8,
-        "live": 9,
-        "every 4 steps": 3,
-        "reverse-kl, live, lr 0.2": 4,
-        "reverse-kl, every 4 steps, lr 0.2": 2,
-    }
-    runs = [
-        {"name": name, "method": "reverse-kl" if "reverse" in name else None, "peak_bytes": 1,
-         "work": dict.fromkeys(timed_run.UNITS, s)}
-        for name, s in seconds.items()
-    ]  # fmt: skip
+    def of(name, seconds, method=None):
+        return {"name": name, "method": method, "peak_bytes": 1, "work": dict.fromkeys(timed_run.UNITS, seconds)}
+
+    runs = [of("live, lr 0.1", 8), of("live", 9), of("every 4 steps", 3)]
+    runs += [of(f"reverse-kl, {way}, lr 0.2", s, "reverse-kl") for way, s in (("live", 4), ("every 4 steps", 2))]
     place = timed_run.HEAD.index("× live (wall)")
     assert [row[place] for row in timed_run.rows(runs, 8)] == ["1.12", "1.00", "3.00", "1.00", "2.00"]
 
@@ -177,13 +165,12 @@ def test_prompts_of_two_seeds_are_different_and_new_to_the_student():
 
 
 def test_what_is_run_again_replaces_and_the_rest_stays():
-    before = [{"name": "live", "seed": 0, "s": 9, "return": -1.0}, {"name": "live", "seed": 1, "s": 8}]
-    new = [{"name": "live", "seed": 0, "s": 7}, {"name": "offline", "seed": 0, "s": 2}]
-    assert merged(before, new, ("name", "seed")) == [
-        {"name": "live", "seed": 0, "s": 7, "return": -1.0},
-        {"name": "live", "seed": 1, "s": 8},
-        {"name": "offline", "seed": 0, "s": 2},
-    ]
+    def of(name, seed, s, **more):
+        return {"name": name, "seed": seed, "s": s, **more}
+
+    before = [of("live", 0, 9, note="a"), of("live", 1, 8)]
+    found = merged(before, [of("live", 0, 7), of("offline", 0, 2)], ("name", "seed"))
+    assert found == [of("live", 0, 7, note="a"), of("live", 1, 8), of("offline", 0, 2)]
 
 
 def test_the_decoder_pair_shares_words_and_the_teacher_is_larger(tmp_path):

@@ -7,6 +7,8 @@ import random
 
 import numpy as np
 import pytest
+from tokenizers.normalizers import Replace
+from tokenizers.processors import TemplateProcessing
 
 from ketchup_cache import open_cache
 from ketchup_cache.cli import main
@@ -104,21 +106,24 @@ def test_pretrain_rollout_score_learn_evaluate(tmp_path, capsys):
 
 def with_bos(tokenizer):
     """As Llama's and Gemma's: <s> before every text."""
-    from tokenizers.processors import TemplateProcessing
-
     tokenizer.add_special_tokens({"bos_token": "<s>"})
     bos = tokenizer.convert_tokens_to_ids("<s>")
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", bos)])
     return tokenizer
 
 
-def test_a_model_that_does_not_stop_where_its_tokenizer_ends_is_refused(tmp_path):
-    folder = save_decoder(tmp_path / "m", eos_token_id=7)
-    data = write_task(tmp_path / "d.jsonl", 6, 0)
+def test_what_can_not_be_used_is_refused_in_one_line(tmp_path):
+    """A model that does not stop where its tokenizer ends texts; a prompt of which the tokenizer makes nothing."""
+    folder, data = save_decoder(tmp_path / "m", eos_token_id=7), write_task(tmp_path / "d.jsonl", 6, 0)
     message = r"ends texts with '</s>' \(id 1\), at which the model does not stop"
     with pytest.raises(ModelError, match=message) as refused:
         pretrain(PretrainConfig(model=str(folder), out=tmp_path / "run", data=str(data), device="cpu"))
     assert "\n" not in str(refused.value)
+    tokenizer, options = make_decoder_tokenizer(), DataOptions(data=str(data))
+    tokenizer.backend_tokenizer.normalizer = Replace("the", "")
+    data.write_text('{"prompt": "the cat"}\n{"prompt": "the"}\n')
+    with pytest.raises(DataError, match=r"d\.jsonl: row 2: the tokenizer makes no token of this prompt"):
+        tokenize_prompts(read_examples(options), tokenizer, options)
 
 
 # --------------------------------------------------------------------------------------------------------- chat
@@ -176,10 +181,9 @@ def test_rollout_and_evaluate_ask_in_the_same_words(chat_model, tmp_path):
     texts = [tokenizer.decode(row, skip_special_tokens=True) for row in rollouts.completions]
     by_prompt = {cache.load_prompts(prompts_id).ids[p].tobytes().hex(): t for p, t in enumerate(texts)}
     assert {line["id"]: line["output"] for line in written} == by_prompt
-    without = evaluate(EvaluateConfig(model=chat_model, **common | {"chat": False, "system": "", "metrics": "exact"}))
-    assert without.examples == 6
     # the same texts without the chat are other prompts of the same cache
     plain = common | {"chat": False, "system": ""}
+    assert evaluate(EvaluateConfig(model=chat_model, metrics="exact", **plain)).examples == 6
     report = rollout(RolloutConfig(student=chat_model, cache=tmp_path / "cache", greedy=True, **plain))
     assert report.already_there == 0
     assert len(list(open_cache(tmp_path / "cache").manifests("prompts"))) == 2
@@ -232,15 +236,3 @@ def test_half_a_turn_is_not_an_option(tmp_path, capsys):
     ):
         assert main(["evaluate", "--model", "m", "--data", "d.jsonl", *words]) == 2
         assert message in capsys.readouterr().err
-
-
-def test_a_prompt_that_the_tokenizer_makes_nothing_of(tmp_path):
-    from tokenizers.normalizers import Replace
-
-    tokenizer = make_decoder_tokenizer()
-    tokenizer.backend_tokenizer.normalizer = Replace("the", "")
-    data = tmp_path / "d.jsonl"
-    data.write_text('{"prompt": "the cat"}\n{"prompt": "the"}\n')
-    options = DataOptions(data=str(data))
-    with pytest.raises(DataError, match=r"d\.jsonl: row 2: the tokenizer makes no token of this prompt"):
-        tokenize_prompts(read_examples(options), tokenizer, options)

@@ -80,10 +80,8 @@ def config(tmp_path):
         for name, outputs in (("ours", ours), ("theirs", theirs)):
             rows = [{"id": "0", "prompt": f"text {i}", "output": o, "target": None} for i, o in enumerate(outputs)]
             (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
-        options = {"answers": tmp_path / "answers.jsonl", "retries": 2, "timeout": 20} | options
-        return JudgeConfig(
-            system=tmp_path / "ours", baseline=tmp_path / "theirs", judge_model="m", base_url=server.url, **options
-        )
+        options = {"answers": tmp_path / "answers.jsonl", "retries": 2, "timeout": 20, "base_url": server.url} | options
+        return JudgeConfig(system=tmp_path / "ours", baseline=tmp_path / "theirs", judge_model="m", **options)
 
     return make
 
@@ -147,14 +145,11 @@ def test_busy_broken_and_cut_connections_are_tried_again(serve, config):
     assert len(server.texts) == 8 + 3
 
 
-@pytest.mark.parametrize(
-    ("reply", "message"),
-    [
-        ((401, {}, json.dumps({"error": {"message": SECRET}})), "HTTP 401"),
-        ((500, {}, ""), "HTTP 500"),
-        (None, "no connection"),
-    ],
-)
+FAILS = [((401, {}, json.dumps({"error": {"message": SECRET}})), "HTTP 401")]
+FAILS += [((500, {}, ""), "HTTP 500"), (None, "no connection")]
+
+
+@pytest.mark.parametrize(("reply", "message"), FAILS)
 def test_what_fails_for_good_is_one_line_without_the_key_and_keeps_answers(serve, config, capsys, reply, message):
     fair = prefers("good")
     server = serve(lambda text, number: fair(text, number) if number <= 5 else reply)
@@ -190,15 +185,14 @@ def test_identical_outputs_are_ties_and_a_subset_depends_on_the_seed(serve, conf
     assert result.aspects[0].win_rate == pytest.approx(250 / 3)
     chosen = []
     for seed in (0, 0, 1):
-        server = serve(prefers("good"))
-        answers = tmp_path / f"answers-{len(chosen)}"
+        server, answers = serve(prefers("good")), tmp_path / f"answers-{len(chosen)}"
         judge(config(server, ours=[f"good {i}" for i in range(40)], limit=5, seed=seed, answers=answers))
         chosen.append({re.search(r"text (\d+)", text)[1] for text in server.texts})
     assert chosen[0] == chosen[1] != chosen[2]
     assert {len(c) for c in chosen} == {5}
 
 
-def test_files_that_do_not_belong_together_are_refused(serve, config, tmp_path):
+def test_files_that_do_not_belong_together_and_no_endpoint_are_refused(serve, config, monkeypatch):
     asked = config(serve(prefers("good")))
     text = asked.baseline.read_text()
     for content, message in (
@@ -215,14 +209,11 @@ def test_files_that_do_not_belong_together_are_refused(serve, config, tmp_path):
     asked.answers.write_text('{"other": 1}\n')
     with pytest.raises(DataError, match="not an answer of a judge"):
         judge(asked)
-
-
-def test_no_endpoint(config, serve, monkeypatch):
-    asked = replace(config(serve(prefers("good"))), base_url=None)
-    monkeypatch.delenv("OPENAI_API_KEY")
-    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
+    asked.answers.unlink()
+    for name in ("OPENAI_API_KEY", "OPENAI_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
     with pytest.raises(ConfigError, match="no endpoint"):
-        judge(asked)
+        judge(replace(asked, base_url=None))
 
 
 @pytest.mark.parametrize(
@@ -247,12 +238,9 @@ def test_verdicts(answer, system_is_a, expected):
     assert verdict(answer, system_is_a) == expected
 
 
-def test_wilson_is_the_published_interval():
+def test_the_interval_is_the_published_one_and_every_question_names_its_aspect():
     assert wilson(0.5, 10) == pytest.approx((0.2366, 0.7634), abs=1e-4)
     assert wilson(1.0, 10) == pytest.approx((0.7225, 1.0), abs=1e-4)
-
-
-def test_every_question_names_its_aspect():
     for kind, aspect in itertools.product(("summary", "translation"), ("quality", "informativeness", "coherence")):
         assert all(kind in text and aspect in text for text, _ in queries(aspect, kind, "p", "x", "y"))
 

@@ -13,9 +13,10 @@ import urllib.request
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from examples.judge import JudgeConfig, judge
+from tests.helpers.models import wrap_tokenizer
 
 for module in ("openai", "fastapi", "uvicorn"):
     pytest.importorskip(module)
@@ -27,9 +28,8 @@ def save_chat_model(folder) -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     template = "{% for m in messages %}{{ m.content }}\n{% endfor %}"
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>", chat_template=template
-    ).save_pretrained(folder)
+    special = {"eos_token": "<eos>", "unk_token": None, "pad_token": "<pad>"}
+    wrap_tokenizer(tokenizer, **special, chat_template=template).save_pretrained(folder)
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = Qwen2Config(vocab_size=len(vocab), num_key_value_heads=2, eos_token_id=1, pad_token_id=0, **sizes)
@@ -56,15 +56,9 @@ def test_transformers_serve_answers_and_is_asked_once(tmp_path):
                 time.sleep(0.5)
         for name in ("x", "y"):
             (tmp_path / name).write_text(json.dumps({"prompt": "p", "output": name}) + "\n")
-        config = JudgeConfig(
-            system=tmp_path / "x",
-            baseline=tmp_path / "y",
-            judge_model=str(tmp_path / "model"),
-            base_url=f"http://127.0.0.1:{port}/v1",
-            answers=tmp_path / "answers",
-            judge_tokens=4,
-            concurrency=2,
-        )
+        asked = {"system": tmp_path / "x", "baseline": tmp_path / "y", "judge_model": str(tmp_path / "model")}
+        options = {"answers": tmp_path / "answers", "judge_tokens": 4, "concurrency": 2}
+        config = JudgeConfig(**asked, **options, base_url=f"http://127.0.0.1:{port}/v1")
         result = judge(config)
     finally:
         server.terminate()
