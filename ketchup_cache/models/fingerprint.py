@@ -112,11 +112,10 @@ def weight_entries(folder: Path) -> list[WeightEntry]:
     return entries
 
 
-def _weight_files(folder: Path) -> Iterator[Path]:
+def _weight_files(folder: Path) -> list[Path]:
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if single.is_file():
-        yield single
-        return
+        return [single]
     if not index.is_file():
         pickled = any(folder.glob("*.bin"))
         hint = "only pickled .bin ones, which can run code: convert them" if pickled else "save it with save_pretrained"
@@ -124,10 +123,10 @@ def _weight_files(folder: Path) -> Iterator[Path]:
     shards = read_json(index).get("weight_map")
     if not isinstance(shards, dict) or not all(isinstance(s, str) and Path(s).name == s for s in shards.values()):
         raise ModelError(f"{index}: is not an index of weight files beside it")
-    for shard in sorted(set(shards.values())):
-        if not (folder / shard).is_file():
-            raise ModelError(f"{folder / shard}: is missing; copy or download the model again")
-        yield folder / shard
+    files = [folder / shard for shard in sorted(set(shards.values()))]
+    if missing := [file for file in files if not file.is_file()]:
+        raise ModelError(f"{missing[0]}: is missing; copy or download the model again")
+    return files
 
 
 def _read_header(file: Path) -> Iterator[WeightEntry]:
@@ -161,20 +160,15 @@ def read_json(file: Path) -> dict[str, Any]:
 # --------------------------------------------------------------------------------------------------- tokenizers
 
 PROBES = (
-    "The cat sees 2 dogs, e.g. 48/2 = <<48/2=24>>24!",
-    " leading and trailing spaces ",
+    "The cat sees 2 dogs, e.g. 48/2 = <<48/2=24>>24!", " leading and trailing spaces ",
     "two  spaces\ttab\nnewline\r\nreturn\u00a0no-break\u3000wide",
-    "MiXeD CaSe ÀÉÎ straße ŒUVRE ﬁnal ﬀ",
-    "e\u0301 é Å ½ ² Ⅳ ™",
+    "MiXeD CaSe ÀÉÎ straße ŒUVRE ﬁnal ﬀ", "e\u0301 é Å ½ ² Ⅳ ™",
     "Die Vertreterin des Parlaments übernahm's – »ja«, „nein“ …",
     "日本語とカナ 한국어 中文 العربية עברית हिन्दी ไทย Ελληνικά Русский",
-    "👩‍👩‍👧 👍🏽 ∀x∈ℝ: x²≥0 € £ ¥",
-    "0123456789 3.14 1,000,000 -7 1e-5 50% #1 A+B @x _y",
-    "()[]{}<>|\\/~^`\"'`*&$;:?!",
-    "antidisestablishmentarianism supercalifragilistic unaffordable xqzjk",
-    "\u200b\ufeff\x00\x7f\u2028",
-    "",
-)
+    "👩‍👩‍👧 👍🏽 ∀x∈ℝ: x²≥0 € £ ¥", "0123456789 3.14 1,000,000 -7 1e-5 50% #1 A+B @x _y",
+    "()[]{}<>|\\/~^`\"'`*&$;:?!", "antidisestablishmentarianism supercalifragilistic unaffordable xqzjk",
+    "\u200b\ufeff\x00\x7f\u2028", "",
+)  # fmt: skip
 """Texts that normalisers, pre-tokenizers and post-processors are known to treat differently."""
 
 SPECIAL = ("eos_token_id", "pad_token_id", "unk_token_id")
@@ -200,15 +194,16 @@ def tokenizer_info(tokenizer: PreTrainedTokenizerBase, name: str) -> TokenizerIn
 def first_difference(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> str | None:
     """The first thing that two tokenizers encode differently, in words; None where nothing is found."""
 
-    def described(tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[str, Any]]:
+    def described(tokenizer: PreTrainedTokenizerBase) -> Iterator[Any]:
         words = {i: word for word, i in tokenizer.get_vocab().items()}
-        yield from ((f"id {i}", words.get(i)) for i in range(size))
-        yield from ((repr(text), tokenizer(text, add_special_tokens=True)["input_ids"]) for text in texts)
-        yield from ((special, getattr(tokenizer, special)) for special in SPECIAL)
+        yield from map(words.get, range(size))
+        yield from tokenizer(texts, add_special_tokens=True)["input_ids"]
+        yield from (getattr(tokenizer, special) for special in SPECIAL)
 
     size = max(max(tokenizer.get_vocab().values()) for tokenizer in (one, other)) + 1
     texts = _probe_texts(one)
-    for (name, mine), (_, theirs) in zip(described(one), described(other), strict=True):
+    names = [*(f"id {i}" for i in range(size)), *map(repr, texts), *SPECIAL]
+    for name, mine, theirs in zip(names, described(one), described(other), strict=True):
         if mine != theirs:
             return f"{name} is {mine!r} in one and {theirs!r} in the other"
     return None

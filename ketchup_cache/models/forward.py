@@ -199,10 +199,9 @@ def check_positions(model: PreTrainedModel, longest: int) -> None:
     config = model.config.get_text_config(decoder=True)
     known = getattr(config, "max_position_embeddings", None)
     if known is not None and getattr(config, "rope_parameters", None) is None and longest > known:
-        raise DataError(
-            f"a prompt and its completion have {longest:,} tokens, but {model_name(model)} only {known:,} positions: "
-            "lower --max-prompt-tokens (with --long-prompts truncate or drop) or --max-new-tokens"
-        )
+        what = f"a prompt and its completion have {longest:,} tokens, but {model_name(model)} only {known:,} positions"
+        todo = "lower --max-prompt-tokens (with --long-prompts truncate or drop) or --max-new-tokens"
+        raise DataError(f"{what}: {todo}")
 
 
 def decoder_start(model: PreTrainedModel) -> int:

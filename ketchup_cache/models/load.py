@@ -70,9 +70,8 @@ def resolve_folder(name: str) -> Path:
         with quiet():
             return Path(snapshot_download(name, allow_patterns=SNAPSHOT_FILES))
     except Exception as error:  # the Hub's errors have no common base: HTTP, offline mode, name, disk
-        raise ModelError(
-            f"{name}: no such folder, and the Hugging Face Hub does not give it ({one_line(error)})"
-        ) from error
+        what = f"no such folder, and the Hugging Face Hub does not give it ({one_line(error)})"
+        raise ModelError(f"{name}: {what}") from error
 
 
 def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -92,10 +91,9 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedT
         raise ModelError(f"{name}: its tokenizer has no end-of-sequence token (eos_token); completions would never end")
     ends = tokenizer("a")["input_ids"][-1:] == [tokenizer.eos_token_id] and (folder / "config.json").is_file()
     if ends and not is_encoder_decoder(name, trust_remote_code=trust_remote_code):
-        raise ModelError(
-            f"{name}: its tokenizer ends every text with {tokenizer.eos_token!r}, but a decoder-only model goes on "
-            "from its prompt: set add_eos_token to false in tokenizer_config.json (or change its post-processor)"
-        )
+        what = f"ends every text with {tokenizer.eos_token!r}, but a decoder-only model goes on from its prompt"
+        todo = "set add_eos_token to false in tokenizer_config.json (or change its post-processor)"
+        raise ModelError(f"{name}: its tokenizer {what}: {todo}")
     return tokenizer
 
 
@@ -139,7 +137,7 @@ def load_model(
     folder = resolve_folder(name)
     raw_config, entries = read_json(folder / "config.json"), weight_entries(folder)
     trust = {"trust_remote_code": trust_remote_code}
-    local = {"use_safetensors": True, "local_files_only": True, "output_loading_info": True, **trust}
+    options = {"dtype": DTYPES[dtype], "device_map": device_map, "local_files_only": True, **trust}
     with _loading(name):
         config = AutoConfig.from_pretrained(folder, local_files_only=True, **trust)
         kind = _kind(name, config)
@@ -149,9 +147,8 @@ def load_model(
         for entry in entries:
             if entry.shape != (expected := shapes.get(entry.name, entry.shape)):
                 raise ModelError(f"{name}: {entry.name} has shape {entry.shape}, but config.json makes it {expected}")
-        model, loading = kind.from_pretrained(
-            folder, config=config, dtype=DTYPES[dtype], device_map=device_map, **local
-        )
+        options |= {"config": config, "use_safetensors": True, "output_loading_info": True}
+        model, loading = kind.from_pretrained(folder, **options)
     _refuse_incomplete(name, model, loading)
     _refuse_silently_tied(name, model, raw_config, {entry.name for entry in entries})
     if any(parameter.is_meta for parameter in model.parameters()):
@@ -206,9 +203,8 @@ def _kind(name: str, config: PreTrainedConfig) -> type[AutoModelForCausalLM] | t
     """What loads it. Raises ModelError for a model that does not write text."""
     kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     if type(config) not in kind._model_mapping and kind.__name__ not in (getattr(config, "auto_map", None) or {}):
-        raise ModelError(
-            f"{name}: {config.model_type} is not a language model that writes text (T5, Qwen2 and the like)"
-        )
+        what = "is not a language model that writes text (T5, Qwen2 and the like)"
+        raise ModelError(f"{name}: {config.model_type} {what}")
     return kind
 
 

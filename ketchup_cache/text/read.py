@@ -36,6 +36,7 @@ Record = dict[str, Any]
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(:[\w.-]+)?")
 FILE_SUFFIX = re.compile(r"\.[A-Za-z]+$")
 """What marks a name as a file's; a version at the end of a dataset's name (`owner/name-1.5`) does not."""
+JSONL = (".jsonl", ".jsonl.gz")
 SUFFIXES = ".jsonl, .jsonl.gz, .csv or .parquet"
 
 
@@ -48,7 +49,7 @@ def read_examples(options: DataOptions, *, need_target: bool = False) -> list[Ex
     sources = {name: (name, "--template") for _, name in template if name}
     sources["prompt"] = (options.prompt_field, "--prompt-field")
     columns = [options.target_field, *(column for column, _ in sources.values())]
-    unit = "line" if _is_jsonl(options.data) else "row"
+    unit = "line" if options.data.lower().endswith(JSONL) else "row"
     stop = options.skip + options.limit if options.limit else None
     examples = []
     with _quiet(), tempfile.TemporaryDirectory() as locks:
@@ -116,10 +117,8 @@ def _records(options: DataOptions, columns: Iterable[str], locks: str) -> Iterat
     data = options.data
     if _is_hub_name(data):
         name, _, config = data.partition(":")
-        failure = (
-            f"{data}: no such file, and the Hugging Face Hub does not give split {options.split!r} of such a dataset"
-        )
-        yield from enumerate(_rows(failure, name, config or None, split=options.split), start=1)
+        failure = f"no such file, and the Hugging Face Hub does not give split {options.split!r} of such a dataset"
+        yield from enumerate(_rows(f"{data}: {failure}", name, config or None, split=options.split), start=1)
         return
     if "://" in data:
         public = re.sub(r"(?<=://)[^/@]*@", "", data)  # without user name and password
@@ -134,7 +133,7 @@ def _records(options: DataOptions, columns: Iterable[str], locks: str) -> Iterat
         raise DataError(f"{data}: is empty")
     path, name = glob.escape(str(file.resolve())), file.name.lower()
     read = partial(_rows, f"{data}: can't be read", data_files=path, split="train", streaming=True, cache_dir=locks)
-    if _is_jsonl(name):
+    if name.endswith(JSONL):
         for row, line in enumerate(read("text", encoding="utf-8-sig"), start=1):
             if line["text"].strip():
                 yield row, _parsed(line["text"], f"{data}: line {row}")
@@ -148,10 +147,6 @@ def _records(options: DataOptions, columns: Iterable[str], locks: str) -> Iterat
         yield from enumerate(read("parquet", batch_size=4096), start=1)
     else:
         raise DataError(f"{data}: unknown kind of file; give a {SUFFIXES} file")
-
-
-def _is_jsonl(data: str) -> bool:
-    return data.lower().endswith((".jsonl", ".jsonl.gz"))
 
 
 def _is_hub_name(data: str) -> bool:

@@ -131,12 +131,12 @@ def test_numbers_that_are_none_name_their_row(poison):
 
 
 def test_a_state_after_the_end_is_checked_too(monkeypatch):
-    def spoiled(model, batch, *, next_state):
+    def spoiled(model, batch, next_state):
         states, next_states = states_and_next(model, batch, next_state)
         next_states[-1] = float("nan")
         return states, next_states
 
-    monkeypatch.setattr("ketchup_cache.scoring.teacher.completion_states", spoiled)
+    monkeypatch.setattr("ketchup_cache.scoring.teacher.states_and_next", spoiled)
     rollouts = make_rollouts([0, 0, 0], [[7, 8], [7, 9], [7, 1]], [False, False, True])
     with pytest.raises(NumericsError, match="rollout row 1"):
         TEACHERS["1.1"].score(Ragged.from_rows([[5, 1]], np.int32), rollouts, batch_tokens=1000)
