@@ -68,7 +68,7 @@ def shipped(name: str, prompts: int) -> list[Part]:
         for ref in cache.scored():
             part = cache.load_scored(ref)
             rollouts = part.rollouts
-            head = Head.of(model, part.scores.top)
+            head = Head.of(model, part.scores.keep_top)
             batch = Batch(part.prompts.tokens, rollouts.prompt_index, rollouts.completions)
             with torch.no_grad():
                 logits = head.logits(completion_states(model, batch))

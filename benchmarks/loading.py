@@ -35,7 +35,7 @@ def decoded_bytes(folder: Path) -> int:
     arrays = [part.prompts.ids, part.prompts.tokens.values, part.prompts.tokens.offsets]
     arrays += [part.rollouts.completions.values, part.rollouts.completions.offsets]
     arrays += [part.rollouts.prompt_index, part.rollouts.behavior_logprob, part.rollouts.forced]
-    return sum(array.nbytes for array in [*arrays, *vars(part.scores).values()])
+    return sum(array.nbytes for array in [*arrays, *part.scores.per_token().values(), part.scores.final_max_q])
 
 
 def stream_all(folder: Path) -> dict[str, float]:
@@ -68,7 +68,8 @@ def stream_all(folder: Path) -> dict[str, float]:
 def plain_files(folder: Path, repeats: int = 5) -> float:
     """Completion tokens per second of np.load of one segment's arrays."""
     part = sample(0, 10_480)
-    arrays = {**vars(part.scores), "behavior": part.rollouts.behavior_logprob, "ids": part.rollouts.completions.values}
+    arrays = part.scores.per_token() | {"final_max_q": part.scores.final_max_q}
+    arrays |= {"behavior": part.rollouts.behavior_logprob, "ids": part.rollouts.completions.values}
     arrays |= {"prompts": part.prompts.tokens.values}
     for name, array in arrays.items():
         np.save(folder / f"{name}.npy", array)

@@ -121,7 +121,7 @@ def learn(config: LearnConfig) -> LearnReport:
             return metrics.model_dump(), _note(metrics)
 
         lines = run.train(learner, source.steps, step, source.state)
-        times: dict[str, Any] = {name: sum(line[name] for line in lines) for name in TIMES}
+        times: dict[str, Any] = {name: sum(line.get(name, 0) for line in lines) for name in TIMES}
         times["load_s"] += round(load_s, 4)
         skipped = sum(line["action_tokens"] == 0 for line in lines)
         done = run.resumed, run.seconds, state_fingerprint(model)
