@@ -18,7 +18,7 @@ from ketchup_cache.cache.cache import Cache
 from ketchup_cache.cache.inspect import verify
 from ketchup_cache.errors import NumericsError
 from ketchup_cache.types import PER_TOKEN, Scores, TopLogits
-from tests.cache.test_hostile import forge, refused, replaced
+from tests.helpers.hostile import forge, refused, replaced
 from tests.helpers.segments import VOCAB, fill, make_rollouts, make_scores, scores_of
 
 

@@ -16,7 +16,7 @@ from ketchup_cache.cache.cache import Cache
 from ketchup_cache.cache.inspect import describe, verify
 from ketchup_cache.errors import CacheError, CorruptError, KetchupError, NumericsError
 from ketchup_cache.types import Scores
-from tests.cache.test_hostile import both, forge, refused, removed, replaced, said
+from tests.helpers.hostile import both, forge, refused, removed, replaced, said
 from tests.helpers.segments import VOCAB, fill, fingerprint, make_rollouts, same, scores_of
 
 NAN, INF = np.float32("nan"), np.float32("inf")

@@ -11,7 +11,7 @@ import pytest
 from ketchup_cache import open_cache
 from ketchup_cache.errors import WriteError
 from ketchup_cache.sharing import remote_cache as view
-from tests.cache.test_hostile import HOSTILE
+from tests.helpers.hostile import HOSTILE
 from tests.helpers.segments import add_prompts, exit_code, in_child
 from tests.helpers.stores import KEYS, kill_copies
 from tests.helpers.trust import ERRORS, fail_every_step, flips, kill_clean, kill_writers, write_at_once
