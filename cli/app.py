@@ -40,7 +40,7 @@ GONE_COMMANDS = {
     "compact": "ketchup-cache score --storage float16",
     "diff": "ketchup-cache info CACHE OTHER",
     "gc": "ketchup-cache verify CACHE --clean",
-    "judge": "examples/judge.py of the repository",
+    "judge": "python examples/judge.py",
     "ls": "ketchup-cache info CACHE",
 }
 GONE_OPTIONS = {
