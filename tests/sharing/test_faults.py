@@ -70,8 +70,8 @@ def test_killed_merges_lose_nothing(big, tmp_path):
     other, ours = (open_cache(tmp_path / name, create=True) for name in ("other", "ours"))
     fill(other)
     kept, hit = set(fill(ours)), 0
-    for _ in range(KILLS):
-        hit += killed(lambda: merge([big.path, other.path], ours.path), 0.1)
+    for round_ in range(KILLS):  # the first is killed at once: on a quick machine a merge may end before the others
+        hit += killed(lambda: merge([big.path, other.path], ours.path), 0.1 * (round_ > 0))
         assert verify(open_cache(ours.path)).ok
         assert kept <= set(open_cache(ours.path).segment_ids())
         assert main(["verify", str(ours.path), "--clean", "--older-than", "0"]) == 0
