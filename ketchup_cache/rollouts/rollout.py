@@ -1,24 +1,31 @@
 """`rollout`: prompts into the cache, and completions of them sampled from a policy, a segment at a time.
 
-A rollouts segment depends only on the policy, its prompts, the sampling settings and the batch size. So a run that was
-killed goes on where it stopped, to the same rollouts, and what a cache already holds is never sampled again.
+Rollouts depend only on the policy, their prompts, the sampling settings and the batch size. So a run that was killed
+goes on where it stopped, to the same rollouts, and what a cache already holds is never sampled again.
+
+A segment is committed when 262,144 completion tokens are sampled, so that a cache of millions of rollouts has few
+segments; the last one of a prompts segment, of a run or of a refresh may be smaller. What is not committed is lost when
+the run is killed: less than 262,144 tokens, and the up to 4,096 rollouts that are being sampled. `rollout` also commits
+once five minutes have passed, so that a slow machine loses five minutes and those 4,096 rollouts at most. A refresh of
+`learn` does not, since the order of training follows the segments and must not depend on the machine's speed.
 """
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 
 import numpy as np
 from transformers import PreTrainedModel
 
 from ketchup_cache.cache.cache import Cache
+from ketchup_cache.cache.index import gaps
 from ketchup_cache.cache.manifest import PromptsInfo, RolloutsInfo
 from ketchup_cache.config.commands import RolloutConfig
 from ketchup_cache.config.options import SamplingOptions
-from ketchup_cache.console import Bar, Report, progress
+from ketchup_cache.console import Report, progress
 from ketchup_cache.models.fingerprint import tokenizer_info, weights_fingerprint
 from ketchup_cache.models.load import load_model, load_tokenizer, resolve_folder
 from ketchup_cache.provenance import DataInfo, PolicyInfo, Sampling, TokenizerInfo, require_same_tokenizer
@@ -27,16 +34,20 @@ from ketchup_cache.rollouts.sample import sample_completions
 from ketchup_cache.sharing.remote_cache import open_cache
 from ketchup_cache.text.prompts import as_chat, kept_examples, tokenize_prompts, without_duplicates
 from ketchup_cache.text.read import data_info, read_examples
-from ketchup_cache.types import Prompts, Ragged
+from ketchup_cache.types import Prompts, Ragged, Rollouts
 
-Chunk = tuple[str, int, int]
-"""Prompts start..stop of the prompts segment with this id."""
+Range = tuple[str, int, int]
+"""Prompts start..stop of the prompts segment with this id, or of the rollouts segment with it."""
 
 PROMPTS_PER_SEGMENT = 2**16
 PROMPT_TOKENS_PER_SEGMENT = 2**22
-ROLLOUTS_PER_SEGMENT = 2**12
-ROLLOUT_TOKENS_PER_SEGMENT = 2**18
-"""Completions of a segment at most, and their longest possible tokens: what a killed run has to do again at most."""
+ROLLOUTS_AT_ONCE = 2**12
+TOKENS_AT_ONCE = 2**18
+"""Completions that are sampled between two commits at least, and their longest possible tokens: the smaller of both."""
+TOKENS_PER_SEGMENT = 2**18
+"""Completion tokens of a rollouts segment, at least."""
+SECONDS_PER_SEGMENT = 300.0
+"""After which `rollout` commits fewer tokens."""
 
 
 @dataclass(frozen=True)
@@ -89,38 +100,29 @@ def rollout(config: RolloutConfig) -> RolloutReport:
     info = tokenizer_info(tokenizer, config.student)
     prompts = tokenize_prompts(examples, tokenizer, config)
     policy = PolicyInfo(name=config.student, fingerprint=weights_fingerprint(resolve_folder(config.student)))
-    sampling = sampling_of(config)
     calculator = Calculator(tokenizer, config.student) if config.calculator else None
 
     cache = open_cache(config.cache, create=True)
     data = data_info(kept_examples(examples, prompts), config, tokenizer)
-    chunks: list[Chunk] = []
+    wanted: list[Range] = []
     left = config.first or len(prompts)
     for prompts_id in ensure_prompts(cache, prompts, data, info):
-        rows = min(left, cache.manifest(prompts_id).rows)
-        chunks += [(prompts_id, start, stop) for start, stop in rollout_chunks(rows, sampling)]
-        left -= rows
-    held = held_rollouts(cache, policy, sampling)
-    missing = [chunk for chunk in chunks if chunk not in held]
-    new = sum(stop - start for _, start, stop in missing) * sampling.samples
-    if missing:
-        model = load_model(config.student, device=config.device, trust_remote_code=config.trust_remote_code)
-        sampled = partial(rollout_range, cache, model, policy, info, batch=config.rollout_batch, calculator=calculator)
-        with progress("rollouts", new, "rollouts") as bar:
-            held |= {chunk: sampled(chunk, sampling, bar=bar) for chunk in missing}
+        wanted.append((prompts_id, 0, min(left, cache.manifest(prompts_id).rows)))
+        left -= wanted[-1][2]
+
+    def load() -> PreTrainedModel:
+        return load_model(config.student, device=config.device, trust_remote_code=config.trust_remote_code)
+
+    held, new = ensure_rollouts(cache, wanted, load, policy, info, config, calculator, seconds=SECONDS_PER_SEGMENT)
     rows = tokens = finished = 0
-    for chunk in chunks:
-        rollouts = cache.load_rollouts(held[chunk])
-        rows += len(rollouts)
-        tokens += len(rollouts.completions.values)
-        finished += int(rollouts.finished.sum())
+    for rollouts_id, start, stop in held:
+        rollouts = cache.load_rollouts(rollouts_id)
+        inside = (start <= rollouts.prompt_index) & (rollouts.prompt_index < stop)
+        rows += int(inside.sum())
+        tokens += int(rollouts.completions.lengths[inside].sum())
+        finished += int(rollouts.finished[inside].sum())
     duplicates, too_long, seconds = len(given) - len(examples), len(examples) - len(prompts), time.monotonic() - began
     return RolloutReport(len(prompts), duplicates, too_long, rows, tokens, finished, rows - new, seconds)
-
-
-def sampling_of(options: SamplingOptions) -> Sampling:
-    """The part of the options that decides which completions are drawn."""
-    return Sampling(**{name: getattr(options, name) for name in Sampling.model_fields})
 
 
 # ----------------------------------------------------------------------------------------------------------- prompts
@@ -131,27 +133,26 @@ def ensure_prompts(cache: Cache, prompts: Prompts, data: DataInfo, tokenizer: To
 
     Raises MismatchError for a cache of another tokenizer, and the errors of `Cache.commit_prompts`.
     """
-    for _, manifest in cache.manifests("prompts"):
+    held = [(id_, m.info) for id_, m in cache.manifests("prompts") if isinstance(m.info, PromptsInfo)]
+    for _, info in held:
         what = f"{cache.path} was made with another tokenizer; use another --cache"
-        require_same_tokenizer(tokenizer, manifest.info.tokenizer, what)
+        require_same_tokenizer(tokenizer, info.tokenizer, what)
     ids = []
     for start, stop in _prompt_chunks(prompts.tokens):
         part = Prompts(prompts.ids[start:stop], prompts.tokens.slice(start, stop))
-        info = PromptsInfo(tokenizer=tokenizer, data=data, start=start)
-        ids.append(_find_prompts(cache, part, info) or cache.commit_prompts(part, info))
+        same = (
+            id_ for id_, info in held
+            if (info.data.fingerprint, info.start) == (data.fingerprint, start)
+            # the same texts may have been cut at another length
+            and _equal(cache.load_prompts(id_).tokens, part.tokens)
+        )  # fmt: skip
+        new = PromptsInfo(tokenizer=tokenizer, data=data, start=start)
+        ids.append(next(same, None) or cache.commit_prompts(part, new))
     return ids
 
 
-def _find_prompts(cache: Cache, prompts: Prompts, wanted: PromptsInfo) -> str | None:
-    for prompts_id, manifest in cache.manifests("prompts"):
-        info = manifest.info
-        assert isinstance(info, PromptsInfo)
-        if (info.data.fingerprint, info.start) == (wanted.data.fingerprint, wanted.start):
-            # the same texts may have been cut at another length
-            held, own = cache.load_prompts(prompts_id).tokens, prompts.tokens
-            if np.array_equal(held.offsets, own.offsets) and np.array_equal(held.values, own.values):
-                return prompts_id
-    return None
+def _equal(one: Ragged, other: Ragged) -> bool:
+    return np.array_equal(one.offsets, other.offsets) and np.array_equal(one.values, other.values)
 
 
 def _prompt_chunks(tokens: Ragged) -> Iterator[tuple[int, int]]:
@@ -167,50 +168,69 @@ def _prompt_chunks(tokens: Ragged) -> Iterator[tuple[int, int]]:
 # ---------------------------------------------------------------------------------------------------------- rollouts
 
 
-def rollout_chunks(prompts: int, sampling: Sampling) -> Iterator[tuple[int, int]]:
-    """(start, stop) of the prompts whose rollouts make one segment. Independent of the batch size."""
-    rollouts = min(ROLLOUTS_PER_SEGMENT, ROLLOUT_TOKENS_PER_SEGMENT // sampling.max_new_tokens)
-    at_once = max(1, rollouts // sampling.samples)
-    return ((start, min(start + at_once, prompts)) for start in range(0, prompts, at_once))
-
-
-def held_rollouts(cache: Cache, policy: PolicyInfo, sampling: Sampling) -> dict[Chunk, str]:
-    """Ids of the segments that hold rollouts of exactly this policy and sampling, by the prompts they are of."""
-    held: dict[Chunk, str] = {}
-    for rollouts_id, info in cache.rollouts():
-        if info.policy.fingerprint == policy.fingerprint and info.sampling == sampling:
-            held.setdefault((info.prompts, info.prompt_start, info.prompt_stop), rollouts_id)
-    return held
-
-
-def rollout_range(
+def ensure_rollouts(
     cache: Cache,
-    model: PreTrainedModel,
+    wanted: Iterable[Range],
+    load: Callable[[], PreTrainedModel],
     policy: PolicyInfo,
     tokenizer: TokenizerInfo,
-    chunk: Chunk,
-    sampling: Sampling,
-    *,
-    batch: int,
-    calculator: Calculator | None = None,
-    bar: Bar | None = None,
-) -> str:
-    """Id of the segment with the rollouts of these prompts, sampled if it is not there yet.
+    options: SamplingOptions,
+    calculator: Calculator | None,
+    seconds: float = math.inf,
+) -> tuple[list[Range], int]:
+    """Sample rollouts of these prompts, as far as they are not there yet. Returns where they are (rollouts segment, and
+    the prompts of it that are wanted, each prompt once, in the order of `wanted`), and how many are new.
 
-    policy: what `model` is. batch: completions generated at once. calculator: of the tokenizer, for sampling with it.
-    bar: advances by the number of new ones.
+    load: gives the policy's model; called if rollouts are missing. policy: what it is. calculator: of the tokenizer,
+    for sampling with it. seconds: after which a segment with fewer tokens is committed.
     Raises the errors of `sample_completions` and `Cache.commit_rollouts`.
     """
-    if found := held_rollouts(cache, policy, sampling).get(chunk):
-        return found
-    prompts_id, start, stop = chunk
-    parent = cache.manifest(prompts_id).info
-    assert isinstance(parent, PromptsInfo)
-    prompts, first = cache.load_prompts(prompts_id).tokens.slice(start, stop), parent.start + start
-    place = {"prompts": prompts_id, "prompt_start": start, "prompt_stop": stop}
-    info = RolloutsInfo(**place, policy=policy, tokenizer=tokenizer, sampling=sampling)
-    told, size = bar.advance if bar else None, tokenizer.vocab_size
-    sampled = sample_completions(
-        model, size, prompts, sampling, first_prompt=first, batch=batch, calculator=calculator, on_batch=told
-    )
-    return cache.commit_rollouts(replace(sampled, prompt_index=sampled.prompt_index + start), info)
+    # the part of the options that decides which completions are drawn
+    sampling = Sampling(**{name: getattr(options, name) for name in Sampling.model_fields})
+    held, missing = _held(cache, wanted, policy, sampling)
+    if not missing:
+        return held, 0
+    new = sum(stop - start for _, start, stop in missing) * sampling.samples
+    # independent of the batch size, so that after running out of memory a smaller batch goes on
+    at_once = max(1, min(ROLLOUTS_AT_ONCE, TOKENS_AT_ONCE // sampling.max_new_tokens) // sampling.samples)
+    made_by = {"policy": policy, "tokenizer": tokenizer, "sampling": sampling}
+    with progress("rollouts", new, "rollouts") as bar:
+        model = load()
+        for prompts_id, begin, end in missing:
+            parent, prompts = cache.manifest(prompts_id).info, cache.load_prompts(prompts_id).tokens
+            assert isinstance(parent, PromptsInfo)
+            waiting: list[Rollouts] = []
+            began = time.monotonic()
+            for start in range(begin, end, at_once):
+                stop, first = min(start + at_once, end), parent.start + start
+                part = sample_completions(
+                    model, tokenizer.vocab_size, prompts.slice(start, stop), sampling, first_prompt=first,
+                    batch=options.rollout_batch, calculator=calculator, on_batch=bar.advance,
+                )  # fmt: skip
+                waiting.append(replace(part, prompt_index=part.prompt_index + start))
+                tokens = sum(len(rollouts.completions.values) for rollouts in waiting)
+                if stop == end or tokens >= TOKENS_PER_SEGMENT or time.monotonic() - began >= seconds:
+                    info = RolloutsInfo(prompts=prompts_id, prompt_start=begin, prompt_stop=stop, **made_by)
+                    cache.commit_rollouts(Rollouts.concatenate(waiting), info)
+                    waiting, begin, began = [], stop, time.monotonic()
+    return _held(cache, wanted, policy, sampling)[0], new
+
+
+def _held(
+    cache: Cache, wanted: Iterable[Range], policy: PolicyInfo, sampling: Sampling
+) -> tuple[list[Range], list[Range]]:
+    """Which rollouts segments hold these prompts for exactly this policy and sampling, and the prompts none holds."""
+    segments = [
+        (id_, info) for id_, info in cache.rollouts()
+        if info.policy.fingerprint == policy.fingerprint and info.sampling == sampling
+    ]  # fmt: skip
+    held, missing = [], []
+    for prompts_id, start, stop in wanted:
+        covered: list[tuple[int, int, str]] = []
+        for id_, info in segments:
+            if info.prompts == prompts_id:
+                inside = max(start, info.prompt_start), min(stop, info.prompt_stop)
+                covered += [(*part, id_) for part in gaps(*inside, [part[:2] for part in covered])]
+        held += [(id_, first, last) for first, last, id_ in sorted(covered)]
+        missing += [(prompts_id, *part) for part in gaps(start, stop, [part[:2] for part in covered])]
+    return held, missing

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,13 +15,12 @@ from ketchup_cache.cache.cache import Cache
 from ketchup_cache.cache.index import ScoredRef
 from ketchup_cache.config.commands import LearnConfig
 from ketchup_cache.config.methods import METHODS
-from ketchup_cache.console import progress
 from ketchup_cache.errors import CacheError
 from ketchup_cache.models.fingerprint import state_fingerprint, weights_fingerprint
 from ketchup_cache.models.load import resolve_folder
 from ketchup_cache.provenance import PolicyInfo, TokenizerInfo, in_precision
 from ketchup_cache.rollouts.calculator import Calculator
-from ketchup_cache.rollouts.rollout import rollout_chunks, rollout_range, sampling_of
+from ketchup_cache.rollouts.rollout import ensure_rollouts
 from ketchup_cache.training.batches import Stream, concatenate, seed_of
 from ketchup_cache.types import ScoredRollouts
 
@@ -152,16 +150,9 @@ class OnPolicy(Offline):
 
     def _sample(self, phase: int, policy: PolicyInfo, model: PreTrainedModel) -> list[str]:
         # a prompt that comes again in a later phase must not be met with the same random numbers
-        sampling = sampling_of(self._config).model_copy(update={"seed": seed_of(phase, self._config.seed)})
-        rollout = partial(rollout_range, self._cache, model, policy, self._tokenizer)
-        options: dict[str, Any] = {"batch": self._config.rollout_batch, "calculator": self._calculator}
-        ranges = self._next_prompts(phase)
-        with progress("rollouts", sum(stop - start for _, start, stop in ranges) * sampling.samples, "rollouts") as bar:
-            return [
-                rollout((prompts_id, start + first, start + last), sampling, bar=bar, **options)
-                for prompts_id, start, stop in ranges
-                for first, last in rollout_chunks(stop - start, sampling)
-            ]
+        options = self._config.model_copy(update={"seed": seed_of(phase, self._config.seed)})
+        given = self._cache, self._next_prompts(phase), lambda: model, policy, self._tokenizer, options
+        return list(dict.fromkeys(id_ for id_, _, _ in ensure_rollouts(*given, self._calculator)[0]))
 
     def _take(self, rollout_ids: Sequence[str]) -> float:
         """Have these rollouts scored, and learn from them; returns the seconds that reading the teacher took."""

@@ -18,13 +18,13 @@ from ketchup_cache.errors import DataError, MismatchError, ModelError
 from ketchup_cache.models.fingerprint import weights_fingerprint
 from ketchup_cache.provenance import PolicyInfo, Sampling
 from ketchup_cache.rollouts import rollout as rollout_module
-from ketchup_cache.rollouts.rollout import rollout, rollout_chunks, rollout_range, sampling_of
+from ketchup_cache.rollouts.rollout import ensure_rollouts, rollout
 from ketchup_cache.text.read import read_examples
 from ketchup_cache.types import Rollouts
 from tests.helpers.models import WORDS, make_t5, make_tokenizer, save_model, write_prompts
 from tests.helpers.oracle import assert_same_rollouts, plain_logits, rows_of
 
-SMALL = {"ROLLOUTS_PER_SEGMENT": 8, "PROMPTS_PER_SEGMENT": 10, "PROMPT_TOKENS_PER_SEGMENT": 60}
+SMALL = {"ROLLOUTS_AT_ONCE": 4, "TOKENS_PER_SEGMENT": 50, "PROMPTS_PER_SEGMENT": 10, "PROMPT_TOKENS_PER_SEGMENT": 60}
 
 
 @pytest.fixture(autouse=True)
@@ -64,6 +64,16 @@ def contents(cache: Cache) -> dict[tuple[bytes, ...], Rollouts]:
     return found
 
 
+def rows_by_prompt(cache: Cache) -> dict[bytes, list[bytes]]:
+    """Completions of every prompt, which is sampled once."""
+    found: dict[bytes, list[bytes]] = {}
+    for key, rollouts in contents(cache).items():
+        assert not found.keys() & key
+        for row, completion in enumerate(rollouts.completions):
+            found.setdefault(key[row // 2], []).append(completion.tobytes())
+    return found
+
+
 def ids_in(cache: Cache) -> set[str]:
     return {id_ for id_, _ in cache.manifests()}
 
@@ -92,7 +102,8 @@ def test_every_prompt_gets_its_samples(tmp_path, student):
     rows = {}
     for id_, manifest in cache.manifests("rollouts"):
         rollouts, parent, info = cache.load_rollouts(id_), cache.load_prompts(manifest.info.prompts), manifest.info
-        assert len(rollouts) <= 8
+        assert manifest.tokens >= 50 or info.prompt_stop == len(parent)
+        assert rollouts.completions.lengths[:-4].sum() < 50  # committed as soon as there are enough
         assert info.policy == PolicyInfo(name=str(student), fingerprint=weights_fingerprint(student))
         assert info.sampling == Sampling(samples=2, max_new_tokens=6)
         for prompt, completion, _ in rows_of(rollouts):
@@ -135,7 +146,7 @@ def test_seeds_follow_the_place_in_the_data(tmp_path, student, monkeypatch):
     rollout(make_config(tmp_path, student, prompts=23))
     segments = open_cache(tmp_path / "cache").manifests("prompts")
     assert len(segments) > 2
-    assert places == [m.info.start + place for _, m in segments for place in range(0, m.rows, 4)]
+    assert places == [m.info.start + place for _, m in segments for place in range(0, m.rows, 2)]
 
 
 def test_nothing_is_done_twice(tmp_path, student, monkeypatch):
@@ -239,21 +250,34 @@ def test_ranges_of_prompts_as_the_learner_asks_for_them(tmp_path, student):
     prompts_id, _ = cache.manifests("prompts")[-1]
     info = cache.manifests("rollouts")[0][1].info
     policy = info.policy.model_copy(update={"name": "run", "step": 7, "fingerprint": "0" * 64})
-    arguments = (cache, model, policy, info.tokenizer, (prompts_id, 1, 3), sampling_of(config))
-    new = rollout_range(*arguments, batch=4)
+
+    def ensure(*wanted: tuple[int, int]):
+        ranges = [(prompts_id, *some) for some in wanted]
+        return ensure_rollouts(cache, ranges, lambda: model, policy, info.tokenizer, config, None)
+
+    ((new, *prompts),), sampled = ensure((1, 3))
+    assert (prompts, sampled) == ([1, 3], 4)
     assert cache.manifest(new).info.policy == policy
     assert cache.load_rollouts(new).prompt_index.tolist() == [1, 1, 2, 2]
-    assert rollout_range(*arguments, batch=4) == new
+    assert ensure((1, 3)) == ([(new, 1, 3)], 0)
+    held, sampled = ensure((2, 4), (0, 2))  # at the end, from the start
+    assert (held[0], held[3], [some[1:] for some in held], sampled) == (
+        (new, 2, 3), (new, 1, 2), [(2, 3), (3, 4), (0, 1), (1, 2)], 4
+    )  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("samples", "max_new_tokens", "at_once"),
-    [(1, 64, 4096), (4, 64, 1024), (3, 64, 1365), (1, 300, 873), (5000, 64, 1)],
-)
-def test_segments_are_small_enough_to_lose(monkeypatch, samples, max_new_tokens, at_once):
+def test_a_segment_holds_256k_tokens_unless_that_takes_too_long(tmp_path, student, monkeypatch):
+    rollout(make_config(tmp_path, student, prompts=23))
+    few = open_cache(tmp_path / "cache")
+    monkeypatch.setattr(rollout_module, "SECONDS_PER_SEGMENT", 0)
+    rollout(make_config(tmp_path, student, cache=tmp_path / "slow"))
+    slow = open_cache(tmp_path / "slow")
+    assert {info.prompt_start % 2 for _, info in slow.rollouts()} == {0}
+    assert max(info.prompt_stop - info.prompt_start for _, info in slow.rollouts()) == 2
+    assert len(slow.rollouts()) > len(few.rollouts())
+    assert rows_by_prompt(slow) == rows_by_prompt(few)
     monkeypatch.undo()
-    chunks = list(rollout_chunks(2 * at_once + 1, Sampling(samples=samples, max_new_tokens=max_new_tokens)))
-    assert chunks == [(0, at_once), (at_once, 2 * at_once), (2 * at_once, 2 * at_once + 1)]
+    assert (rollout_module.TOKENS_PER_SEGMENT, rollout_module.SECONDS_PER_SEGMENT) == (262_144, 300)
 
 
 def test_another_tokenizer_does_not_fit_into_the_cache(tmp_path, student):
@@ -284,23 +308,16 @@ def test_no_cache_is_made_of_bad_data_or_for_no_student(tmp_path, student, conte
 
 
 def test_first_samples_for_some_prompts_and_stores_them_all(tmp_path, student):
-    """12 of 23 prompts, over the end of a prompts segment: the same rollouts as of all, but fewer.
-
-    (12 is a whole number of batches: a batch that is cut draws other numbers.)
-    """
-    report = rollout(make_config(tmp_path, student, prompts=23, first=12))
-    assert (report.prompts, report.rollouts) == (23, 24)
+    """11 of 23 prompts, over the end of a prompts segment: the same rollouts as of all, but fewer; then the others."""
+    report = rollout(make_config(tmp_path, student, prompts=23, first=11))
+    assert (report.prompts, report.rollouts) == (23, 22)
     rollout(make_config(tmp_path, student, cache=tmp_path / "whole"))
     some, whole = (open_cache(tmp_path / name) for name in ("cache", "whole"))
     assert sum(m.rows for _, m in some.manifests("prompts")) == 23
-
-    def rows(cache: Cache) -> dict[bytes, list[bytes]]:
-        found: dict[bytes, list[bytes]] = {}
-        for key, rollouts in contents(cache).items():
-            for row, completion in enumerate(rollouts.completions):
-                found.setdefault(key[row // 2], []).append(completion.tobytes())
-        return found
-
-    expected = rows(whole)
-    assert len(rows(some)) == 12
-    assert all(expected[key] == completions for key, completions in rows(some).items())
+    found, expected = rows_by_prompt(some), rows_by_prompt(whole)
+    assert len(found) == 11
+    assert found.items() <= expected.items()
+    report = rollout(make_config(tmp_path, student, first=5))
+    assert (report.rollouts, report.already_there) == (10, 10)
+    assert rollout(make_config(tmp_path, student)).already_there == 22
+    assert rows_by_prompt(open_cache(tmp_path / "cache")) == expected
