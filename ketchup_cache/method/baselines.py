@@ -51,7 +51,5 @@ def leave_one_out_baseline(returns: NDArray, real: NDArray[np.bool_], group: NDA
     np.add.at(counts, group, real)
     others, other_counts = totals[group] - value, counts[group] - real
     elsewhere, elsewhere_counts = value.sum(0) - totals[group], real.sum(0) - counts[group]
-    baseline = np.where(
-        other_counts > 0, others / np.maximum(other_counts, 1), elsewhere / np.maximum(elsewhere_counts, 1)
-    )
-    return baseline.astype(returns.dtype)
+    same_prompt, other_prompts = others / np.maximum(other_counts, 1), elsewhere / np.maximum(elsewhere_counts, 1)
+    return np.where(other_counts > 0, same_prompt, other_prompts).astype(returns.dtype)

@@ -98,36 +98,17 @@ def k_step_returns(
     return _cast(xp, _zero(xp, returns, outside), dtype)
 
 
-def rollout_returns(
-    rollouts: Rollouts,
-    scores: Scores,
-    ks: Sequence[int],
-    *,
-    tail: Literal["one-step", "jump"] = "one-step",
-    normalization: Literal["raw", "centred", "logprob"],
-    unfinished: Literal["drop", "bootstrap", "zero"],
-) -> list[NDArray[np.float64]]:
+def rollout_returns(rollouts: Rollouts, scores: Scores, ks: Sequence[int], **options: Any) -> list[NDArray[np.float64]]:
     """K-step returns of scored rollouts, [B, T] for each K, zero past each rollout's end.
 
+    options: `tail`, `normalization` and `unfinished` of `k_step_returns`.
     In float64, so that differences between large returns keep their digits.
     """
     completions = rollouts.completions
-    arrays: dict[str, Any] = {
-        name: completions.with_values(values).padded().astype(np.float64) for name, values in scores.per_token().items()
-    }
-    return [
-        k_step_returns(
-            **arrays,
-            lengths=completions.lengths,
-            k=k,
-            tail=tail,
-            normalization=normalization,
-            finished=rollouts.finished,
-            unfinished=unfinished,
-            final_max_q=scores.final_max_q.astype(np.float64),
-        )
-        for k in ks
-    ]
+    for name, values in scores.per_token().items():
+        options[name] = completions.with_values(values).padded().astype(np.float64)
+    options["final_max_q"] = scores.final_max_q.astype(np.float64)
+    return [k_step_returns(**options, lengths=completions.lengths, finished=rollouts.finished, k=k) for k in ks]
 
 
 def _stride_sum(xp: Any, x: Array, stride: int, reach: int) -> Array:

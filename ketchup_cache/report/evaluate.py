@@ -24,7 +24,7 @@ from ketchup_cache.report.task_metrics import Values, check_targets, compute
 from ketchup_cache.rollouts.calculator import Calculator
 from ketchup_cache.rollouts.sample import sample_completions
 from ketchup_cache.scoring.teacher import Teacher
-from ketchup_cache.text.prompts import Example, as_chat, kept_examples, tokenize_prompts
+from ketchup_cache.text.prompts import Example, tokenize_prompts
 from ketchup_cache.text.read import read_examples
 from ketchup_cache.types import Ragged, Rollouts
 
@@ -99,9 +99,8 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
         what = f"teacher {config.teacher}: its tokenizer encodes differently from that of model {config.model}"
         todo = "choose a teacher that shares it, or leave --teacher out"
         require_same_encoding(info, theirs, what, todo, load)
-    examples = as_chat(read_examples(config), tokenizer, config)
-    prompts = tokenize_prompts(examples, tokenizer, config)
-    kept = kept_examples(examples, prompts)
+    examples = read_examples(config)
+    kept, prompts = tokenize_prompts(examples, tokenizer, config)
     targets = _targets(kept, config)
     check_targets(config.metrics, targets or [])
     calculator = Calculator(tokenizer, config.model) if config.calculator else None

@@ -152,7 +152,6 @@ class ForcedResults(LogitsProcessor):
     def keep(self, places: list[int]) -> None:
         """From the next call on there are these rows of the last one only, in this order."""
         self._rows = [self._rows[place] for place in places]
-        self._queues = {row: self._queues[row] for row in self._rows if row in self._queues}
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         if self._steps:  # the first call sees only what was there before: a prompt, or the decoder's start
@@ -160,14 +159,12 @@ class ForcedResults(LogitsProcessor):
         else:
             self._open, self._rows = [""] * len(input_ids), list(range(len(input_ids)))
         forced = np.zeros(len(self._open), np.bool_)
-        if self._queues:
-            places = [place for place, row in enumerate(self._rows) if row in self._queues]
-            queues = [self._queues[self._rows[place]] for place in places]
-            forced[list(self._queues)] = True
+        if places := [place for place, row in enumerate(self._rows) if self._queues.get(row)]:
+            rows = [self._rows[place] for place in places]
+            forced[rows] = True
             where = torch.tensor(places, device=scores.device)
             scores[where] = -torch.inf
-            scores[where, torch.tensor([queue.pop(0) for queue in queues], device=scores.device)] = 0
-            self._queues = {row: queue for row, queue in self._queues.items() if queue}
+            scores[where, torch.tensor([self._queues[row].pop(0) for row in rows], device=scores.device)] = 0
         self._steps.append(forced)
         return scores
 

@@ -14,14 +14,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 import numpy as np
 from transformers import PreTrainedModel
 
 from ketchup_cache.cache.cache import Cache
-from ketchup_cache.cache.index import gaps
+from ketchup_cache.cache.index import Range, gaps
 from ketchup_cache.cache.manifest import PromptsInfo, RolloutsInfo
 from ketchup_cache.config.commands import RolloutConfig
 from ketchup_cache.config.options import SamplingOptions
@@ -32,12 +32,9 @@ from ketchup_cache.provenance import DataInfo, PolicyInfo, Sampling, TokenizerIn
 from ketchup_cache.rollouts.calculator import Calculator
 from ketchup_cache.rollouts.sample import sample_completions
 from ketchup_cache.sharing.remote_cache import open_cache
-from ketchup_cache.text.prompts import as_chat, kept_examples, tokenize_prompts, without_duplicates
+from ketchup_cache.text.prompts import tokenize_prompts, without_duplicates
 from ketchup_cache.text.read import data_info, read_examples
 from ketchup_cache.types import Prompts, Ragged, Rollouts
-
-Range = tuple[str, int, int]
-"""Prompts start..stop of the prompts segment with this id, or of the rollouts segment with it."""
 
 PROMPTS_PER_SEGMENT = 2**16
 PROMPT_TOKENS_PER_SEGMENT = 2**22
@@ -96,14 +93,14 @@ def rollout(config: RolloutConfig) -> RolloutReport:
     began = time.monotonic()
     given = read_examples(config)
     tokenizer = load_tokenizer(config.student, trust_remote_code=config.trust_remote_code)
-    examples = as_chat(without_duplicates(given), tokenizer, config)
+    examples = without_duplicates(given)
     info = tokenizer_info(tokenizer, config.student)
-    prompts = tokenize_prompts(examples, tokenizer, config)
+    kept, prompts = tokenize_prompts(examples, tokenizer, config)
     policy = PolicyInfo(name=config.student, fingerprint=weights_fingerprint(resolve_folder(config.student)))
     calculator = Calculator(tokenizer, config.student) if config.calculator else None
 
     cache = open_cache(config.cache, create=True)
-    data = data_info(kept_examples(examples, prompts), config, tokenizer)
+    data = data_info(kept, config, tokenizer)
     wanted: list[Range] = []
     left = config.first or len(prompts)
     for prompts_id in ensure_prompts(cache, prompts, data, info):
@@ -137,8 +134,10 @@ def ensure_prompts(cache: Cache, prompts: Prompts, data: DataInfo, tokenizer: To
     for _, info in held:
         what = f"{cache.path} was made with another tokenizer; use another --cache"
         require_same_tokenizer(tokenizer, info.tokenizer, what)
-    ids = []
-    for start, stop in _prompt_chunks(prompts.tokens):
+    ids, start, offsets = list[str](), 0, prompts.tokens.offsets
+    while start < len(prompts):
+        fitting = int(np.searchsorted(offsets, offsets[start] + PROMPT_TOKENS_PER_SEGMENT, side="right")) - 1
+        stop = max(min(start + PROMPTS_PER_SEGMENT, fitting), start + 1)
         part = Prompts(prompts.ids[start:stop], prompts.tokens.slice(start, stop))
         same = (
             id_ for id_, info in held
@@ -148,21 +147,12 @@ def ensure_prompts(cache: Cache, prompts: Prompts, data: DataInfo, tokenizer: To
         )  # fmt: skip
         new = PromptsInfo(tokenizer=tokenizer, data=data, start=start)
         ids.append(next(same, None) or cache.commit_prompts(part, new))
+        start = stop
     return ids
 
 
 def _equal(one: Ragged, other: Ragged) -> bool:
     return np.array_equal(one.offsets, other.offsets) and np.array_equal(one.values, other.values)
-
-
-def _prompt_chunks(tokens: Ragged) -> Iterator[tuple[int, int]]:
-    start = 0
-    while start < len(tokens):
-        full = tokens.offsets[start] + PROMPT_TOKENS_PER_SEGMENT
-        fitting = int(np.searchsorted(tokens.offsets, full, side="right")) - 1
-        stop = max(min(start + PROMPTS_PER_SEGMENT, fitting), start + 1)
-        yield start, stop
-        start = stop
 
 
 # ---------------------------------------------------------------------------------------------------------- rollouts

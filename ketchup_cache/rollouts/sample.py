@@ -70,7 +70,6 @@ def sample_completions(
     eos, longest = eos_ids(model), sampling.max_new_tokens
     way = decode if can_decode(model) else _generate
     made: list[Rollouts] = []
-    rows: list[NDArray[np.int64]] = []
     with evaluating(model):
         for places, part in _batches(prompts.lengths, sampling.samples, batch):
             forcing = ForcedResults(calculator) if calculator and sampling.calculator else None
@@ -91,10 +90,10 @@ def sample_completions(
             forced = forcing.forced(tokens.shape[1]) if forcing else np.zeros(tokens.shape, np.bool_)
             index = np.repeat(places, how.samples)
             made.append(Rollouts(index, completions, logprob.cpu().numpy()[inside], forced[inside], finished))
-            rows.append((places[:, None] * sampling.samples + np.arange(part.start, part.stop)).ravel())
             if on_batch is not None:
                 on_batch(len(tokens))
-    return Rollouts.concatenate(made).take(np.argsort(np.concatenate(rows)))
+    rollouts = Rollouts.concatenate(made)
+    return rollouts.take(np.argsort(rollouts.prompt_index, kind="stable"))  # the samples of a prompt are in order
 
 
 def eos_ids(model: PreTrainedModel) -> list[int]:

@@ -158,11 +158,9 @@ def _agrees(model: PreTrainedModel) -> bool:
     try:
         rows = T5Rows(model, lengths, encoded, 3)
         for stay in ([0, 0, 1], [1, 2], None):
-            own = model(
-                encoder_outputs=BaseModelOutput(last_hidden_state=encoded[prompt.to(device)]),
-                attention_mask=mask[prompt].to(device),
-                decoder_input_ids=given.to(device),
-            )
+            states = BaseModelOutput(last_hidden_state=encoded[prompt.to(device)])
+            real, ids = mask[prompt].to(device), given.to(device)
+            own = model(encoder_outputs=states, attention_mask=real, decoder_input_ids=ids)
             logits = own.logits[:, -1].float()
             tolerance = (1e-3 if model.dtype == torch.float32 else 0.1) * logits.abs().max()
             if not ((rows.logits - logits).abs() <= tolerance).all():

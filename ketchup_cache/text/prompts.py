@@ -84,29 +84,26 @@ def user_turn(text: str, tokenizer: PreTrainedTokenizerBase, system: str = "") -
         raise ConfigError([f"--chat: the chat template can't be used ({one_line(error)}): {hint}"]) from None
 
 
-def as_chat(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, options: DataOptions) -> list[Example]:
-    """With `options.chat` the same examples with their prompts as user turns; without it as they are.
-
-    Raises the errors of `user_turn`.
-    """
-    if not options.chat:
-        return list(examples)
-    return [replace(example, prompt=user_turn(example.prompt, tokenizer, options.system)) for example in examples]
-
-
 # ------------------------------------------------------------------------------------------------------------ tokens
 
 
-def tokenize_prompts(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, options: DataOptions) -> Prompts:
-    """Token ids of the prompts, in the order of `examples`, with the special tokens that the tokenizer adds.
+Kept = tuple[list[Example], Prompts]
+"""Examples as the model is given them, and the token ids of their prompts, one row each."""
 
-    A chat turn (`as_chat`) gets none, since its template has written them. A prompt of more than
-    `options.max_prompt_tokens` tokens is refused, cut or left out, as `options.long_prompts` says: `kept_examples` are
-    the examples of the rows that are left.
 
-    Raises DataError for a prompt without tokens, for one that is refused, and where no prompt is left.
+def tokenize_prompts(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, options: DataOptions) -> Kept:
+    """The examples that are kept, and the token ids of their prompts.
+
+    With `options.chat` each prompt becomes a user turn (`user_turn`); without it, the tokenizer adds its special
+    tokens. A prompt of more than `options.max_prompt_tokens` tokens is refused, cut or left out, as
+    `options.long_prompts` says.
+
+    Raises DataError for a prompt without tokens, for one that is refused, and where no prompt is left; the errors of
+    `user_turn`.
     """
-    limit, rows, ids = options.max_prompt_tokens, [], []
+    if options.chat:
+        examples = [replace(e, prompt=user_turn(e.prompt, tokenizer, options.system)) for e in examples]
+    limit, rows, kept = options.max_prompt_tokens, [], []
     special = {"add_special_tokens": not options.chat, "return_attention_mask": False, "verbose": False}
     for start in range(0, len(examples), TOKENIZE_AT_ONCE):
         chunk = examples[start : start + TOKENIZE_AT_ONCE]
@@ -125,15 +122,9 @@ def tokenize_prompts(examples: Sequence[Example], tokenizer: PreTrainedTokenizer
                 ends = tokens[-1:] if tokens[-1] == tokenizer.eos_token_id else []
                 tokens = tokens[: limit - len(ends)] + ends
             rows.append(np.asarray(tokens, TOKEN_DTYPE))
-            ids.append(example.id)
+            kept.append(example)
     if not rows:
         hint = f"all {len(examples):,} have more than {limit:,} tokens: raise --max-prompt-tokens, or set"
         raise DataError(f"{options.data}: no prompt left: {hint} --long-prompts truncate")
-    return Prompts(np.frombuffer(b"".join(ids), np.uint8).reshape(-1, 16), Ragged.from_rows(rows, TOKEN_DTYPE))
-
-
-def kept_examples(examples: Iterable[Example], prompts: Prompts) -> list[Example]:
-    """The examples that `tokenize_prompts` kept: one for each row of `prompts`, in the same order."""
-    # equal prompts are equally long, so they are kept or dropped together, and membership is enough
-    kept = {row.tobytes() for row in prompts.ids}
-    return [example for example in examples if example.id in kept]
+    ids = np.frombuffer(b"".join(example.id for example in kept), np.uint8).reshape(-1, 16)
+    return kept, Prompts(ids, Ragged.from_rows(rows, TOKEN_DTYPE))

@@ -23,7 +23,7 @@ from ketchup_cache.models.load import is_encoder_decoder, load_model, load_token
 from ketchup_cache.provenance import TokenizerInfo, require_same_tokenizer
 from ketchup_cache.rollouts.sample import eos_ids
 from ketchup_cache.sharing.remote_cache import open_cache
-from ketchup_cache.text.prompts import as_chat, kept_examples, tokenize_prompts
+from ketchup_cache.text.prompts import tokenize_prompts
 from ketchup_cache.text.read import read_examples
 from ketchup_cache.training.batches import seed_of
 from ketchup_cache.training.optimizer import Learner, Optimizer
@@ -117,10 +117,9 @@ def pretrain(config: PretrainConfig) -> PretrainReport:
 
 
 def _from_references(config: PretrainConfig, tokenizer: PreTrainedTokenizerBase) -> Batch:
-    examples = as_chat(read_examples(config, need_target=True), tokenizer, config)
-    prompts = tokenize_prompts(examples, tokenizer, config)
+    examples, prompts = tokenize_prompts(read_examples(config, need_target=True), tokenizer, config)
     bare = not is_encoder_decoder(config.model, trust_remote_code=config.trust_remote_code)
-    references = [example.target or "" for example in kept_examples(examples, prompts)]
+    references = [example.target or "" for example in examples]
     targets = [_target_ids(tokenizer, reference, config.max_new_tokens, bare=bare) for reference in references]
     return Batch(prompts.tokens, np.arange(len(prompts)), Ragged.from_rows(targets, TOKEN_DTYPE))
 

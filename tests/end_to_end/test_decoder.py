@@ -18,7 +18,7 @@ from ketchup_cache.errors import ConfigError, DataError, ModelError
 from ketchup_cache.models.load import load_model, load_tokenizer
 from ketchup_cache.report.evaluate import evaluate
 from ketchup_cache.rollouts.rollout import rollout
-from ketchup_cache.text.prompts import as_chat, tokenize_prompts
+from ketchup_cache.text.prompts import tokenize_prompts
 from ketchup_cache.text.read import data_info, read_examples
 from ketchup_cache.training.pretrain import pretrain
 from tests.helpers.models import VOCAB, WORDS, make_decoder, make_decoder_tokenizer, save_decoder
@@ -152,19 +152,18 @@ def test_a_chat_prompt_is_one_user_turn_with_the_assistants_open(tmp_path):
     plain = read_examples(DataOptions(data=str(data)))
     for system, before in (("", ""), ("who runs", "<< system who runs >> ")):
         options = DataOptions(data=str(data), chat=True, system=system)
-        examples = as_chat(plain, tokenizer, options)
+        examples, prompts = tokenize_prompts(plain, tokenizer, options)
         expected = [f"<s>{before}<< user {e.prompt} >> << assistant" for e in plain]
         assert [e.prompt for e in examples] == expected
         assert [e.target for e in examples] == [e.target for e in plain]
         assert not {e.id for e in examples} & {e.id for e in plain}
-        tokens = tokenize_prompts(examples, tokenizer, options).tokens
-        for row, text in zip(tokens, expected, strict=True):
+        for row, text in zip(prompts.tokens, expected, strict=True):
             words = ["<s>", *text.removeprefix("<s>").split()]
             assert tokenizer.convert_ids_to_tokens(row.tolist()) == words  # one BOS, no EOS
         info = data_info(examples, options, tokenizer)
         assert info.template == f"<s>{before}<< user {{prompt}} >> << assistant"
         assert info.fingerprint != data_info(plain, DataOptions(data=str(data)), tokenizer).fingerprint
-    assert as_chat(plain, tokenizer, DataOptions(data=str(data))) == plain
+    assert tokenize_prompts(plain, tokenizer, DataOptions(data=str(data)))[0] == plain
 
 
 def test_rollout_and_evaluate_ask_in_the_same_words(chat_model, tmp_path):
@@ -224,7 +223,7 @@ def test_first_loss_is_the_mean_negative_log_likelihood_of_target_and_eos(tokeni
 def test_what_a_template_does_not_offer_is_said_in_one_line(template, system, message, tmp_path):
     options = DataOptions(data=str(write_task(tmp_path / "d.jsonl", 2, 0)), chat=True, system=system)
     with pytest.raises(ConfigError) as refused:
-        as_chat(read_examples(options), chat_tokenizer(template), options)
+        tokenize_prompts(read_examples(options), chat_tokenizer(template), options)
     assert message in str(refused.value)
     assert "\n" not in str(refused.value)
 

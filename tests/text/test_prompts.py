@@ -20,7 +20,7 @@ import pytest
 from ketchup_cache.config.options import DataOptions
 from ketchup_cache.errors import ConfigError, DataError
 from ketchup_cache.text import prompts as prompts_module
-from ketchup_cache.text.prompts import Example, kept_examples, tokenize_prompts, without_duplicates
+from ketchup_cache.text.prompts import Example, tokenize_prompts, without_duplicates
 from ketchup_cache.text.read import data_info, read_examples
 from tests.helpers.models import WORDS, make_tokenizer
 
@@ -303,7 +303,8 @@ ID = {word: i for i, word in reversed(list(enumerate(["<pad>", "</s>", "<unk>", 
 
 def tokens_of(examples, *, tokenizer=None, **changes: object) -> list[list[int]]:
     """That all examples are kept, and the token ids of each."""
-    prompts = tokenize_prompts(examples, tokenizer or make_tokenizer(), options("d.jsonl", **changes))
+    kept, prompts = tokenize_prompts(examples, tokenizer or make_tokenizer(), options("d.jsonl", **changes))
+    assert kept == examples
     assert prompts.tokens.values.dtype == np.int32
     assert [row.tobytes() for row in prompts.ids] == [e.id for e in examples]
     return [row.tolist() for row in prompts.tokens]
@@ -343,8 +344,7 @@ def test_long_prompt_truncated_keeps_eos():
 def test_long_prompt_dropped():
     dropping = options("d.jsonl", max_prompt_tokens=4, long_prompts="drop")
     repeated = [LONG[0], LONG[1], LONG[2], LONG[1], LONG[0]]
-    prompts = tokenize_prompts(repeated, make_tokenizer(), dropping)
-    kept = kept_examples(repeated, prompts)
+    kept, prompts = tokenize_prompts(repeated, make_tokenizer(), dropping)
     assert kept == [LONG[0], LONG[2], LONG[0]]
     assert [row.tobytes() for row in prompts.ids] == [e.id for e in kept]
     with pytest.raises(DataError, match="no prompt left: all 3 have more than 2 tokens"):
