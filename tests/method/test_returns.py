@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+import timeit
 
 import numpy as np
 import pytest
@@ -10,9 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ketchup_cache import k_step_returns
-
-settings.register_profile("deterministic", derandomize=True, deadline=None)
-settings.load_profile("deterministic")
 
 
 def algorithm_1(q: list[float], m: list[float], k: int) -> list[float]:
@@ -58,13 +55,24 @@ def literal(q, max_q, lengths, k, tail):
     return out
 
 
-@pytest.mark.parametrize("tail", ["one-step", "jump"])
+def sums_of_rewards(q, m, final: float) -> list[float]:
+    """Eq. 10: Σ_{i≥t} (q_i − m_{i+1}) of each t, with m_{T+1} = final."""
+    rewards = q - [*m[1:], final][: len(q)]
+    return [sum(rewards[t:]) for t in range(len(q))]
+
+
+def assert_close(got, expected, tolerance: float) -> None:
+    np.testing.assert_allclose(got, expected, rtol=0, atol=tolerance)
+
+
+BOTH_TAILS = pytest.mark.parametrize("tail", LITERAL)
+
+
+@BOTH_TAILS
 @given(case=rollouts())
 def test_equals_the_literal_algorithm(case, tail):
     q, max_q, lengths, k = case
-    np.testing.assert_allclose(
-        k_step_returns(q, max_q, lengths, k, tail=tail), literal(q, max_q, lengths, k, tail), rtol=0, atol=1e-10
-    )
+    assert_close(k_step_returns(q, max_q, lengths, k, tail=tail), literal(q, max_q, lengths, k, tail), 1e-10)
 
 
 def test_worked_example():
@@ -83,11 +91,9 @@ def test_one_step_is_llmr_and_so_is_any_k_over_the_length(case):
     q, max_q, lengths, _ = case
     llmr = np.zeros(q.shape)
     for row, n in enumerate(lengths):
-        following = [*max_q[row, 1:n], 0.0]
-        rewards = [q[row, t] - following[t] for t in range(n)]
-        llmr[row, :n] = [sum(rewards[t:]) for t in range(n)]
+        llmr[row, :n] = sums_of_rewards(q[row, :n], max_q[row, :n], 0.0)
     for k in (1, int(lengths.max(initial=1)) + 1, 10**9):
-        np.testing.assert_allclose(k_step_returns(q, max_q, lengths, k), llmr, rtol=0, atol=1e-10)
+        assert_close(k_step_returns(q, max_q, lengths, k), llmr, 1e-10)
 
 
 @given(case=rollouts())
@@ -99,7 +105,7 @@ def test_is_optimistic(case):
         assert (k_step_returns(q, max_q, lengths, k, tail=tail) >= one - 1e-10).all()
 
 
-@pytest.mark.parametrize("tail", ["one-step", "jump"])
+@BOTH_TAILS
 @given(case=rollouts(), seed=st.integers(0, 99))
 def test_normalisation_is_a_state_only_baseline(case, seed, tail):
     """Subtracting c(s) from all logits of each state changes Ĝ_t by −c(s_t) and nothing else."""
@@ -108,7 +114,7 @@ def test_normalisation_is_a_state_only_baseline(case, seed, tail):
     shifted = k_step_returns(q - c, max_q - c, lengths, k, tail=tail)
     for name, argument in (("centred", "mean_q"), ("logprob", "logsumexp")):
         got = k_step_returns(q, max_q, lengths, k, tail=tail, normalization=name, **{argument: c})
-        np.testing.assert_allclose(got, shifted, rtol=0, atol=1e-9)
+        assert_close(got, shifted, 1e-9)
 
 
 @given(case=rollouts(), seed=st.integers(0, 99))
@@ -119,20 +125,18 @@ def test_unfinished_rollouts(case, seed):
     finished, final = rng.random(len(q)) < 0.5, rng.normal(30, 5, len(q))
     everything = k_step_returns(q, max_q, lengths, k)
     options = {"finished": finished, "final_max_q": final}
-    np.testing.assert_array_equal(
-        k_step_returns(q, max_q, lengths, k, unfinished="drop", **options), everything * finished[:, None]
-    )
-    np.testing.assert_array_equal(k_step_returns(q, max_q, lengths, k, unfinished="bootstrap", **options), everything)
+    dropped = everything * finished[:, None]
+    for how, expected in (("drop", dropped), ("bootstrap", everything)):
+        np.testing.assert_array_equal(k_step_returns(q, max_q, lengths, k, unfinished=how, **options), expected)
     np.testing.assert_array_equal(k_step_returns(q, max_q, lengths, k, **options), everything)  # the default
     zero = k_step_returns(q, max_q, lengths, k, unfinished="zero", **options)
     for row, n in enumerate(lengths):
         # a literal K = 1 chain whose last reward is q_T − m_{T+1}, and no value after it
         if k == 1 and n and not finished[row]:
-            following = [*max_q[row, 1:n], final[row]]
-            expected = [sum(q[row, i] - following[i] for i in range(t, n)) for t in range(n)]
+            expected = sums_of_rewards(q[row, :n], max_q[row, :n], final[row])
         else:
             expected = everything[row, :n] - (0 if finished[row] else final[row])
-        np.testing.assert_allclose(zero[row, :n], expected, rtol=0, atol=1e-9)
+        assert_close(zero[row, :n], expected, 1e-9)
 
 
 @given(case=rollouts())
@@ -145,7 +149,7 @@ def test_torch_gives_the_same_and_stays_torch(case):
         got = k_step_returns(*(torch.from_numpy(x) for x in (q, max_q, lengths)), k, tail=tail)
         assert isinstance(got, torch.Tensor)
         assert got.dtype == torch.float64
-        np.testing.assert_allclose(got.numpy(), expected, rtol=0, atol=1e-12)
+        assert_close(got.numpy(), expected, 1e-12)
 
 
 def test_does_not_change_its_input():
@@ -169,18 +173,14 @@ def test_keeps_the_dtype_and_sums_half_precision_in_float32(dtype):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"k": 0}, "k must be"),
-        ({"k": 1.5}, "k must be"),
-        ({"k": True}, "k must be"),
-        ({"tail": "two-step"}, "tail must be"),
-        ({"normalization": "logprob"}, "needs logsumexp"),
+        ({"k": 0}, "k must be"), ({"k": 1.5}, "k must be"), ({"k": True}, "k must be"),
+        ({"tail": "two-step"}, "tail must be"), ({"normalization": "logprob"}, "needs logsumexp"),
         ({"normalization": "centred", "mean_q": np.zeros((1, 3))}, "needs mean_q"),
         ({"unfinished": "zero", "finished": [True, False]}, "needs final_max_q"),
-        ({"unfinished": "never"}, "unfinished must be"),
-        ({"lengths": [2]}, "lengths must have"),
+        ({"unfinished": "never"}, "unfinished must be"), ({"lengths": [2]}, "lengths must have"),
         ({"max_q": np.zeros((2, 4))}, "one shape"),
     ],
-)
+)  # fmt: skip
 def test_refuses_what_it_cannot_use(options, message):
     arguments = {"q": np.zeros((2, 3)), "max_q": np.zeros((2, 3)), "lengths": [3, 1], "k": 2} | options
     with pytest.raises(ValueError, match=message):
@@ -195,12 +195,7 @@ def test_is_at_least_8_times_as_fast_as_the_literal_algorithm():
     lengths, rows = np.full(256, 64), list(zip(q.tolist(), max_q.tolist(), strict=True))
 
     def best(call) -> float:
-        times = []
-        for _ in range(40):
-            began = time.perf_counter()
-            call()
-            times.append(time.perf_counter() - began)
-        return min(times)
+        return min(timeit.repeat(call, number=1, repeat=40))
 
     ratio = best(lambda: [algorithm_1(a, b, 4) for a, b in rows]) / best(lambda: k_step_returns(q, max_q, lengths, 4))
     print(f"k_step_returns: {ratio:.1f} times the literal algorithm's speed")

@@ -19,8 +19,9 @@ from ketchup_cache.provenance import Sampling
 from ketchup_cache.rollouts.calculator import Calculator, ForcedResults, calculate
 from ketchup_cache.rollouts.sample import sample_completions
 from ketchup_cache.types import Ragged, Rollouts
-from tests.helpers.models import make_t5
+from tests.helpers.models import make_t5, save_model, wrap_tokenizer, write_prompts
 from tests.helpers.models import make_tokenizer as make_word_tokenizer
+from tests.helpers.oracle import assert_same_rollouts, plain_logits, rows_of
 
 PIECES = ["<pad>", "</s>", "<unk>", *"0123456789.-+*/=", "<<", "<", ">>", " x", " ####"]
 ID = {piece: i for i, piece in enumerate(PIECES)}
@@ -37,9 +38,8 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     return wrap(tokenizer)
 
 
-def wrap(tokenizer: Tokenizer, **options: object) -> PreTrainedTokenizerFast:
-    names = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"} | options
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
+def wrap(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
+    return wrap_tokenizer(tokenizer, pad_token="<pad>")
 
 
 class Fluent(T5ForConditionalGeneration):
@@ -107,20 +107,16 @@ def literal_forced(tokens: list[int]) -> tuple[list[bool], list[int]]:
 )  # fmt: skip
 def test_every_result_is_forced_and_nothing_else(settings):
     rollouts = sample(**settings)
-    longest = settings.get("max_new_tokens", LONGEST)
     forced = rollouts.completions.with_values(rollouts.forced)
-    logprob = rollouts.completions.with_values(rollouts.behavior_logprob)
+    assert (rollouts.behavior_logprob[rollouts.forced] == 0).all()
+    assert rollouts.completions.lengths.max() <= settings.get("max_new_tokens", LONGEST)
     spans = cut = ended = 0
-    for row, tokens in enumerate(rollouts.completions):
-        expected_forced, expected = literal_forced(tokens.tolist())
-        assert forced[row].tolist() == expected_forced
-        assert tokens.tolist() == expected
-        assert (logprob[row][forced[row]] == 0).all()
-        spans += np.diff(np.r_[0, forced[row]]).clip(0).sum()
-        cut += forced[row][-1] and tokens[-1] != ID[">>"]
-        ended += rollouts.finished[row] and forced[row].any()
-        assert rollouts.finished[row] == (tokens[-1] == 1)
-        assert len(tokens) <= longest
+    for marks, tokens, finished in zip(forced, rollouts.completions, rollouts.finished, strict=True):
+        assert (marks.tolist(), tokens.tolist()) == literal_forced(tokens.tolist())
+        spans += np.diff(np.r_[0, marks]).clip(0).sum()
+        cut += marks[-1] and tokens[-1] != ID[">>"]
+        ended += finished and marks.any()
+        assert finished == (tokens[-1] == 1)
     assert spans > (0 if "greedy" in settings else 20)
     if settings == {"samples": 40}:
         assert cut > 2  # by the length limit, inside a result
@@ -131,28 +127,19 @@ def test_every_result_is_forced_and_nothing_else(settings):
 
 def test_logprob_of_what_the_policy_chose_is_that_of_a_plain_forward_pass():
     rollouts = sample(samples=12)
-    forced, logprob = (
-        rollouts.completions.with_values(v) for v in (rollouts.forced, rollouts.behavior_logprob)
-    )  # fmt: skip
+    forced = rollouts.completions.with_values(rollouts.forced)
     assert 0.05 < rollouts.forced.mean() < 0.6
-    for row, prompt in enumerate(rollouts.prompt_index):
-        tokens = torch.tensor([rollouts.completions[row].tolist()])
-        decoder_input = torch.cat([torch.zeros(1, 1, dtype=torch.long), tokens[:, :-1]], 1)
-        with torch.no_grad():
-            logits = MODEL(input_ids=torch.tensor([PROMPTS[prompt].tolist()]), decoder_input_ids=decoder_input).logits
-        plain = logits[0].double().log_softmax(-1).gather(1, tokens[0][:, None])[:, 0].numpy()
-        plain[forced[row]] = 0
-        assert logprob[row] == pytest.approx(plain, abs=1e-4)
+    for (prompt, tokens, logprob), marks in zip(rows_of(rollouts), forced, strict=True):
+        plain = plain_logits(MODEL, PROMPTS[prompt], tokens).double().log_softmax(-1)[range(len(tokens)), tokens]
+        assert logprob == pytest.approx(np.where(marks, 0, plain), abs=1e-4)
 
 
 def test_same_seed_same_rollouts_and_off_means_off():
-    one, other = sample(samples=5), sample(samples=5)
-    assert np.array_equal(one.completions.values, other.completions.values)
-    assert np.array_equal(one.forced, other.forced)
+    one = sample(samples=5)
+    assert_same_rollouts(one, sample(samples=5))
     off = sample(samples=5, calculator=False)
     assert not off.forced.any()
-    before = one.completions.lengths[0]  # up to the first result both are the same draw
-    first = int(np.flatnonzero(one.completions.with_values(one.forced)[0])[0]) if one.forced[:before].any() else before
+    first = [*one.completions.with_values(one.forced)[0], True].index(True)  # up to the first result both are one draw
     assert one.completions[0][:first].tolist() == off.completions[0][:first].tolist()
     with pytest.raises(ValueError, match="needs the Calculator"):
         sample_completions(MODEL, VOCAB, PROMPTS, Sampling(calculator=True), first_prompt=0, batch=4)
@@ -175,12 +162,6 @@ def write(calculator: Calculator, prompt: list[int], chosen: list[list[int]], vo
     return [row[len(prompt) :] for row in rows]
 
 
-def texts(*written: str) -> list[str]:
-    encode = [TOKENIZER(text, add_special_tokens=False)["input_ids"] for text in written]
-    rows = write(CALCULATOR, [0], encode, VOCAB)
-    return [re.sub("(<pad>)+$", "", TOKENIZER.decode(row)) for row in rows]
-
-
 @pytest.mark.parametrize(
     ("chosen", "text"),
     [
@@ -193,21 +174,20 @@ def texts(*written: str) -> list[str]:
     ],
 )  # fmt: skip
 def test_when_it_writes(chosen: str, text: str):
-    chosen = chosen.replace("x", " x").replace("  x", " x")
-    assert texts(chosen) == [text]
+    tokens = TOKENIZER(chosen.replace("x", " x").replace("  x", " x"), add_special_tokens=False)["input_ids"]
+    (row,) = write(CALCULATOR, [0], [tokens], VOCAB)
+    assert TOKENIZER.decode(row) == text
 
 
-def test_two_single_angles_open_too():
-    single = [ID["<"], ID["<"], ID["4"], ID["*"], ID["5"], ID["="]]
-    assert TOKENIZER.decode(write(CALCULATOR, [0], [single], VOCAB)[0]) == "<<4*5=20>>"
-
-
-def test_an_annotation_in_the_prompt_is_none_of_its_business():
-    """A decoder-only model's prompt stands before what it generates."""
-    prompt = TOKENIZER("9<<48/2=", add_special_tokens=False)["input_ids"]
-    assert TOKENIZER.decode(write(CALCULATOR, prompt, [[ID["7"], ID["<<"]]], VOCAB)[0]) == "7<<"
-    opened = TOKENIZER("<<48/", add_special_tokens=False)["input_ids"]
-    assert TOKENIZER.decode(write(CALCULATOR, opened, [[ID["2"], ID["="], ID["5"]]], VOCAB)[0]) == "2=5"
+@pytest.mark.parametrize(
+    ("prompt", "chosen", "text"),
+    [([], "< < 4 * 5 =", "<<4*5=20>>"), ("9 << 4 8 / 2 =", "7 <<", "7<<"), ("<< 4 8 /", "2 = 5", "2=5")],
+    ids=["two single angles open too", "a result in the prompt", "an expression that begins in the prompt"],
+)
+def test_tokens_one_by_one(prompt, chosen, text):
+    """A decoder-only model's prompt stands before what it generates, and is none of the calculator's business."""
+    given, tokens = ([ID[piece] for piece in pieces.split()] for pieces in (prompt or "<pad>", chosen))
+    assert TOKENIZER.decode(write(CALCULATOR, given, [tokens], VOCAB)[0]) == text
 
 
 # ------------------------------------------------------------------------------------------- tokenizers of all kinds
@@ -221,10 +201,8 @@ def byte_level() -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=330, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator(CORPUS, trainer)
+    size = {"vocab_size": 330, "special_tokens": SPECIAL, "initial_alphabet": alphabet, "show_progress": False}
+    tokenizer.train_from_iterator(CORPUS, trainers.BpeTrainer(**size))
     return wrap(tokenizer)
 
 
@@ -239,9 +217,7 @@ def sentencepiece(alphabet: str, *, byte_fallback: bool = False) -> PreTrainedTo
         pieces += [("<<", -3.0), ("▁<<", -3.0)]
     tokenizer = Tokenizer(models.Unigram(pieces, unk_id=2, byte_fallback=byte_fallback))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-    tokenizer.decoder = (
-        decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace()]) if byte_fallback else decoders.Metaspace()
-    )
+    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback()] * byte_fallback + [decoders.Metaspace()])
     return wrap(tokenizer)
 
 
@@ -264,10 +240,9 @@ def test_results_in_the_tokens_of_each_kind_of_tokenizer(family: str):
 
     for result in ("24", "7", "-3.5", "1000", "0.333333"):
         assert calculator.result_tokens(result) == ids(f"1={result}>>")[len(ids("1=")) :]
-    (row,) = write(calculator, [0], [ids("Tom has <<48/2=")], len(tokenizer))
-    assert row == ids("Tom has <<48/2=24>>")
-    (row,) = write(calculator, [0], [ids("<<48/2=")], len(tokenizer))  # at the very start
-    assert row == ids("<<48/2=24>>")
+    for before in ("Tom has ", ""):
+        (row,) = write(calculator, [0], [ids(f"{before}<<48/2=")], len(tokenizer))
+        assert row == ids(f"{before}<<48/2=24>>")
     if family == "no <, as T5":
         assert tokenizer.unk_token_id in row
     else:
@@ -283,17 +258,14 @@ def test_results_that_would_melt_into_the_equals_sign():
     assert calculator.result_tokens("24") == [vocabulary[sign] for sign in "24>>"]
 
 
-def test_a_tokenizer_that_can_not_write_annotations_is_refused():
-    for tokenizer, what in (
-        (make_word_tokenizer(), "a number and >>"),
-        (make_word_tokenizer(["a", "b"]), "=.* 0 1"),
-        (sentencepiece("0123456789.+*/=>"), "-"),
-    ):
-        with pytest.raises(
-            ModelError, match=rf"M: its tokenizer can't write .*{what}.*leave --calculator out"
-        ) as error:
-            Calculator(tokenizer, "M")
-        assert "\n" not in str(error.value)
+@pytest.mark.parametrize(
+    ("tokenizer", "what"),
+    [(make_word_tokenizer(), "a number and >>"), (make_word_tokenizer(["a", "b"]), "=.* 0 1"),
+     (sentencepiece("0123456789.+*/=>"), "-")],
+)  # fmt: skip
+def test_a_tokenizer_that_can_not_write_annotations_is_refused(tokenizer, what):
+    with pytest.raises(ModelError, match=rf"^M: its tokenizer can't write .*{what}.*leave --calculator out.*$"):
+        Calculator(tokenizer, "M")
 
 
 # -------------------------------------------------------------------------------------------------- the whole tool
@@ -307,34 +279,28 @@ def run(*words: object) -> None:
 
 def test_rollout_score_learn_and_evaluate_on_the_shipped_task(tmp_path, capsys):
     student, data, cache = REASON / "predistilled", REASON / "dev.jsonl", tmp_path / "cache"
-    short = ["--limit", 24, "--max-new-tokens", 40]
-    run("rollout", "--student", student, "--data", data, *short, "--cache", cache)
+    short = ["--data", data, "--limit", 24, "--max-new-tokens", 40]
+    run("rollout", "--student", student, *short, "--cache", cache)
     capsys.readouterr()
-    run("rollout", "--student", student, "--data", data, *short, "--cache", cache, "--calculator", "--json")
+    run("rollout", "--student", student, *short, "--cache", cache, "--calculator", "--json")
     assert json.loads(capsys.readouterr().out)["already_there"] == 0  # other rollouts than those without
     (with_it,) = [id_ for id_, info in open_cache(cache).rollouts() if info.sampling.calculator]
-    rollouts = open_cache(cache).load_rollouts(with_it)
-    assert rollouts.forced.any()
-    run("rollout", "--student", student, "--data", data, *short, "--cache", tmp_path / "again", "--calculator")
-    ((again, _),) = open_cache(tmp_path / "again").rollouts()
-    assert np.array_equal(open_cache(tmp_path / "again").load_rollouts(again).forced, rollouts.forced)
+    assert open_cache(cache).load_rollouts(with_it).forced.any()
 
     run("learn", "--student", student, "--cache", cache, "--teacher", REASON / "teacher", "--calculator",
         "--max-new-tokens", 40, "--batch-size", 8, "--refresh-every", 2, "--steps", 4, "--out", tmp_path / "run",
         "--lr", 1e-4, "--unfinished", "bootstrap")  # fmt: skip
     used = [info.sampling.calculator for _, info in open_cache(cache).rollouts() if info.policy.step is not None]
     assert used == [True, True]  # prompts 16 to 23, then 0 to 7 again
-    config = json.loads((tmp_path / "run" / "config.json").read_text())
-    assert "calculator" in json.dumps(config)
+    assert '"calculator": true' in (tmp_path / "run" / "config.json").read_text()
     scored = {ref.rollouts_id for ref in open_cache(cache).scored(None, None)}
     assert with_it in scored  # the first phase took the rollouts that were made with the calculator
     assert len(scored) == 3
 
-    capsys.readouterr()
     outputs = {}
     for name, flags in (("with", ["--calculator"]), ("without", [])):
-        run("evaluate", "--model", REASON / "teacher", "--data", data, *short, "--metrics", "gsm8k", *flags,
-            "--outputs", tmp_path / name, "--json")  # fmt: skip
+        flags += ["--metrics", "gsm8k", "--outputs", tmp_path / name]
+        run("evaluate", "--model", REASON / "teacher", *short, *flags)
         outputs[name] = [json.loads(line)["output"] for line in (tmp_path / name).read_text().splitlines()]
     annotations = [a for text in outputs["with"] for a in re.findall(r"<<([^<>]*)=([^<>]*)>>", text)]
     assert len(annotations) > 24
@@ -342,13 +308,8 @@ def test_rollout_score_learn_and_evaluate_on_the_shipped_task(tmp_path, capsys):
 
 
 def test_a_model_without_the_signs_is_one_line(tmp_path, capsys):
-    from tests.helpers.models import save_model, write_prompts
-
     folder, data = save_model(tmp_path / "m"), write_prompts(tmp_path / "d.jsonl")
-    for command in (["rollout", "--student"], ["evaluate", "--model"]):
-        words = [*command, folder, "--data", data, "--calculator"]
-        words += ["--cache", tmp_path / "c"] if command[0] == "rollout" else []
-        assert main([str(word) for word in words]) == 2
-        error = capsys.readouterr().err.strip()
+    for command in (["rollout", "--cache", tmp_path / "c", "--student"], ["evaluate", "--model"]):
+        assert main([str(word) for word in [*command, folder, "--data", data, "--calculator"]]) == 2
+        (error,) = capsys.readouterr().err.splitlines()
         assert error.startswith(f"ketchup-cache: {folder}: its tokenizer can't write")
-        assert "\n" not in error

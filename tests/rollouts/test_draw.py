@@ -26,15 +26,13 @@ def scores_of(rows: int, size: int, *, seed: int = 0, spread: float = 3.0) -> to
 def literal(scores: torch.Tensor, uniform: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Row by row, token by token."""
     tokens, logprobs = [], []
-    for row, number in zip(scores.double().numpy(), uniform, strict=True):
-        weights = np.exp(row - row.max())
-        shares, passed = weights / weights.sum(), 0.0
-        token = -1
+    for shares, number in zip(scores.double().softmax(1).numpy(), uniform, strict=True):
+        token, passed = 0, shares[0]
         while passed <= number:
             token += 1
-            passed += (share := shares[token])
+            passed += shares[token]
         tokens.append(token)
-        logprobs.append(np.log(share))
+        logprobs.append(np.log(shares[token]))
     return np.array(tokens), np.array(logprobs)
 
 
@@ -48,12 +46,16 @@ def test_the_first_token_that_passes_the_number(size):
     assert (tokens.dtype, logprob.dtype) == (torch.int64, torch.float32)
 
 
+def same(rows: int, number: float) -> torch.Tensor:
+    return torch.full((rows,), number, dtype=torch.float64)
+
+
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("number", [0.0, 1e-300, 1e-9, 1 - 1e-9, BEFORE_ONE])
 def test_what_has_no_probability_is_never_drawn(size, number):
     """Nor at the ends of the numbers: before the first token that may be drawn, and behind the last."""
     scores = scores_of(200, size)
-    tokens, _ = draw(scores, torch.full((200,), number, dtype=torch.float64))
+    tokens, _ = draw(scores, same(200, number))
     assert scores.gather(1, tokens[:, None]).isfinite().all()
     if number in (0.0, BEFORE_ONE) and size < 10:
         possible = [np.flatnonzero(row.isfinite().numpy()) for row in scores]
@@ -66,7 +68,7 @@ def test_a_forced_token_is_drawn_whatever_the_number(size):
     forced = torch.arange(50) * (size - 1) // 49
     scores[torch.arange(50), forced] = 0
     for number in (0.0, 0.5, BEFORE_ONE):
-        tokens, logprob = draw(scores, torch.full((50,), number, dtype=torch.float64))
+        tokens, logprob = draw(scores, same(50, number))
         assert tokens.equal(forced)
         assert (logprob == 0).all()
 
@@ -80,19 +82,15 @@ def test_counts_follow_the_softmax(size):
     uniform = torch.from_numpy(np.random.default_rng(3).random(n))
     drawn = torch.cat([draw(scores.expand(len(some), -1), some)[0] for some in uniform.split(2_000)])
     counts = np.bincount(drawn, minlength=size)
-
-    def statistic(temperature: float) -> tuple[float, float]:
-        return chi_square(n * (scores / temperature).double().softmax(0).numpy(), counts)
-
-    chi, limit = statistic(1.0)
-    assert chi < limit
-    assert statistic(1.03)[0] > limit
+    expected = (n * (scores / temperature).double().softmax(0).numpy() for temperature in (1, 1.03))
+    (chi, limit), (other_chi, _) = (chi_square(numbers, counts) for numbers in expected)
+    assert chi < limit < other_chi
 
 
 def shares_of(scores: torch.Tensor) -> np.ndarray:
     """How much of [0, 1) draws each token, by bisection of where one gives way to the next. scores: [V]."""
     size = len(scores)
-    low, high = (torch.full((size,), end, dtype=torch.float64) for end in (0.0, 1.0))
+    low, high = same(size, 0.0), same(size, 1.0)
     every = torch.arange(size)
     for _ in range(60):
         middle = (low + high) / 2

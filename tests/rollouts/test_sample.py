@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -30,27 +31,18 @@ def make(family: str = "t5-1.1", *, ends: list[int] = ENDS, **shape):
     return make_model(family, ends=ends, **shape)
 
 
-def log_softmax(scores: np.ndarray) -> np.ndarray:
-    shifted = scores - scores.max()
-    return shifted - np.log(np.exp(shifted).sum())
-
-
-def literal_logprob(logits: np.ndarray, token: int, *, temperature=1.0, top_k=0, top_p=1.0) -> float:
+def literal_logprob(logits: torch.Tensor, token: int, *, temperature=1.0, top_k=VOCAB, top_p=1.0) -> float:
     """log π(token) after temperature, then top-k, then top-p, from their definitions."""
-    scores = logits[:VOCAB] / temperature
-    order = np.argsort(-scores)
-    kept = order[: top_k or len(order)]
-    shares = np.exp(log_softmax(scores[kept]))
+    scores, order = (logits[:VOCAB] / temperature).sort(descending=True)
+    shares = scores[:top_k].softmax(0)
     # the smallest number of most likely tokens whose probability is at least top_p
-    enough = next(n for n in range(1, len(kept) + 1) if n == len(kept) or shares[:n].sum() >= top_p)
-    kept = kept[:enough]
-    assert token in kept
-    return float(log_softmax(scores[kept])[list(kept).index(token)])
+    kept = next(n for n in range(1, top_k + 1) if n == top_k or shares[:n].sum() >= top_p)
+    return float(scores[:kept].log_softmax(0)[order[:kept].tolist().index(token)])
 
 
 def assert_logprobs_are_plain(model, prompts, rows, *, tolerance: float = 2e-4, **warping) -> None:
     for prompt, completion, logprob in rows:
-        logits = plain_logits(model, prompts[prompt], completion).double().numpy()
+        logits = plain_logits(model, prompts[prompt], completion).double()
         literal = [literal_logprob(at, token, **warping) for at, token in zip(logits, completion, strict=True)]
         assert logprob == pytest.approx(literal, abs=tolerance)
 
@@ -70,19 +62,16 @@ def test_samples_follow_the_law_of_the_policy():
     vocab, n = 8, 20_000
     model, prompts = make(vocab_size=vocab, ends=[1]), make_prompts(4, vocab=vocab)
     rollouts = sample(model, prompts, vocab=vocab, samples=n, batch=5_000, max_new_tokens=2, seed=3)
-    counts: dict[tuple[int, ...], int] = {}
-    for row in rollouts.completions:
-        counts[tuple(row.tolist())] = counts.get(tuple(row.tolist()), 0) + 1
+    counts = Counter(tuple(row.tolist()) for row in rollouts.completions)
 
     def statistic(temperature: float) -> tuple[float, float]:
         expected = {}
         for pair in itertools.product(range(vocab), repeat=2):
-            logits = plain_logits(model, prompts[0], pair).double() / temperature
-            first, second = logits.softmax(1).numpy()
+            first, second = (plain_logits(model, prompts[0], pair).double() / temperature).softmax(1).numpy()
             expected[pair[:1] if pair[0] == 1 else pair] = n * first[pair[0]] * (1 if pair[0] == 1 else second[pair[1]])
         assert sum(expected.values()) == pytest.approx(n)
         assert counts.keys() <= expected.keys()
-        return chi_square(list(expected.values()), [counts.get(cell, 0) for cell in expected])
+        return chi_square(list(expected.values()), [counts[cell] for cell in expected])
 
     chi, limit = statistic(1.0)
     assert chi < limit
@@ -120,12 +109,9 @@ def test_finished_means_that_the_last_token_is_the_first_eos(family):
     rollouts = sample(make(family, ends=several), PROMPTS, samples=60)
     lengths = rollouts.completions.lengths
     for row, finished in zip(rollouts.completions, rollouts.finished, strict=True):
-        ends = np.isin(row, several)
-        assert not ends[:-1].any()
-        assert ends[-1] == finished
+        assert np.isin(row, several).tolist() == [False] * (len(row) - 1) + [finished]
         assert finished or len(row) == 10
-    assert (rollouts.finished & (lengths == 10)).any()  # EOS as the last token that fits
-    assert (rollouts.finished & (lengths == 1)).any()
+    assert {1, 10} <= set(lengths[rollouts.finished])  # EOS as the last token that fits
     assert len(set(rollouts.completions.values[rollouts.completions.offsets[1:] - 1]) & set(several)) > 3
 
 
@@ -133,13 +119,12 @@ def test_pad_id_in_the_middle_is_a_token_like_any_other():
     """T5's `generate` pads finished rows with the same id."""
     model, prompts = make(vocab_size=12, ends=[1]), make_prompts(4, vocab=12)
     rollouts = sample(model, prompts, vocab=12, samples=200)
-    rows = list(rows_of(rollouts))
-    inside = [row for row, done in zip(rows, rollouts.finished, strict=True) if done and 0 in row[1][:-1]]
-    last = [row for row in range(200) if rows[row][1][-1] == 0]
+    rows = list(zip(rows_of(rollouts), rollouts.finished, strict=True))
+    inside = [row for row, done in rows if done and 0 in row[1][:-1]]
+    last = [(row, done) for row, done in rows if row[1][-1] == 0]
     assert inside
-    assert last
-    assert not rollouts.finished[last].any()
-    assert_logprobs_are_plain(model, prompts, inside[:5] + [rows[row] for row in last[:5]])
+    assert {done for _, done in last} == {False}
+    assert_logprobs_are_plain(model, prompts, inside[:5] + [row for row, _ in last[:5]])
 
 
 @pytest.mark.parametrize(("family", "shape"), [("t5-1.1", {"vocab_size": VOCAB + 12}), ("wide", {})])
@@ -169,8 +154,7 @@ def test_same_seed_same_rollouts_and_the_global_random_state_is_left_alone(famil
 
 
 def test_equal_prompts_and_samples_differ():
-    rollouts = sample(make(), PROMPTS.take([0, 0, 0, 0]), samples=2, batch=2)
-    assert len({tuple(row) for row in rollouts.completions}) == 8
+    assert len({tuple(row) for row in sample(make(), PROMPTS.take([0] * 4), samples=2, batch=2).completions}) == 8
 
 
 @ONE_OF_EACH
@@ -226,13 +210,12 @@ def test_generation_defaults_of_the_checkpoint_do_not_change_the_policy():
         "num_return_sequences": 3, "return_dict_in_generate": True, "output_scores": True, "use_cache": False,
     }  # fmt: skip
     own = opinionated.generation_config
-    for name, value in defaults.items():
-        assert hasattr(own, name)
-        setattr(own, name, value)
+    assert defaults.keys() <= vars(own).keys()
+    vars(own).update(defaults)
     for settings in ({"samples": 3}, {"greedy": True}):
         assert_same_rollouts(sample(opinionated, PROMPTS, **settings), sample(neutral, PROMPTS, **settings))
     assert opinionated.generation_config is own
-    assert all(getattr(own, name) == value for name, value in defaults.items())
+    assert defaults.items() <= vars(own).items()
 
 
 def test_dropout_is_off_and_the_mode_restored():
@@ -261,9 +244,8 @@ def test_nan_weights_are_named_with_the_token(family, greedy):
     own = model.generation_config
     with torch.no_grad():
         model.lm_head.weight[7, 3] = torch.nan
-    with pytest.raises(NumericsError, match="logits of token 1 hold a NaN or infinity") as caught:
+    with pytest.raises(NumericsError, match=r"^.*logits of token 1 hold a NaN or infinity.*$"):
         sample(model, PROMPTS, greedy=greedy)
-    assert "\n" not in str(caught.value)
     assert model.generation_config is own
 
 

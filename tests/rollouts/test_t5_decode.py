@@ -64,27 +64,18 @@ SAMPLES = [p for p in range(5) for _ in range(3)]
 def test_logits_are_those_of_the_models_own_pass(kind):
     model = make(kind)
     assert can_step(model)
-    stays = {
-        0: SAMPLES,
-        2: [0, 1, 2, 3, 4, 6, 7, 8, 9, 12, 13, 14],  # prompt 3 keeps one, others two or three
-        5: [0, 1, 6, 7, 8, 9, 11],  # prompt 1, the longest, has nobody left
-        9: [4, 5],
-        ROOM + 2: [1],
-    }
-    rows = compare(model, stays)
+    # first prompt 3 keeps one, others two or three; then prompt 1, the longest, has nobody left
+    some = {2: [0, 1, 2, 3, 4, 6, 7, 8, 9, 12, 13, 14], 5: [0, 1, 6, 7, 8, 9, 11], 9: [4, 5], ROOM + 2: [1]}
+    rows = compare(model, {0: SAMPLES} | some)
     assert len(rows._lengths) == 1
     assert rows._across[0][0].shape[2] == LENGTHS[4]  # and nothing is kept of longer prompts that have left
 
 
-def test_without_samples_and_with_all_to_the_end():
+def test_without_samples_and_with_all_to_the_end(monkeypatch):
     compare(make("1.1"), {4: [1, 2, 4]})
-    rows = compare(make("1.0"), {0: SAMPLES})
-    assert rows._slot is None  # queries go in as they are
-
-
-def test_prompts_of_one_length_need_no_mask(monkeypatch):
+    assert compare(make("1.0"), {0: SAMPLES})._slot is None  # queries go in as they are
     monkeypatch.setattr("tests.rollouts.test_t5_decode.LENGTHS", np.full(5, 6))
-    assert compare(make("1.0"), {0: SAMPLES})._mask is None
+    assert compare(make("1.0"), {0: SAMPLES})._mask is None  # of prompts of one length
 
 
 def test_in_bfloat16():
@@ -118,13 +109,8 @@ def test_the_loop_uses_it(monkeypatch):
     ours = sample(model, prompts, samples=4, max_new_tokens=6)
     assert len(made) == 1
     monkeypatch.setattr(decode_module, "can_step", lambda _: False)
-    own = sample(model, prompts, samples=4, max_new_tokens=6)
+    assert_same_rollouts(ours, sample(model, prompts, samples=4, max_new_tokens=6), tolerance=2e-5)
     assert len(made) == 1
-    assert_same_rollouts(ours, own, tolerance=2e-5)
-
-
-class Another(transformers.T5ForConditionalGeneration):
-    pass
 
 
 def hook(part: nn.Module) -> None:
@@ -136,7 +122,7 @@ def own_forward(part: nn.Module) -> None:
 
 
 CHANGES = {
-    "a subclass": lambda model: setattr(model, "__class__", Another),
+    "a subclass": lambda model: setattr(model, "__class__", type("Another", (type(model),), {})),
     "half precision": lambda model: model.to(torch.float16),
     "a hook on the model": hook,
     "a hook on a layer": lambda model: hook(model.decoder.block[1].layer[1]),
@@ -145,10 +131,10 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_others_decode_by_their_own_pass(change):
     model = make("1.0")
-    CHANGES[change](model)
+    change(model)
     assert not can_step(model)
 
 
@@ -161,11 +147,7 @@ def test_a_t5_that_computes_something_else(change, monkeypatch):
         monkeypatch.delattr(kind, "compute_bias")
     else:
         own = kind.forward
-
-        def halved(self, *arguments, **more):
-            found = own(self, *arguments, **more)
-            return (found[0] / 2, *found[1:])
-
+        halved = lambda *given, **more: (0.5 * (found := own(*given, **more))[0], *found[1:])  # noqa: E731
         monkeypatch.setattr(kind, "forward", halved)
     assert not can_step(model)
     monkeypatch.undo()
