@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import textwrap
 from typing import get_args
 
 import pytest
@@ -26,7 +25,7 @@ def problems(command, file=None, **flags) -> list[str]:
 
 def yaml(tmp_path, text):
     path = tmp_path / "config.yaml"
-    path.write_text(textwrap.dedent(text))
+    path.write_text(text)
     return path
 
 
@@ -37,16 +36,8 @@ def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path):
 
 
 def test_one_file_serves_a_whole_experiment(tmp_path):
-    file = yaml(
-        tmp_path,
-        """
-        cache: shared
-        teacher: T
-        samples: 2
-        learn: {student: S, out: run, k: 2, refresh_every: 4}
-        score: {batch_tokens: 99}
-        """,
-    )
+    sections = "learn: {student: S, out: run, k: 2, refresh_every: 4}\nscore: {batch_tokens: 99}\n"
+    file = yaml(tmp_path, f"cache: shared\nteacher: T\nsamples: 2\n{sections}")
     learn, score = resolve("learn", file, {}), resolve("score", file, {})
     assert (learn.teacher, learn.k, learn.samples, str(learn.cache)) == ("T", 2, 2, "shared")
     assert (score.teacher, score.batch_tokens) == ("T", 99)
@@ -55,16 +46,12 @@ def test_one_file_serves_a_whole_experiment(tmp_path):
 def test_all_problems_at_once_each_with_its_fix(tmp_path):
     file = yaml(tmp_path, "studnet: x\nk: 0\nlearn: {zebra: 1}\n")
     found = problems("learn", file, lr="fast", tail="jmp", cache="c", out="o")
-    assert sorted(found) == sorted(
-        [
-            f"{file}: unknown key `studnet`: did you mean `student`?",
-            f"{file}: unknown key `zebra` in section `learn`",
-            "--k must be 1 or more, not 0",
-            "--tail must be one of 'one-step' or 'jump', not 'jmp'",
-            "--student is missing: policy to train: a folder or a Hub id",
-            "--lr must be a number, not 'fast'",
-        ]
-    )
+    assert sorted(found) == [
+        "--k must be 1 or more, not 0", "--lr must be a number, not 'fast'",
+        "--student is missing: policy to train: a folder or a Hub id",
+        "--tail must be one of 'one-step' or 'jump', not 'jmp'",
+        f"{file}: unknown key `studnet`: did you mean `student`?", f"{file}: unknown key `zebra` in section `learn`",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -151,14 +138,9 @@ def test_pretrain_takes_one_source():
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [
-        (b"k: [1", "not valid YAML"),
-        (b"- a\n- b", "found a list"),
-        (b"learn: 3", "section `learn` must hold"),
-        (b"\xff\xfe\x00k", "can't be read"),
-        (None, "no such config file"),
-    ],
-)
+    [(b"k: [1", "not valid YAML"), (b"- a\n- b", "found a list"), (b"learn: 3", "section `learn` must hold"),
+     (b"\xff\xfe\x00k", "can't be read"), (None, "no such config file")],
+)  # fmt: skip
 def test_unusable_files(tmp_path, content, message):
     if content is not None:
         (tmp_path / "config.yaml").write_bytes(content)
@@ -176,15 +158,13 @@ def test_batch_tokens_is_a_number_or_auto():
 
 
 def test_every_option_has_a_help_text():
-    for command, config in COMMANDS.items():
-        for name, field in config.model_fields.items():
-            assert field.description, f"{command} {name}"
+    fields = {(command, name): f for command, config in COMMANDS.items() for name, f in config.model_fields.items()}
+    assert not [name for name, field in fields.items() if not field.description]
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "ketchup_cache", *arguments], capture_output=True, text=True, timeout=120
-    )
+    command = [sys.executable, "-m", "ketchup_cache", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
 
 @pytest.mark.parametrize("command", list(COMMANDS))
@@ -199,18 +179,14 @@ def test_help_names_every_flag_and_ends_in_examples(command):
 @pytest.mark.parametrize(
     ("words", "instead"),
     [
-        (["compact", "c", "--into", "d"], "`ketchup-cache score --storage float16`"),
-        (["ls", "c"], "`ketchup-cache info CACHE`"),
-        (["diff", "c", "d"], "`ketchup-cache info CACHE OTHER`"),
-        (["gc", "c"], "`ketchup-cache verify CACHE --clean`"),
-        (["score", "--watch", "c"], "--follow with --cache"),
-        (["score", "--idle-exit=3"], "--until-idle"),
-        (["learn", "--scorer", "watch"], "--scores-from"),
-        (["learn", "--scorer-timeout", "3"], "--scores-timeout"),
+        ("compact c --into d", "`ketchup-cache score --storage float16`"), ("ls c", "`ketchup-cache info CACHE`"),
+        ("diff c d", "`ketchup-cache info CACHE OTHER`"), ("gc c", "`ketchup-cache verify CACHE --clean`"),
+        ("score --watch c", "--follow with --cache"), ("score --idle-exit=3", "--until-idle"),
+        ("learn --scorer watch", "--scores-from"), ("learn --scorer-timeout 3", "--scores-timeout"),
     ],
-)
+)  # fmt: skip
 def test_what_went_away_says_what_to_use(capsys, words, instead):
-    assert main(words) == 2
+    assert main(words.split()) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.endswith(f"is gone: use {instead}")
 
@@ -218,8 +194,7 @@ def test_what_went_away_says_what_to_use(capsys, words, instead):
 def test_errors_are_lines_with_exit_code_2():
     for arguments in (["learn", "--k", "0"], ["learn", "--kk", "1"], ["nonsense"], ["info", "/no/such/cache"]):
         done = run(*arguments)
-        assert done.returncode == 2, arguments
-        assert done.stdout == ""
+        assert (done.returncode, done.stdout) == (2, ""), arguments
         assert all(line.startswith("ketchup-cache: ") for line in done.stderr.splitlines())
         assert "Traceback" not in done.stderr
     assert "Traceback" in run("--debug", "learn", "--k", "0").stderr

@@ -11,7 +11,7 @@ from typer.main import get_command
 
 from ketchup_cache.cli import app, main
 from ketchup_cache.config.catalogue import catalogue, one_recipe
-from ketchup_cache.config.commands import COMMANDS, RecipesConfig
+from ketchup_cache.config.commands import COMMANDS
 from ketchup_cache.config.resolve import find_recipe, load_yaml, resolve
 from ketchup_cache.errors import ConfigError
 from ketchup_cache.shipped import recipe_names
@@ -37,11 +37,6 @@ TABLE_1 = {
 }
 TABLE_8_K = {"xsum": 2, "europarl": 2, "gsm8k": 16}
 GIVEN = {"student": "s", "cache": "c", "out": "o", "model": "m", "data": "d", "teacher": "t", "to": "parquet"}
-REQUIRED = {
-    command: {key: GIVEN.get(key, "x") for key, field in config.model_fields.items() if field.is_required()}
-    for command, config in COMMANDS.items()
-}
-"""A value for each option that has no default."""
 ALL = [(task, variant) for task in TASKS for variant in MODELS]
 
 
@@ -55,12 +50,9 @@ def test_recipe_is_the_papers_setting(task, variant):
     teacher, student = MODELS[variant]
     name = task + variant
     finetuned = task != "xsum" or variant == "-qwen"
-    rollout = from_recipe("rollout", name, student="s", cache="c")
-    pretrain = from_recipe("pretrain", name, cache="c", out="o")
-    score = from_recipe("score", name, cache="c")
-    learn = from_recipe("learn", name, student="s", cache="c")
+    rollout, learn = (from_recipe(command, name, student="s", cache="c") for command in ("rollout", "learn"))
+    pretrain, score = from_recipe("pretrain", name, cache="c", out="o"), from_recipe("score", name, cache="c")
     evaluate = from_recipe("evaluate", name, model="m")
-
     assert pretrain.model == student
     assert score.teacher == learn.teacher == evaluate.teacher == ("teacher/model" if finetuned else teacher)
     assert load_yaml(find_recipe(name))["about"].get("finetune") == (teacher if finetuned else None)
@@ -78,10 +70,9 @@ def test_recipe_is_the_papers_setting(task, variant):
         assert config.calculator == (task == "gsm8k")
     assert (evaluate.metrics, evaluate.rollout_batch) == (metrics, 32)
     assert (rollout.limit or None, pretrain.limit or None, evaluate.limit or None) == (train, train, test)
-    for field in ("data", "prompt_field", "target_field", "template", "long_prompts"):
-        assert getattr(rollout, field) == getattr(evaluate, field), field
-    for field in ("prompt_field", "target_field", "template", "long_prompts", "limit"):
-        assert getattr(rollout, field) == getattr(pretrain, field), field  # what the teacher is fine-tuned on
+    asked = ("prompt_field", "target_field", "template", "long_prompts")
+    for other, field in [*((evaluate, f) for f in (*asked, "data")), *((pretrain, f) for f in (*asked, "limit"))]:
+        assert getattr(rollout, field) == getattr(other, field), field  # and what the teacher is fine-tuned on
 
 
 def test_test_examples_are_none_of_the_training_examples():
@@ -95,7 +86,7 @@ def test_test_examples_are_none_of_the_training_examples():
 @pytest.mark.parametrize("command", list(COMMANDS))
 @pytest.mark.parametrize("name", recipe_names())
 def test_every_recipe_fits_every_command(command, name):
-    flags = REQUIRED[command].copy()
+    flags = {key: GIVEN.get(key, "x") for key, field in COMMANDS[command].model_fields.items() if field.is_required()}
     if command in ("pretrain", "score"):  # one of several options that name what is read
         flags["cache"] = "c"
     assert isinstance(from_recipe(command, name, **flags), COMMANDS[command])
@@ -104,9 +95,7 @@ def test_every_recipe_fits_every_command(command, name):
 @pytest.mark.parametrize("name", recipe_names())
 def test_commands_of_a_recipe_are_commands(name):
     """Parsed by the command line itself, and each finds the options that it needs."""
-    group = get_command(app)
-    commands = one_recipe(name).commands
-    made = set()
+    group, commands, made = get_command(app), one_recipe(name).commands, set()
     for line in commands:
         program, command, *flags = shlex.split(line)
         assert program == "ketchup-cache"
@@ -123,22 +112,22 @@ def test_commands_of_a_recipe_are_commands(name):
 
 def test_a_file_extends_a_recipe_and_merges_its_sections_and_flags_win(tmp_path):
     file = tmp_path / "mine.yaml"
+    given = {"student": "s", "cache": "c"}
     file.write_text("max-new-tokens: 7\nlr: 1e-3\n")
-    config = resolve("learn", file, {"student": "s", "cache": "c", "lr": "2e-3"}, "xsum")
+    config = resolve("learn", file, given | {"lr": "2e-3"}, "xsum")
     assert (config.max_new_tokens, config.lr, config.k, config.epochs) == (7, 2e-3, 2, 10)
     file.write_text("extends: gsm8k-t5-small\nlearn:\n  batch-size: 64\n")
-    config = resolve("learn", file, {"student": "s", "cache": "c"})
+    config = resolve("learn", file, given)
     assert (config.batch_size, config.k, config.max_new_tokens) == (64, 8, 300)
     assert resolve("pretrain", file, {"cache": "c", "out": "o"}).model == "google-t5/t5-small"
 
 
 def test_extends_names_a_recipe_and_makes_no_circle(tmp_path, monkeypatch):
     file = tmp_path / "mine.yaml"
-    for name, message in (("gsm8", "no recipe `gsm8`: did you mean `gsm8k`?"), ("3", "no recipe `3`; ")):
+    for name, message in (("gsm8", r"no recipe `gsm8`: did you mean `gsm8k`\?"), ("3", "no recipe `3`; ")):
         file.write_text(f"extends: {name}\n")
-        with pytest.raises(ConfigError) as caught:
+        with pytest.raises(ConfigError, match=f"^{message}"):
             resolve("learn", file, {})
-        assert str(caught.value).startswith(message)
     for name, below in (("a", "b"), ("b", "a")):
         (tmp_path / f"{name}.yaml").write_text(f"extends: {below}\n")
     monkeypatch.setattr("ketchup_cache.config.resolve.recipe_names", lambda: ["a", "b"])
@@ -148,29 +137,27 @@ def test_extends_names_a_recipe_and_makes_no_circle(tmp_path, monkeypatch):
 
 
 def test_list_and_one_recipe(capsys):
-    assert main(["recipes"]) == 0
-    shown = capsys.readouterr().out
+    def shown_by(*words: str, code: int = 0) -> str:
+        assert main(list(words)) == code
+        shown = capsys.readouterr()
+        return shown.err if code else shown.out
+
+    shown = shown_by("recipes")
     assert recipe_names() == sorted(task + variant for task, variant in ALL)
     assert all(f"{name} " in shown for name in recipe_names())
     assert "FLAN-T5-XL (3B) → T5-large (800M)" in shown
-    assert main(["recipes", "--json"]) == 0
-    assert [r["name"] for r in json.loads(capsys.readouterr().out)["recipes"]] == recipe_names()
+    assert [r["name"] for r in json.loads(shown_by("recipes", "--json"))["recipes"]] == recipe_names()
     tasks = {r["task"] for r in catalogue().recipes}
     assert tasks == {"XSum summarisation", "Europarl EN–NL translation", "GSM8K reasoning"}
 
-    assert main(["recipes", "gsm8k-qwen"]) == 0
-    shown = capsys.readouterr().out
+    shown = shown_by("recipes", "gsm8k-qwen")
     assert find_recipe("gsm8k-qwen").read_text() in shown
     assert "extends: gsm8k" in shown
     assert shown.rstrip().splitlines()[-1] == "ketchup-cache evaluate --recipe gsm8k-qwen --model k16/student"
     assert yaml.safe_load(shown.split("# Commands")[0])["learn"] == {"k": 16}
-    assert main(["recipes", "gsm8k-qwen", "--json"]) == 0
-    one = json.loads(capsys.readouterr().out)
+    one = json.loads(shown_by("recipes", "gsm8k-qwen", "--json"))
     assert (one["options"]["learn"]["k"], one["options"]["learn"]["epochs"]) == (16, 5)
     assert one["about"]["student"] == "Qwen1.5-0.5B"
 
-    assert main(["recipes", "gsm8k-gpt"]) == 2
-    assert "no recipe `gsm8k-gpt`" in capsys.readouterr().err
-    assert main(["learn", "--recipe", "nonsense-name"]) == 2
-    assert "`ketchup-cache recipes` lists them" in capsys.readouterr().err
-    assert RecipesConfig().name is None
+    assert "no recipe `gsm8k-gpt`" in shown_by("recipes", "gsm8k-gpt", code=2)
+    assert "`ketchup-cache recipes` lists them" in shown_by("learn", "--recipe", "nonsense-name", code=2)
