@@ -43,9 +43,7 @@ def test_gpu_script_runs_without_a_gpu(tmp_path):
 
 
 def test_it_refuses_three_billion_parameters_on_a_cpu():
-    done = gpu()
-    assert done.returncode == 1
-    assert "use --tiny" in done.stderr
+    assert ((done := gpu()).returncode, "use --tiny" in done.stderr) == (1, True)
 
 
 def test_peak_sees_memory_that_is_gone_again():
@@ -65,8 +63,7 @@ def test_a_process_is_charged_its_memory_and_time():
 def test_mix_of_lengths():
     batch = sample(0, 8_000)
     prompts, completions = batch.prompts.tokens.lengths, batch.rollouts.completions.lengths
-    assert 165 < np.median(prompts) < 195
-    assert prompts.max() <= 1024
+    assert 165 < np.median(prompts) < 195 < prompts.max() <= 1024
     assert 24.5 < completions.mean() < 25.5
     assert 7.5 < completions.std() < 8.5
     assert (np.bincount(batch.rollouts.prompt_index) == 4).all()
@@ -83,9 +80,9 @@ def test_the_parts_of_a_timed_command_are_its_own(tmp_path):
         timed_run.by(way, tmp_path, task / "teacher", task / "student", data, learning) for way in ways
     )
     for run_ in (live, *alone["parts"].values()):
-        assert run_["load"]["seconds"] > 0
-        assert run_["load"]["seconds"] + run_["work"]["seconds"] < run_["seconds"]
-        assert run_["score"]["seconds"] + run_["train"]["seconds"] < run_["work"]["seconds"] + 1e-3
+        load, score, train, work = (run_[part]["seconds"] for part in ("load", "score", "train", "work"))
+        assert 0 < load < run_["seconds"] - work
+        assert score + train < work + 1e-3
     assert min(live["score"]["seconds"], reverse["score"]["seconds"], reverse["train"]["seconds"]) > 0
     kept = open_cache(tmp_path / "cache, reverse-kl, every 4 steps, each rollout 2 times")
     assert {m.info.keep_top for _, m in kept.manifests("scores")} == {timed_run.KEEP_TOP}
@@ -108,28 +105,24 @@ def test_the_parts_of_a_timed_command_are_its_own(tmp_path):
     assert float(rows[2][timed_run.HEAD.index("× live (wall)")]) == pytest.approx(faster, abs=0.01)
 
 
+GIVEN = {"lr": 1, "k": 4, "baseline": "mean", "samples": 8, "steps": 3}
+
+
 @pytest.mark.parametrize(
-    ("word", "name", "every", "uses", "lr"),
+    ("word", "name", "every", "uses", "changed"),
     [
-        ("live", "live", 1, 1, None),
-        ("live@1e-4", "live, lr 0.0001", 1, 1, 1e-4),
-        ("4", "every 4 steps", 4, 1, None),
-        ("16x4@2e-4", "every 16 steps, each rollout 4 times, lr 0.0002", 16, 4, 2e-4),
-        ("offline", "offline", None, 1, None),
-        ("offlinex16@1e-4", "offline, each rollout 16 times, lr 0.0001", None, 16, 1e-4),
+        ("live", "live", 1, 1, {}), ("live@1e-4", "live, lr 0.0001", 1, 1, {"lr": 1e-4}),
+        ("4", "every 4 steps", 4, 1, {}), ("offline", "offline", None, 1, {}),
+        ("16x4@2e-4", "every 16 steps, each rollout 4 times, lr 0.0002", 16, 4, {"lr": 2e-4}),
+        ("offlinex16@1e-4", "offline, each rollout 16 times, lr 0.0001", None, 16, {"lr": 1e-4}),
     ],
-)
-def test_ways(word, name, every, uses, lr):
-    way = timed_run.Way.of(word)
-    assert (way.name, way.every, way.uses, way.lr) == (name, every, uses, lr)
-    assert way.learning({"lr": 1}) == {"lr": lr or 1}
-
-
-def test_a_way_with_a_method_of_its_own():
-    way = timed_run.Way.of("reverse-kl:4x2@1e-4")
-    assert (way.name, way.every, way.uses) == ("reverse-kl, every 4 steps, each rollout 2 times, lr 0.0001", 4, 2)
-    learning = way.learning({"lr": 1, "k": 4, "baseline": "mean", "samples": 8, "steps": 3})
-    assert learning == {"lr": 1e-4, "samples": 1, "steps": 3, "method": "reverse-kl", "keep_top": timed_run.KEEP_TOP}
+)  # fmt: skip
+def test_ways(word, name, every, uses, changed):
+    way, of_method = timed_run.Way.of(word), timed_run.Way.of(f"reverse-kl:{word}")
+    assert (way.name, way.every, way.uses, way.learning(GIVEN)) == (name, every, uses, GIVEN | changed)
+    assert (of_method.name, of_method.every, of_method.uses) == (f"reverse-kl, {name}", every, uses)
+    own = {"samples": 1, "steps": 3, "method": "reverse-kl", "keep_top": timed_run.KEEP_TOP}
+    assert of_method.learning(GIVEN) == {"lr": 1} | own | changed
 
 
 def test_each_method_is_compared_with_its_own_live_run():

@@ -44,8 +44,7 @@ def test_only_common_seeds_are_pairs():
 
 
 def test_no_spread_and_too_few():
-    assert Mean.of([2.5]) == Mean(2.5, None, 1)
-    assert str(Mean.of([2.5])) == "2.50"
+    assert (Mean.of([2.5]), str(Mean.of([2.5]))) == (Mean(2.5, None, 1), "2.50")
     assert Comparison.of({0: 1.0, 1: 2.0}, {0: 1.0, 1: 2.0}).p == 1.0
     assert Comparison.of({0: 1.0}, {0: 2.0}).p is None
 
@@ -70,8 +69,7 @@ def record(task, row, seed, value, metric, length=10.0):
 
 
 def test_table_by_hand():
-    task = next(iter(TASKS))
-    llmr, ours = "LLMR (K = 1)", "KETCHUP, K = 4"
+    task, llmr, ours = next(iter(TASKS)), "LLMR (K = 1)", "KETCHUP, K = 4"
     records = [record(task, llmr, s, -10 - s, 50.0 + s) for s in range(3)]
     records += [record(task, ours, s, -8 - 2 * s, 51.0 + s) for s in range(3)]
     lines = tables.paper_table(records).splitlines()
@@ -118,15 +116,14 @@ def test_a_part_of_the_runs():
 
 
 def test_k_with_a_baseline_is_compared_with_llmr_with_the_same():
-    task = "reason"
     rows = {row.name: row for row in TABLE}
     combined = [row for row in TABLE if row.against]
     for row in combined:
         other = rows[row.against].options
         assert (other["baseline"], other["method"]) == (row.options["baseline"], "llmr")
     name, other = combined[0].name, combined[0].against
-    records = [record(task, name, s, -5.0 - s, 40.0) for s in range(2)]
-    records += [record(task, other, s, -8.0, 30.0) for s in range(3)]
+    records = [record("reason", name, s, -5.0 - s, 40.0) for s in range(2)]
+    records += [record("reason", other, s, -8.0, 30.0) for s in range(3)]
     text = tables.paper_table(records)
     line = next(line for line in text.splitlines() if line.startswith(f"| {name} | +2.50 ± 0.50 |"))
     assert line.endswith("| 2 |"), text
