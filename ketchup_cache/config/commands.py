@@ -10,24 +10,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from ketchup_cache.config import options as shared
 from ketchup_cache.config.methods import METHODS
-from ketchup_cache.config.options import (
-    Above0,
-    CacheAddress,
-    Config,
-    Count,
-    DataOptions,
-    DeviceOptions,
-    LossOptions,
-    Normalization,
-    NotNegative,
-    Positive,
-    ReturnOptions,
-    SamplingOptions,
-    ScoringOptions,
-    SelectOptions,
-    StepOptions,
-)
+from ketchup_cache.config.options import Above0, CacheAddress, Config, Count, Normalization, NotNegative, Positive
 
 Metric = Literal["rouge", "bleu", "chrf", "ter", "exact", "gsm8k"]
 
@@ -40,7 +25,7 @@ IntList = Annotated[tuple[int, ...], BeforeValidator(_split), Field(json_schema_
 MetricList = Annotated[tuple[Metric, ...], BeforeValidator(_split)]
 
 
-class PretrainConfig(DataOptions, StepOptions, DeviceOptions):
+class PretrainConfig(shared.DataOptions, shared.StepOptions, shared.DeviceOptions):
     """Options of `ketchup-cache pretrain`."""
 
     model: str
@@ -75,7 +60,7 @@ class PretrainConfig(DataOptions, StepOptions, DeviceOptions):
         return self
 
 
-class RolloutConfig(SamplingOptions, DataOptions, DeviceOptions):
+class RolloutConfig(shared.SamplingOptions, shared.DataOptions, shared.DeviceOptions):
     """Options of `ketchup-cache rollout`."""
 
     student: str
@@ -86,7 +71,7 @@ class RolloutConfig(SamplingOptions, DataOptions, DeviceOptions):
     """Number of prompts to sample for. The others are stored too, for `learn` to sample later. 0: all."""
 
 
-class ScoreConfig(ScoringOptions):
+class ScoreConfig(shared.ScoringOptions):
     """Options of `ketchup-cache score`."""
 
     teacher: str
@@ -107,7 +92,9 @@ class ScoreConfig(ScoringOptions):
     """With --follow: stop when there was nothing to score for this many seconds. 0: never."""
 
 
-class LearnConfig(LossOptions, SelectOptions, SamplingOptions, ScoringOptions, StepOptions):
+class LearnConfig(
+    shared.LossOptions, shared.SelectOptions, shared.SamplingOptions, shared.ScoringOptions, shared.StepOptions
+):
     """Options of `ketchup-cache learn`."""
 
     student: str
@@ -180,7 +167,7 @@ class LearnConfig(LossOptions, SelectOptions, SamplingOptions, ScoringOptions, S
         return self
 
 
-class EvaluateConfig(DataOptions, ScoringOptions):
+class EvaluateConfig(shared.DataOptions, shared.ScoringOptions):
     """Options of `ketchup-cache evaluate`."""
 
     model: str
@@ -203,7 +190,7 @@ class EvaluateConfig(DataOptions, ScoringOptions):
     """JSONL file that receives every prompt, output and target."""
 
 
-class AnalyzeConfig(SelectOptions, ReturnOptions):
+class AnalyzeConfig(shared.SelectOptions, shared.ReturnOptions):
     """Options of `ketchup-cache analyze`."""
 
     cache: CacheAddress
@@ -276,7 +263,7 @@ class MergeConfig(CopyOptions):
     """Cache that receives what it lacks of both. It may be one of the two; it is made if it does not exist."""
 
 
-class ExportConfig(SelectOptions):
+class ExportConfig(shared.SelectOptions):
     """Options of `ketchup-cache export`."""
 
     cache: CacheAddress

@@ -74,7 +74,7 @@ def k_step_returns(
     outside = position >= lengths
 
     # With the token's own gap counted in, Ĝ_t = q_t − gap_{t+K} − … becomes m_t − gap_t − gap_{t+K} − …
-    gap = _zero(xp, max_q - q, outside)
+    gap = xp.where(outside, 0, max_q - q)
     if tail == "one-step" and k > 1:
         # A rollout's last K tokens step one by one, so each pays for every gap behind it, and whoever jumps
         # onto one of them pays all of that too. No later jump fits, so the sum below adds nothing more to them.
@@ -94,8 +94,8 @@ def k_step_returns(
             raise ValueError("unfinished='zero' needs final_max_q")
         else:
             final = _computable(xp, _like(xp, final_max_q, q)).reshape(batch, 1)
-            returns = returns - xp.where(cut, final, xp.zeros_like(final))
-    return _cast(xp, _zero(xp, returns, outside), dtype)
+            returns = returns - xp.where(cut, final, 0)
+    return _cast(xp, xp.where(outside, 0, returns), dtype)
 
 
 def rollout_returns(rollouts: Rollouts, scores: Scores, ks: Sequence[int], **options: Any) -> list[NDArray[np.float64]]:
@@ -127,14 +127,6 @@ def _stride_sum(xp: Any, x: Array, stride: int, reach: int) -> Array:
     return x
 
 
-def _zero(xp: Any, x: Any, where: Any) -> Any:
-    """`x`, which nobody else holds, with zeros at `where`, whatever was there: NaN too."""
-    if xp is np:
-        x[where] = 0
-        return x
-    return x.masked_fill(where, 0)
-
-
 def _library(array: Any) -> Any:
     """numpy, or torch where the array is a tensor: so that this module never has to import torch."""
     torch = sys.modules.get("torch")
@@ -152,9 +144,7 @@ def _computable(xp: Any, x: Any) -> Any:
 
 
 def _cast(xp: Any, x: Any, dtype: Any) -> Any:
-    if x.dtype == dtype:
-        return x
-    return x.astype(dtype) if xp is np else x.to(dtype)
+    return x.astype(dtype, copy=False) if xp is np else x.to(dtype)
 
 
 def _check(q: Any, max_q: Any, lengths: Any, k: Any, tail: str, normalization: str, unfinished: str) -> None:
