@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from ketchup_cache.rollouts.draw import BLOCK, FEW, draw, uniforms
-from tests.helpers.oracle import chi_square
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -71,20 +70,6 @@ def test_a_forced_token_is_drawn_whatever_the_number(size):
         tokens, logprob = draw(scores, same(50, number))
         assert tokens.equal(forced)
         assert (logprob == 0).all()
-
-
-@pytest.mark.parametrize("size", [50, 2_000])
-def test_counts_follow_the_softmax(size):
-    """Chi-square of 200,000 draws from one distribution, the rare tokens taken together."""
-    n = 200_000
-    scores = torch.randn(size, generator=torch.Generator().manual_seed(2)) * 2
-    scores[::5] = -torch.inf
-    uniform = torch.from_numpy(np.random.default_rng(3).random(n))
-    drawn = torch.cat([draw(scores.expand(len(some), -1), some)[0] for some in uniform.split(2_000)])
-    counts = np.bincount(drawn, minlength=size)
-    expected = (n * (scores / temperature).double().softmax(0).numpy() for temperature in (1, 1.03))
-    (chi, limit), (other_chi, _) = (chi_square(numbers, counts) for numbers in expected)
-    assert chi < limit < other_chi
 
 
 def shares_of(scores: torch.Tensor) -> np.ndarray:

@@ -78,18 +78,6 @@ def test_samples_follow_the_law_of_the_policy():
     assert statistic(1.1)[0] > 2 * limit  # and the test would notice a policy that is only a little different
 
 
-def test_unlikely_tokens_are_drawn_as_often_as_they_are_likely():
-    """transformers leaves all but the 50 most likely tokens out where it is not told otherwise."""
-    vocab, n = 400, 4_000
-    model, prompts = make(vocab_size=vocab, ends=[1], scale=0.5), make_prompts(4, vocab=vocab)
-    drawn = sample(model, prompts, vocab=vocab, samples=n, batch=n, max_new_tokens=1).completions.values
-    policy = plain_logits(model, prompts[0], [0])[0].double().softmax(0).numpy()
-    for unlikely in (np.argsort(-policy)[50:], np.argsort(-policy)[200:]):
-        share = policy[unlikely].sum()
-        assert share > 0.1
-        assert np.isin(drawn, unlikely).mean() == pytest.approx(share, abs=5 * np.sqrt(share * (1 - share) / n))
-
-
 @pytest.mark.parametrize("family", ["t5-1.1", *FAMILIES])
 def test_greedy_in_a_padded_batch_is_that_of_transformers_alone(family):
     model = make(family)
