@@ -57,15 +57,13 @@ def test_all_problems_at_once_each_with_its_fix(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"refresh_every": "0"}, "--refresh-every must be 1 or more"),
+        ({"refresh_every": "0"}, "--refresh-every must be 1 or more"), ({"k": "2.5"}, "--k must be a whole number"),
         ({"teacher": "t", "refresh_every": "6", "reuse": "4"}, "refresh_every 6 must be a multiple of reuse 4"),
         ({"reuse": "2"}, "from a cache alone, use --epochs"),
         ({"teacher": "t", "refresh_every": "2", "baseline": "leave-one-out"}, "set --samples to 2 or more"),
         ({"batch_size": "10", "samples": "4"}, "must be a multiple of samples 4"),
-        ({"k": "2.5"}, "--k must be a whole number"),
-        ({"temperature": "0"}, "--temperature must be greater than 0"),
-        ({"greedy": True, "samples": "2"}, "set --samples to 1"),
-        ({"top_p": "1.5"}, "--top-p must be 1.0 or less"),
+        ({"temperature": "0"}, "--temperature must be greater than 0"), ({"method": "ppo"}, "--method must be one of"),
+        ({"greedy": True, "samples": "2"}, "set --samples to 1"), ({"top_p": "1.5"}, "--top-p must be 1.0 or less"),
         ({"scores_from": "cache", "teacher": "t"}, "leave --teacher out, and choose one with --scored-by"),
         ({"scores_from": "cache", "baseline": "leave-one-out"}, "set --samples to 2 or more"),
         ({"scores_timeout": "-1"}, "--scores-timeout must be 0.0 or more"),
@@ -78,9 +76,8 @@ def test_all_problems_at_once_each_with_its_fix(tmp_path):
         ({"method": "kl", "baseline": "mean"}, "method kl has no returns, so no baseline: leave --baseline out"),
         ({"method": "reverse-kl", "baseline": "mean"}, "method reverse-kl has no returns, so no baseline"),
         ({"method": "kl", "keep_top": "0"}, "--keep-top must be 1 or more"),
-        ({"method": "ppo"}, "--method must be one of"),
     ],
-)
+)  # fmt: skip
 def test_rules(flags, message):
     (found,) = problems("learn", **LEARN, **flags)
     assert message in found
