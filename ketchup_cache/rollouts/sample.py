@@ -154,15 +154,24 @@ def _generate(model: PreTrainedModel, prompts: Ragged, how: Decoding) -> tuple[T
     """`decode` for any model, by transformers' `generate`: every row is computed until the last has ended."""
     encodes, own = model.config.is_encoder_decoder, model.generation_config
     input_ids, mask = padded(prompts, input_device(model), left=not encodes)
-    drawing = [] if how.uniform is None else [_Draw(how.uniform)]
-    processors = LogitsProcessorList([*how.processors, *drawing])
+    uniform, drawn = how.uniform, list[Tensor]()
+
+    def draw_one(_: Tensor, scores: Tensor) -> Tensor:
+        """Last in the list: draws the token as `decode` does, and leaves `generate` no other."""
+        if uniform is None or len(drawn) == how.longest:  # on some devices it takes one step too many and undoes it
+            return scores
+        chosen, logprob = draw(scores, uniform[:, len(drawn)].to(scores.device, number_type(scores.device)))
+        drawn.append(logprob)
+        return torch.full_like(scores, -torch.inf).scatter_(1, chosen[:, None], 0)
+
+    processors = LogitsProcessorList([*how.processors, draw_one])
     # `generate` takes what is not set in the config that it is given from the model's own
     model.generation_config = GenerationConfig(
         decoder_start_token_id=decoder_start(model) if encodes else None,
         eos_token_id=how.eos,
         pad_token_id=how.eos[0],
-        do_sample=bool(drawing),  # from what the last processor has left: a single token
-        top_k=0 if drawing else None,  # transformers' default is 50
+        do_sample=uniform is not None,  # from what the last processor has left: a single token
+        top_k=None if uniform is None else 0,  # transformers' default is 50
         num_return_sequences=how.samples,
         max_new_tokens=how.longest,
     )
@@ -174,25 +183,4 @@ def _generate(model: PreTrainedModel, prompts: Ragged, how: Decoding) -> tuple[T
     finally:
         model.generation_config = own
     tokens = sequences[:, 1 if encodes else input_ids.shape[1] :]  # behind the decoder start, or the prompt
-    return tokens, drawing[0].logprob(tokens.shape[1]) if drawing else torch.zeros(tokens.shape)
-
-
-class _Draw(LogitsProcessor):
-    """Last in the list: draws the token as `decode` does, and leaves `generate` no other."""
-
-    def __init__(self, uniform: Tensor) -> None:
-        """uniform: [B, longest]."""
-        self._uniform = uniform
-        self._steps: list[Tensor] = []
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        step = len(self._steps)
-        if step == self._uniform.shape[1]:  # on some devices `generate` takes one step too many and undoes it
-            return scores
-        chosen, logprob = draw(scores, self._uniform[:, step].to(scores.device, number_type(scores.device)))
-        self._steps.append(logprob)
-        return torch.full_like(scores, -torch.inf).scatter_(1, chosen[:, None], 0)
-
-    def logprob(self, length: int) -> Tensor:
-        """[B, length] float32."""
-        return torch.stack(self._steps[:length], dim=1)
+    return tokens, torch.stack(drawn[: tokens.shape[1]], dim=1) if drawn else torch.zeros(tokens.shape)
