@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -73,9 +74,8 @@ def test_samples_follow_the_law_of_the_policy():
         assert counts.keys() <= expected.keys()
         return chi_square(list(expected.values()), [counts[cell] for cell in expected])
 
-    chi, limit = statistic(1.0)
-    assert chi < limit
-    assert statistic(1.1)[0] > 2 * limit  # and the test would notice a policy that is only a little different
+    (chi, limit), (other_chi, _) = statistic(1.0), statistic(1.1)
+    assert chi < limit < other_chi / 2  # and the test would notice a policy that is only a little different
 
 
 @pytest.mark.parametrize("family", ["t5-1.1", *FAMILIES])
@@ -118,8 +118,7 @@ def test_pad_id_in_the_middle_is_a_token_like_any_other():
 @pytest.mark.parametrize(("family", "shape"), [("t5-1.1", {"vocab_size": VOCAB + 12}), ("wide", {})])
 def test_padding_rows_of_the_head_are_never_drawn(family, shape):
     model = make(family, **shape)
-    with torch.no_grad():
-        model.lm_head.weight[VOCAB:] *= 20  # what would be drawn nearly always
+    model.lm_head.weight.data[VOCAB:] *= 20  # what would be drawn nearly always
     assert sample(model, PROMPTS, vocab=VOCAB + 12).completions.values.max() >= VOCAB
     for settings in ({"samples": 20}, {"greedy": True}):
         rollouts = sample(model, PROMPTS, **settings)
@@ -151,10 +150,7 @@ def test_a_part_of_the_prompts_gives_that_part_of_the_rollouts(family):
     model, prompts = make(family), make_prompts(*range(1, 11))
     whole = sample(model, prompts, samples=3, batch=6, first_prompt=20)
     part = sample(model, prompts.slice(4, 10), samples=3, batch=6, first_prompt=24)
-    tokens = slice(whole.completions.offsets[12], None)
-    assert np.array_equal(part.completions.values, whole.completions.values[tokens])
-    assert np.array_equal(part.behavior_logprob, whole.behavior_logprob[tokens])
-    assert np.array_equal(part.prompt_index, whole.prompt_index[12:] - 4)
+    assert_same_rollouts(replace(part, prompt_index=part.prompt_index + 4), whole.rows(12, 30))
 
 
 @pytest.mark.parametrize(("samples", "batch", "sizes"), [(3, 7, [6, 6, 3]), (5, 2, [2, 2, 1] * 5), (2, 64, [10])])
@@ -164,12 +160,7 @@ def test_rows_are_in_the_order_of_the_prompts_whatever_the_batch(samples, batch,
     assert batches == sizes
     assert rollouts.prompt_index.tolist() == [p for p in range(5) for _ in range(samples)]
     assert_logprobs_are_plain(model, PROMPTS, rows_of(rollouts))  # the rows belong to the prompts they claim
-
-
-@pytest.mark.parametrize("batch", [2, 7, 64])
-def test_the_batch_decides_nothing(batch):
-    one, other = (sample(make(), PROMPTS, samples=5, batch=size) for size in (11, batch))
-    assert_same_rollouts(one, other, tolerance=2e-5)
+    assert_same_rollouts(rollouts, sample(model, PROMPTS, samples=samples, batch=11), tolerance=2e-5)
 
 
 @pytest.mark.parametrize(
@@ -230,8 +221,7 @@ def test_end_and_start_ids_come_from_either_config():
 def test_nan_weights_are_named_with_the_token(family, greedy):
     model = make(family)
     own = model.generation_config
-    with torch.no_grad():
-        model.lm_head.weight[7, 3] = torch.nan
+    model.lm_head.weight.data[7, 3] = torch.nan
     with pytest.raises(NumericsError, match=r"^.*logits of token 1 hold a NaN or infinity.*$"):
         sample(model, PROMPTS, greedy=greedy)
     assert model.generation_config is own
