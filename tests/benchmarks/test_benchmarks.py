@@ -126,11 +126,9 @@ def test_ways(word, name, every, uses, changed):
 
 
 def test_each_method_is_compared_with_its_own_live_run():
-    def of(name, seconds, method=None):
-        return {"name": name, "method": method, "peak_bytes": 1, "work": dict.fromkeys(timed_run.UNITS, seconds)}
-
-    runs = [of("live, lr 0.1", 8), of("live", 9), of("every 4 steps", 3)]
-    runs += [of(f"reverse-kl, {way}, lr 0.2", s, "reverse-kl") for way, s in (("live", 4), ("every 4 steps", 2))]
+    found = [("live, lr 0.1", 8, None), ("live", 9, None), ("every 4 steps", 3, None)]
+    found += [(f"reverse-kl, {way}, lr 0.2", s, "reverse-kl") for way, s in (("live", 4), ("every 4 steps", 2))]
+    runs = [{"name": n, "method": m, "peak_bytes": 1, "work": dict.fromkeys(timed_run.UNITS, s)} for n, s, m in found]
     place = timed_run.HEAD.index("× live (wall)")
     assert [row[place] for row in timed_run.rows(runs, 8)] == ["1.12", "1.00", "3.00", "1.00", "2.00"]
 
@@ -138,8 +136,7 @@ def test_each_method_is_compared_with_its_own_live_run():
 def test_without_trl_the_rest_is_said_to_run(tmp_path, capsys):
     assert not trl_live.has_trl("")
     assert "--trl-python" in capsys.readouterr().err
-    python = tmp_path / "python"
-    python.write_text("#!/bin/sh\necho 'No module named trl' >&2\nexit 1\n")
+    (python := tmp_path / "python").write_text("#!/bin/sh\necho 'No module named trl' >&2\nexit 1\n")
     python.chmod(0o755)
     assert not trl_live.has_trl(str(python))
     assert f"{python} can't import it (No module named trl)" in capsys.readouterr().err
@@ -150,20 +147,19 @@ def test_without_trl_the_rest_is_said_to_run(tmp_path, capsys):
 def test_prompts_of_two_seeds_are_different_and_new_to_the_student():
     one, two = (trl_live.prompts_for(seed, 4096) for seed in (0, 1))
     assert len(set(one) | set(two)) == 2 * 4096
-    seen = [json.loads(line)["prompt"] for line in (trl_live.TASK / "prompts.jsonl").read_text().splitlines()]
-    seen = seen[: decoder_pair.PREDISTILLED_ON]
-    assert not {f"{prompt} =>" for prompt in seen} & (set(one) | set(two))
+    seen = (trl_live.TASK / "prompts.jsonl").read_text().splitlines()[: decoder_pair.PREDISTILLED_ON]
+    assert not {f"{json.loads(line)['prompt']} =>" for line in seen} & {*one, *two}
     with pytest.raises(SystemExit, match="lower --steps"):
         trl_live.prompts_for(9, 4096)
 
 
 def test_what_is_run_again_replaces_and_the_rest_stays():
-    def of(name, seed, s, **more):
-        return {"name": name, "seed": seed, "s": s, **more}
-
-    before = [of("live", 0, 9, note="a"), of("live", 1, 8)]
-    found = merged(before, [of("live", 0, 7), of("offline", 0, 2)], ("name", "seed"))
-    assert found == [of("live", 0, 7, note="a"), of("live", 1, 8), of("offline", 0, 2)]
+    (live, other, again, offline) = (
+        {"name": name, "seed": seed, "s": s} for name, seed, s in
+        (("live", 0, 9), ("live", 1, 8), ("live", 0, 7), ("offline", 0, 2))
+    )  # fmt: skip
+    note = {"note": "a"}
+    assert merged([live | note, other], [again, offline], ("name", "seed")) == [again | note, other, offline]
 
 
 def test_the_decoder_pair_shares_words_and_the_teacher_is_larger(tmp_path):

@@ -38,9 +38,8 @@ def test_paired_test_of_a_textbook():
 
 
 def test_only_common_seeds_are_pairs():
-    result = Comparison.of({0: 1.0, 1: 2.0, 2: 9.0, 7: 100.0}, {0: 0.5, 1: 1.0, 2: 1.0, 3: -50.0})
-    assert result.difference.n == 3
-    assert result.difference.mean == pytest.approx((0.5 + 1 + 8) / 3)
+    difference = Comparison.of({0: 1.0, 1: 2.0, 2: 9.0, 7: 100.0}, {0: 0.5, 1: 1.0, 2: 1.0, 3: -50.0}).difference
+    assert (difference.n, difference.mean) == (3, pytest.approx((0.5 + 1 + 8) / 3))
 
 
 def test_no_spread_and_too_few():
@@ -108,10 +107,9 @@ def test_what_has_a_record_is_not_run_again():
 
 
 def test_a_part_of_the_runs():
-    everything = missing(["table"], ["reason"], [])
+    everything, some = missing(["table"], ["reason"], []), ["KETCHUP, K = 8", "LLMR (K = 1)"]
     assert chosen(everything, [], None) == everything
     assert {run.seed for run in chosen(everything, [], 2)} == {0, 1}
-    some = ["KETCHUP, K = 8", "LLMR (K = 1)"]
     assert [(run.name, run.seed) for run in chosen(everything, some, 2)] == [(n, s) for s in range(2) for n in some]
 
 
@@ -146,14 +144,12 @@ def test_panels_of_figure_1_share_their_labels():
 
 
 def test_an_ablation_is_shown_once_it_has_rows_of_its_own():
-    task = ABLATIONS[0].task
-    shared = [record(task, row.name, 0, -1.0, 1.0) for row in TABLE]
+    ablation = ABLATIONS[0]
+    shared = [record(ablation.task, row.name, 0, -1.0, 1.0) for row in TABLE]
     assert tables.ablation_tables(shared) == ""
-    own = next(row for row in ABLATIONS[0].rows if row.name not in {r.name for r in TABLE})
-    text = tables.ablation_tables([*shared, record(task, own.name, 0, -2.5, 7.0)])
-    assert text.count("###") == 1
-    assert ABLATIONS[0].title in text
-    assert f"| {own.name} | -2.50 | 7.00 |" in text, text
+    own = next(row.name for row in ablation.rows if row.name not in {r.name for r in TABLE})
+    text = tables.ablation_tables([*shared, record(ablation.task, own, 0, -2.5, 7.0)])
+    assert (text.count("###"), ablation.title in text, f"| {own} | -2.50 | 7.00 |" in text) == (1, True, True), text
 
 
 def test_rows_are_named_once():
@@ -186,10 +182,13 @@ def test_the_pages_tables_are_those_of_the_results():
     records = json.loads((root / "benchmarks/results/paper.json").read_text())["records"]
     drawn = tables.summary_table(records).splitlines()
     assert (root / "benchmarks/results/paper-summary.md").read_text().rstrip().endswith("\n".join(drawn))
-    assert [line for line in (root / "docs/results.md").read_text().splitlines() if line.startswith("|")] == drawn
     readme = (root / "README.md").read_text()
-    part = readme[readme.index("## What comes out of it") : readme.index("## How fast")].splitlines()
-    shown = [line for line in part if line.startswith("|")]
+    part = readme[readme.index("## What comes out of it") : readme.index("## How fast")]
+    results, shown = (
+        [line for line in text.splitlines() if line.startswith("|")]
+        for text in ((root / "docs/results.md").read_text(), part)
+    )
+    assert results == drawn
     assert shown[:2] == drawn[:2]
     assert set(shown) < set(drawn)
     assert len(shown) > 6
