@@ -83,36 +83,37 @@ def test_rules(flags, message):
     assert message in found
 
 
-def test_llmr_is_k_1_whatever_a_file_says(tmp_path):
-    """One recipe serves ketchup and llmr; a k that is asked for by a flag is refused all the same."""
-    file = yaml(tmp_path, "learn:\n  k: 8\n")
-    assert resolve("learn", file, {**LEARN, "method": "ketchup"}).k == 8
-    assert resolve("learn", file, {**LEARN, "method": "llmr"}).k == 1
-    assert resolve("learn", None, {**LEARN, "method": "llmr"}, "europarl").k == 1
-    both = yaml(tmp_path, "learn:\n  k: 8\n  method: llmr\n")
-    assert resolve("learn", both, LEARN).k == 1
-    assert resolve("learn", both, {**LEARN, "method": "ketchup"}).k == 8
-    assert "leave --k out" in problems("learn", both, **LEARN, k="8")[0]
-    assert resolve("learn", both, {**LEARN, "k": "1"}).k == 1
+K_8, LLMR = "learn: {k: 8}\n", "learn: {k: 8, method: llmr}\n"
+MIXED = "teacher: T\nlearn: {k: 8, baseline: mean, policy: p}\n"
+NO_RETURNS = {"teacher": "T", "policy": "p", "baseline": "none"}
 
 
-def test_what_a_method_has_no_use_for_may_stand_in_a_file(tmp_path):
-    file = yaml(tmp_path, "teacher: T\nlearn: {k: 8, baseline: mean, policy: p}\n")
-    assert resolve("learn", file, LEARN).teacher == "T"
-    for method, kept in (("kl", (None, None)), ("js", ("T", "p")), ("reverse-kl", ("T", "p"))):
-        config = resolve("learn", file, {**LEARN, "method": method})
-        assert (config.teacher, config.policy, config.baseline) == (*kept, "none")
-    assert "leave --teacher out" in problems("learn", file, **LEARN, method="kl", teacher="T")[0]
+@pytest.mark.parametrize(
+    ("text", "flags", "recipe", "found"),
+    [
+        (K_8, {"method": "ketchup"}, None, {"k": 8}), (K_8, {"method": "llmr"}, None, {"k": 1}),
+        ("", {"method": "llmr"}, "europarl", {"k": 1}), (LLMR, {}, None, {"k": 1}),
+        (LLMR, {"method": "ketchup"}, None, {"k": 8}), (LLMR, {"k": "1"}, None, {"k": 1}),
+        (MIXED, {}, None, {"teacher": "T"}), (MIXED, {"method": "js"}, None, NO_RETURNS),
+        (MIXED, {"method": "kl"}, None, {"teacher": None, "policy": None, "baseline": "none"}),
+        (MIXED, {"method": "reverse-kl"}, None, NO_RETURNS),
+        ("teacher: T\n", {"scores_from": "cache"}, None, {"teacher": None, "scores_from": "cache"}),
+        ("scores_from: cache\n", {"teacher": "T"}, None, {"teacher": "T", "scores_from": None}),
+        ("scores_from: cache\n", {}, "xsum", {"teacher": None, "scores_from": "cache"}),
+    ],
+)  # fmt: skip
+def test_what_does_not_apply_may_stand_in_a_file(tmp_path, text, flags, recipe, found):
+    """One file serves several methods and ways of scoring: a flag for one passes over what belongs to the other."""
+    config = resolve("learn", yaml(tmp_path, text), LEARN | flags, recipe)
+    assert {name: getattr(config, name) for name in found} == found
 
 
-def test_a_flag_for_one_way_of_scoring_passes_over_the_other_in_a_file(tmp_path):
-    for text, flag, kept in (
-        ("teacher: T\n", {"scores_from": "cache"}, (None, "cache")),
-        ("scores_from: cache\n", {"teacher": "T"}, ("T", None)),
-    ):
-        ours = resolve("learn", yaml(tmp_path, text), LEARN | flag)
-        assert (ours.teacher, ours.scores_from) == kept
-    assert resolve("learn", tmp_path / "config.yaml", LEARN, "xsum").teacher is None
+@pytest.mark.parametrize(
+    ("text", "flags", "message"),
+    [(LLMR, {"k": "8"}, "leave --k out"), (MIXED, {"method": "kl", "teacher": "T"}, "leave --teacher out")],
+)
+def test_what_does_not_apply_is_refused_as_a_flag(tmp_path, text, flags, message):
+    assert message in problems("learn", yaml(tmp_path, text), **LEARN, **flags)[0]
 
 
 def test_every_method_has_a_row_that_says_what_it_learns_from():

@@ -56,11 +56,7 @@ def test_tokens_are_those_of_generate(family, monkeypatch):
     assert_as_by_generate(monkeypatch, model, greedy=True)
     ours = assert_as_by_generate(monkeypatch, model, samples=6, seed=4)
     assert len(set(ours.completions.lengths.tolist())) > 2
-
-
-def test_tokens_are_those_of_generate_after_warping(monkeypatch):
-    settings = {"samples": 5, "temperature": 0.8, "top_k": 30, "top_p": 0.9, "batch": 3}
-    assert_as_by_generate(monkeypatch, make("t5-1.1"), **settings)
+    assert_as_by_generate(monkeypatch, model, samples=5, temperature=0.8, top_k=30, top_p=0.9, batch=3)
 
 
 @pytest.mark.parametrize("family", ["t5-1.1", "qwen2"])

@@ -127,16 +127,18 @@ def test_seeds_follow_the_place_in_the_data(tmp_path, student, monkeypatch):
 
 
 def test_nothing_is_done_twice(tmp_path, student, monkeypatch):
-    config = make_config(tmp_path, student, prompts=12)
-    first = rollout(config)
-    cache = open_cache(config.cache)
-    ids = ids_in(cache)
+    """After running out of memory, a smaller batch goes on where the larger one was killed; a folder under another name
+    is the same policy."""
+    first = rollout(make_config(tmp_path, student, prompts=12))
+    ids = ids_in(open_cache(tmp_path / "cache"))
     monkeypatch.setattr(rollout_module, "load_model", None)  # not even the model is loaded
-    again = rollout(config)
-    assert ids_in(open_cache(config.cache)) == ids
-    assert (again.rollouts, again.tokens, again.finished) == (first.rollouts, first.tokens, first.finished)
-    assert (first.already_there, again.already_there) == (0, 24)
-    assert "24 of them already there" in str(again)
+    monkeypatch.chdir(student.parent)
+    for config in (make_config(tmp_path, student, rollout_batch=2), make_config(tmp_path, Path(student.name))):
+        again = rollout(config)
+        assert ids_in(open_cache(tmp_path / "cache")) == ids
+        assert (again.rollouts, again.tokens, again.finished) == (first.rollouts, first.tokens, first.finished)
+        assert (first.already_there, again.already_there) == (0, 24)
+        assert "24 of them already there" in str(again)
 
 
 def test_other_settings_other_rollouts_same_prompts(tmp_path, student):
@@ -148,18 +150,6 @@ def test_other_settings_other_rollouts_same_prompts(tmp_path, student):
     assert rollout(make_config(tmp_path, other)).already_there == 0
     assert len(open_cache(tmp_path / "cache").policies()) == 2
     assert sum(m.rows for _, m in open_cache(tmp_path / "cache").manifests("prompts")) == 4
-
-
-def test_the_batch_size_does_not_move_the_segments(tmp_path, student):
-    """After running out of memory, a smaller batch goes on where the larger one was killed."""
-    rollout(make_config(tmp_path, student, prompts=9, rollout_batch=6))
-    assert rollout(make_config(tmp_path, student, rollout_batch=2)).already_there == 18
-
-
-def test_the_same_folder_under_another_name_is_the_same_policy(tmp_path, student, monkeypatch):
-    rollout(make_config(tmp_path, student))
-    monkeypatch.chdir(student.parent)
-    assert rollout(make_config(tmp_path, Path(student.name))).already_there == 8
 
 
 def test_prompts_cut_at_another_length_are_other_prompts(tmp_path, student):
