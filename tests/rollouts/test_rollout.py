@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -23,6 +22,7 @@ from ketchup_cache.rollouts.rollout import ensure_rollouts, rollout
 from ketchup_cache.text.read import read_examples
 from tests.helpers.models import WORDS, make_t5, make_tokenizer, save_model, write_prompts
 from tests.helpers.oracle import plain_logits, rows_of
+from tests.helpers.segments import exit_code, in_child
 
 LONG = '{"prompt": "the cat sees a dog"}\n'
 SMALL = {"ROLLOUTS_AT_ONCE": 4, "TOKENS_PER_SEGMENT": 50, "PROMPTS_PER_SEGMENT": 10, "PROMPT_TOKENS_PER_SEGMENT": 60}
@@ -111,8 +111,10 @@ def test_what_is_in_the_cache_is_of_the_student(tmp_path, student, how):
         for prompt, completion, logprob in rows_of(rollouts):
             logits = plain_logits(make_t5("1.1"), prompts.tokens[prompt], completion)
             plain = (logits / how.get("temperature", 1)).log_softmax(-1)[range(len(completion)), completion].numpy()
-            assert logprob == pytest.approx(0 * plain if "greedy" in how else plain, abs=1e-4)
-            assert "greedy" not in how or completion == logits.argmax(1).tolist()
+            if "greedy" in how:
+                assert (completion, logprob.any()) == (logits.argmax(1).tolist(), False)
+            else:
+                assert logprob == pytest.approx(plain, abs=1e-4)
 
 
 def test_seeds_follow_the_place_in_the_data(tmp_path, student, monkeypatch):
@@ -169,35 +171,19 @@ def test_duplicates_and_long_prompts_are_counted(tmp_path, student):
     assert line.startswith("4 rollouts of 2 prompts (left out: 2 duplicates, 1 too long): mean length ")
 
 
-KILLED = """
-import sys, time, torch
-from ketchup_cache.rollouts import rollout
-from ketchup_cache.config.commands import RolloutConfig
-from ketchup_cache.cache.cache import Cache
-
-torch.set_num_threads(1)
-for name, value in {small}.items():
-    setattr(rollout, name, value)
-commit, commits = Cache.commit_rollouts, []
-
-def stuck(cache, *segment):
-    if len(commits) == 2:
-        print("stuck", flush=True)
-        time.sleep(600)
-    commits.append(commit(cache, *segment))
-    return commits[-1]
-
-Cache.commit_rollouts = stuck
-rollout.rollout(RolloutConfig.model_validate_json(sys.argv[1]))
-"""
-
-
-def test_killed_and_started_again_gives_the_rollouts_of_an_uninterrupted_run(tmp_path, student):
+def test_killed_and_started_again_gives_the_rollouts_of_an_uninterrupted_run(tmp_path, student, monkeypatch):
     config = make_config(tmp_path, student, prompts=23)
-    arguments = [sys.executable, "-c", KILLED.format(small=SMALL), config.model_dump_json()]
-    with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout.readline() == "stuck\n"
-        process.send_signal(signal.SIGKILL)
+    commit, commits = Cache.commit_rollouts, []
+
+    def dying(cache: Cache, *segment) -> str:
+        if len(commits) == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        commits.append(commit(cache, *segment))
+        return commits[-1]
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Cache, "commit_rollouts", dying)
+        assert exit_code(in_child(lambda: rollout(config))) == -signal.SIGKILL
     kept = open_cache(config.cache).manifests("rollouts")
     assert len(kept) == 2
 
