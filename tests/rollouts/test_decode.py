@@ -41,14 +41,6 @@ def assert_as_by_generate(monkeypatch, model, prompts=PROMPTS, **settings) -> Ro
     return ours
 
 
-def rows_seen(model) -> list[tuple[int, int]]:
-    """Filled with (rows, tokens of each) of every pass through the decoder."""
-    seen: list[tuple[int, int]] = []
-    name = "decoder_input_ids" if model.config.is_encoder_decoder else "input_ids"
-    model.register_forward_pre_hook(lambda _, __, inputs: seen.append(tuple(inputs[name].shape)), with_kwargs=True)
-    return seen
-
-
 @pytest.mark.parametrize("family", ["t5-1.0", "t5-1.1", *ENCODERS, *FAMILIES])
 def test_tokens_are_those_of_generate(family, monkeypatch):
     model = make(family)
@@ -81,11 +73,10 @@ def test_every_row_is_what_it_would_be_alone(family):
 @pytest.mark.parametrize("family", ["t5-1.1", "bart", "qwen2", "bloom-alibi"])
 @pytest.mark.parametrize("greedy", [False, True])
 def test_rows_that_have_ended_are_not_computed(family, greedy):
-    model = make(family, ends=list(range(0, VOCAB, 4)))
-    seen = rows_seen(model)
-    samples = 1 if greedy else 8
-    rollouts = sample(model, samples=samples, greedy=greedy, batch=64)
-    lengths = rollouts.completions.lengths
+    model, seen = make(family, ends=list(range(0, VOCAB, 4))), []  # (rows, tokens of each) of every pass
+    name = "decoder_input_ids" if model.config.is_encoder_decoder else "input_ids"
+    model.register_forward_pre_hook(lambda _, __, inputs: seen.append(tuple(inputs[name].shape)), with_kwargs=True)
+    lengths = sample(model, samples=1 if greedy else 8, greedy=greedy, batch=64).completions.lengths
     assert seen[0][0] == len(PROMPTS)  # a prompt is read once for all its samples
     if model.config.is_encoder_decoder:
         assert {tokens for _, tokens in seen} == {1}
