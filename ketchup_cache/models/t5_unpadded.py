@@ -33,10 +33,9 @@ OUTPUT_SCALED = {
 }
 """The models whose order of layers this is, and whether they scale the states before their head."""
 
-SCORES_AT_ONCE = {"cuda": 2**28}
-"""Attention scores (heads × queries × keys) of a group of rows, by kind of device."""
-SCORES_AT_ONCE_ELSEWHERE = 2**20
-"""4 MB: on a CPU the scores of a few long rows stay in its cache, and short rows still come by the dozen."""
+SCORES_AT_ONCE = {"cuda": 2**28, "cpu": 2**20}
+"""Attention scores (heads × queries × keys) of a group of rows, by kind of device; other kinds take what a CPU takes.
+4 MB: on a CPU the scores of a few long rows stay in its cache, and short rows still come by the dozen."""
 HIDDEN_AT_ONCE = 2**20
 """Numbers that a feed-forward layer holds on a CPU: 4 MB, which the allocator hands out again and again. Larger
 blocks come fresh from the operating system each time, and their first touch takes longer than the activation."""
@@ -56,7 +55,7 @@ def t5_states(model: Any, prompts: Ragged, inputs: Ragged, owner: NDArray[np.int
     ascending order.
     """
     device = model.shared.weight.device
-    most = SCORES_AT_ONCE.get(device.type, SCORES_AT_ONCE_ELSEWHERE) // model.config.num_heads
+    most = SCORES_AT_ONCE.get(device.type, SCORES_AT_ONCE["cpu"]) // model.config.num_heads
     encoded = _stack(model.encoder, prompts.values, Rows.of(prompts.lengths, prompts.lengths, most, device))
     # the queries of a prompt are all tokens of its completions, which stand side by side
     queries = np.bincount(owner, inputs.lengths, len(prompts)).astype(np.int64)
@@ -71,7 +70,7 @@ def _stack(
 ) -> Tensor:
     """The encoder, or the decoder with the encoder's states and the rows that attend to them: ids [N] → [N, D]."""
     weight = stack.embed_tokens.weight
-    states = stack.embed_tokens(_ids(ids, weight.device))
+    states = stack.embed_tokens(int_tensor(ids, weight.device))
     states = stack.dropout(states.float() if _widened(weight) else states)
     bias = _Bias(rows.longest, causal=across is not None)
     for block in map(_computing, stack.block):
@@ -133,11 +132,13 @@ class Group:
 class Padded:
     """The tokens of rows in the padded rows of the groups, and back.
 
-    places: of each group [R × W], places of its tokens among all; behind a row's end any place. back: [N], where each
-    token is in the groups end to end; of those that are in no group any place. nowhere: [N] bool, these; or None.
+    places: of each group [R × W], places of its tokens among all; behind a row's end any place. real: of each group
+    [R, W] bool, False behind a row's end. back: [N], where each token is in the groups end to end; of those that are in
+    no group any place. nowhere: [N] bool, these; or None.
     """
 
     places: list[Tensor]
+    real: list[NDArray[np.bool_]]
     back: Tensor
     nowhere: Tensor | None
 
@@ -145,47 +146,36 @@ class Padded:
         """[N, D] → [R × W, D] of each group, one after the other where no gradient needs all of them."""
         if not values.requires_grad:
             return (values[places] for places in self.places)
-        return _Spread.apply(values, self._all, self.back, self.nowhere).split([len(places) for places in self.places])
+        spread = _Gather.apply(values, self._flat[0], self.back, self.nowhere)
+        return spread.split([len(places) for places in self.places])
 
     def collect(self, parts: Sequence[Tensor]) -> Tensor:
         """The way back."""
         values = parts[0] if len(parts) == 1 else torch.cat(list(parts))
-        return _Collect.apply(values, self.back) if values.requires_grad else values[self.back]
+        return _Gather.apply(values, self.back, *self._flat) if values.requires_grad else values[self.back]
 
     @cached_property
-    def _all(self) -> Tensor:
-        return torch.cat(self.places)
+    def _flat(self) -> tuple[Tensor, Tensor]:
+        """Of all groups end to end: the places, and which of them are behind a row's end."""
+        behind = np.concatenate([~real.reshape(-1) for real in self.real])
+        return torch.cat(self.places), torch.from_numpy(behind).to(self.back.device)
 
 
-class _Spread(torch.autograd.Function):
-    """values[places], whose gradient is gathered too. torch's own has to sort the places and add up: a token may come
-    again behind a row's end. Nothing that counts depends on what is there, so no gradient comes from there."""
+class _Gather(torch.autograd.Function):
+    """values[places], whose gradient is gathered too: gradient[back], and 0 at `none`. torch's own has to sort the
+    places and add up: a token may come again behind a row's end. Nothing that counts depends on what is there, so no
+    gradient comes from there."""
 
     @staticmethod
-    def forward(context: Any, values: Tensor, places: Tensor, back: Tensor, nowhere: Tensor | None) -> Tensor:
-        context.save_for_backward(back, nowhere)
+    def forward(context: Any, values: Tensor, places: Tensor, back: Tensor, none: Tensor | None) -> Tensor:
+        context.save_for_backward(back, none)
         return values[places]
 
     @staticmethod
     def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
-        back, nowhere = context.saved_tensors
+        back, none = context.saved_tensors
         found = gradient[back]
-        return found if nowhere is None else found.masked_fill_(nowhere[:, None], 0), None, None, None
-
-
-class _Collect(torch.autograd.Function):
-    """values[back], each place of which is another one."""
-
-    @staticmethod
-    def forward(context: Any, values: Tensor, back: Tensor) -> Tensor:
-        context.save_for_backward(back)
-        context.size = len(values)
-        return values[back]
-
-    @staticmethod
-    def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        (back,) = context.saved_tensors
-        return gradient.new_zeros(context.size, gradient.shape[1]).index_copy_(0, back, gradient), None
+        return found if none is None else found.masked_fill_(none[:, None], 0), None, None, None
 
 
 @dataclass(frozen=True)
@@ -202,10 +192,9 @@ class Rows:
     def of(cls, queries: NDArray[np.int64], keys: NDArray[np.int64], most: int, device: torch.device) -> Rows:
         """queries, keys: [R] tokens of each row; rows stand end to end. most: of queries × keys in a group."""
         together = list(groups_of(queries, keys, most))
-        asking, _ = _padded(queries, together, device, backwards=True)
-        asked, real = _padded(keys, together, device)
-        groups = []
-        for rows, there in zip(together, real, strict=True):
+        asking = _padded(queries, together, device, backwards=True)
+        asked, groups = _padded(keys, together, device), []
+        for rows, there in zip(together, asked.real, strict=True):
             q = _aligned(int(queries[rows].max()), device)
             seen = None if there.all() else torch.from_numpy(there[:, None, None, :]).to(device)
             groups.append(Group((len(rows), q, there.shape[1]), seen))
@@ -214,9 +203,9 @@ class Rows:
 
 def _padded(
     lengths: NDArray[np.int64], together: list[NDArray[np.int64]], device: torch.device, *, backwards: bool = False
-) -> tuple[Padded, list[NDArray[np.bool_]]]:
-    """Where the tokens of rows go, and of each group which are real, [R, W]. together: the rows of each group.
-    backwards: a row's last token first, behind its padding."""
+) -> Padded:
+    """Where the tokens of rows go. together: the rows of each group. backwards: a row's last token first, behind its
+    padding."""
     starts = offsets_of(lengths)
     places, real, back, done = [], [], np.full(starts[-1], -1), 0
     for rows in together:
@@ -225,10 +214,10 @@ def _padded(
         at = starts[rows, None] + np.minimum(within, lengths[rows, None] - 1)
         back[at[there]] = done + np.flatnonzero(there)
         done += at.size
-        places.append(_ids(at.reshape(-1), device))
+        places.append(int_tensor(at.reshape(-1), device))
         real.append(there)
     nowhere = torch.from_numpy(back < 0).to(device) if (back < 0).any() else None
-    return Padded(places, _ids(np.maximum(back, 0), device), nowhere), real
+    return Padded(places, real, int_tensor(np.maximum(back, 0), device), nowhere)
 
 
 def _aligned(width: int, device: torch.device) -> int:
@@ -319,5 +308,6 @@ def _attend(
     return states + layer.dropout(attention.o(rows.queries.collect(parts)))
 
 
-def _ids(array: NDArray[np.int64], device: torch.device) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(array, np.int64)).to(device)
+def int_tensor(array: NDArray, device: torch.device) -> Tensor:
+    """An int64 copy: arrays of a cache are read-only."""
+    return torch.tensor(array, dtype=torch.long, device=device)

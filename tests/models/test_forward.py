@@ -119,7 +119,7 @@ def test_an_empty_unfinished_completion_has_only_a_next_state(model):
 def test_rows_of_a_larger_set_bring_their_prompts_along():
     prompts, rollouts = random_rollouts(1, 8, prompts=5)
     rows = np.array([6, 2, 3, 6])
-    batch = Batch.of_rows(prompts, rollouts.prompt_index, rollouts.completions, rows)
+    batch = Batch(prompts, rollouts.prompt_index, rollouts.completions).take(rows)
     assert len(batch.prompts) == len(set(rollouts.prompt_index[rows]))
     for place, row in enumerate(rows):
         assert batch.prompts[batch.prompt_index[place]].tolist() == prompts[rollouts.prompt_index[row]].tolist()

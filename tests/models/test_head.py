@@ -7,7 +7,7 @@ import torch
 from ketchup_cache.errors import ModelError
 from ketchup_cache.models import forward
 from ketchup_cache.models.forward import Batch, states_and_next
-from ketchup_cache.models.head import Head
+from ketchup_cache.models.head import BLOCK, STATES_AT_ONCE, Head
 from ketchup_cache.types import Scores
 from tests.helpers.models import make_model, make_t5
 from tests.helpers.oracle import assert_same_scores, plain_scores, random_rollouts
@@ -146,8 +146,8 @@ def test_the_head_is_float32_under_a_bfloat16_body():
 def test_blocks_of_the_vocabulary_change_nothing(block, offset, monkeypatch):
     """Wherever the largest logit stands, and where exponentials of the logits themselves would overflow or vanish."""
     head = replace(Head.of(make_t5("1.1", scale=20), 60), bias=torch.full((1, 80), offset))  # as BART has one
-    monkeypatch.setattr("ketchup_cache.models.head.BLOCK_ELSEWHERE", block * 5)
-    monkeypatch.setattr("ketchup_cache.models.head.STATES_AT_ONCE_ELSEWHERE", 5)
+    monkeypatch.setitem(BLOCK, "cpu", block * 5)
+    monkeypatch.setitem(STATES_AT_ONCE, "cpu", 5)
     states = torch.randn(33, 32, generator=torch.Generator().manual_seed(1)) * 3
     targets = torch.arange(33) % 60
     logits = head.logits(states).double()

@@ -84,8 +84,6 @@ def test_the_fused_gelu_is_the_models_own_function(family, tmp_path):
 def test_precision_and_devices(good):
     assert load_model(str(good), dtype="bfloat16", device="cpu").lm_head.weight.dtype == torch.bfloat16
     assert load_model(str(good), device_map="cpu").device.type == "cpu"
-    with pytest.raises(ModelError, match="use float32 or bfloat16"):
-        load_model(str(good), dtype="float16")
     assert pick_device("cpu") == torch.device("cpu")
     for device in ("cuda:99", "cpu:1", "xpu"):
         with pytest.raises(ModelError, match="is not on this machine"):

@@ -29,7 +29,7 @@ def assert_states_are_plain(model, batch: Batch) -> None:
 @pytest.mark.parametrize("kind", FAMILY)
 def test_states_are_those_of_each_row_alone(kind, at_once, monkeypatch):
     """Whatever the groups: every row by itself, a few together, all padded to the longest."""
-    monkeypatch.setattr(ragged, "SCORES_AT_ONCE_ELSEWHERE", at_once * 4)
+    monkeypatch.setitem(ragged.SCORES_AT_ONCE, "cpu", at_once * 4)
     model = make_model(kind)
     assert is_ragged(model)
     for seed in range(3):
@@ -100,7 +100,7 @@ def test_empty_completions_have_no_states():
 def test_the_gradient_is_that_of_padded_rows(kind, at_once, aligned, monkeypatch):
     """In few groups and many, one of whose prompts nobody asks. In float64: T5 takes its softmax in float32 even then,
     ours does not, hence the tolerance."""
-    monkeypatch.setattr(ragged, "SCORES_AT_ONCE_ELSEWHERE", at_once * 4)
+    monkeypatch.setitem(ragged.SCORES_AT_ONCE, "cpu", at_once * 4)
     if aligned:
         monkeypatch.setattr(ragged, "_aligned", lambda width, device: -(-width // 8) * 8)
     model = make_model(kind).double()
