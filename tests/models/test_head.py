@@ -1,26 +1,15 @@
 from dataclasses import replace
+from functools import partial
 
-import numpy as np
 import pytest
 import torch
 
 from ketchup_cache.errors import ModelError
 from ketchup_cache.models import forward
-from ketchup_cache.models.forward import Batch, states_and_next
 from ketchup_cache.models.head import BLOCK, STATES_AT_ONCE, Head
-from ketchup_cache.types import Scores
-from tests.helpers.models import make_model, make_t5
+from tests.helpers.models import FAMILIES, make_decoder, make_model, make_t5
 from tests.helpers.oracle import assert_same_scores, plain_scores, random_rollouts
-
-
-def head_scores(model, prompts, rollouts, vocab_size=60) -> Scores:
-    head = Head.of(model, vocab_size)
-    batch = Batch(prompts, rollouts.prompt_index, rollouts.completions)
-    states, next_states = states_and_next(model, batch, ~rollouts.finished)
-    per_token = head.reduce(states, torch.tensor(rollouts.completions.values, dtype=torch.long))
-    final = np.zeros(len(rollouts), np.float32)
-    final[~rollouts.finished] = head.reduce(next_states, torch.zeros(len(next_states), dtype=torch.long))[1].numpy()
-    return Scores(*(values.numpy() for values in per_token), final)
+from tests.helpers.scoring import teacher_of
 
 
 def tiny_gemma(softcap: float):
@@ -36,6 +25,12 @@ def tiny_gemma(softcap: float):
     return T5GemmaForConditionalGeneration(config).eval()
 
 
+def declares_a_cap(model):
+    """That is not done, and not believed."""
+    model.config.final_logit_softcapping = 5.0
+    return model
+
+
 def tiny_bart():
     model = make_model("bart")
     model.final_logits_bias.normal_()
@@ -47,26 +42,20 @@ def with_bias(model):
     return model
 
 
-def declares_a_cap(model):
-    """That is not done, and not believed."""
-    model.config.final_logit_softcapping = 5.0
-    return model
-
-
 MODELS = {
-    "t5": lambda: make_t5("1.0"),
-    "t5-v1.1": lambda: make_t5("1.1"),
     "bias": lambda: with_bias(make_t5("1.1")),
     "softcap": lambda: tiny_gemma(softcap=2.0),
     "declared softcap": lambda: declares_a_cap(make_t5()),
     "bart-bias": tiny_bart,
-}
+} | {name: partial(make_model, name) for name in ("t5-1.0", "t5-1.1", *FAMILIES)}
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_scores_are_those_of_the_models_own_logits(name):
-    model, (prompts, rollouts) = MODELS[name](), random_rollouts(0, 9)
-    assert_same_scores(head_scores(model, prompts, rollouts), plain_scores(model, prompts, rollouts))
+    model, (prompts, rollouts) = MODELS[name](), random_rollouts(0, 14)
+    plain = plain_scores(model, prompts, rollouts)
+    for budget in (1, 60, 10_000):
+        assert_same_scores(teacher_of(model).score(prompts, rollouts, batch_tokens=budget), plain)
 
 
 @pytest.mark.parametrize(
@@ -110,14 +99,14 @@ def test_a_model_smaller_than_the_tokenizer_is_refused():
         Head.of(make_t5(), 61)
 
 
-def test_padding_rows_of_the_head_are_never_used():
-    model = make_t5("1.1", vocab_size=70)
+@pytest.mark.parametrize("model", [make_t5("1.1", vocab_size=72), make_decoder("wide")], ids=["t5", "wide"])
+def test_padding_rows_of_the_head_are_never_used(model):
     with torch.no_grad():
-        model.lm_head.weight[60:] = torch.cat([100 * model.lm_head.weight[:5], -100 * model.lm_head.weight[:5]])
+        model.lm_head.weight[60:] = torch.cat([100 * model.lm_head.weight[:6], -100 * model.lm_head.weight[:6]])
     prompts, rollouts = random_rollouts(0, 9)
-    plain = plain_scores(model, prompts, rollouts, vocab_size=60)
-    assert (plain_scores(model, prompts, rollouts, vocab_size=70).max_q > plain.max_q + 1).all()  # they would win
-    assert_same_scores(head_scores(model, prompts, rollouts), plain)
+    plain, wide = (plain_scores(model, prompts, rollouts, vocab_size=size) for size in (60, 72))
+    assert (wide.max_q > plain.max_q + 1).all()  # they would win
+    assert_same_scores(teacher_of(model).score(prompts, rollouts, batch_tokens=500), plain)
 
 
 def reductions(logits, targets) -> tuple[torch.Tensor, ...]:

@@ -15,18 +15,21 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ketchup_cache import open_cache
 from ketchup_cache.errors import ModelError
 from ketchup_cache.models import memory
 from ketchup_cache.models.memory import PROBE, TokenBudget, free_ram, out_of_memory
+from ketchup_cache.scoring.score import score
 from ketchup_cache.scoring.teacher import Teacher
+from tests.helpers.models import save_model
 from tests.helpers.oracle import assert_same_scores, plain_scores, random_rollouts
-from tests.scoring.test_score import add_rollouts, assert_scored, open_cache, options, save_model, score
-from tests.scoring.test_teacher import MODELS, TEACHERS
+from tests.helpers.scoring import MODELS, TEACHERS, add_rollouts, assert_scored, options
 
 TEACHER, MODEL = TEACHERS["1.0"], MODELS["1.0"]
 PROMPTS, ROLLOUTS = random_rollouts(7, 12)
 PLAIN = plain_scores(MODEL, PROMPTS, ROLLOUTS)
-LONGEST = int((PROMPTS.lengths[ROLLOUTS.prompt_index] + ROLLOUTS.completions.lengths).max())
+ROWS = np.stack([PROMPTS.lengths[ROLLOUTS.prompt_index], ROLLOUTS.completions.lengths], 1)
+LONGEST = int(ROWS.sum(1).max())
 FAILURES = (
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
     MemoryError(),
@@ -78,10 +81,15 @@ def test_scores_do_not_depend_on_where_memory_ends(limit, asked, failure):
 
 def test_the_scores_of_a_row_that_never_fits_are_refused_with_what_to_do(monkeypatch):
     fails = Fails(LONGEST - 1, FAILURES[2])
-    with pytest.raises(ModelError, match=r"rollout row \d+ .* does not fit into memory on its own: use --dt") as error:
+    with pytest.raises(ModelError) as error:
         scored(monkeypatch, fails, 1000)
+    what = (
+        r"rollout row (\d+) \((\d+) prompt and (\d+) completion tokens\) does not fit into memory on its own: use --dt"
+    )
+    row, *lengths = map(int, re.match(what, str(error.value)).groups())
     assert "\n" not in str(error.value)
-    assert fails.sizes[-1] == LONGEST
+    assert lengths == ROWS[row].tolist()
+    assert fails.sizes[-1] == sum(lengths) == LONGEST
 
 
 @pytest.mark.parametrize(
@@ -188,7 +196,7 @@ sys.path[:0] = sys.argv[1:2]
 import numpy as np, torch
 torch.set_num_threads(1)
 from tests.helpers.oracle import make_rollouts
-from tests.scoring.test_teacher import TEACHERS
+from tests.helpers.scoring import TEACHERS
 from ketchup_cache.models.memory import TokenBudget
 from ketchup_cache.types import Ragged
 rng = np.random.default_rng(0)
@@ -225,7 +233,7 @@ def run_score(tmp_path, segments: int, batch_tokens, **given):
     folder, path = save_model(tmp_path / "teacher", "1.1"), tmp_path / "cache"
     cache = open_cache(path, create=True)
     ids = [add_rollouts(cache, *random_rollouts(n, 30, prompts=5), policy=n) for n in range(segments)]
-    report = score(options(cache, folder, **given).model_copy(update={"batch_tokens": batch_tokens}))
+    report = score(options(cache, folder, batch_tokens=batch_tokens, **given))
     assert_scored(open_cache(path), folder, ids)
     assert report.batch_tokens == report.to_dict()["batch_tokens"]
     return report
