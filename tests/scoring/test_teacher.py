@@ -8,7 +8,9 @@ from hypothesis import strategies as st
 
 from ketchup_cache.config.options import ScoringOptions
 from ketchup_cache.errors import MismatchError, NumericsError
+from ketchup_cache.models.fingerprint import weights_fingerprint
 from ketchup_cache.models.forward import states_and_next
+from ketchup_cache.provenance import TeacherInfo, in_precision
 from ketchup_cache.scoring.teacher import Teacher
 from ketchup_cache.types import Ragged
 from tests.helpers.models import make_model, make_t5, save_model
@@ -75,17 +77,19 @@ def test_rows_can_be_chosen():
 
 
 def test_a_loaded_teacher_is_who_its_files_and_its_precision_say(tmp_path):
-    folder = save_model(tmp_path, "1.1")
+    folder, weights = save_model(tmp_path, "1.1"), weights_fingerprint(tmp_path)
     teacher = Teacher.load(str(folder), CPU)
     assert (teacher.info, teacher.tokenizer) == Teacher.identify(str(folder), CPU)
-    assert teacher.info.name == str(folder)
     half, _ = Teacher.identify(str(folder), ScoringOptions(dtype="bfloat16"))
-    assert half.fingerprint != teacher.info.fingerprint
-    assert half.dtype == "bfloat16"
+    made = [
+        TeacherInfo(name=str(folder), fingerprint=in_precision(weights, d), dtype=d) for d in ("float32", "bfloat16")
+    ]
+    assert [teacher.info, half] == made
+    assert len({weights, *(info.fingerprint for info in made)}) == 3
     assert teacher.tokenizer.fingerprint == TOKENIZER.fingerprint
     prompts, rollouts = random_rollouts(5, 6)
     assert_same_scores(
-        teacher.score(prompts, rollouts, batch_tokens=100), plain_scores(make_t5("1.1"), prompts, rollouts)
+        teacher.score(prompts, rollouts, batch_tokens=100), plain_scores(MODELS["1.1"], prompts, rollouts)
     )
 
 
