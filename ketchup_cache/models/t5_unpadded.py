@@ -118,19 +118,8 @@ def _feed_forward(layer: Any, states: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Group:
-    """Rows of similar length that attend together, R of them, padded to Q queries and K keys.
-
-    seen: [R, 1, 1, K] bool, which keys are real; None where all are.
-    """
-
-    size: tuple[int, int, int]
-    seen: Tensor | None
-
-
-@dataclass(frozen=True)
 class Padded:
-    """The tokens of rows in the padded rows of the groups, and back.
+    """The tokens of rows in groups of R rows of similar length, padded to W tokens, and back.
 
     places: of each group [R × W], places of its tokens among all; behind a row's end any place. real: of each group
     [R, W] bool, False behind a row's end. back: [N], where each token is in the groups end to end; of those that are in
@@ -180,25 +169,23 @@ class _Gather(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class Rows:
-    """The groups of a batch, and where the tokens of its queries and keys are in them."""
+    """The groups of a batch, whose rows attend together: Q queries and K keys a row.
 
-    groups: list[Group]
+    seen: of each group [R, 1, 1, K] bool, which keys are real; None where all are. longest: most keys of a row.
+    """
+
     queries: Padded
     keys: Padded
+    seen: list[Tensor | None]
     longest: int
-    """Most keys of a row."""
 
     @classmethod
     def of(cls, queries: NDArray[np.int64], keys: NDArray[np.int64], most: int, device: torch.device) -> Rows:
         """queries, keys: [R] tokens of each row; rows stand end to end. most: of queries × keys in a group."""
         together = list(groups_of(queries, keys, most))
-        asking = _padded(queries, together, device, backwards=True)
-        asked, groups = _padded(keys, together, device), []
-        for rows, there in zip(together, asked.real, strict=True):
-            q = _aligned(int(queries[rows].max()), device)
-            seen = None if there.all() else torch.from_numpy(there[:, None, None, :]).to(device)
-            groups.append(Group((len(rows), q, there.shape[1]), seen))
-        return cls(groups, asking, asked, int(keys.max()))
+        asking, asked = _padded(queries, together, device, backwards=True), _padded(keys, together, device)
+        seen = [None if real.all() else torch.from_numpy(real[:, None, None]).to(device) for real in asked.real]
+        return cls(asking, asked, seen, int(keys.max()))
 
 
 def _padded(
@@ -267,14 +254,15 @@ class _Bias:
         self._full = full if full.device.type == "cpu" else full.contiguous()
         self._masked.clear()
 
-    def corner(self, number: int, group: Group) -> Tensor:
+    def corner(self, rows: Rows, number: int) -> Tensor:
         """[1 or R, H, Q, K] of a group of self-attention, its queries backwards."""
         assert self._full is not None
-        corner = self._full[:, :, self._full.shape[2] - group.size[1] :, : group.size[2]]
-        if group.seen is None or self._causal:  # what is behind a row's end is in its future
+        seen, queries, keys = rows.seen[number], rows.queries.real[number].shape[1], rows.keys.real[number].shape[1]
+        corner = self._full[:, :, self._full.shape[2] - queries :, :keys]
+        if seen is None or self._causal:  # what is behind a row's end is in its future
             return corner
         if number not in self._masked:
-            corner = torch.where(group.seen, corner, corner.new_full((), -torch.inf))
+            corner = torch.where(seen, corner, corner.new_full((), -torch.inf))
             if corner.device.type == "cpu" and not torch.is_grad_enabled():
                 return corner  # little work, and it stays in the cache of a processor
             self._masked[number] = corner  # the layers share it; each would keep its own for the backward pass
@@ -292,14 +280,14 @@ def _attend(
     query, key, value = attention.q(normed), attention.k(source), attention.v(source)
     if bias is not None:
         bias.of(attention, query)
-    if not rows.groups:
+    if not rows.seen:
         return states
     parts, dropout = [], attention.dropout if attention.training else 0.0
     spread = (rows.queries.spread(query), rows.keys.spread(key), rows.keys.spread(value))
     del normed, source, query, key, value  # a tensor of all tokens each: most of what a pass holds at its peak
-    for number, (group, *tokens) in enumerate(zip(rows.groups, *spread, strict=True)):
-        heads = (group.size[0], -1, attention.n_heads, attention.key_value_proj_dim)
-        mask = bias.corner(number, group) if bias is not None else group.seen
+    for number, tokens in enumerate(zip(*spread, strict=True)):
+        heads = (len(rows.keys.real[number]), -1, attention.n_heads, attention.key_value_proj_dim)
+        mask = bias.corner(rows, number) if bias is not None else rows.seen[number]
         query, key, value = (values.view(heads).transpose(1, 2) for values in tokens)
         mixed = F.scaled_dot_product_attention(
             query, key, value, attn_mask=mask, dropout_p=dropout, scale=attention.scaling

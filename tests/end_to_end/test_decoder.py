@@ -134,12 +134,6 @@ def chat_tokenizer(template: str | None = CHAT):
     return tokenizer
 
 
-@pytest.fixture(scope="module")
-def chat_model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("chat")
-    return str(save_decoder(folder, tokenizer=chat_tokenizer(), vocab_size=VOCAB + 4))
-
-
 def test_a_chat_prompt_is_one_user_turn_with_the_assistants_open(tmp_path):
     data, tokenizer = write_task(tmp_path / "d.jsonl", 5, 0), chat_tokenizer()
     plain = read_examples(DataOptions(data=str(data)))
@@ -160,7 +154,8 @@ def test_a_chat_prompt_is_one_user_turn_with_the_assistants_open(tmp_path):
     assert as_chat(plain, tokenizer, DataOptions(data=str(data))) == plain
 
 
-def test_rollout_and_evaluate_ask_in_the_same_words(chat_model, tmp_path):
+def test_rollout_and_evaluate_ask_in_the_same_words(tmp_path):
+    chat_model = str(save_decoder(tmp_path / "chat", tokenizer=chat_tokenizer(), vocab_size=VOCAB + 4))
     data = str(write_task(tmp_path / "d.jsonl", 6, 0))
     common = {"data": data, "chat": True, "system": "who runs", "max_new_tokens": 5, "device": "cpu"}
     rollout(RolloutConfig(student=chat_model, cache=tmp_path / "cache", greedy=True, **common))

@@ -92,9 +92,10 @@ def test_the_scores_of_a_row_that_never_fits_are_refused_with_what_to_do(monkeyp
     assert fails.sizes[-1] == sum(lengths) == LONGEST
 
 
-@pytest.mark.parametrize(
-    "error", [RuntimeError("mat1 and mat2 shapes cannot be multiplied"), ValueError("out of memory"), KeyError("q")]
-)
+OTHERS = RuntimeError("mat1 and mat2 shapes cannot be multiplied"), ValueError("out of memory"), KeyError("q")
+
+
+@pytest.mark.parametrize("error", OTHERS)
 def test_other_errors_are_not_taken_for_it(monkeypatch, error):
     assert not out_of_memory(error)
     fails = Fails(10, error)
@@ -122,33 +123,26 @@ def found(*devices: torch.device, size: int = PROBE, between=lambda: None) -> in
     return budget.tokens
 
 
-@pytest.fixture
-def gpus(monkeypatch):
-    """Two GPUs with 8 GB free, and 3 GB reserved by the allocator, of which 2 are in use."""
-    state = {"free": [8 * GB, 8 * GB], "peak": [2 * GB, 2 * GB]}
-    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 2 * GB)
-    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 3 * GB)
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: state["peak"][device.index])
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (state["free"][device.index], 80 * GB))
-    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
-    return state
+GPUS = [  # free on the device, and what the allocator holds without need; and the fullest of several devices decides
+    ((8, 8), (400_000, 1), 0.8 * 9 * GB / 400_000),
+    ((0, 8), (400_000, 1), 0.8 * GB / 400_000),
+    ((79, 79), (1000, 1000), memory.MOST["cuda"]),
+    ((8, 8), (100_000, 800_000), 0.8 * 9 * GB / 800_000),
+    ((0.5, 70), (100_000, 800_000), 0.8 * 1.5 * GB / 100_000),
+]
 
 
-@pytest.mark.parametrize(
-    ("free", "each", "tokens"),
-    [
-        # free on the device, and what the allocator holds without need
-        ((8, 8), (400_000, 1), 0.8 * 9 * GB / 400_000),
-        ((0, 8), (400_000, 1), 0.8 * GB / 400_000),
-        ((79, 79), (1000, 1000), memory.MOST["cuda"]),
-        # the fullest of several devices decides
-        ((8, 8), (100_000, 800_000), 0.8 * 9 * GB / 800_000),
-        ((0.5, 70), (100_000, 800_000), 0.8 * 1.5 * GB / 100_000),
-    ],
-)
-def test_a_gpu_is_filled_to_a_share_of_what_is_free(gpus, free, each, tokens):
-    gpus["free"] = [int(gigabytes * GB) for gigabytes in free]
-    gpus["peak"] = [2 * GB + PROBE * bytes_ for bytes_ in each]
+@pytest.mark.parametrize(("free", "each", "tokens"), GPUS)
+def test_a_gpu_is_filled_to_a_share_of_what_is_free(monkeypatch, free, each, tokens):
+    """Two GPUs, and 3 GB reserved by the allocator, of which 2 are in use."""
+    for name, value in {
+        "memory_allocated": lambda device: 2 * GB,
+        "memory_reserved": lambda device: 3 * GB,
+        "max_memory_allocated": lambda device: 2 * GB + PROBE * each[device.index],
+        "mem_get_info": lambda device: (int(free[device.index] * GB), 80 * GB),
+        "reset_peak_memory_stats": lambda device: None,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
     assert found(torch.device("cuda", 0), torch.device("cuda", 1)) == max(int(tokens), PROBE)
 
 
@@ -215,9 +209,8 @@ print(json.dumps([float(np.abs(small.q - large.q).max()), budget.tokens]))
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's limit of a process's memory")
 def test_a_process_that_may_have_no_more_memory_goes_on():
     """The real thing: 400 rows of 304 tokens take more than the 24 MB that may be had."""
-    done = subprocess.run(
-        [sys.executable, "-c", LIMITED, str(Path(__file__).parents[2])], capture_output=True, text=True, timeout=120
-    )
+    command = [sys.executable, "-c", LIMITED, str(Path(__file__).parents[2])]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     difference, found = json.loads(done.stdout)
     assert difference < 1e-4
@@ -253,9 +246,8 @@ def test_score_keeps_the_budget_from_segment_to_segment_and_reports_it(tmp_path,
     assert report.segments > 4
     lines = [line for line in capsys.readouterr().err.splitlines() if "out of memory" in line]
     limits = [int(line.split()[-1]) for line in lines]
-    assert all(
-        re.fullmatch(r"ketchup-cache: out of memory at a batch of \d+ tokens: going on .*", line) for line in lines
-    )
+    said = r"ketchup-cache: out of memory at a batch of \d+ tokens: going on .*"
+    assert all(re.fullmatch(said, line) for line in lines)
     assert limits == sorted(set(limits), reverse=True)
     assert report.batch_tokens == limits[-1] <= 40
     assert str(report).endswith(f" s, in batches of up to {limits[-1]} tokens")

@@ -49,10 +49,10 @@ def test_the_bias_is_the_models_and_takes_no_memory_of_its_own(causal):
     attention = make_t5("1.0").get_decoder().block[0].layer[0].SelfAttention
     attention.is_decoder = causal
     queries, keys = np.array([3, 7, 6]), np.array([3, 7, 6])
-    group = ragged.Rows.of(queries, keys, 10**6, torch.device("cpu")).groups[0]
+    rows = ragged.Rows.of(queries, keys, 10**6, torch.device("cpu"))
     bias = ragged._Bias(7, causal=causal)
     bias.of(attention, torch.zeros(1))
-    corner = bias.corner(0, group)
+    corner = bias.corner(rows, 0)
     own = attention.compute_bias(7, 7)[0]
     assert bias._full.untyped_storage().nbytes() == 4 * 4 * 13  # heads, and distances from -6 to 6
     for row, n in enumerate((3, 6, 7)):  # in the order of their lengths

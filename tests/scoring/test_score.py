@@ -30,11 +30,6 @@ def cache(tmp_path) -> Cache:
     return open_cache(tmp_path / "cache", create=True)
 
 
-@pytest.fixture
-def no_loading(monkeypatch):
-    monkeypatch.setattr(Teacher, "load", None)
-
-
 def test_scoring_a_cache_and_scoring_it_again(cache, teacher, monkeypatch):
     ids = [add_rollouts(cache, *random_rollouts(seed, 20, prompts=8), policy=seed) for seed in range(2)]
     report = score(options(cache, teacher, commit_tokens=25))
@@ -127,7 +122,8 @@ def test_another_teacher_or_precision_scores_anew(cache, teacher, tmp_path):
     assert len(open_cache(cache.path).teachers()) == 3
 
 
-def test_another_tokenizer_is_refused_before_weights_are_loaded(cache, teacher, tmp_path, no_loading):
+def test_another_tokenizer_is_refused_before_weights_are_loaded(cache, teacher, tmp_path, monkeypatch):
+    monkeypatch.setattr(Teacher, "load", None)
     report = score(options(cache, teacher))  # nothing there yet
     assert (report.already, report.segments, report.hit_rate) == (0, 0, 0.0)
     theirs = make_tokenizer([*WORDS[:4], "hound", *WORDS[5:]])
