@@ -82,16 +82,6 @@ def test_the_same_rollout_is_computed_once(cache, teacher):
     assert_scored(cache, teacher, [first, second, third])
 
 
-def test_a_scorer_knows_what_it_wrote_itself(cache, teacher):
-    scorer = Scorer(options(cache, teacher, commit_tokens=1))
-    prompts, rollouts = random_rollouts(0, 5)
-    add_rollouts(cache, prompts, rollouts)
-    scorer.ensure(cache)
-    add_rollouts(cache, prompts, rollouts, policy=1)
-    report = scorer.ensure(cache)
-    assert (report.computed, report.copied, report.hit_rate) == (0, 5, 1.0)
-
-
 @pytest.mark.parametrize("keep_top", [0, 3])
 def test_scores_in_float16_say_so_and_are_never_copied_as_float32(cache, teacher, keep_top):
     prompts, rollouts = random_rollouts(0, 5)
