@@ -25,10 +25,7 @@ from tests.helpers.learning import json_lines, metrics, run
 from tests.helpers.models import VOCAB, WORDS, make_decoder, make_decoder_tokenizer, save_decoder
 from tests.helpers.oracle import plain_logits, plain_row_scores
 
-EOS = 1
 NOUNS = WORDS[18:23]
-
-
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -86,9 +83,9 @@ def test_pretrain_rollout_score_learn_evaluate(tmp_path, capsys):
     rows = list(open_cache(cache).rows(policy=str(student)))
     assert len(rows) >= 2 * 60
     for row in [*rows[:6], *rows[-6:]]:
-        assert EOS not in row.prompt_tokens
+        assert 1 not in row.prompt_tokens  # EOS
         assert row.prompt_tokens[-1] == load_tokenizer(str(student)).convert_tokens_to_ids("=")
-        assert (row.completion_tokens[-1] == EOS) == row.finished
+        assert (row.completion_tokens[-1] == 1) == row.finished
         steps = range(len(row.completion_tokens))
         own = plain_logits(plain_student, row.prompt_tokens, row.completion_tokens).log_softmax(1)
         np.testing.assert_allclose(row.behavior_logprob, own[steps, row.completion_tokens.tolist()], atol=1e-4)
@@ -177,16 +174,16 @@ def test_rollout_and_evaluate_ask_in_the_same_words(tmp_path):
     assert len(list(open_cache(tmp_path / "cache").manifests("prompts"))) == 2
 
 
-@pytest.mark.parametrize(
-    ("tokenizer", "form", "prompt"),
-    [
-        (make_decoder_tokenizer(), {"template": "{prompt} ="}, "{} ="),
-        (with_bos(make_decoder_tokenizer()), {"template": "{prompt} ="}, "<s> {} ="),
-        (chat_tokenizer(), {"chat": True}, "<s> << user {} >> << assistant"),
-    ],
-    ids=["plain", "bos", "chat"],
-)
-def test_first_loss_is_the_mean_negative_log_likelihood_of_target_and_eos(tokenizer, form, prompt, tmp_path):
+FORMS = {
+    "plain": (make_decoder_tokenizer(), {"template": "{prompt} ="}, "{} ="),
+    "bos": (with_bos(make_decoder_tokenizer()), {"template": "{prompt} ="}, "<s> {} ="),
+    "chat": (chat_tokenizer(), {"chat": True}, "<s> << user {} >> << assistant"),
+}
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_first_loss_is_the_mean_negative_log_likelihood_of_target_and_eos(name, tmp_path):
+    tokenizer, form, prompt = FORMS[name]
     folder = save_decoder(tmp_path / "m", tokenizer=tokenizer, vocab_size=VOCAB + 4)
     words, nll = tokenizer.get_vocab(), []
     data = write_task(tmp_path / "d.jsonl", 6, 0)
@@ -200,20 +197,18 @@ def test_first_loss_is_the_mean_negative_log_likelihood_of_target_and_eos(tokeni
     assert report.loss_first == pytest.approx(np.mean(nll), rel=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("template", "system", "message"),
-    [
+def test_what_a_template_does_not_offer_is_said_in_one_line(tmp_path):
+    data = str(write_task(tmp_path / "d.jsonl", 2, 0))
+    for template, system, message in (
         (None, "", "--chat: the model's tokenizer has no chat template: leave --chat out"),
         (NO_SYSTEM, "who runs", "(System role not supported): leave --system out"),
         ("{% for %}", "", "--chat: the chat template can't be used ("),
-    ],
-)
-def test_what_a_template_does_not_offer_is_said_in_one_line(template, system, message, tmp_path):
-    options = DataOptions(data=str(write_task(tmp_path / "d.jsonl", 2, 0)), chat=True, system=system)
-    with pytest.raises(ConfigError) as refused:
-        as_chat(read_examples(options), chat_tokenizer(template), options)
-    assert message in str(refused.value)
-    assert "\n" not in str(refused.value)
+    ):
+        options = DataOptions(data=data, chat=True, system=system)
+        with pytest.raises(ConfigError) as refused:
+            as_chat(read_examples(options), chat_tokenizer(template), options)
+        assert message in str(refused.value)
+        assert "\n" not in str(refused.value)
 
 
 def test_half_a_turn_is_not_an_option(tmp_path, capsys):

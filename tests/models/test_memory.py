@@ -47,9 +47,8 @@ class Fails:
         self.limit, self.failure, self.sizes, self.rows = limit, failure, [], []
 
     def __call__(self, batch, finished, names, *rest):
-        size = len(batch.prompts.values) + len(batch.completions.values)
-        self.sizes.append(size)
-        if size > self.limit:
+        self.sizes.append(batch.size(once=True))
+        if self.sizes[-1] > self.limit:
             raise self.failure
         self.rows += names.tolist()
         return Teacher._score_batch(TEACHER, batch, finished, names, *rest)
@@ -236,7 +235,7 @@ def test_score_keeps_the_budget_from_segment_to_segment_and_reports_it(tmp_path,
     sizes, own = [], Teacher._score_batch
 
     def limited(self, batch, *rest):
-        sizes.append(len(batch.completions) * int(batch.prompts.lengths.max() + batch.completions.lengths.max()))
+        sizes.append(batch.size(once=False))
         if sizes[-1] > 40:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return own(self, batch, *rest)
