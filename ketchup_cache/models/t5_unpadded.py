@@ -106,10 +106,8 @@ def _norm(norm: Any, states: Tensor) -> Tensor:
 
 def _feed_forward(layer: Any, states: Tensor) -> Tensor:
     """The layer with its norm and its residual, [N, D] → [N, D]."""
-    if states.device.type == "cuda":
-        return states + layer.dropout(layer.DenseReluDense(_norm(layer.layer_norm, states)))
     if torch.is_grad_enabled() or states.device.type != "cpu":
-        return layer(states)
+        return states + layer.dropout(layer.DenseReluDense(_norm(layer.layer_norm, states)))
     chunk = max(HIDDEN_AT_ONCE // layer.DenseReluDense.wo.in_features, 64)
     return torch.cat([layer(part) for part in states.split(chunk)])
 

@@ -47,7 +47,7 @@ def test_a_state_predicts_its_token_and_has_not_seen_it(model):
 def test_each_prompt_is_computed_once_and_no_padding():
     """Five completions of two prompts of 2 and 3 tokens: the encoder, and keys of cross-attention, see 5 tokens."""
     seen, model = [], make_t5()
-    for module in (model.encoder.block[1].layer[1], model.decoder.block[1].layer[1].EncDecAttention.k):
+    for module in (model.encoder.block[1].layer[1].DenseReluDense, model.decoder.block[1].layer[1].EncDecAttention.k):
         module.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].shape[0]))
     prompts = Ragged.from_rows([[5, 1], [6, 7, 1]], np.int32)
     completion_states(model, Batch(prompts, np.array([0, 1, 0, 1, 0]), Ragged.from_rows([[3]] * 5, np.int32)))
