@@ -154,7 +154,6 @@ def load_model(
     folder = resolve_folder(name)
     raw_config, entries = read_json(folder / "config.json"), weight_entries(folder)
     trust = {"trust_remote_code": trust_remote_code}
-    options = {"dtype": dtype, "device_map": device_map, "local_files_only": True, **trust}
     with _loading(name):
         config = AutoConfig.from_pretrained(folder, local_files_only=True, **trust)
         kind = _kind(name, config)
@@ -164,8 +163,8 @@ def load_model(
         for entry in entries:
             if entry.shape != (expected := shapes.get(entry.name, entry.shape)):
                 raise ModelError(f"{name}: {entry.name} has shape {entry.shape}, but config.json makes it {expected}")
-        options |= {"config": config, "use_safetensors": True, "output_loading_info": True}
-        model, loading = kind.from_pretrained(folder, **options)
+        options = {"config": config, "dtype": dtype, "device_map": device_map, "use_safetensors": True, **trust}
+        model, loading = kind.from_pretrained(folder, local_files_only=True, output_loading_info=True, **options)
     _refuse_incomplete(name, model, loading)
     _refuse_silently_tied(name, model, raw_config, {entry.name for entry in entries})
     if any(parameter.is_meta for parameter in model.parameters()):
