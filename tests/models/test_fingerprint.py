@@ -68,6 +68,7 @@ TENSORS = [
 DAMAGED = [
     b"",
     b"\x01",
+    b"\x08" + bytes(7) + b"not json",
     struct.pack("<Q", 1 << 60) + b"{}",
     *map(safetensors_bytes, TENSORS),
     safetensors_bytes({"a": TENSOR | {"data_offsets": [4, 12]}}, bytes(12)),

@@ -1,4 +1,4 @@
-import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -69,22 +69,13 @@ def test_no_logits_are_computed_and_nothing_stays_behind(model):
 
 
 def test_another_thread_may_use_the_model_meanwhile(model):
-    batch, problems = random_batch(rows=9), []
-
-    def generate():
-        try:
-            for _ in range(50):
-                assert row_logits(model, [1, 1], [1]).shape == (1, 60)
-        except BaseException as error:
-            problems.append(error)
-
-    other = threading.Thread(target=generate)
-    other.start()
+    batch = random_batch(rows=9)
     expected = completion_states(model, batch)
-    while other.is_alive():
-        torch.testing.assert_close(completion_states(model, batch), expected)
-    other.join()
-    assert not problems
+    with ThreadPoolExecutor(1) as pool:
+        other = pool.submit(lambda: [row_logits(model, [1, 1], [1]).shape for _ in range(50)])
+        while not other.done():
+            torch.testing.assert_close(completion_states(model, batch), expected)
+    assert set(other.result()) == {(1, 60)}
 
 
 def test_gradients_are_those_of_the_plain_pass(model):
