@@ -20,7 +20,6 @@ import torch
 
 from benchmarks.common import T5_SMALL, VOCAB, forget_peak, options, peak, publish, sample, t5, table, timed
 from ketchup_cache.config.commands import LearnConfig
-from ketchup_cache.models.batching import token_budget_batches
 from ketchup_cache.models.forward import Batch, completion_states
 from ketchup_cache.models.head import Head
 from ketchup_cache.types import ScoredRollouts
@@ -31,10 +30,12 @@ BUDGET = LearnConfig.model_fields["micro_batch_tokens"].default
 def bucketed(model: Any, head: Head, batch: ScoredRollouts, weight: np.ndarray, budget: int = BUDGET) -> None:
     """As in training/policy_gradient.py, without the metrics."""
     prompts, rollouts = batch.prompts.tokens, batch.rollouts
-    lengths, index = rollouts.completions.lengths, rollouts.prompt_index
-    weights = rollouts.completions.with_values(weight)
-    for rows in token_budget_batches(prompts.lengths[index], lengths, budget, prompt_index=index, once=True):
-        part = Batch.of_rows(prompts, index, rollouts.completions, rows)
+    weights, whole = (
+        rollouts.completions.with_values(weight),
+        Batch(prompts, rollouts.prompt_index, rollouts.completions),
+    )
+    for rows in whole.split(np.arange(len(rollouts)), budget, once=True):
+        part = whole.take(rows)
         states = completion_states(model, part)
         logprob = head.log_prob(states, torch.from_numpy(part.completions.values).long())
         (-(torch.from_numpy(weights.take(rows).values) * logprob).sum() / len(weight)).backward()

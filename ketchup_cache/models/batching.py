@@ -1,8 +1,4 @@
-"""Rows of similar length together, in batches of bounded size.
-
-The size of a batch is what goes through the model: the tokens of its completions, and of its prompts once each; or,
-where every completion is a padded row with its prompt (`once` is false), rows × (longest prompt + longest completion).
-"""
+"""Rows of similar length together, in batches of bounded size (`Batch.size` in `models/forward.py`)."""
 
 from __future__ import annotations
 
@@ -16,21 +12,9 @@ WASTE = 1.15
 more than the prompts hold, and 28 % more with the budget alone (`benchmarks/micro_batches.py`)."""
 
 
-def batch_size(
-    prompt_lengths: NDArray[np.int64], lengths: NDArray[np.int64], prompt_index: NDArray[np.int64], *, once: bool
-) -> int:
-    """Tokens of a batch that go through the model. prompt_lengths, lengths, prompt_index: [B], of each row."""
-    if not len(lengths):
-        return 0
-    if not once:
-        return len(lengths) * int(prompt_lengths.max() + lengths.max())
-    _, first = np.unique(prompt_index, return_index=True)
-    return int(prompt_lengths[first].sum() + lengths.sum())
-
-
 def token_budget_batches(
-    prompt_lengths: ArrayLike,
-    completion_lengths: ArrayLike,
+    prompts: ArrayLike,
+    completions: ArrayLike,
     budget: int,
     *,
     prompt_index: ArrayLike | None = None,
@@ -42,11 +26,11 @@ def token_budget_batches(
     (`WASTE`). Rows of one prompt stand together, so that its encoder pass can be shared; they are separated only where
     they do not fit in one batch.
 
-    prompt_lengths, completion_lengths: [B]. prompt_index: [B], equal for rows of the same prompt; without it, rows of
-    equal prompt length count as the same. Returns row indices; the same input gives the same batches.
+    prompts, completions: [B] lengths. prompt_index: [B], equal for rows of the same prompt; without it, rows of equal
+    prompt length count as the same. once: as in `Batch.size`. Returns row indices; the same input gives the same
+    batches.
     """
-    prompts = np.asarray(prompt_lengths, dtype=np.int64)
-    completions = np.asarray(completion_lengths, dtype=np.int64)
+    prompts, completions = np.asarray(prompts, dtype=np.int64), np.asarray(completions, dtype=np.int64)
     groups = prompts if prompt_index is None else np.asarray(prompt_index, dtype=np.int64)
     batches: list[NDArray[np.int64]] = []
     first = longest_prompt = longest_completion = real = tokens = 0

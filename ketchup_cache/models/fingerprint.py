@@ -6,7 +6,6 @@ sharding nor metadata matters, and no memory and no torch is needed.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import itertools
 import json
@@ -21,7 +20,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from ketchup_cache.console import one_line
-from ketchup_cache.errors import MismatchError, ModelError
+from ketchup_cache.errors import ModelError
 from ketchup_cache.provenance import TokenizerInfo, canonical_json
 
 if TYPE_CHECKING:
@@ -41,14 +40,13 @@ Tensor = tuple[str, str, tuple[int, ...], str]
 
 @dataclass(frozen=True)
 class WeightEntry:
-    """One tensor of a checkpoint: its bytes are `file[start:stop]`."""
+    """One tensor of a checkpoint. data: its bytes, which are read from the file when they are looked at."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     file: Path
-    start: int
-    stop: int
+    data: memoryview
 
 
 def weights_fingerprint(folder: Path) -> str:
@@ -56,14 +54,11 @@ def weights_fingerprint(folder: Path) -> str:
 
     Raises ModelError for missing or damaged files.
     """
-    entries = weight_entries(folder)
-    maps = {file: np.memmap(file, np.uint8, "r") for file in {entry.file for entry in entries}}
 
     def tensor(entry: WeightEntry) -> Tensor:
-        digest = hashlib.sha256(maps[entry.file][entry.start : entry.stop].data).hexdigest()
-        return entry.name, entry.dtype, entry.shape, digest
+        return entry.name, entry.dtype, entry.shape, hashlib.sha256(entry.data).hexdigest()
 
-    return _fingerprint(entries, tensor, read_json(folder / "config.json"))
+    return _fingerprint(weight_entries(folder), tensor, read_json(folder / "config.json"))
 
 
 def state_fingerprint(model: PreTrainedModel) -> str:
@@ -133,15 +128,15 @@ def _read_header(file: Path) -> Iterator[WeightEntry]:
     """Format: 8 bytes little-endian length, JSON header, then the tensors' bytes end to end."""
     try:
         safe_open(file, framework="np")  # refuses what is cut off, overlaps, leaves gaps or is no safetensors header
-        with file.open("rb") as opened:
-            length = int.from_bytes(opened.read(8), "little")
-            header = json.loads(opened.read(length))
+        content = np.memmap(file, np.uint8, "r").data
     except (SafetensorError, OSError) as error:
         raise ModelError(f"{file}: is damaged ({one_line(error)}); copy or download the model again") from None
+    begin = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:begin].tobytes())
     header.pop("__metadata__", None)
     for name, tensor in header.items():
-        start, stop = (8 + length + offset for offset in tensor["data_offsets"])
-        yield WeightEntry(name, tensor["dtype"], tuple(tensor["shape"]), file, start, stop)
+        data = content[begin:][slice(*tensor["data_offsets"])]
+        yield WeightEntry(name, tensor["dtype"], tuple(tensor["shape"]), file, data)
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -207,24 +202,6 @@ def first_difference(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBas
         if mine != theirs:
             return f"{name} is {mine!r} in one and {theirs!r} in the other"
     return None
-
-
-def require_same_encoding(
-    mine: TokenizerInfo, theirs: TokenizerInfo, what: str, todo: str, load: Callable[[str], PreTrainedTokenizerBase]
-) -> None:
-    """Raise MismatchError where two tokenizers encode differently, with the first difference.
-
-    what: who encodes differently, and where. todo: what to do. load: reads a tokenizer by name; where it raises
-    ModelError, or finds another tokenizer than the recorded one, the message has no difference.
-    """
-    if mine.fingerprint == theirs.fingerprint:
-        return
-    difference = ""
-    with contextlib.suppress(ModelError):
-        own, other = load(mine.name), load(theirs.name)
-        if tokenizer_info(other, theirs.name).fingerprint == theirs.fingerprint:
-            difference = f": {first_difference(own, other)}"
-    raise MismatchError(f"{what}{difference}; {todo}")
 
 
 def _probe_texts(tokenizer: PreTrainedTokenizerBase) -> list[str]:

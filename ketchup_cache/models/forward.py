@@ -19,9 +19,10 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
 from ketchup_cache.errors import DataError, ModelError
+from ketchup_cache.models.batching import token_budget_batches
 from ketchup_cache.models.load import input_device, model_name
 from ketchup_cache.models.shared_prompt import SharedRows, can_share
-from ketchup_cache.models.t5_unpadded import is_ragged, t5_states
+from ketchup_cache.models.t5_unpadded import int_tensor, is_ragged, t5_states
 from ketchup_cache.types import Ragged, offsets_of
 
 
@@ -37,13 +38,23 @@ class Batch:
     prompt_index: NDArray[np.int64]
     completions: Ragged
 
-    @classmethod
-    def of_rows(
-        cls, prompts: Ragged, prompt_index: NDArray[np.int64], completions: Ragged, rows: NDArray[np.int64]
-    ) -> Batch:
-        """The given rows of a larger set of rollouts, with just the prompts they need, each once."""
-        used, index = np.unique(prompt_index[rows], return_inverse=True)
-        return cls(prompts.take(used), index.astype(np.int64), completions.take(rows))
+    def take(self, rows: NDArray[np.int64]) -> Batch:
+        """The given rows, in the given order, with just the prompts they need, each once."""
+        used, index = np.unique(self.prompt_index[rows], return_inverse=True)
+        return Batch(self.prompts.take(used), index.astype(np.int64), self.completions.take(rows))
+
+    def size(self, *, once: bool) -> int:
+        """Tokens that go through a model: of the completions, and of the prompts once each; or, where every completion
+        is a padded row with its prompt (`once` is false), rows × (longest prompt + longest completion)."""
+        if once:
+            return len(self.prompts.values) + len(self.completions.values)
+        return len(self.completions) * int(self.prompts.lengths.max() + self.completions.lengths.max())
+
+    def split(self, rows: NDArray[np.int64], budget: int, *, once: bool) -> list[NDArray[np.int64]]:
+        """The given rows in parts, each of which is a batch of at most `budget` tokens (`token_budget_batches`)."""
+        index = self.prompt_index[rows]
+        lengths = self.prompts.lengths[index], self.completions.lengths[rows]
+        return [rows[part] for part in token_budget_batches(*lengths, budget, prompt_index=index, once=once)]
 
 
 def completion_states(model: PreTrainedModel, batch: Batch) -> Tensor:
@@ -76,7 +87,7 @@ def states_and_next(model: PreTrainedModel, batch: Batch, next_state: NDArray[np
     states, starts = pass_(model, batch, lengths + next_state)
     within = np.arange(lengths.sum()) - np.repeat(offsets_of(lengths)[:-1], lengths)
     places = np.repeat(starts, lengths) + within, (starts + lengths)[next_state]
-    chosen, after = (states[_to(place, states.device)] for place in places)
+    chosen, after = (states[int_tensor(place, states.device)] for place in places)
     return chosen, after
 
 
@@ -114,8 +125,8 @@ def _encoder_decoder_pass(model: PreTrainedModel, batch: Batch, read: NDArray[np
     decoder_ids, decoder_mask = padded(_decoder_inputs(model, batch.completions, read), device)
     states = head_input(
         model,
-        encoder_outputs=BaseModelOutput(last_hidden_state=encoded[_to(batch.prompt_index, encoded.device)]),
-        attention_mask=prompt_mask[_to(batch.prompt_index, device)],
+        encoder_outputs=BaseModelOutput(last_hidden_state=encoded[int_tensor(batch.prompt_index, encoded.device)]),
+        attention_mask=prompt_mask[int_tensor(batch.prompt_index, device)],
         decoder_input_ids=decoder_ids,
         decoder_attention_mask=decoder_mask,
     )
@@ -190,7 +201,7 @@ def head_input(model: PreTrainedModel, **inputs: Any) -> Tensor:
 
 
 def computes_prompts_once(model: PreTrainedModel) -> bool:
-    """Whether a batch of rollouts costs each of its prompts once, and is measured so (`models/batching.py`)."""
+    """Whether a batch of rollouts costs each of its prompts once, and is measured so (`Batch.size`)."""
     return is_ragged(model) or can_share(model)
 
 
@@ -218,8 +229,4 @@ def padded(rows: Ragged, device: torch.device, *, left: bool = False) -> tuple[T
     mask = np.fliplr(mask).copy() if left else mask
     tokens = np.zeros(mask.shape, np.int64)
     tokens[mask] = rows.values
-    return _to(tokens, device), _to(mask, device)
-
-
-def _to(array: NDArray, device: torch.device) -> Tensor:
-    return torch.tensor(array, dtype=torch.long, device=device)  # copies: arrays of a cache are read-only
+    return int_tensor(tokens, device), int_tensor(mask, device)

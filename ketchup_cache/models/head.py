@@ -24,13 +24,11 @@ from ketchup_cache.models.forward import Batch, decoder_start, head_input, state
 from ketchup_cache.models.load import evaluating, input_device
 from ketchup_cache.types import Ragged
 
-STATES_AT_ONCE = {"cuda": 4096}
-"""States whose logits `Head.reduce` takes together, by kind of device."""
-STATES_AT_ONCE_ELSEWHERE = 1024
-BLOCK = {"cuda": 2**28}
-"""Logits (states × vocabulary) that it holds at once. On a GPU all of T5's vocabulary for all these states, 0.5 GB."""
-BLOCK_ELSEWHERE = 2**21
-"""8 MB: they stay in a CPU's cache from the product to the last of the reductions."""
+STATES_AT_ONCE = {"cuda": 4096, "cpu": 1024}
+"""States whose logits `Head.reduce` takes together, by kind of device; other kinds take what a CPU takes."""
+BLOCK = {"cuda": 2**28, "cpu": 2**21}
+"""Logits (states × vocabulary) that it holds at once. On a GPU all of T5's vocabulary for all these states, 0.5 GB. The
+8 MB of a CPU stay in its cache from the product to the last of the reductions."""
 
 POST_OPERATIONS: dict[str, Callable[[float, Tensor], Tensor]] = {
     "final_logit_softcapping": lambda cap, logits: cap * torch.tanh(logits / cap),  # Gemma
@@ -70,17 +68,14 @@ class Head:
         if len(weight) < vocab_size:
             raise ModelError(f"the tokenizer has {vocab_size:,} tokens, but {name} only {len(weight):,}: not a pair")
         added = getattr(model, "final_logits_bias", None)  # BART and Marian
-        candidates = [cls(projection, added, operation, vocab_size) for operation in _post_operations(model)]
         states, logits = _probe(model, vocab_size)
-        for head in candidates:
-            if head._agrees(states, logits):
+        tolerance = 1e-4 if weight.dtype == torch.float32 else 2**-6  # bfloat16 keeps 8 bits
+        near = tolerance * logits.abs().max().item()
+        for operation in _post_operations(model):
+            head = cls(projection, added, operation, vocab_size)
+            if torch.allclose(head.logits(states), logits, rtol=tolerance, atol=near):
                 return head
         raise ModelError(f"{name}: its logits can't be reproduced from its head's input; such a head is not supported")
-
-    def _agrees(self, states: Tensor, logits: Tensor) -> bool:
-        tolerance = 1e-4 if self.projection.weight.dtype == torch.float32 else 2**-6  # bfloat16 keeps 8 bits
-        largest = logits.float().abs().max().item()
-        return torch.allclose(self.logits(states), logits.float(), rtol=tolerance, atol=tolerance * largest)
 
     @property
     def device(self) -> torch.device:
@@ -120,8 +115,8 @@ class Head:
         rest_logsumexp [n] float32 over the others.
         """
         kind = states.device.type
-        size = STATES_AT_ONCE.get(kind, STATES_AT_ONCE_ELSEWHERE)
-        block = max(BLOCK.get(kind, BLOCK_ELSEWHERE) // size, 1)
+        size = STATES_AT_ONCE.get(kind, STATES_AT_ONCE["cpu"])
+        block = max(BLOCK.get(kind, BLOCK["cpu"]) // size, 1)
         if keep_top:  # a row's largest are looked for among all of it
             size, block = max(size * block // self.vocab_size, 1), self.vocab_size
         chunks = zip(states.split(size), targets.split(size), strict=True)
@@ -179,7 +174,7 @@ def _post_operations(model: PreTrainedModel) -> list[Callable[[Tensor], Tensor] 
 @torch.no_grad()
 def _probe(model: PreTrainedModel, vocab_size: int) -> tuple[Tensor, Tensor]:
     """The model's own forward pass over four random rows, one at a time, with nothing of ours in it: the head's
-    input [n, D] and the logits [n, V]. Two of them have the same prompt, so that a packed row is among ours.
+    input [n, D] and the logits [n, V] float32. Two of them have the same prompt, so that a packed row is among ours.
 
     Raises ModelError where `completion_states` gets other states for the same rows.
     """
@@ -200,7 +195,7 @@ def _probe(model: PreTrainedModel, vocab_size: int) -> tuple[Tensor, Tensor]:
     if not ((ours - own).abs() <= tolerance).all():
         what = "computes other states in a padded batch than alone, or looks ahead: not supported"
         raise ModelError(f"{type(model).__name__} {what}")
-    return own, torch.cat(logits)[:, :vocab_size]
+    return own, torch.cat(logits)[:, :vocab_size].float()
 
 
 def _own_pass(model: PreTrainedModel, prompt: NDArray, completion: NDArray) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,9 @@ from transformers.models.auto import AutoConfig, AutoModelForCausalLM, AutoModel
 from transformers.utils import logging as transformers_logging
 
 from ketchup_cache.console import one_line
-from ketchup_cache.errors import ModelError
-from ketchup_cache.models.fingerprint import PROBES, read_json, weight_entries
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-"""Without float16: T5's feed-forward layers overflow it and give NaN."""
+from ketchup_cache.errors import MismatchError, ModelError
+from ketchup_cache.models.fingerprint import PROBES, first_difference, read_json, tokenizer_info, weight_entries
+from ketchup_cache.provenance import TokenizerInfo
 
 SNAPSHOT_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.py"]
 """Weights, configuration and tokenizer files; never pickles."""
@@ -97,6 +95,26 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedT
     return tokenizer
 
 
+def require_same_encoding(
+    mine: TokenizerInfo, theirs: TokenizerInfo, what: str, todo: str, *, trust_remote_code: bool, download: bool = False
+) -> None:
+    """Raise MismatchError where two tokenizers encode differently, with the first difference.
+
+    what: who encodes differently, and where. todo: what to do. download: whether their name may be one on the Hub, as
+    the user's are and those in a cache are not. Where one of the tokenizers can't be loaded, or their name leads to
+    another than the recorded one, the message has no difference.
+    """
+    if mine.fingerprint == theirs.fingerprint:
+        return
+    difference = ""
+    if download or Path(theirs.name).is_dir():
+        with suppress(ModelError):
+            own, other = (load_tokenizer(i.name, trust_remote_code=trust_remote_code) for i in (mine, theirs))
+            if tokenizer_info(other, theirs.name).fingerprint == theirs.fingerprint:
+                difference = f": {first_difference(own, other)}"
+    raise MismatchError(f"{what}{difference}; {todo}")
+
+
 def _encodes_as_its_file(tokenizer: PreTrainedTokenizerBase, file: Path) -> bool:
     """False where transformers built another tokenizer than tokenizer.json holds: for some model types (Qwen2) it
     takes the vocabulary and puts a pre-tokenizer of its own before it, whatever the file says."""
@@ -128,16 +146,14 @@ def load_model(
 ) -> PreTrainedModel:
     """An encoder-decoder or decoder-only model in eval mode, on `device` or spread over devices by `device_map`.
 
+    dtype: float32 or bfloat16. Not float16: T5's feed-forward layers overflow it and give NaN.
     Raises ModelError for a folder that is missing, incomplete, damaged or of another kind of model, for weights that
     are missing, left over or of another shape, and for a device that is not there.
     """
-    if dtype not in DTYPES:
-        raise ModelError(f"dtype {dtype!r} is not offered: use {' or '.join(DTYPES)}")
     target = None if device_map else pick_device(device)
     folder = resolve_folder(name)
     raw_config, entries = read_json(folder / "config.json"), weight_entries(folder)
     trust = {"trust_remote_code": trust_remote_code}
-    options = {"dtype": DTYPES[dtype], "device_map": device_map, "local_files_only": True, **trust}
     with _loading(name):
         config = AutoConfig.from_pretrained(folder, local_files_only=True, **trust)
         kind = _kind(name, config)
@@ -147,8 +163,8 @@ def load_model(
         for entry in entries:
             if entry.shape != (expected := shapes.get(entry.name, entry.shape)):
                 raise ModelError(f"{name}: {entry.name} has shape {entry.shape}, but config.json makes it {expected}")
-        options |= {"config": config, "use_safetensors": True, "output_loading_info": True}
-        model, loading = kind.from_pretrained(folder, **options)
+        options = {"config": config, "dtype": dtype, "device_map": device_map, "use_safetensors": True, **trust}
+        model, loading = kind.from_pretrained(folder, local_files_only=True, output_loading_info=True, **options)
     _refuse_incomplete(name, model, loading)
     _refuse_silently_tied(name, model, raw_config, {entry.name for entry in entries})
     if any(parameter.is_meta for parameter in model.parameters()):

@@ -33,10 +33,9 @@ OUTPUT_SCALED = {
 }
 """The models whose order of layers this is, and whether they scale the states before their head."""
 
-SCORES_AT_ONCE = {"cuda": 2**28}
-"""Attention scores (heads × queries × keys) of a group of rows, by kind of device."""
-SCORES_AT_ONCE_ELSEWHERE = 2**20
-"""4 MB: on a CPU the scores of a few long rows stay in its cache, and short rows still come by the dozen."""
+SCORES_AT_ONCE = {"cuda": 2**28, "cpu": 2**20}
+"""Attention scores (heads × queries × keys) of a group of rows, by kind of device; other kinds take what a CPU takes.
+4 MB: on a CPU the scores of a few long rows stay in its cache, and short rows still come by the dozen."""
 HIDDEN_AT_ONCE = 2**20
 """Numbers that a feed-forward layer holds on a CPU: 4 MB, which the allocator hands out again and again. Larger
 blocks come fresh from the operating system each time, and their first touch takes longer than the activation."""
@@ -56,7 +55,7 @@ def t5_states(model: Any, prompts: Ragged, inputs: Ragged, owner: NDArray[np.int
     ascending order.
     """
     device = model.shared.weight.device
-    most = SCORES_AT_ONCE.get(device.type, SCORES_AT_ONCE_ELSEWHERE) // model.config.num_heads
+    most = SCORES_AT_ONCE.get(device.type, SCORES_AT_ONCE["cpu"]) // model.config.num_heads
     encoded = _stack(model.encoder, prompts.values, Rows.of(prompts.lengths, prompts.lengths, most, device))
     # the queries of a prompt are all tokens of its completions, which stand side by side
     queries = np.bincount(owner, inputs.lengths, len(prompts)).astype(np.int64)
@@ -71,7 +70,7 @@ def _stack(
 ) -> Tensor:
     """The encoder, or the decoder with the encoder's states and the rows that attend to them: ids [N] → [N, D]."""
     weight = stack.embed_tokens.weight
-    states = stack.embed_tokens(_ids(ids, weight.device))
+    states = stack.embed_tokens(int_tensor(ids, weight.device))
     states = stack.dropout(states.float() if _widened(weight) else states)
     bias = _Bias(rows.longest, causal=across is not None)
     for block in map(_computing, stack.block):
@@ -107,10 +106,8 @@ def _norm(norm: Any, states: Tensor) -> Tensor:
 
 def _feed_forward(layer: Any, states: Tensor) -> Tensor:
     """The layer with its norm and its residual, [N, D] → [N, D]."""
-    if states.device.type == "cuda":
-        return states + layer.dropout(layer.DenseReluDense(_norm(layer.layer_norm, states)))
     if torch.is_grad_enabled() or states.device.type != "cpu":
-        return layer(states)
+        return states + layer.dropout(layer.DenseReluDense(_norm(layer.layer_norm, states)))
     chunk = max(HIDDEN_AT_ONCE // layer.DenseReluDense.wo.in_features, 64)
     return torch.cat([layer(part) for part in states.split(chunk)])
 
@@ -119,25 +116,16 @@ def _feed_forward(layer: Any, states: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Group:
-    """Rows of similar length that attend together, R of them, padded to Q queries and K keys.
-
-    seen: [R, 1, 1, K] bool, which keys are real; None where all are.
-    """
-
-    size: tuple[int, int, int]
-    seen: Tensor | None
-
-
-@dataclass(frozen=True)
 class Padded:
-    """The tokens of rows in the padded rows of the groups, and back.
+    """The tokens of rows in groups of R rows of similar length, padded to W tokens, and back.
 
-    places: of each group [R × W], places of its tokens among all; behind a row's end any place. back: [N], where each
-    token is in the groups end to end; of those that are in no group any place. nowhere: [N] bool, these; or None.
+    places: of each group [R × W], places of its tokens among all; behind a row's end any place. real: of each group
+    [R, W] bool, False behind a row's end. back: [N], where each token is in the groups end to end; of those that are in
+    no group any place. nowhere: [N] bool, these; or None.
     """
 
     places: list[Tensor]
+    real: list[NDArray[np.bool_]]
     back: Tensor
     nowhere: Tensor | None
 
@@ -145,78 +133,64 @@ class Padded:
         """[N, D] → [R × W, D] of each group, one after the other where no gradient needs all of them."""
         if not values.requires_grad:
             return (values[places] for places in self.places)
-        return _Spread.apply(values, self._all, self.back, self.nowhere).split([len(places) for places in self.places])
+        spread = _Gather.apply(values, self._flat[0], self.back, self.nowhere)
+        return spread.split([len(places) for places in self.places])
 
     def collect(self, parts: Sequence[Tensor]) -> Tensor:
         """The way back."""
         values = parts[0] if len(parts) == 1 else torch.cat(list(parts))
-        return _Collect.apply(values, self.back) if values.requires_grad else values[self.back]
+        return _Gather.apply(values, self.back, *self._flat) if values.requires_grad else values[self.back]
 
     @cached_property
-    def _all(self) -> Tensor:
-        return torch.cat(self.places)
+    def _flat(self) -> tuple[Tensor, Tensor]:
+        """Of all groups end to end: the places, and which of them are behind a row's end."""
+        behind = np.concatenate([~real.reshape(-1) for real in self.real])
+        return torch.cat(self.places), torch.from_numpy(behind).to(self.back.device)
 
 
-class _Spread(torch.autograd.Function):
-    """values[places], whose gradient is gathered too. torch's own has to sort the places and add up: a token may come
-    again behind a row's end. Nothing that counts depends on what is there, so no gradient comes from there."""
+class _Gather(torch.autograd.Function):
+    """values[places], whose gradient is gathered too: gradient[back], and 0 at `none`. torch's own has to sort the
+    places and add up: a token may come again behind a row's end. Nothing that counts depends on what is there, so no
+    gradient comes from there."""
 
     @staticmethod
-    def forward(context: Any, values: Tensor, places: Tensor, back: Tensor, nowhere: Tensor | None) -> Tensor:
-        context.save_for_backward(back, nowhere)
+    def forward(context: Any, values: Tensor, places: Tensor, back: Tensor, none: Tensor | None) -> Tensor:
+        context.save_for_backward(back, none)
         return values[places]
 
     @staticmethod
     def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
-        back, nowhere = context.saved_tensors
+        back, none = context.saved_tensors
         found = gradient[back]
-        return found if nowhere is None else found.masked_fill_(nowhere[:, None], 0), None, None, None
-
-
-class _Collect(torch.autograd.Function):
-    """values[back], each place of which is another one."""
-
-    @staticmethod
-    def forward(context: Any, values: Tensor, back: Tensor) -> Tensor:
-        context.save_for_backward(back)
-        context.size = len(values)
-        return values[back]
-
-    @staticmethod
-    def backward(context: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        (back,) = context.saved_tensors
-        return gradient.new_zeros(context.size, gradient.shape[1]).index_copy_(0, back, gradient), None
+        return found if none is None else found.masked_fill_(none[:, None], 0), None, None, None
 
 
 @dataclass(frozen=True)
 class Rows:
-    """The groups of a batch, and where the tokens of its queries and keys are in them."""
+    """The groups of a batch, whose rows attend together: Q queries and K keys a row.
 
-    groups: list[Group]
+    seen: of each group [R, 1, 1, K] bool, which keys are real; None where all are. longest: most keys of a row.
+    """
+
     queries: Padded
     keys: Padded
+    seen: list[Tensor | None]
     longest: int
-    """Most keys of a row."""
 
     @classmethod
     def of(cls, queries: NDArray[np.int64], keys: NDArray[np.int64], most: int, device: torch.device) -> Rows:
         """queries, keys: [R] tokens of each row; rows stand end to end. most: of queries × keys in a group."""
         together = list(groups_of(queries, keys, most))
-        asking, _ = _padded(queries, together, device, backwards=True)
-        asked, real = _padded(keys, together, device)
-        groups = []
-        for rows, there in zip(together, real, strict=True):
-            q = _aligned(int(queries[rows].max()), device)
-            seen = None if there.all() else torch.from_numpy(there[:, None, None, :]).to(device)
-            groups.append(Group((len(rows), q, there.shape[1]), seen))
-        return cls(groups, asking, asked, int(keys.max()))
+        asking, asked = _padded(queries, together, device, backwards=True), _padded(keys, together, device)
+        seen = [None if real.all() else torch.from_numpy(real[:, None, None]).to(device) for real in asked.real]
+        return cls(asking, asked, seen, int(keys.max()))
 
 
 def _padded(
     lengths: NDArray[np.int64], together: list[NDArray[np.int64]], device: torch.device, *, backwards: bool = False
-) -> tuple[Padded, list[NDArray[np.bool_]]]:
-    """Where the tokens of rows go, and of each group which are real, [R, W]. together: the rows of each group.
-    backwards: a row's last token first, behind its padding."""
+) -> Padded:
+    """Where the tokens of rows go. together: the rows of each group. backwards: a row's last token first, behind its
+    padding."""
     starts = offsets_of(lengths)
     places, real, back, done = [], [], np.full(starts[-1], -1), 0
     for rows in together:
@@ -225,10 +199,10 @@ def _padded(
         at = starts[rows, None] + np.minimum(within, lengths[rows, None] - 1)
         back[at[there]] = done + np.flatnonzero(there)
         done += at.size
-        places.append(_ids(at.reshape(-1), device))
+        places.append(int_tensor(at.reshape(-1), device))
         real.append(there)
     nowhere = torch.from_numpy(back < 0).to(device) if (back < 0).any() else None
-    return Padded(places, _ids(np.maximum(back, 0), device), nowhere), real
+    return Padded(places, real, int_tensor(np.maximum(back, 0), device), nowhere)
 
 
 def _aligned(width: int, device: torch.device) -> int:
@@ -278,14 +252,15 @@ class _Bias:
         self._full = full if full.device.type == "cpu" else full.contiguous()
         self._masked.clear()
 
-    def corner(self, number: int, group: Group) -> Tensor:
+    def corner(self, rows: Rows, number: int) -> Tensor:
         """[1 or R, H, Q, K] of a group of self-attention, its queries backwards."""
         assert self._full is not None
-        corner = self._full[:, :, self._full.shape[2] - group.size[1] :, : group.size[2]]
-        if group.seen is None or self._causal:  # what is behind a row's end is in its future
+        seen, queries, keys = rows.seen[number], rows.queries.real[number].shape[1], rows.keys.real[number].shape[1]
+        corner = self._full[:, :, self._full.shape[2] - queries :, :keys]
+        if seen is None or self._causal:  # what is behind a row's end is in its future
             return corner
         if number not in self._masked:
-            corner = torch.where(group.seen, corner, corner.new_full((), -torch.inf))
+            corner = torch.where(seen, corner, corner.new_full((), -torch.inf))
             if corner.device.type == "cpu" and not torch.is_grad_enabled():
                 return corner  # little work, and it stays in the cache of a processor
             self._masked[number] = corner  # the layers share it; each would keep its own for the backward pass
@@ -303,14 +278,14 @@ def _attend(
     query, key, value = attention.q(normed), attention.k(source), attention.v(source)
     if bias is not None:
         bias.of(attention, query)
-    if not rows.groups:
+    if not rows.seen:
         return states
     parts, dropout = [], attention.dropout if attention.training else 0.0
     spread = (rows.queries.spread(query), rows.keys.spread(key), rows.keys.spread(value))
     del normed, source, query, key, value  # a tensor of all tokens each: most of what a pass holds at its peak
-    for number, (group, *tokens) in enumerate(zip(rows.groups, *spread, strict=True)):
-        heads = (group.size[0], -1, attention.n_heads, attention.key_value_proj_dim)
-        mask = bias.corner(number, group) if bias is not None else group.seen
+    for number, tokens in enumerate(zip(*spread, strict=True)):
+        heads = (len(rows.keys.real[number]), -1, attention.n_heads, attention.key_value_proj_dim)
+        mask = bias.corner(rows, number) if bias is not None else rows.seen[number]
         query, key, value = (values.view(heads).transpose(1, 2) for values in tokens)
         mixed = F.scaled_dot_product_attention(
             query, key, value, attn_mask=mask, dropout_p=dropout, scale=attention.scaling
@@ -319,5 +294,6 @@ def _attend(
     return states + layer.dropout(attention.o(rows.queries.collect(parts)))
 
 
-def _ids(array: NDArray[np.int64], device: torch.device) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(array, np.int64)).to(device)
+def int_tensor(array: NDArray, device: torch.device) -> Tensor:
+    """An int64 copy: arrays of a cache are read-only."""
+    return torch.tensor(array, dtype=torch.long, device=device)

@@ -16,8 +16,8 @@ from ketchup_cache.console import Report, progress
 from ketchup_cache.errors import DataError
 from ketchup_cache.files import write_file
 from ketchup_cache.method.returns import rollout_returns
-from ketchup_cache.models.fingerprint import require_same_encoding, tokenizer_info
-from ketchup_cache.models.load import load_model, load_tokenizer
+from ketchup_cache.models.fingerprint import tokenizer_info
+from ketchup_cache.models.load import load_model, load_tokenizer, require_same_encoding
 from ketchup_cache.provenance import Sampling
 from ketchup_cache.report.analyze import spread
 from ketchup_cache.report.task_metrics import Values, check_targets, compute
@@ -91,14 +91,14 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     Raises MismatchError where the teacher's tokenizer encodes differently, DataError for unusable data or targets,
     ModelError for an unusable model, WriteError for `outputs`. All but the last before anything is decoded.
     """
-    load = partial(load_tokenizer, trust_remote_code=config.trust_remote_code)
-    tokenizer = load(config.model)
+    trust: Any = {"trust_remote_code": config.trust_remote_code}
+    tokenizer = load_tokenizer(config.model, **trust)
     info = tokenizer_info(tokenizer, config.model)
     if config.teacher is not None:
         _, theirs = Teacher.identify(config.teacher, config)
         what = f"teacher {config.teacher}: its tokenizer encodes differently from that of model {config.model}"
         todo = "choose a teacher that shares it, or leave --teacher out"
-        require_same_encoding(info, theirs, what, todo, load)
+        require_same_encoding(info, theirs, what, todo, download=True, **trust)
     examples = read_examples(config)
     kept, prompts = tokenize_prompts(examples, tokenizer, config)
     targets = _targets(kept, config)
@@ -107,7 +107,7 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     greedy = Sampling(greedy=True, max_new_tokens=config.max_new_tokens, calculator=config.calculator)
     with progress("decode", len(kept), "outputs") as bar:
         how: Any = {"batch": config.rollout_batch, "calculator": calculator, "on_batch": bar.advance}
-        model = partial(load_model, config.model, device=config.device, trust_remote_code=config.trust_remote_code)
+        model = partial(load_model, config.model, device=config.device, **trust)
         # not held longer than this call, so that student and teacher need not fit into memory together
         rollouts = sample_completions(model(), info.vocab_size, prompts.tokens, greedy, first_prompt=0, **how)
     gc.collect()

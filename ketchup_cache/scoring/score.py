@@ -9,12 +9,10 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from ketchup_cache.cache.cache import Cache
 from ketchup_cache.cache.index import ScoredRef
@@ -22,8 +20,7 @@ from ketchup_cache.cache.manifest import RolloutsInfo, ScoresInfo, Storage
 from ketchup_cache.config.commands import ScoreConfig
 from ketchup_cache.console import Bar, Report, progress, say
 from ketchup_cache.errors import CacheError, CorruptError, MismatchError, ModelError, NumericsError, WriteError
-from ketchup_cache.models.fingerprint import require_same_encoding
-from ketchup_cache.models.load import load_tokenizer
+from ketchup_cache.models.load import require_same_encoding
 from ketchup_cache.models.memory import TokenBudget
 from ketchup_cache.scoring.teacher import Teacher
 from ketchup_cache.sharing.remote_cache import open_cache
@@ -139,7 +136,7 @@ class Scorer:
         """Raises ModelError where the teacher's files are missing or damaged."""
         self.config, self._budget = config, TokenBudget(config.batch_tokens)
         self._storage: Storage = "compact" if config.storage == "float16" else "lossless"
-        self._known: _KnownScores | None = None
+        self._cache: Cache | None = None
         self._teacher: Teacher | None = None
         self._stays, self._load_s = False, 0.0
         self.info, self.tokenizer = Teacher.identify(config.teacher, config)
@@ -171,8 +168,8 @@ class Scorer:
         for rollouts_id, _, _ in missing:
             self._check_tokenizer(cache, rollouts_id)
         report = ScoreReport(str(self), rows - sum(stop - start for _, start, stop in missing))
-        if self._known is None or self._known.cache is not cache:
-            self._known = _KnownScores(cache, self.info.fingerprint, self.keep_top, self._storage)
+        if self._cache is not cache:
+            self._cache, self._seen, self._places = cache, set[ScoredRef](), dict[bytes, tuple[ScoredRef, int]]()
         parents = [cache.manifest(rollouts_id) for rollouts_id, _, _ in missing]
         total = sum(m.tokens * (b - a) // m.rows for m, (_, a, b) in zip(parents, missing, strict=True))
         try:
@@ -180,7 +177,7 @@ class Scorer:
                 for rollouts_id, start, stop in missing:
                     completions = cache.load_rollouts(rollouts_id).completions
                     for part in commit_ranges(completions, start, stop, self._commit_tokens):
-                        report = report.plus(self._score_rows(cache, self._known, rollouts_id, part, bar))
+                        report = report.plus(self._score_rows(cache, rollouts_id, part, bar))
         finally:
             if self._teacher is not None and not self._stays:  # a loaded one has reference cycles
                 self._teacher = None
@@ -188,11 +185,11 @@ class Scorer:
                 torch.cuda.empty_cache()
         return replace(report, seconds=time.monotonic() - began, load_s=self._load_s - loaded_s)
 
-    def _score_rows(self, cache: Cache, known: _KnownScores, rollouts_id: str, rows: range, bar: Bar) -> ScoreReport:
+    def _score_rows(self, cache: Cache, rollouts_id: str, rows: range, bar: Bar) -> ScoreReport:
         """Score and commit a range of rows."""
         rollouts, prompts = _load(cache, rollouts_id)
         keys = _keys(prompts, rollouts, rows)
-        found = known.find(keys)
+        found = self._known(cache, keys)
         # the first row of each key that is not known
         new = {key: row for row, key in reversed(list(zip(rows, keys, strict=True))) if key not in found}
         tokens = 0
@@ -216,6 +213,27 @@ class Scorer:
         copied, batch = len(rows) - len(new), self._budget.tokens if new else None
         return ScoreReport(str(self), 0, len(new), tokens, copied, segments=1, batch_tokens=batch)
 
+    def _known(self, cache: Cache, keys: Iterable[bytes]) -> dict[bytes, Scores]:
+        """The scores that a cache has of these rollouts by now, each of one row, whichever policy and run the rollout
+        came from. Where scores are to be stored losslessly, compact ones do not count."""
+        for ref in cache.index.scored(self.info.fingerprint, keep_top=self.keep_top):
+            info = cache.manifest(ref.scores_id).info
+            if ref not in self._seen and isinstance(info, ScoresInfo) and info.storage in ("lossless", self._storage):
+                rollouts, prompts = _load(cache, ref.rollouts_id)
+                for place, key in enumerate(_keys(prompts, rollouts, range(ref.row_start, ref.row_stop))):
+                    self._places.setdefault(key, (ref, place))
+                self._seen.add(ref)
+        places: dict[ScoredRef, dict[bytes, int]] = {}
+        for key in self._places.keys() & set(keys):
+            ref, place = self._places[key]
+            places.setdefault(ref, {})[key] = place
+        found: dict[bytes, Scores] = {}
+        for ref, wanted in places.items():
+            part = cache.load_scored(ref)
+            scores = part.scores.with_top(self.keep_top)
+            found |= {key: scores.rows(part.rollouts.completions, place, place + 1) for key, place in wanted.items()}
+        return found
+
     def _loaded(self) -> Teacher:
         if self._teacher is None:
             began = time.monotonic()
@@ -224,17 +242,11 @@ class Scorer:
         return self._teacher
 
     def _check_tokenizer(self, cache: Cache, rollouts_id: str) -> None:
-        theirs = cache.manifest(rollouts_id).info.tokenizer
-
-        def load(name: str) -> PreTrainedTokenizerBase:
-            if name == theirs.name and not Path(name).is_dir():
-                raise ModelError(f"{name}: is not here, and names in a cache are not downloaded")
-            return load_tokenizer(name, trust_remote_code=self.config.trust_remote_code)
-
+        theirs, trust = cache.manifest(rollouts_id).info.tokenizer, self.config.trust_remote_code
         what = f"{cache.address}, rollouts {rollouts_id[:12]}: tokenizer {theirs.name} wrote them"
         what += f", but that of teacher {self.info.name} encodes differently"
         todo = "score with a teacher that shares the tokenizer"
-        require_same_encoding(self.tokenizer, theirs, what, todo, load)
+        require_same_encoding(self.tokenizer, theirs, what, todo, trust_remote_code=trust)
 
 
 def commit_ranges(completions: Ragged, start: int, stop: int, tokens: int) -> Iterator[range]:
@@ -245,38 +257,6 @@ def commit_ranges(completions: Ragged, start: int, stop: int, tokens: int) -> It
         end = min(max(fits, start + 1), stop)
         yield range(start, end)
         start = end
-
-
-class _KnownScores:
-    """Where a cache has this teacher's scores of a rollout, whichever policy and run the rollout came from."""
-
-    def __init__(self, cache: Cache, teacher: str, keep_top: int, storage: Storage) -> None:
-        """storage: of the scores to be stored. Copies of compact ones are no lossless ones."""
-        self.cache = cache
-        self._teacher, self._keep_top, self._storages = teacher, keep_top, ("lossless", storage)
-        self._seen: set[ScoredRef] = set()
-        self._places: dict[bytes, tuple[ScoredRef, int]] = {}
-
-    def find(self, keys: Iterable[bytes]) -> dict[bytes, Scores]:
-        """The scores of the keys that have some by now, each of one row."""
-        if any(teacher.fingerprint == self._teacher for teacher in self.cache.teachers()):
-            for ref in self.cache.scored(self._teacher, keep_top=self._keep_top):
-                info = self.cache.manifest(ref.scores_id).info
-                if ref not in self._seen and isinstance(info, ScoresInfo) and info.storage in self._storages:
-                    rollouts, prompts = _load(self.cache, ref.rollouts_id)
-                    for place, key in enumerate(_keys(prompts, rollouts, range(ref.row_start, ref.row_stop))):
-                        self._places.setdefault(key, (ref, place))
-                    self._seen.add(ref)
-        places: dict[ScoredRef, dict[bytes, int]] = {}
-        for key in self._places.keys() & set(keys):
-            ref, place = self._places[key]
-            places.setdefault(ref, {})[key] = place
-        found: dict[bytes, Scores] = {}
-        for ref, wanted in places.items():
-            part = self.cache.load_scored(ref)
-            scores = part.scores.with_top(self._keep_top)
-            found |= {key: scores.rows(part.rollouts.completions, place, place + 1) for key, place in wanted.items()}
-        return found
 
 
 def _load(cache: Cache, rollouts_id: str) -> tuple[Rollouts, Ragged]:

@@ -12,7 +12,6 @@ from transformers import PreTrainedModel
 
 from ketchup_cache.config.options import ScoringOptions
 from ketchup_cache.errors import MismatchError, ModelError, NumericsError
-from ketchup_cache.models.batching import batch_size, token_budget_batches
 from ketchup_cache.models.fingerprint import tokenizer_info, weights_fingerprint
 from ketchup_cache.models.forward import Batch, computes_prompts_once, states_and_next
 from ketchup_cache.models.head import Head
@@ -60,7 +59,7 @@ class Teacher:
         """Scores of every completion token, in the order of the rows.
 
         prompts: the token ids that `rollouts.prompt_index` points into. rows: the rows of `rollouts` to score; None
-        for all. batch_tokens: largest batch, in tokens (`batch_size`); results do not depend on it, and running out of
+        for all. batch_tokens: largest batch, in tokens (`Batch.size`); results do not depend on it, and running out of
         memory halves it. A `TokenBudget` keeps what was found for the next call. keep_top: how many of the largest
         logits of each state to keep (`Scores.top`), at most all. on_batch: called with the number of completion
         tokens after each batch.
@@ -69,59 +68,45 @@ class Teacher:
         and ModelError where not even a single row fits into memory.
         """
         names = np.arange(len(rollouts)) if rows is None else rows
-        completions, prompt_index = rollouts.completions.take(names), rollouts.prompt_index[names]
-        self._check_ids("completion of rollout", completions, names)
-        used = np.unique(prompt_index)
+        whole = Batch(prompts, rollouts.prompt_index[names], rollouts.completions.take(names))
+        self._check_ids("completion of rollout", whole.completions, names)
+        used = np.unique(whole.prompt_index)
         self._check_ids("prompt", prompts.take(used), used)
-
-        prompt_lengths, lengths = prompts.lengths[prompt_index], completions.lengths
-        tokens = completions.with_values(np.arange(len(completions.values)))
-        scores = Scores.empty(len(tokens.values), len(names), min(keep_top, self.tokenizer.vocab_size))
 
         once = computes_prompts_once(self._model)
         budget = batch_tokens if isinstance(batch_tokens, TokenBudget) else TokenBudget(batch_tokens)
-
-        def split(places: NDArray[np.int64]) -> list[NDArray[np.int64]]:
-            """To pop from the end: the longest prompts come first, so memory runs out early or not at all."""
-            same_prompt = prompt_index[places]
-            parts = token_budget_batches(
-                prompt_lengths[places], lengths[places], budget.tokens, prompt_index=same_prompt, once=once
-            )
-            return [places[part] for part in parts]
-
-        waiting = split(np.arange(len(names)))
+        top = min(keep_top, self.tokenizer.vocab_size)
+        scores = Scores.empty(len(whole.completions.values), len(names), top)
+        # taken from the end: the longest prompts come first, so memory runs out early or not at all
+        waiting = whole.split(np.arange(len(names)), budget.tokens, once=once)
         while waiting:
             places = waiting.pop()
-            batch = Batch.of_rows(prompts, prompt_index, completions, places)
-            size = batch_size(prompt_lengths[places], lengths[places], prompt_index[places], once=once)
+            batch, part = whole.take(places), None
+            size = batch.size(once=once)
             budget.watch(self._devices)
             try:
-                part = self._score_batch(batch, rollouts.finished[names[places]], names[places], scores.keep_top)
+                part = self._score_batch(batch, rollouts.finished[names[places]], names[places], top)
             except Exception as error:
                 if not out_of_memory(error):
                     raise
-                part = None
             if part is None:  # outside the except block, whose traceback would keep the batch's memory
                 if len(places) == 1:
                     raise ModelError(
-                        f"rollout row {names[places[0]]} ({prompt_lengths[places[0]]:,} prompt and "
-                        f"{lengths[places[0]]:,} completion tokens) does not fit into memory on its own: "
+                        f"rollout row {names[places[0]]} ({len(batch.prompts.values):,} prompt and "
+                        f"{len(batch.completions.values):,} completion tokens) does not fit into memory on its own: "
                         "use --dtype bfloat16 or --device-map auto, or make rollouts with a lower --max-prompt-tokens"
                     )
                 budget.halve(size)
-                waiting = split(np.sort(np.concatenate([*waiting, places])))
-                continue
-            if budget.fitted(size) and waiting:
-                waiting = split(np.sort(np.concatenate(waiting)))
-            where = tokens.take(places).values
-            scores.fill(where, places, part)
-            if on_batch:
-                on_batch(len(where))
+                waiting.append(places)
+            if (part is None or budget.fitted(size)) and waiting:
+                waiting = whole.split(np.sort(np.concatenate(waiting)), budget.tokens, once=once)
+            if part is not None:
+                scores.fill(whole.completions.places(places)[0], places, part)
+                if on_batch:
+                    on_batch(len(part.q))
         return scores
 
-    def _score_batch(
-        self, batch: Batch, finished: NDArray[np.bool_], names: NDArray[np.int64], keep_top: int
-    ) -> Scores:
+    def _score_batch(self, batch: Batch, finished: NDArray, names: NDArray, keep_top: int) -> Scores:
         states, next_states = states_and_next(self._model, batch, ~finished)
         targets = torch.tensor(batch.completions.values, dtype=torch.long, device=self._head.device)
         reduced = self._head.reduce(states, targets, keep_top=keep_top)

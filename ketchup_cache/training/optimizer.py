@@ -14,7 +14,6 @@ from transformers import PreTrainedModel
 
 from ketchup_cache.config.options import StepOptions
 from ketchup_cache.errors import NumericsError
-from ketchup_cache.models.batching import token_budget_batches
 from ketchup_cache.models.forward import Batch, computes_prompts_once, training_states
 from ketchup_cache.models.head import Head
 from ketchup_cache.types import ScoredRollouts
@@ -85,15 +84,9 @@ class Learner(Generic[Options]):
     def micro_batches(self, batch: Batch, rows: NDArray) -> Iterator[tuple[NDArray, Batch]]:
         """The given rows of a batch in parts of at most `micro_batch_tokens` tokens, each with the places [n] of its
         tokens among all of the batch."""
-        index, once = batch.prompt_index[rows], computes_prompts_once(self.model)
-        lengths, budget = (
-            (batch.prompts.lengths[index], batch.completions.lengths[rows]),
-            self.options.micro_batch_tokens,
-        )
-        for part in token_budget_batches(*lengths, budget, prompt_index=index, once=once):
-            chosen = rows[part]
-            cut = Batch.of_rows(batch.prompts, batch.prompt_index, batch.completions, chosen)
-            yield batch.completions.places(chosen)[0], cut
+        once = computes_prompts_once(self.model)
+        for chosen in batch.split(rows, self.options.micro_batch_tokens, once=once):
+            yield batch.completions.places(chosen)[0], batch.take(chosen)
 
     def inputs(self, part: Batch) -> tuple[Tensor, Tensor]:
         """The head's input at every completion token [n, D] float32, and these tokens [n] int64 on its device."""

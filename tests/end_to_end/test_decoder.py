@@ -21,13 +21,11 @@ from ketchup_cache.rollouts.rollout import rollout
 from ketchup_cache.text.prompts import tokenize_prompts
 from ketchup_cache.text.read import data_info, read_examples
 from ketchup_cache.training.pretrain import pretrain
+from tests.helpers.learning import json_lines, metrics, run
 from tests.helpers.models import VOCAB, WORDS, make_decoder, make_decoder_tokenizer, save_decoder
 from tests.helpers.oracle import plain_logits, plain_row_scores
 
-EOS = 1
 NOUNS = WORDS[18:23]
-
-
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -39,38 +37,30 @@ def write_task(path, n: int, seed: int):
     return path
 
 
-def run(*words: object) -> None:
-    assert main([str(word) for word in words]) == 0
-
-
 def test_pretrain_rollout_score_learn_evaluate(tmp_path, capsys):
     train, test = write_task(tmp_path / "train.jsonl", 96, 0), write_task(tmp_path / "test.jsonl", 40, 1)
     form = ["--template", "{prompt} =", "--device", "cpu"]
-    big, small = save_decoder(tmp_path / "t0", initializer_range=0.1), save_decoder(
-        tmp_path / "s0", seed=1, hidden_size=16, intermediate_size=24, num_attention_heads=2, num_key_value_heads=1,
-        initializer_range=0.1,
-    )  # fmt: skip
+    big = save_decoder(tmp_path / "t0", initializer_range=0.1)
+    narrow = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_key_value_heads": 1}
+    small = save_decoder(tmp_path / "s0", seed=1, initializer_range=0.1, **narrow)
+    teacher, cache, student = tmp_path / "t" / "model", tmp_path / "cache", tmp_path / "s" / "model"
+    offline, onpolicy, sampled = tmp_path / "offline", tmp_path / "onpolicy", ["--samples", 2, "--max-new-tokens", 8]
     run("pretrain", "--model", big, "--data", train, *form, "--out", tmp_path / "t", "--epochs", 20, "--lr", 5e-3,
         "--batch-size", 16)  # fmt: skip
-    teacher, cache, student = tmp_path / "t" / "model", tmp_path / "cache", tmp_path / "s" / "model"
     run("rollout", "--student", teacher, "--greedy", "--data", train, *form, "--cache", tmp_path / "sft",
         "--max-new-tokens", 8)  # fmt: skip
     run("pretrain", "--model", small, "--cache", tmp_path / "sft", "--out", tmp_path / "s", "--epochs", 10,
         "--lr", 5e-3, "--batch-size", 32, "--device", "cpu")  # fmt: skip
-    run("rollout", "--student", student, "--data", train, *form, "--samples", 2, "--max-new-tokens", 8,
-        "--cache", cache)  # fmt: skip
+    run("rollout", "--student", student, "--data", train, *form, *sampled, "--cache", cache)
     run("score", "--teacher", teacher, "--cache", cache, "--device", "cpu")
-
-    offline, onpolicy = tmp_path / "offline", tmp_path / "onpolicy"
-    learn = ["learn", "--student", student, "--cache", cache, "--k", 2, "--lr", 2e-3, "--batch-size", 32, "--samples",
-             2, "--max-new-tokens", 8, "--baseline", "mean", "--unfinished", "bootstrap",
-             "--device", "cpu"]  # fmt: skip
+    learn = ["learn", "--student", student, "--cache", cache, "--k", 2, "--lr", 2e-3, "--batch-size", 32, *sampled,
+             "--baseline", "mean", "--unfinished", "bootstrap", "--device", "cpu"]  # fmt: skip
     run(*learn, "--out", offline, "--steps", 2)
     run(*learn, "--out", onpolicy, "--steps", 24, "--teacher", teacher, "--refresh-every", 4)
     run("verify", cache)
 
     # learning raises the return of what the student samples, from far below the teacher's
-    steps = [json.loads(line) for line in (onpolicy / "metrics.jsonl").read_text().splitlines()]
+    steps = metrics(onpolicy)
     assert [m["refreshed"] for m in steps] == [True, False, False, False] * 6
     before, after = (np.mean([m["return_mean"] for m in part]) for part in (steps[:4], steps[-4:]))
     assert before < -30
@@ -82,7 +72,7 @@ def test_pretrain_rollout_score_learn_evaluate(tmp_path, capsys):
     run("evaluate", "--model", onpolicy / "student", "--data", test, *form, "--teacher", teacher, "--metrics", "exact",
         "--max-new-tokens", 8, "--outputs", tmp_path / "o.jsonl", "--json")  # fmt: skip
     result = json.loads(capsys.readouterr().out)
-    written = [json.loads(line) for line in (tmp_path / "o.jsonl").read_text().splitlines()]
+    written = json_lines(tmp_path / "o.jsonl")
     hits = [line["output"].split() == line["target"].split() for line in written]
     assert result["metrics"]["exact"] == pytest.approx(100 * np.mean(hits))
     assert result["returns"]["mean"] < 0
@@ -93,9 +83,9 @@ def test_pretrain_rollout_score_learn_evaluate(tmp_path, capsys):
     rows = list(open_cache(cache).rows(policy=str(student)))
     assert len(rows) >= 2 * 60
     for row in [*rows[:6], *rows[-6:]]:
-        assert EOS not in row.prompt_tokens
+        assert 1 not in row.prompt_tokens  # EOS
         assert row.prompt_tokens[-1] == load_tokenizer(str(student)).convert_tokens_to_ids("=")
-        assert (row.completion_tokens[-1] == EOS) == row.finished
+        assert (row.completion_tokens[-1] == 1) == row.finished
         steps = range(len(row.completion_tokens))
         own = plain_logits(plain_student, row.prompt_tokens, row.completion_tokens).log_softmax(1)
         np.testing.assert_allclose(row.behavior_logprob, own[steps, row.completion_tokens.tolist()], atol=1e-4)
@@ -141,12 +131,6 @@ def chat_tokenizer(template: str | None = CHAT):
     return tokenizer
 
 
-@pytest.fixture(scope="module")
-def chat_model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("chat")
-    return str(save_decoder(folder, tokenizer=chat_tokenizer(), vocab_size=VOCAB + 4))
-
-
 def test_a_chat_prompt_is_one_user_turn_with_the_assistants_open(tmp_path):
     data, tokenizer = write_task(tmp_path / "d.jsonl", 5, 0), chat_tokenizer()
     plain = read_examples(DataOptions(data=str(data)))
@@ -166,7 +150,8 @@ def test_a_chat_prompt_is_one_user_turn_with_the_assistants_open(tmp_path):
     assert tokenize_prompts(plain, tokenizer, DataOptions(data=str(data)))[0] == plain
 
 
-def test_rollout_and_evaluate_ask_in_the_same_words(chat_model, tmp_path):
+def test_rollout_and_evaluate_ask_in_the_same_words(tmp_path):
+    chat_model = str(save_decoder(tmp_path / "chat", tokenizer=chat_tokenizer(), vocab_size=VOCAB + 4))
     data = str(write_task(tmp_path / "d.jsonl", 6, 0))
     common = {"data": data, "chat": True, "system": "who runs", "max_new_tokens": 5, "device": "cpu"}
     rollout(RolloutConfig(student=chat_model, cache=tmp_path / "cache", greedy=True, **common))
@@ -174,7 +159,7 @@ def test_rollout_and_evaluate_ask_in_the_same_words(chat_model, tmp_path):
     ((prompts_id, manifest),) = cache.manifests("prompts")
     assert manifest.info.data.template == "<s><< system who runs >> << user {prompt} >> << assistant"
     evaluate(EvaluateConfig(model=chat_model, outputs=tmp_path / "o.jsonl", metrics="exact", **common))
-    written = [json.loads(line) for line in (tmp_path / "o.jsonl").read_text().splitlines()]
+    written = json_lines(tmp_path / "o.jsonl")
     ((rollouts_id, _),) = cache.rollouts()
     rollouts, tokenizer = cache.load_rollouts(rollouts_id), load_tokenizer(chat_model)
     texts = [tokenizer.decode(row, skip_special_tokens=True) for row in rollouts.completions]
@@ -188,44 +173,41 @@ def test_rollout_and_evaluate_ask_in_the_same_words(chat_model, tmp_path):
     assert len(list(open_cache(tmp_path / "cache").manifests("prompts"))) == 2
 
 
-@pytest.mark.parametrize(
-    ("tokenizer", "form", "prompt"),
-    [
-        (make_decoder_tokenizer(), {"template": "{prompt} ="}, "{} ="),
-        (with_bos(make_decoder_tokenizer()), {"template": "{prompt} ="}, "<s> {} ="),
-        (chat_tokenizer(), {"chat": True}, "<s> << user {} >> << assistant"),
-    ],
-    ids=["plain", "bos", "chat"],
-)
-def test_first_loss_is_the_mean_negative_log_likelihood_of_target_and_eos(tokenizer, form, prompt, tmp_path):
+FORMS = {
+    "plain": (make_decoder_tokenizer(), {"template": "{prompt} ="}, "{} ="),
+    "bos": (with_bos(make_decoder_tokenizer()), {"template": "{prompt} ="}, "<s> {} ="),
+    "chat": (chat_tokenizer(), {"chat": True}, "<s> << user {} >> << assistant"),
+}
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_first_loss_is_the_mean_negative_log_likelihood_of_target_and_eos(name, tmp_path):
+    tokenizer, form, prompt = FORMS[name]
     folder = save_decoder(tmp_path / "m", tokenizer=tokenizer, vocab_size=VOCAB + 4)
     words, nll = tokenizer.get_vocab(), []
     data = write_task(tmp_path / "d.jsonl", 6, 0)
     options = {"model": str(folder), "out": tmp_path / "run", "batch_size": 6, "epochs": 1, "device": "cpu"}
     report = pretrain(PretrainConfig(**options, data=str(data), **form))
     model = make_decoder("qwen2", vocab_size=VOCAB + 4)
-    for line in data.read_text().splitlines():
-        text = json.loads(line)["target"]
+    for text in [line["target"] for line in json_lines(data)]:
         given, target = ([words[word] for word in part.split()] for part in (prompt.format(text), f"{text} </s>"))
         logprob = plain_logits(model, given, target)[:, : max(words.values()) + 1].double().log_softmax(1)
         nll += (-logprob[range(len(target)), target]).tolist()
     assert report.loss_first == pytest.approx(np.mean(nll), rel=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("template", "system", "message"),
-    [
+def test_what_a_template_does_not_offer_is_said_in_one_line(tmp_path):
+    data = str(write_task(tmp_path / "d.jsonl", 2, 0))
+    for template, system, message in (
         (None, "", "--chat: the model's tokenizer has no chat template: leave --chat out"),
         (NO_SYSTEM, "who runs", "(System role not supported): leave --system out"),
         ("{% for %}", "", "--chat: the chat template can't be used ("),
-    ],
-)
-def test_what_a_template_does_not_offer_is_said_in_one_line(template, system, message, tmp_path):
-    options = DataOptions(data=str(write_task(tmp_path / "d.jsonl", 2, 0)), chat=True, system=system)
-    with pytest.raises(ConfigError) as refused:
-        tokenize_prompts(read_examples(options), chat_tokenizer(template), options)
-    assert message in str(refused.value)
-    assert "\n" not in str(refused.value)
+    ):
+        options = DataOptions(data=data, chat=True, system=system)
+        with pytest.raises(ConfigError) as refused:
+            tokenize_prompts(read_examples(options), chat_tokenizer(template), options)
+        assert message in str(refused.value)
+        assert "\n" not in str(refused.value)
 
 
 def test_half_a_turn_is_not_an_option(tmp_path, capsys):

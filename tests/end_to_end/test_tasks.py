@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import filecmp
-import json
 import re
 import shutil
 import subprocess
@@ -17,6 +16,7 @@ from ketchup_cache.report.evaluate import Evaluation, evaluate
 from ketchup_cache.report.task_metrics import final_answer
 from ketchup_cache.rollouts.calculator import calculate
 from ketchup_cache.shipped import task
+from tests.helpers.learning import json_lines
 
 SPLITS = ("train", "prompts", "dev", "test")
 BOTH = pytest.mark.parametrize("name", ["reason", "summarise"])
@@ -24,7 +24,7 @@ LABELLED = pytest.mark.parametrize("split", ["train", "dev", "test"])
 
 
 def rows(name: str, split: str) -> list[dict[str, str]]:
-    return [json.loads(line) for line in (task(name) / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()]
+    return json_lines(task(name) / f"{split}.jsonl")
 
 
 def evaluated(name: str, model: str, split: str, **options: object) -> Evaluation:
@@ -109,23 +109,17 @@ def content(document: str) -> tuple[set[str], set[str], str, str]:
     """What a summary has to say, read off the report by other means than the script's: trades of the actor and
     the helper, verbs that may be used, the things, the place."""
     trade: dict[str, str] = {}
-    sentences, last = [], ""
+    sentences: list[tuple[str, list[str]]] = []
     for text in document.removesuffix(" .").split(" . "):
         words = text.split()
         if words[0] == "the":
             trade[words[2]] = words[1]
             words = words[2:]
-        name = last if words[0] in ("she", "he") else words[0]
-        last = name
-        sentences.append((name, words[1:]))
+        sentences.append((sentences[-1][0] if words[0] in ("she", "he") else words[0], words[1:]))
     main = min((i for i, (_, w) in enumerate(sentences) if w[0] in RANK), key=lambda i: RANK.index(sentences[i][1][0]))
     actor, words = sentences[main]
-    people = {trade[actor]}
-    if main + 1 < len(sentences) and sentences[main + 1][1][0] == "helped":
-        people.add(trade[sentences[main + 1][0]])
-    place = re.search(r" in the (\w+) ", document)
-    assert place
-    return people, set(SAYS[words[0]].split()), " ".join(words[1:3]), place.group(1)
+    people = {trade[actor]} | {trade[name] for name, then in sentences[main + 1 : main + 2] if then[0] == "helped"}
+    return people, set(SAYS[words[0]].split()), " ".join(words[1:3]), re.search(r" in the (\w+) ", document)[1]
 
 
 def says(text: str, document: str) -> dict[str, bool]:

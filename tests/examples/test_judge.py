@@ -8,6 +8,7 @@ import re
 import socket
 import threading
 from collections import Counter
+from contextlib import ExitStack
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -20,62 +21,56 @@ pytest.importorskip("openai")
 SECRET = "sk-very-secret"
 
 
-class Server:
-    """`reply(text, n)` gives the answer to the n-th request, or (status, headers, body), or None to hang up."""
+class Handler(BaseHTTPRequestHandler):
+    """`server.reply(text, n)` answers the n-th request with a text, or (status, headers, body), or None to hang up."""
 
-    def __init__(self, reply):
-        self.reply, self.texts, self.keys, self.lock = reply, [], set(), threading.Lock()
-        server = self
+    def do_POST(self):
+        body, server = json.loads(self.rfile.read(int(self.headers["content-length"]))), self.server
+        text = body["messages"][0]["content"]
+        with server.lock:
+            server.texts.append(text)
+            server.keys.add(self.headers["authorization"])
+            number = len(server.texts)
+        found = server.reply(text, number)
+        if found is None:
+            self.connection.shutdown(socket.SHUT_RDWR)
+            return
+        if isinstance(found, str):
+            choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": found}}
+            reply = {"id": "x", "object": "chat.completion", "created": 1, "model": body["model"], "choices": [choice]}
+            found = 200, {"content-type": "application/json"}, json.dumps(reply)
+        self.send_response(found[0])
+        for name, value in found[1].items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(found[2].encode())
 
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self):
-                body = json.loads(self.rfile.read(int(self.headers["content-length"])))
-                with server.lock:
-                    server.texts.append(body["messages"][0]["content"])
-                    server.keys.add(self.headers["authorization"])
-                    number = len(server.texts)
-                found = server.reply(body["messages"][0]["content"], number)
-                if found is None:
-                    self.connection.shutdown(socket.SHUT_RDWR)
-                    return
-                if isinstance(found, str):
-                    message = {"role": "assistant", "content": found}
-                    reply = {"id": "x", "object": "chat.completion", "created": 1, "model": body["model"]}
-                    reply["choices"] = [{"index": 0, "finish_reason": "stop", "message": message}]
-                    found = 200, {"content-type": "application/json"}, json.dumps(reply)
-                self.send_response(found[0])
-                for name, value in found[1].items():
-                    self.send_header(name, value)
-                self.end_headers()
-                self.wfile.write(found[2].encode())
-
-            def log_message(self, *args):
-                pass
-
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.http.server_port}/v1"
-        threading.Thread(target=self.http.serve_forever, daemon=True).start()
+    def log_message(self, *args):
+        pass
 
 
 @pytest.fixture
 def serve(monkeypatch):
+    """Starts servers with a `reply` (`Handler`) at their `url`, which keep the `texts` of requests and their `keys`."""
     monkeypatch.setenv("OPENAI_API_KEY", SECRET)
-    servers = []
+    with ExitStack() as stack:
 
-    def start(reply):
-        servers.append(Server(reply))
-        return servers[-1]
+        def start(reply):
+            server = stack.enter_context(ThreadingHTTPServer(("127.0.0.1", 0), Handler))
+            stack.callback(server.shutdown)
+            server.reply, server.texts, server.keys, server.lock = reply, [], set(), threading.Lock()
+            server.url = f"http://127.0.0.1:{server.server_port}/v1"
+            threading.Thread(target=server.serve_forever, daemon=True).start()
+            return server
 
-    yield start
-    for server in servers:
-        server.http.shutdown()
-        server.http.server_close()
+        yield start
 
 
 @pytest.fixture
 def config(tmp_path):
-    def make(server, ours=None, theirs=None, **options):
-        ours = ours or [f"good {i}" for i in range(6)]
+    def make(server, ours=6, theirs=None, **options):
+        """ours, theirs: outputs; a number stands for so many good ones."""
+        ours = [f"good {i}" for i in range(ours)] if isinstance(ours, int) else ours
         theirs = theirs or [f"poor {i}" for i in range(len(ours))]
         for name, outputs in (("ours", ours), ("theirs", theirs)):
             rows = [{"id": "0", "prompt": f"text {i}", "output": o, "target": None} for i, o in enumerate(outputs)]
@@ -96,8 +91,11 @@ def prefers(word):
     return reply
 
 
+FAIR = prefers("good")
+
+
 def test_a_fair_judge_and_the_four_queries(serve, config):
-    server = serve(prefers("good"))
+    server = serve(FAIR)
     result = judge(config(server))
     assert [(a.win_rate, a.won, a.tied, a.lost, a.unreadable) for a in result.aspects] == [(100.0, 6, 0, 0, 0)] * 3
     assert (result.asked, result.cached, len(server.texts)) == (6 * 3 * 4, 0, 72)
@@ -121,7 +119,7 @@ def test_a_taste_for_a_letter_or_a_place_gives_exactly_one_half(serve, config, t
 
 
 def test_a_rerun_costs_nothing_and_a_killed_run_goes_on(serve, config):
-    server = serve(prefers("good"))
+    server = serve(FAIR)
     first = config(server)
     judge(first)
     lines = first.answers.read_bytes().splitlines(keepends=True)
@@ -137,10 +135,9 @@ def test_a_rerun_costs_nothing_and_a_killed_run_goes_on(serve, config):
 
 
 def test_busy_broken_and_cut_connections_are_tried_again(serve, config):
-    fair = prefers("good")
     bad = {1: (429, {"retry-after": "0"}, "{}"), 3: (500, {}, "oops"), 5: None}
-    server = serve(lambda text, number: bad[number] if number in bad else fair(text, number))
-    result = judge(config(server, ours=["good 0", "good 1"], concurrency=1, aspects=["quality"]))
+    server = serve(lambda text, number: bad[number] if number in bad else FAIR(text, number))
+    result = judge(config(server, ours=2, concurrency=1, aspects=["quality"]))
     assert result.aspects[0].win_rate == 100
     assert len(server.texts) == 8 + 3
 
@@ -151,8 +148,7 @@ FAILS += [((500, {}, ""), "HTTP 500"), (None, "no connection")]
 
 @pytest.mark.parametrize(("reply", "message"), FAILS)
 def test_what_fails_for_good_is_one_line_without_the_key_and_keeps_answers(serve, config, capsys, reply, message):
-    fair = prefers("good")
-    server = serve(lambda text, number: fair(text, number) if number <= 5 else reply)
+    server = serve(lambda text, number: FAIR(text, number) if number <= 5 else reply)
     with pytest.raises(JudgeError, match=message) as caught:
         judge(config(server, concurrency=1, retries=0))
     assert SECRET not in str(caught.value)
@@ -161,10 +157,9 @@ def test_what_fails_for_good_is_one_line_without_the_key_and_keeps_answers(serve
 
 
 def test_unreadable_answers_are_counted_and_their_pairs_left_out(serve, config):
-    fair = prefers("good")
 
     def reply(text, number):
-        return "I can't say." if "[A]\ngood 0" in text and "quality" in text else fair(text, number)
+        return "I can't say." if "[A]\ngood 0" in text and "quality" in text else FAIR(text, number)
 
     result = judge(config(serve(reply)))
     quality, rest, _ = result.aspects
@@ -179,21 +174,21 @@ def test_unreadable_answers_are_counted_and_their_pairs_left_out(serve, config):
 
 
 def test_identical_outputs_are_ties_and_a_subset_depends_on_the_seed(serve, config, tmp_path):
-    server = serve(prefers("good"))
+    server = serve(FAIR)
     result = judge(config(server, ours=["good 0", "same", "good 2"], theirs=["poor 0", "same", "poor 2"]))
     assert (result.identical, result.asked) == (1, 24)
     assert result.aspects[0].win_rate == pytest.approx(250 / 3)
     chosen = []
     for seed in (0, 0, 1):
-        server, answers = serve(prefers("good")), tmp_path / f"answers-{len(chosen)}"
-        judge(config(server, ours=[f"good {i}" for i in range(40)], limit=5, seed=seed, answers=answers))
+        server, answers = serve(FAIR), tmp_path / f"answers-{len(chosen)}"
+        judge(config(server, ours=40, limit=5, seed=seed, answers=answers))
         chosen.append({re.search(r"text (\d+)", text)[1] for text in server.texts})
     assert chosen[0] == chosen[1] != chosen[2]
     assert {len(c) for c in chosen} == {5}
 
 
 def test_files_that_do_not_belong_together_and_no_endpoint_are_refused(serve, config, monkeypatch):
-    asked = config(serve(prefers("good")))
+    asked = config(serve(FAIR))
     text = asked.baseline.read_text()
     for content, message in (
         (text.replace("text 3", "text 9"), "output 4 has another prompt"),
@@ -216,26 +211,17 @@ def test_files_that_do_not_belong_together_and_no_endpoint_are_refused(serve, co
         judge(replace(asked, base_url=None))
 
 
-@pytest.mark.parametrize(
-    ("answer", "system_is_a", "expected"),
-    [
-        ("A is worse.\nPreferred: B", True, 0.0),
-        ("A is worse.\nPreferred: B", False, 1.0),
-        ("x\n**Preferred: A**", True, 1.0),
-        ("Preferred: <A>", True, 1.0),
-        ("Preferred: Summary A.", True, 1.0),
-        ("Preferred: A\nNo.\npreferred: B", True, 0.0),
-        ("(B)", True, 0.0),
-        ("Preferred: tie", True, 0.5),
-        ("Preferred: A or B", True, None),
-        ("Preferred: <A or B>", True, None),
-        ("A is good", True, None),
-        ("Preferred: C", True, None),
-        ("", True, None),
-    ],
-)
-def test_verdicts(answer, system_is_a, expected):
-    assert verdict(answer, system_is_a) == expected
+VERDICTS = {
+    "A is worse.\nPreferred: B": 0.0, "x\n**Preferred: A**": 1.0, "Preferred: <A>": 1.0, "Preferred: Summary A.": 1.0,
+    "Preferred: A\nNo.\npreferred: B": 0.0, "(B)": 0.0, "Preferred: tie": 0.5, "Preferred: A or B": None,
+    "Preferred: <A or B>": None, "A is good": None, "Preferred: C": None, "": None,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("answer", VERDICTS)
+def test_verdicts(answer):
+    assert verdict(answer, True) == VERDICTS[answer]
+    assert verdict(answer, False) == (None if VERDICTS[answer] is None else 1 - VERDICTS[answer])
 
 
 def test_the_interval_is_the_published_one_and_every_question_names_its_aspect():
@@ -246,7 +232,7 @@ def test_the_interval_is_the_published_one_and_every_question_names_its_aspect()
 
 
 def test_command_line(serve, config, capsys):
-    asked = config(serve(prefers("good")))
+    asked = config(serve(FAIR))
     arguments = [str(asked.system), str(asked.baseline), "--judge-model", "m", "--base-url", asked.base_url]
     assert main([*arguments, "--answers", str(asked.answers), "--aspects", "coherence", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["aspects"][0]["win_rate"] == 100

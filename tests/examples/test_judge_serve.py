@@ -11,33 +11,19 @@ import time
 import urllib.request
 
 import pytest
-import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from examples.judge import JudgeConfig, judge
-from tests.helpers.models import wrap_tokenizer
+from tests.helpers.learning import json_lines
+from tests.helpers.models import make_decoder_tokenizer, save_decoder
 
 for module in ("openai", "fastapi", "uvicorn"):
     pytest.importorskip(module)
 
 
-def save_chat_model(folder) -> None:
-    vocab = {token: i for i, token in enumerate(["<pad>", "<eos>", *sorted(pre_tokenizers.ByteLevel.alphabet())])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    template = "{% for m in messages %}{{ m.content }}\n{% endfor %}"
-    special = {"eos_token": "<eos>", "unk_token": None, "pad_token": "<pad>"}
-    wrap_tokenizer(tokenizer, **special, chat_template=template).save_pretrained(folder)
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = Qwen2Config(vocab_size=len(vocab), num_key_value_heads=2, eos_token_id=1, pad_token_id=0, **sizes)
-    Qwen2ForCausalLM(config).save_pretrained(folder)
-
-
 def test_transformers_serve_answers_and_is_asked_once(tmp_path):
-    save_chat_model(tmp_path / "model")
+    template = "{% for m in messages %}{{ m.content }}\n{% endfor %}"
+    tokenizer = make_decoder_tokenizer(chat_template=template, pad_token="<pad>")
+    model = str(save_decoder(tmp_path / "model", tokenizer=tokenizer, max_position_embeddings=1024))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -56,7 +42,7 @@ def test_transformers_serve_answers_and_is_asked_once(tmp_path):
                 time.sleep(0.5)
         for name in ("x", "y"):
             (tmp_path / name).write_text(json.dumps({"prompt": "p", "output": name}) + "\n")
-        asked = {"system": tmp_path / "x", "baseline": tmp_path / "y", "judge_model": str(tmp_path / "model")}
+        asked = {"system": tmp_path / "x", "baseline": tmp_path / "y", "judge_model": model}
         options = {"answers": tmp_path / "answers", "judge_tokens": 4, "concurrency": 2}
         config = JudgeConfig(**asked, **options, base_url=f"http://127.0.0.1:{port}/v1")
         result = judge(config)
@@ -64,7 +50,7 @@ def test_transformers_serve_answers_and_is_asked_once(tmp_path):
         server.terminate()
         server.wait(30)
     assert (result.asked, result.cached) == (12, 0)
-    assert all(json.loads(line)["answer"] for line in (tmp_path / "answers").read_text().splitlines())
+    assert all(line["answer"] for line in json_lines(tmp_path / "answers"))
     # random weights don't follow instructions: nothing can be read, and that is said
     assert [(a.win_rate, a.unreadable) for a in result.aspects] == [(None, 4)] * 3
     again = judge(config)  # the server is gone

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from ketchup_cache.cli import main
 from ketchup_cache.config.commands import LearnConfig, ScoreConfig
 from ketchup_cache.models.head import Head
 from ketchup_cache.models.load import load_model
@@ -54,8 +55,17 @@ def config(tmp_path, folders, **options) -> LearnConfig:
     return LearnConfig(**(defaults | {"lr": 1e-3, "steps": 3, "device": "cpu"} | options))
 
 
+def run(*words: object) -> None:
+    """A command of ours, which must succeed."""
+    assert main([str(word) for word in words]) == 0
+
+
+def json_lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
 def metrics(run: Path) -> list[dict]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return json_lines(run / "metrics.jsonl")
 
 
 def assert_same_weights(one: Path, other: Path, result: str = "student") -> None:

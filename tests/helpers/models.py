@@ -167,6 +167,11 @@ def _save(folder: Path, model, tokenizer) -> Path:
     return folder
 
 
+def edit_config(folder: Path, **values) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | values))
+
+
 def write_prompts(path: Path, n: int = 8, *, seed: int = 0, longest: int = 9) -> Path:
     """A JSONL file of n different prompts of mixed lengths, with targets."""
     rng = random.Random(seed)

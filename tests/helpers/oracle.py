@@ -82,7 +82,7 @@ def plain_states(model, batch: Batch) -> list[torch.Tensor]:
     for prompt, completion in zip(batch.prompt_index, batch.completions, strict=True):
         row_logits(model, batch.prompts[prompt], completion, after=True)
     hook.remove()
-    return found
+    return [states[-len(tokens) - 1 :] for states, tokens in zip(found, batch.completions, strict=True)]
 
 
 def gradients(model, states: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -1,93 +1,59 @@
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
+import transformers
 
 from ketchup_cache.errors import ModelError
 from ketchup_cache.models import forward
-from ketchup_cache.models.forward import Batch, states_and_next
-from ketchup_cache.models.head import Head
-from ketchup_cache.types import Scores
-from tests.helpers.models import make_model, make_t5
+from ketchup_cache.models.head import BLOCK, STATES_AT_ONCE, Head
+from tests.helpers.models import FAMILIES, make_decoder, make_model, make_t5
 from tests.helpers.oracle import assert_same_scores, plain_scores, random_rollouts
+from tests.helpers.scoring import teacher_of
 
 
-def head_scores(model, prompts, rollouts, vocab_size=60) -> Scores:
-    head = Head.of(model, vocab_size)
-    batch = Batch(prompts, rollouts.prompt_index, rollouts.completions)
-    states, next_states = states_and_next(model, batch, ~rollouts.finished)
-    per_token = head.reduce(states, torch.tensor(rollouts.completions.values, dtype=torch.long))
-    final = np.zeros(len(rollouts), np.float32)
-    final[~rollouts.finished] = head.reduce(next_states, torch.zeros(len(next_states), dtype=torch.long))[1].numpy()
-    return Scores(*(values.numpy() for values in per_token), final)
-
-
-def tiny_gemma(softcap: float):
-    from transformers import T5GemmaConfig, T5GemmaForConditionalGeneration
-
+def tiny_gemma():
+    """An encoder-decoder whose cap is in the config of its decoder."""
     torch.manual_seed(0)
     stack = {
         "vocab_size": 60, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "head_dim": 8,
-        "num_attention_heads": 2, "num_key_value_heads": 1, "final_logit_softcapping": softcap,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "final_logit_softcapping": 2.0,
         "initializer_range": 0.5, "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 1,
     }  # fmt: skip
-    config = T5GemmaConfig(encoder=stack, decoder=stack, vocab_size=60, decoder_start_token_id=0)
-    return T5GemmaForConditionalGeneration(config).eval()
+    config = transformers.T5GemmaConfig(encoder=stack, decoder=stack, vocab_size=60, decoder_start_token_id=0)
+    return transformers.T5GemmaForConditionalGeneration(config).eval()
 
 
-def tiny_bart():
-    model = make_model("bart")
-    model.final_logits_bias.normal_()
-    return model
-
-
-def with_bias(model):
-    model.lm_head.bias = torch.nn.Parameter(torch.randn(60))
-    return model
-
-
-def declares_a_cap(model):
-    """That is not done, and not believed."""
-    model.config.final_logit_softcapping = 5.0
-    return model
-
-
-MODELS = {
-    "t5": lambda: make_t5("1.0"),
-    "t5-v1.1": lambda: make_t5("1.1"),
-    "bias": lambda: with_bias(make_t5("1.1")),
-    "softcap": lambda: tiny_gemma(softcap=2.0),
-    "declared softcap": lambda: declares_a_cap(make_t5()),
-    "bart-bias": tiny_bart,
+CHANGED = {
+    "t5-1.1 with a bias": lambda model: setattr(model.lm_head, "bias", torch.nn.Parameter(torch.randn(60))),
+    "t5-1.0 that declares a cap": lambda model: setattr(model.config, "final_logit_softcapping", 5.0),  # not believed
+    "bart with a bias": lambda model: model.final_logits_bias.normal_(),
 }
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ["t5-1.0", "t5-1.1", *CHANGED, "t5gemma", *FAMILIES])
 def test_scores_are_those_of_the_models_own_logits(name):
-    model, (prompts, rollouts) = MODELS[name](), random_rollouts(0, 9)
-    assert_same_scores(head_scores(model, prompts, rollouts), plain_scores(model, prompts, rollouts))
+    model = tiny_gemma() if name == "t5gemma" else make_model(name.split()[0])
+    CHANGED.get(name, lambda model: None)(model)
+    prompts, rollouts = random_rollouts(0, 14)
+    plain = plain_scores(model, prompts, rollouts)
+    for budget in (1, 60, 10_000):
+        assert_same_scores(teacher_of(model).score(prompts, rollouts, batch_tokens=budget), plain)
 
 
-@pytest.mark.parametrize(
-    "spoil",
-    [
-        lambda logits: logits**3,
-        lambda logits: 5 * torch.tanh(logits / 5),  # a cap that the config does not speak of
-        lambda logits: logits.log_softmax(-1),
-        lambda logits: logits + logits.roll(1, -1),
-    ],
-)
-def test_a_head_that_cant_be_reproduced_is_refused(spoil):
-    class Spoiled(type(make_t5())):
-        def forward(self, *arguments, **options):
-            output = super().forward(*arguments, **options)
-            output.logits = spoil(output.logits)
-            return output
+SPOILED = {
+    "power": lambda logits: logits**3,
+    "a cap that the config does not speak of": lambda logits: 5 * torch.tanh(logits / 5),
+    "log-softmax": lambda logits: logits.log_softmax(-1),
+    "mixture": lambda logits: logits + logits.roll(1, -1),
+}
 
+
+@pytest.mark.parametrize("name", SPOILED)
+def test_a_head_that_cant_be_reproduced_is_refused(name):
     model = make_t5()
-    model.__class__ = Spoiled
-    with pytest.raises(ModelError, match=r"Spoiled: its logits can't be reproduced"):
+    model.register_forward_hook(lambda _, __, output: output.__setitem__("logits", SPOILED[name](output.logits)))
+    with pytest.raises(ModelError, match=r"T5ForConditionalGeneration: its logits can't be reproduced"):
         Head.of(model, 60)
 
 
@@ -95,12 +61,10 @@ def test_a_model_that_a_batch_confuses_is_refused(monkeypatch):
     """Its states depend on padding: the probe compares a padded batch with rows alone."""
     monkeypatch.setattr(forward, "is_ragged", lambda _: False)
     model = make_t5()
-    encoder_forward = model.encoder.forward
-
-    def unmasked(input_ids, attention_mask, **options):
-        return encoder_forward(input_ids=input_ids, attention_mask=torch.ones_like(attention_mask), **options)
-
-    model.encoder.forward = unmasked
+    encode = model.encoder.forward
+    model.encoder.forward = lambda attention_mask, **more: encode(
+        attention_mask=torch.ones_like(attention_mask), **more
+    )
     with pytest.raises(ModelError, match="padded batch"):
         Head.of(model, 60)
 
@@ -110,14 +74,14 @@ def test_a_model_smaller_than_the_tokenizer_is_refused():
         Head.of(make_t5(), 61)
 
 
-def test_padding_rows_of_the_head_are_never_used():
-    model = make_t5("1.1", vocab_size=70)
+@pytest.mark.parametrize("model", [make_t5("1.1", vocab_size=72), make_decoder("wide")], ids=["t5", "wide"])
+def test_padding_rows_of_the_head_are_never_used(model):
     with torch.no_grad():
-        model.lm_head.weight[60:] = torch.cat([100 * model.lm_head.weight[:5], -100 * model.lm_head.weight[:5]])
+        model.lm_head.weight[60:] = torch.cat([100 * model.lm_head.weight[:6], -100 * model.lm_head.weight[:6]])
     prompts, rollouts = random_rollouts(0, 9)
-    plain = plain_scores(model, prompts, rollouts, vocab_size=60)
-    assert (plain_scores(model, prompts, rollouts, vocab_size=70).max_q > plain.max_q + 1).all()  # they would win
-    assert_same_scores(head_scores(model, prompts, rollouts), plain)
+    plain, wide = (plain_scores(model, prompts, rollouts, vocab_size=size) for size in (60, 72))
+    assert (wide.max_q > plain.max_q + 1).all()  # they would win
+    assert_same_scores(teacher_of(model).score(prompts, rollouts, batch_tokens=500), plain)
 
 
 def reductions(logits, targets) -> tuple[torch.Tensor, ...]:
@@ -146,8 +110,8 @@ def test_the_head_is_float32_under_a_bfloat16_body():
 def test_blocks_of_the_vocabulary_change_nothing(block, offset, monkeypatch):
     """Wherever the largest logit stands, and where exponentials of the logits themselves would overflow or vanish."""
     head = replace(Head.of(make_t5("1.1", scale=20), 60), bias=torch.full((1, 80), offset))  # as BART has one
-    monkeypatch.setattr("ketchup_cache.models.head.BLOCK_ELSEWHERE", block * 5)
-    monkeypatch.setattr("ketchup_cache.models.head.STATES_AT_ONCE_ELSEWHERE", 5)
+    monkeypatch.setitem(BLOCK, "cpu", block * 5)
+    monkeypatch.setitem(STATES_AT_ONCE, "cpu", 5)
     states = torch.randn(33, 32, generator=torch.Generator().manual_seed(1)) * 3
     targets = torch.arange(33) % 60
     logits = head.logits(states).double()

@@ -1,4 +1,3 @@
-import json
 import shutil
 
 import pytest
@@ -10,7 +9,7 @@ from transformers.activations import NewGELUActivation
 from ketchup_cache.errors import ModelError
 from ketchup_cache.models.fingerprint import state_fingerprint, weights_fingerprint
 from ketchup_cache.models.load import is_encoder_decoder, load_model, load_tokenizer, pick_device, resolve_folder
-from tests.helpers.models import FAMILIES, make_model, make_t5, make_tokenizer, save_decoder, save_model
+from tests.helpers.models import FAMILIES, edit_config, make_model, make_t5, make_tokenizer, save_decoder, save_model
 
 TIED = ("t5-1.0", "qwen2-tied", "gpt2", "gemma2", "cohere", "bloom-alibi")
 
@@ -27,16 +26,9 @@ def copy(good, tmp_path):
 
 def edit_weights(folder, change):
     """change: weights → None, in place, or others."""
-    weights = load_file(folder / "model.safetensors")
+    weights, file = load_file(folder / "model.safetensors"), folder / "model.safetensors"
     changed = change(weights)
-    save_file(
-        changed if isinstance(changed, dict) else weights, folder / "model.safetensors", metadata={"format": "pt"}
-    )
-
-
-def edit_config(folder, **values):
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | values))
+    save_file(changed if isinstance(changed, dict) else weights, file, metadata={"format": "pt"})
 
 
 def refusal(load, folder) -> str:
@@ -49,6 +41,7 @@ def refusal(load, folder) -> str:
 @pytest.mark.parametrize("family", ["t5-1.0", "t5-1.1", *FAMILIES])
 def test_a_saved_model_comes_back_as_it_was(family, tmp_path):
     saved = make_model(family)
+    before = state_fingerprint(saved)
     saved.train().save_pretrained(tmp_path)
     loaded = load_model(str(tmp_path), device="cpu")
     assert not loaded.training
@@ -56,9 +49,11 @@ def test_a_saved_model_comes_back_as_it_was(family, tmp_path):
     assert getattr(loaded.config, "scale_decoder_outputs", False) == (family == "t5-1.0")
     tied = [model.get_output_embeddings().weight is model.get_input_embeddings().weight for model in (saved, loaded)]
     assert tied == [family in TIED] * 2
-    assert weights_fingerprint(tmp_path) == state_fingerprint(loaded)
+    assert {before, state_fingerprint(saved), state_fingerprint(loaded)} == {weights_fingerprint(tmp_path)}
     for key, value in saved.state_dict().items():
         torch.testing.assert_close(loaded.state_dict()[key], value, rtol=0, atol=0)
+    loaded.bfloat16().save_pretrained(tmp_path / "half")
+    assert state_fingerprint(loaded) == weights_fingerprint(tmp_path / "half") != before
 
 
 @pytest.mark.parametrize("family", ["t5-1.1", "gpt2"])
@@ -84,8 +79,6 @@ def test_the_fused_gelu_is_the_models_own_function(family, tmp_path):
 def test_precision_and_devices(good):
     assert load_model(str(good), dtype="bfloat16", device="cpu").lm_head.weight.dtype == torch.bfloat16
     assert load_model(str(good), device_map="cpu").device.type == "cpu"
-    with pytest.raises(ModelError, match="use float32 or bfloat16"):
-        load_model(str(good), dtype="float16")
     assert pick_device("cpu") == torch.device("cpu")
     for device in ("cuda:99", "cpu:1", "xpu"):
         with pytest.raises(ModelError, match="is not on this machine"):
@@ -94,15 +87,21 @@ def test_precision_and_devices(good):
         pick_device("gpu")
 
 
+NO_TOKENIZER = [
+    (lambda d: [file.unlink() for file in d.glob("tokenizer*")], "holds no tokenizer"),
+    (lambda d: (d / "tokenizer.json").write_text("{"), "tokenizer can't be loaded"),
+    (lambda d: (d / "tokenizer.json").unlink(), "tokenizer can't be loaded"),
+]
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
+        *NO_TOKENIZER,
         (lambda d: edit_weights(d, lambda w: w.pop("encoder.final_layer_norm.weight")), "1 weights missing (first:"),
         (lambda d: edit_weights(d, lambda w: w.update(extra=torch.zeros(2))), "1 weights not part of the model"),
         (lambda d: edit_weights(d, lambda w: w.update({"lm_head.weight": torch.zeros(61, 32)})), "has shape (61, 32)"),
         (lambda d: (d / "model.safetensors").write_bytes((d / "model.safetensors").read_bytes()[:-9]), "is damaged"),
-        (lambda d: (d / "model.safetensors").write_bytes(b"\x02"), "is damaged"),
-        (lambda d: (d / "model.safetensors").write_bytes(b"\x08" + bytes(7) + b"not json"), "is damaged"),
         (lambda d: (d / "model.safetensors").rename(d / "pytorch_model.bin"), "only pickled .bin ones"),
         (lambda d: (d / "model.safetensors").unlink(), "has no weights in safetensors format"),
         (lambda d: (d / "config.json").unlink(), "has no config.json"),
@@ -116,7 +115,7 @@ def test_precision_and_devices(good):
 )  # fmt: skip
 def test_an_unusable_folder_is_refused_in_one_line(copy, damage, message):
     damage(copy)
-    found = refusal(load_model, copy)
+    found = refusal(load_tokenizer if "tokenizer" in message else load_model, copy)
     assert message in found
     assert str(copy) in found
 
@@ -161,19 +160,6 @@ def test_a_missing_shard_is_named(tmp_path):
     shard.unlink()
     with pytest.raises(ModelError, match=f"{shard.name}: is missing"):
         load_model(str(tmp_path), device="cpu")
-
-
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (lambda d: [file.unlink() for file in d.glob("tokenizer*")], "holds no tokenizer"),
-        (lambda d: (d / "tokenizer.json").write_text("{"), "tokenizer can't be loaded"),
-        (lambda d: (d / "tokenizer.json").unlink(), "tokenizer can't be loaded"),
-    ],
-)
-def test_an_unusable_tokenizer_is_refused_in_one_line(copy, damage, message):
-    damage(copy)
-    assert message in refusal(load_tokenizer, copy)
 
 
 def test_a_tokenizer_with_no_end_or_one_too_many_is_refused(tmp_path):

@@ -15,18 +15,21 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ketchup_cache import open_cache
 from ketchup_cache.errors import ModelError
 from ketchup_cache.models import memory
 from ketchup_cache.models.memory import PROBE, TokenBudget, free_ram, out_of_memory
+from ketchup_cache.scoring.score import score
 from ketchup_cache.scoring.teacher import Teacher
+from tests.helpers.models import save_model
 from tests.helpers.oracle import assert_same_scores, plain_scores, random_rollouts
-from tests.scoring.test_score import add_rollouts, assert_scored, open_cache, options, save_model, score
-from tests.scoring.test_teacher import MODELS, TEACHERS
+from tests.helpers.scoring import MODELS, TEACHERS, add_rollouts, assert_scored, options
 
 TEACHER, MODEL = TEACHERS["1.0"], MODELS["1.0"]
 PROMPTS, ROLLOUTS = random_rollouts(7, 12)
 PLAIN = plain_scores(MODEL, PROMPTS, ROLLOUTS)
-LONGEST = int((PROMPTS.lengths[ROLLOUTS.prompt_index] + ROLLOUTS.completions.lengths).max())
+ROWS = np.stack([PROMPTS.lengths[ROLLOUTS.prompt_index], ROLLOUTS.completions.lengths], 1)
+LONGEST = int(ROWS.sum(1).max())
 FAILURES = (
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
     MemoryError(),
@@ -44,9 +47,8 @@ class Fails:
         self.limit, self.failure, self.sizes, self.rows = limit, failure, [], []
 
     def __call__(self, batch, finished, names, *rest):
-        size = len(batch.prompts.values) + len(batch.completions.values)
-        self.sizes.append(size)
-        if size > self.limit:
+        self.sizes.append(batch.size(once=True))
+        if self.sizes[-1] > self.limit:
             raise self.failure
         self.rows += names.tolist()
         return Teacher._score_batch(TEACHER, batch, finished, names, *rest)
@@ -78,15 +80,21 @@ def test_scores_do_not_depend_on_where_memory_ends(limit, asked, failure):
 
 def test_the_scores_of_a_row_that_never_fits_are_refused_with_what_to_do(monkeypatch):
     fails = Fails(LONGEST - 1, FAILURES[2])
-    with pytest.raises(ModelError, match=r"rollout row \d+ .* does not fit into memory on its own: use --dt") as error:
+    with pytest.raises(ModelError) as error:
         scored(monkeypatch, fails, 1000)
+    what = (
+        r"rollout row (\d+) \((\d+) prompt and (\d+) completion tokens\) does not fit into memory on its own: use --dt"
+    )
+    row, *lengths = map(int, re.match(what, str(error.value)).groups())
     assert "\n" not in str(error.value)
-    assert fails.sizes[-1] == LONGEST
+    assert lengths == ROWS[row].tolist()
+    assert fails.sizes[-1] == sum(lengths) == LONGEST
 
 
-@pytest.mark.parametrize(
-    "error", [RuntimeError("mat1 and mat2 shapes cannot be multiplied"), ValueError("out of memory"), KeyError("q")]
-)
+OTHERS = RuntimeError("mat1 and mat2 shapes cannot be multiplied"), ValueError("out of memory"), KeyError("q")
+
+
+@pytest.mark.parametrize("error", OTHERS)
 def test_other_errors_are_not_taken_for_it(monkeypatch, error):
     assert not out_of_memory(error)
     fails = Fails(10, error)
@@ -114,33 +122,26 @@ def found(*devices: torch.device, size: int = PROBE, between=lambda: None) -> in
     return budget.tokens
 
 
-@pytest.fixture
-def gpus(monkeypatch):
-    """Two GPUs with 8 GB free, and 3 GB reserved by the allocator, of which 2 are in use."""
-    state = {"free": [8 * GB, 8 * GB], "peak": [2 * GB, 2 * GB]}
-    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 2 * GB)
-    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 3 * GB)
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: state["peak"][device.index])
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (state["free"][device.index], 80 * GB))
-    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
-    return state
+GPUS = [  # free on the device, and what the allocator holds without need; and the fullest of several devices decides
+    ((8, 8), (400_000, 1), 0.8 * 9 * GB / 400_000),
+    ((0, 8), (400_000, 1), 0.8 * GB / 400_000),
+    ((79, 79), (1000, 1000), memory.MOST["cuda"]),
+    ((8, 8), (100_000, 800_000), 0.8 * 9 * GB / 800_000),
+    ((0.5, 70), (100_000, 800_000), 0.8 * 1.5 * GB / 100_000),
+]
 
 
-@pytest.mark.parametrize(
-    ("free", "each", "tokens"),
-    [
-        # free on the device, and what the allocator holds without need
-        ((8, 8), (400_000, 1), 0.8 * 9 * GB / 400_000),
-        ((0, 8), (400_000, 1), 0.8 * GB / 400_000),
-        ((79, 79), (1000, 1000), memory.MOST["cuda"]),
-        # the fullest of several devices decides
-        ((8, 8), (100_000, 800_000), 0.8 * 9 * GB / 800_000),
-        ((0.5, 70), (100_000, 800_000), 0.8 * 1.5 * GB / 100_000),
-    ],
-)
-def test_a_gpu_is_filled_to_a_share_of_what_is_free(gpus, free, each, tokens):
-    gpus["free"] = [int(gigabytes * GB) for gigabytes in free]
-    gpus["peak"] = [2 * GB + PROBE * bytes_ for bytes_ in each]
+@pytest.mark.parametrize(("free", "each", "tokens"), GPUS)
+def test_a_gpu_is_filled_to_a_share_of_what_is_free(monkeypatch, free, each, tokens):
+    """Two GPUs, and 3 GB reserved by the allocator, of which 2 are in use."""
+    for name, value in {
+        "memory_allocated": lambda device: 2 * GB,
+        "memory_reserved": lambda device: 3 * GB,
+        "max_memory_allocated": lambda device: 2 * GB + PROBE * each[device.index],
+        "mem_get_info": lambda device: (int(free[device.index] * GB), 80 * GB),
+        "reset_peak_memory_stats": lambda device: None,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
     assert found(torch.device("cuda", 0), torch.device("cuda", 1)) == max(int(tokens), PROBE)
 
 
@@ -188,7 +189,7 @@ sys.path[:0] = sys.argv[1:2]
 import numpy as np, torch
 torch.set_num_threads(1)
 from tests.helpers.oracle import make_rollouts
-from tests.scoring.test_teacher import TEACHERS
+from tests.helpers.scoring import TEACHERS
 from ketchup_cache.models.memory import TokenBudget
 from ketchup_cache.types import Ragged
 rng = np.random.default_rng(0)
@@ -207,9 +208,8 @@ print(json.dumps([float(np.abs(small.q - large.q).max()), budget.tokens]))
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's limit of a process's memory")
 def test_a_process_that_may_have_no_more_memory_goes_on():
     """The real thing: 400 rows of 304 tokens take more than the 24 MB that may be had."""
-    done = subprocess.run(
-        [sys.executable, "-c", LIMITED, str(Path(__file__).parents[2])], capture_output=True, text=True, timeout=120
-    )
+    command = [sys.executable, "-c", LIMITED, str(Path(__file__).parents[2])]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     difference, found = json.loads(done.stdout)
     assert difference < 1e-4
@@ -225,7 +225,7 @@ def run_score(tmp_path, segments: int, batch_tokens, **given):
     folder, path = save_model(tmp_path / "teacher", "1.1"), tmp_path / "cache"
     cache = open_cache(path, create=True)
     ids = [add_rollouts(cache, *random_rollouts(n, 30, prompts=5), policy=n) for n in range(segments)]
-    report = score(options(cache, folder, **given).model_copy(update={"batch_tokens": batch_tokens}))
+    report = score(options(cache, folder, batch_tokens=batch_tokens, **given))
     assert_scored(open_cache(path), folder, ids)
     assert report.batch_tokens == report.to_dict()["batch_tokens"]
     return report
@@ -235,7 +235,7 @@ def test_score_keeps_the_budget_from_segment_to_segment_and_reports_it(tmp_path,
     sizes, own = [], Teacher._score_batch
 
     def limited(self, batch, *rest):
-        sizes.append(len(batch.completions) * int(batch.prompts.lengths.max() + batch.completions.lengths.max()))
+        sizes.append(batch.size(once=False))
         if sizes[-1] > 40:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return own(self, batch, *rest)
@@ -245,9 +245,8 @@ def test_score_keeps_the_budget_from_segment_to_segment_and_reports_it(tmp_path,
     assert report.segments > 4
     lines = [line for line in capsys.readouterr().err.splitlines() if "out of memory" in line]
     limits = [int(line.split()[-1]) for line in lines]
-    assert all(
-        re.fullmatch(r"ketchup-cache: out of memory at a batch of \d+ tokens: going on .*", line) for line in lines
-    )
+    said = r"ketchup-cache: out of memory at a batch of \d+ tokens: going on .*"
+    assert all(re.fullmatch(said, line) for line in lines)
     assert limits == sorted(set(limits), reverse=True)
     assert report.batch_tokens == limits[-1] <= 40
     assert str(report).endswith(f" s, in batches of up to {limits[-1]} tokens")

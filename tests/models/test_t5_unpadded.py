@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from ketchup_cache.models import forward
 from ketchup_cache.models import t5_unpadded as ragged
-from ketchup_cache.models.forward import Batch, completion_states, states_and_next
+from ketchup_cache.models.forward import Batch, completion_states
 from ketchup_cache.models.t5_unpadded import groups_of, is_ragged
 from ketchup_cache.types import Ragged
 from tests.helpers.models import make_model, make_t5
@@ -25,22 +25,22 @@ def assert_states_are_plain(model, batch: Batch) -> None:
     torch.testing.assert_close(completion_states(model, batch), alone, rtol=1e-4, atol=1e-5)
 
 
+@pytest.fixture(params=[False, True], ids=["", "aligned"])
+def aligned(request, monkeypatch):
+    """Widths of groups as they are, and rounded up as on a GPU, so that even the longest rows have padding."""
+    if request.param:
+        monkeypatch.setattr(ragged, "_aligned", lambda width, device: -(-width // 8) * 8)
+
+
 @pytest.mark.parametrize("at_once", [1, 60, 2**20])
 @pytest.mark.parametrize("kind", FAMILY)
-def test_states_are_those_of_each_row_alone(kind, at_once, monkeypatch):
+def test_states_are_those_of_each_row_alone(kind, at_once, aligned, monkeypatch):
     """Whatever the groups: every row by itself, a few together, all padded to the longest."""
-    monkeypatch.setattr(ragged, "SCORES_AT_ONCE_ELSEWHERE", at_once * 4)
+    monkeypatch.setitem(ragged.SCORES_AT_ONCE, "cpu", at_once * 4)
     model = make_model(kind)
     assert is_ragged(model)
     for seed in range(3):
         assert_states_are_plain(model, random_batch(seed))
-
-
-@pytest.mark.parametrize("kind", FAMILY)
-def test_aligned_widths_as_on_a_gpu_change_nothing(kind, monkeypatch):
-    """Groups whose widths are rounded up, so that even their longest rows have padding behind them."""
-    monkeypatch.setattr(ragged, "_aligned", lambda width, device: -(-width // 8) * 8)
-    assert_states_are_plain(make_model(kind), random_batch())
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -49,10 +49,10 @@ def test_the_bias_is_the_models_and_takes_no_memory_of_its_own(causal):
     attention = make_t5("1.0").get_decoder().block[0].layer[0].SelfAttention
     attention.is_decoder = causal
     queries, keys = np.array([3, 7, 6]), np.array([3, 7, 6])
-    group = ragged.Rows.of(queries, keys, 10**6, torch.device("cpu")).groups[0]
+    rows = ragged.Rows.of(queries, keys, 10**6, torch.device("cpu"))
     bias = ragged._Bias(7, causal=causal)
     bias.of(attention, torch.zeros(1))
-    corner = bias.corner(0, group)
+    corner = bias.corner(rows, 0)
     own = attention.compute_bias(7, 7)[0]
     assert bias._full.untyped_storage().nbytes() == 4 * 4 * 13  # heads, and distances from -6 to 6
     for row, n in enumerate((3, 6, 7)):  # in the order of their lengths
@@ -88,28 +88,20 @@ def test_empty_completions_have_no_states():
     prompts = Ragged.from_rows([[5, 1], [6, 7, 1]], np.int32)
     batch = Batch(prompts, np.array([0, 1, 1]), Ragged.from_rows([[], [4, 5], []], np.int32))
     assert_states_are_plain(model, batch)
-    states, after = states_and_next(model, batch, np.array([True, False, False]))
-    assert (states.shape[0], after.shape[0]) == (2, 1)
     nothing = Batch(prompts, np.array([0, 1]), Ragged.from_rows([[], []], np.int32))
     assert completion_states(model, nothing).shape == (0, 32)
 
 
-@pytest.mark.parametrize("aligned", [False, True])
 @pytest.mark.parametrize("at_once", [60, 2**20])
 @pytest.mark.parametrize("kind", FAMILY)
 def test_the_gradient_is_that_of_padded_rows(kind, at_once, aligned, monkeypatch):
     """In few groups and many, one of whose prompts nobody asks. In float64: T5 takes its softmax in float32 even then,
     ours does not, hence the tolerance."""
-    monkeypatch.setattr(ragged, "SCORES_AT_ONCE_ELSEWHERE", at_once * 4)
-    if aligned:
-        monkeypatch.setattr(ragged, "_aligned", lambda width, device: -(-width // 8) * 8)
-    model = make_model(kind).double()
-    batch = random_batch(1)
-    unasked = Ragged.from_rows([*batch.completions, []], np.int32)
-    batch = Batch(
-        Ragged.from_rows([[9, 8, 1], *batch.prompts], np.int32), np.append(batch.prompt_index + 1, 0), unasked
-    )
-    found = []
+    monkeypatch.setitem(ragged.SCORES_AT_ONCE, "cpu", at_once * 4)
+    model, batch, found = make_model(kind).double(), random_batch(1), []
+    prompts, unasked = [[9, 8, 1], *batch.prompts], [*batch.completions, []]
+    index = np.append(batch.prompt_index + 1, 0)
+    batch = Batch(Ragged.from_rows(prompts, np.int32), index, Ragged.from_rows(unasked, np.int32))
     for way in (is_ragged, lambda _: False):
         monkeypatch.setattr(forward, "is_ragged", way)
         found.append(gradients(model, completion_states(model, batch)))

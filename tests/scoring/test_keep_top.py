@@ -8,24 +8,14 @@ from transformers import AutoModelForSeq2SeqLM
 
 from ketchup_cache import open_cache
 from ketchup_cache.cache.cache import Cache
-from ketchup_cache.cache.manifest import ScoresInfo
-from ketchup_cache.cli import main
 from ketchup_cache.config.commands import LearnConfig, ScoreConfig
 from ketchup_cache.scoring.score import score
 from ketchup_cache.scoring.teacher import Teacher
 from ketchup_cache.training.source import Offline
 from tests.helpers.caches import make_cache
-from tests.helpers.learning import Killed, assert_same_weights, killed_before, metrics
-from tests.helpers.models import WORDS, save_model, write_prompts
+from tests.helpers.learning import Killed, assert_same_weights, killed_before, metrics, run
+from tests.helpers.models import VOCAB, write_prompts
 from tests.helpers.oracle import plain_logits
-
-VOCAB = len(WORDS) + 3
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    base = tmp_path_factory.mktemp("models")
-    return save_model(base / "s", "1.0", seed=1), save_model(base / "t", "1.1", seed=2)
 
 
 def assert_top(cache, teacher, top: int, rows: int) -> None:
@@ -50,66 +40,60 @@ def assert_top(cache, teacher, top: int, rows: int) -> None:
     assert done == rows
 
 
-def add(path, models) -> None:
-    make_cache(path, *models, prompts=4)
+@pytest.fixture
+def add(tmp_path, folders):
+    """Adds a segment of the same 8 rollouts, with scores that keep nothing, to the cache at `tmp_path`."""
+    return lambda: make_cache(tmp_path, *folders, prompts=4)
+
+
+@pytest.fixture
+def scored(tmp_path, folders):
+    """`score` there: rows that had scores, that went through the teacher, and that were copied."""
+
+    def run_score(keep_top: int, **more) -> tuple[int, int, int]:
+        given = {"teacher": str(folders[1]), "cache": tmp_path, "device": "cpu", "keep_top": keep_top}
+        report = score(ScoreConfig(**given, **more))
+        return report.already, report.computed, report.copied
+
+    return run_score
 
 
 @pytest.mark.parametrize("top", [1, 5, 64])
-def test_the_largest_logits_are_stored(tmp_path, models, top):
+def test_the_largest_logits_are_stored(tmp_path, folders, add, scored, top):
     """Beside scores without them, which don't count then; 64 is all of this vocabulary."""
-    add(tmp_path, models)
-    report = score(ScoreConfig(teacher=str(models[1]), cache=tmp_path, device="cpu", keep_top=top))
-    assert (report.already, report.computed + report.copied) == (0, 8)
+    add()
+    already, *done = scored(top)
+    assert (already, sum(done)) == (0, 8)
     cache = open_cache(tmp_path)
-    assert_top(cache, models[1], top, 8)
+    assert_top(cache, folders[1], top, 8)
     assert len(cache.scored()) == 1  # each row once, be it with or without
-    again = score(ScoreConfig(teacher=str(models[1]), cache=tmp_path, device="cpu", keep_top=top))
-    assert again.already == 8
-    assert "nothing to do" in str(again)
+    assert scored(top) == (8, 0, 0)
 
 
-def test_four_and_then_sixteen(tmp_path, models, monkeypatch):
+@pytest.mark.parametrize("before", [(4, 16), (16,)])
+def test_four_and_then_sixteen(tmp_path, folders, add, scored, monkeypatch, before):
     """More logits than there are: computed again. Fewer: nothing to do. The same text again: copied, cut to size."""
-    add(tmp_path, models)
-    common = {"teacher": str(models[1]), "cache": tmp_path, "device": "cpu"}
-    reports = [score(ScoreConfig(**common, keep_top=n)) for n in (4, 16)]
-    assert [r.already for r in reports] == [0, 0]
-    assert_top(open_cache(tmp_path), models[1], 16, 8)
-
+    add()
+    assert not any(scored(n)[0] for n in before)
+    assert_top(open_cache(tmp_path), folders[1], 16, 8)
     monkeypatch.setattr(Teacher, "load", None)
-    for fewer in (16, 4, 0):
-        assert score(ScoreConfig(**common, keep_top=fewer)).already == 8
+    assert [scored(fewer) for fewer in (16, 4, 0)] == [(8, 0, 0)] * 3
 
     # the same rollouts as another segment: copies of those that keep enough, without the teacher
-    add(tmp_path, models)
+    add()
     kept = {id_ for id_, _ in open_cache(tmp_path).manifests("scores")}
-    report = score(ScoreConfig(**common, keep_top=4))
-    assert (report.already, report.computed, report.copied) == (8, 0, 8)
-    written = [m.info for id_, m in open_cache(tmp_path).manifests("scores") if id_ not in kept]
-    assert [info.keep_top for info in written if isinstance(info, ScoresInfo)] == [4]
+    assert scored(4) == (8, 0, 8)
     cache = open_cache(tmp_path)
-    assert_top(cache, models[1], 4, 16)
+    assert [m.info.keep_top for id_, m in cache.manifests("scores") if id_ not in kept] == [4]
+    assert_top(cache, folders[1], 4, 16)
     assert sum(ref.rows for ref in cache.scored(keep_top=16)) == 8
-    report = score(ScoreConfig(**common, keep_top=16))
-    assert (report.already, report.computed, report.copied) == (8, 0, 8)
-    assert_top(open_cache(tmp_path), models[1], 16, 16)
+    assert scored(16) == (8, 0, 8)
+    assert_top(open_cache(tmp_path), folders[1], 16, 16)
 
 
-def test_a_copy_of_more_is_cut(tmp_path, models):
-    add(tmp_path, models)
-    common = {"teacher": str(models[1]), "cache": tmp_path, "device": "cpu"}
-    score(ScoreConfig(**common, keep_top=16))
-    add(tmp_path, models)
-    assert score(ScoreConfig(**common, keep_top=4)).copied == 8
-    cache = open_cache(tmp_path)
-    assert sorted(m.info.keep_top for _, m in cache.manifests("scores")) == [0, 0, 4, 16]
-    assert_top(cache, models[1], 4, 16)
-
-
-def test_a_part_of_the_rows_with_and_a_part_without(tmp_path, models, monkeypatch):
+def test_a_part_of_the_rows_with_and_a_part_without(tmp_path, folders, add, scored, monkeypatch):
     """A run that was killed between two commits goes on with the rows that are left."""
-    add(tmp_path, models)
-    common = {"teacher": str(models[1]), "cache": tmp_path, "device": "cpu", "keep_top": 3, "commit_tokens": 12}
+    add()
     commit, commits = Cache.commit_scores, []
 
     def dying(self, *arguments):
@@ -120,45 +104,39 @@ def test_a_part_of_the_rows_with_and_a_part_without(tmp_path, models, monkeypatc
 
     monkeypatch.setattr(Cache, "commit_scores", dying)
     with pytest.raises(Killed):
-        score(ScoreConfig(**common))
-    monkeypatch.setattr(Cache, "commit_scores", commit)
+        scored(3, commit_tokens=12)
+    monkeypatch.undo()
     cache = open_cache(tmp_path)
     done = sum(ref.rows for ref in cache.scored(keep_top=3))
     assert 0 < done < 8
     assert sum(ref.rows for ref in cache.scored()) == 8
     # learning wants all rows, and says what to run
-    options = {"student": str(models[0]), "cache": tmp_path, "keep_top": 3, "method": "kl"}
+    options = {"student": str(folders[0]), "cache": tmp_path, "keep_top": 3, "method": "kl"}
     with pytest.raises(Exception, match=f"{8 - done} of the rollouts .* largest logits .*--keep-top 3"):
-        Offline(cache, LearnConfig(**options, teacher_outputs=str(models[0])))
-    report = score(ScoreConfig(**common))
-    assert (report.already, report.computed + report.copied) == (done, 8 - done)
-    assert_top(open_cache(tmp_path), models[1], 3, 8)
+        Offline(cache, LearnConfig(**options, teacher_outputs=str(folders[0])))
+    already, *rest = scored(3, commit_tokens=12)
+    assert (already, sum(rest)) == (done, 8 - done)
+    assert_top(open_cache(tmp_path), folders[1], 3, 8)
 
 
 # ------------------------------------------------------------------------------------------------- on-policy
 
-LEARN = {
-    "--steps": 7, "--refresh-every": 3, "--batch-size": 8, "--samples": 2, "--max-new-tokens": 6, "--lr": 1e-3,
-    "--checkpoint-every": 2, "--keep-top": 5, "--device": "cpu",
-}  # fmt: skip
+LEARN = "--steps 7 --refresh-every 3 --batch-size 8 --samples 2 --lr 1e-3 --checkpoint-every 2 --keep-top 5".split()
+COMMON = ["--device", "cpu", "--max-new-tokens", 6]
 
 
-def words(tmp_path, models, name: str, method: str) -> list[str]:
+def words(tmp_path, folders, name: str, method: str) -> list[str]:
     """A cache with prompts and the teacher's scored outputs, and the words of a `learn` command."""
-    data, cache = tmp_path / "d.jsonl", tmp_path / f"{name}-cache"
-    write_prompts(data, 20)
-    rollout = ["rollout", "--student", models[1], "--greedy", "--data", data, "--cache", cache]
-    assert main([*map(str, rollout), "--max-new-tokens", "6", "--device", "cpu"]) == 0
-    kept = ["score", "--teacher", models[1], "--cache", cache, "--keep-top", "5", "--device", "cpu"]
-    assert main([*map(str, kept)]) == 0
-    options = {"--student": models[0], "--teacher": models[1], "--cache": cache, "--out": tmp_path / name}
-    options |= {"--method": method, **LEARN}
-    return ["learn", *(str(part) for pair in options.items() for part in pair)]
+    data, cache = write_prompts(tmp_path / "d.jsonl", 20), tmp_path / f"{name}-cache"
+    run("rollout", "--student", folders[1], "--greedy", "--data", data, "--cache", cache, *COMMON)
+    run("score", "--teacher", folders[1], "--cache", cache, "--keep-top", 5, "--device", "cpu")
+    made = ["--student", folders[0], "--teacher", folders[1], "--cache", cache, "--out", tmp_path / name]
+    return ["learn", *made, "--method", method, *LEARN, *COMMON]
 
 
 @pytest.mark.parametrize("method", ["js", "tvd", "reverse-kl"])
-def test_on_policy_and_killed_it_ends_with_the_same_bits(tmp_path, models, method):
-    assert main(words(tmp_path, models, "whole", method)) == 0
+def test_on_policy_and_killed_it_ends_with_the_same_bits(tmp_path, folders, method):
+    run(*words(tmp_path, folders, "whole", method))
     lines = metrics(tmp_path / "whole")
     assert [line["step"] for line in lines if line["refreshed"]] == [0, 3, 6]
     for line in lines:
@@ -176,27 +154,26 @@ def test_on_policy_and_killed_it_ends_with_the_same_bits(tmp_path, models, metho
     assert sum(info.prompt_stop - info.prompt_start for info in refreshed) == 3 * prompts
     assert all(m.info.keep_top == 5 for _, m in cache.manifests("scores"))
 
-    command = words(tmp_path, models, "killed", method)
+    command = words(tmp_path, folders, "killed", method)
     for last in (1, 5):
         with killed_before(last):
-            main(command)
+            run(*command)
     if method == "js":  # a run that goes on reads the teacher outputs it began with, even if the cache has more by then
-        make_cache(tmp_path / "killed-cache", models[1], models[1], prompts=4, seed=9)
-        more = ScoreConfig(teacher=str(models[1]), cache=tmp_path / "killed-cache", device="cpu", keep_top=9)
+        make_cache(tmp_path / "killed-cache", folders[1], folders[1], prompts=4, seed=9)
+        more = ScoreConfig(teacher=str(folders[1]), cache=tmp_path / "killed-cache", device="cpu", keep_top=9)
         assert score(more).computed > 0
-    assert main(command) == 0
+    run(*command)
     assert_same_weights(tmp_path / "whole", tmp_path / "killed")
     assert [line["loss"] for line in metrics(tmp_path / "killed")] == [line["loss"] for line in lines]
 
 
-def test_what_the_cache_holds_of_the_student_is_scored_again_with_logits(tmp_path, models):
+def test_what_the_cache_holds_of_the_student_is_scored_again_with_logits(tmp_path, folders):
     """Rollouts of the first phase that were scored without, before."""
-    command, cache = words(tmp_path, models, "run", "js"), tmp_path / "run-cache"
-    rollout = ["rollout", "--student", models[0], "--data", tmp_path / "d.jsonl", "--cache", cache, "--samples", 2]
-    assert main([*map(str, rollout), "--max-new-tokens", "6", "--device", "cpu", "--first", "3"]) == 0
-    assert main(["score", "--teacher", str(models[1]), "--cache", str(cache), "--device", "cpu"]) == 0
-    own = str(models[0])
+    command, cache, own = words(tmp_path, folders, "run", "js"), tmp_path / "run-cache", str(folders[0])
+    rollout = ["--student", own, "--data", tmp_path / "d.jsonl", "--cache", cache, "--samples", 2, "--first", 3]
+    run("rollout", *rollout, *COMMON)
+    run("score", "--teacher", folders[1], "--cache", cache, "--device", "cpu")
     assert len(open_cache(cache).scored(policy=own)) == 1
     assert open_cache(cache).scored(policy=own, keep_top=5) == []
-    assert main([*command[: command.index("--steps") + 1], "2", *command[command.index("--steps") + 2 :]]) == 0
+    run(*command, "--steps", 2)
     assert sum(ref.rows for ref in open_cache(cache).scored(policy=own, keep_top=5)) == 6

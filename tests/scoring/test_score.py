@@ -4,7 +4,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,17 +11,13 @@ import pytest
 from ketchup_cache import open_cache
 from ketchup_cache.cache.cache import Cache
 from ketchup_cache.cache.inspect import verify
-from ketchup_cache.cache.manifest import PromptsInfo, RolloutsInfo
-from ketchup_cache.config.commands import ScoreConfig
-from ketchup_cache.config.options import ScoringOptions
 from ketchup_cache.errors import CacheError, KetchupError, MismatchError, NumericsError
-from ketchup_cache.models.fingerprint import tokenizer_info
-from ketchup_cache.provenance import DataInfo, PolicyInfo, Sampling
 from ketchup_cache.scoring.score import Scorer, commit_ranges, follow, score
 from ketchup_cache.scoring.teacher import Teacher
-from ketchup_cache.types import Prompts, Ragged, Rollouts
-from tests.helpers.models import WORDS, make_t5, make_tokenizer, save_model
+from ketchup_cache.types import Ragged
+from tests.helpers.models import WORDS, make_tokenizer, save_model
 from tests.helpers.oracle import assert_same_scores, make_rollouts, plain_scores, random_rollouts
+from tests.helpers.scoring import MODELS, add_rollouts, assert_scored, options, segments
 
 
 @pytest.fixture(scope="module")
@@ -33,43 +28,6 @@ def teacher(tmp_path_factory):
 @pytest.fixture
 def cache(tmp_path) -> Cache:
     return open_cache(tmp_path / "cache", create=True)
-
-
-def add_rollouts(cache: Cache, prompts: Ragged, rollouts: Rollouts, *, policy: int = 0, tokenizer=None, name="student"):
-    info = tokenizer_info(tokenizer or make_tokenizer(), name)
-    ids = np.random.default_rng(0).integers(0, 256, (len(prompts), 16)).astype(np.uint8)
-    data = DataInfo(name="made up", fingerprint="d" * 64, template="{prompt}")
-    prompts_id = cache.commit_prompts(Prompts(ids, prompts), PromptsInfo(tokenizer=info, data=data, start=0))
-    made_by = {"policy": PolicyInfo(name="student", fingerprint=f"{policy:064x}"), "sampling": Sampling()}
-    made_by |= {"prompts": prompts_id, "prompt_start": 0, "prompt_stop": len(prompts), "tokenizer": info}
-    return cache.commit_rollouts(rollouts, RolloutsInfo(**made_by))
-
-
-def options(cache: Cache, teacher: Path, **more) -> ScoreConfig:
-    return ScoreConfig(teacher=str(teacher), cache=cache.path, device="cpu", batch_tokens=64, **more)
-
-
-def assert_scored(cache: Cache, teacher: Path, ids) -> None:
-    """Every row of these rollouts has exactly the plain scores."""
-    model = make_t5("1.1")
-    fingerprint = Teacher.identify(str(teacher), ScoringOptions())[0].fingerprint
-    done = {}
-    cache.refresh()
-    for ref in cache.scored(fingerprint):
-        part = cache.load_scored(ref)
-        assert_same_scores(part.scores, plain_scores(model, part.prompts.tokens, part.rollouts))
-        done.setdefault(ref.rollouts_id, []).extend(range(ref.row_start, ref.row_stop))
-    assert done == {i: list(range(cache.manifest(i).rows)) for i in ids}
-
-
-def segments(cache: Cache):
-    """The segments of scores that are in the cache by now."""
-    return open_cache(cache.path).manifests("scores")
-
-
-@pytest.fixture
-def no_loading(monkeypatch):
-    monkeypatch.setattr(Teacher, "load", None)
 
 
 def test_scoring_a_cache_and_scoring_it_again(cache, teacher, monkeypatch):
@@ -124,16 +82,6 @@ def test_the_same_rollout_is_computed_once(cache, teacher):
     assert_scored(cache, teacher, [first, second, third])
 
 
-def test_a_scorer_knows_what_it_wrote_itself(cache, teacher):
-    scorer = Scorer(options(cache, teacher, commit_tokens=1))
-    prompts, rollouts = random_rollouts(0, 5)
-    add_rollouts(cache, prompts, rollouts)
-    scorer.ensure(cache)
-    add_rollouts(cache, prompts, rollouts, policy=1)
-    report = scorer.ensure(cache)
-    assert (report.computed, report.copied, report.hit_rate) == (0, 5, 1.0)
-
-
 @pytest.mark.parametrize("keep_top", [0, 3])
 def test_scores_in_float16_say_so_and_are_never_copied_as_float32(cache, teacher, keep_top):
     prompts, rollouts = random_rollouts(0, 5)
@@ -144,12 +92,12 @@ def test_scores_in_float16_say_so_and_are_never_copied_as_float32(cache, teacher
     assert (manifest.info.storage, manifest.arrays["q"].dtype) == ("compact", "float16")
     cache.refresh()
     assert verify(cache, deep=True).ok
-    assert_same_scores(cache.load_scores(id_), plain_scores(make_t5("1.1"), prompts, rollouts), 1e-2)
+    assert_same_scores(cache.load_scores(id_), plain_scores(MODELS["1.1"], prompts, rollouts), 1e-2)
     second = add_rollouts(cache, prompts, rollouts, policy=1)
     assert score(options(cache, teacher, keep_top=keep_top)).computed > 0
     ((part, _),) = [(i, m) for i, m in segments(cache) if m.info.rollouts == second]
     cache.refresh()
-    assert_same_scores(cache.load_scores(part), plain_scores(make_t5("1.1"), prompts, rollouts))
+    assert_same_scores(cache.load_scores(part), plain_scores(MODELS["1.1"], prompts, rollouts))
     add_rollouts(cache, prompts, rollouts, policy=2)
     assert score(options(cache, teacher, **more)).computed == 0
 
@@ -164,7 +112,8 @@ def test_another_teacher_or_precision_scores_anew(cache, teacher, tmp_path):
     assert len(open_cache(cache.path).teachers()) == 3
 
 
-def test_another_tokenizer_is_refused_before_weights_are_loaded(cache, teacher, tmp_path, no_loading):
+def test_another_tokenizer_is_refused_before_weights_are_loaded(cache, teacher, tmp_path, monkeypatch):
+    monkeypatch.setattr(Teacher, "load", None)
     report = score(options(cache, teacher))  # nothing there yet
     assert (report.already, report.segments, report.hit_rate) == (0, 0, 0.0)
     theirs = make_tokenizer([*WORDS[:4], "hound", *WORDS[5:]])
@@ -212,18 +161,10 @@ def test_what_is_missing_is_named(wrong, cache, teacher, tmp_path):
 KILLED = """
 import sys, time
 from ketchup_cache.config.commands import ScoreConfig
-from ketchup_cache.config.options import ScoringOptions
-from ketchup_cache.scoring.score import score
-from ketchup_cache.scoring.teacher import Teacher
-
-score_batch = Teacher._score_batch
-
-def slowly(*arguments):
-    time.sleep(0.2)
-    return score_batch(*arguments)
-
-Teacher._score_batch = slowly
-score(ScoreConfig(teacher=sys.argv[1], cache=sys.argv[2], device="cpu", batch_tokens=64, commit_tokens=10))
+from ketchup_cache.scoring import score, teacher
+score_batch = teacher.Teacher._score_batch
+teacher.Teacher._score_batch = lambda *given: time.sleep(0.2) or score_batch(*given)
+score.score(ScoreConfig(teacher=sys.argv[1], cache=sys.argv[2], device="cpu", batch_tokens=64, commit_tokens=10))
 """
 
 

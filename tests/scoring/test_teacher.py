@@ -7,26 +7,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ketchup_cache.config.options import ScoringOptions
-from ketchup_cache.errors import MismatchError, ModelError, NumericsError
-from ketchup_cache.models.fingerprint import tokenizer_info
+from ketchup_cache.errors import MismatchError, NumericsError
+from ketchup_cache.models.fingerprint import weights_fingerprint
 from ketchup_cache.models.forward import states_and_next
-from ketchup_cache.provenance import TeacherInfo
+from ketchup_cache.provenance import TeacherInfo, in_precision
 from ketchup_cache.scoring.teacher import Teacher
 from ketchup_cache.types import Ragged
-from tests.helpers.models import make_t5, make_tokenizer, save_model
+from tests.helpers.models import make_model, make_t5, save_model
 from tests.helpers.oracle import assert_same_scores, make_rollouts, plain_scores, random_rollouts
+from tests.helpers.scoring import MODELS, TEACHERS, TOKENIZER, teacher_of
 
-VERSIONS = ("1.0", "1.1")
 CPU = ScoringOptions(device="cpu")
-TOKENIZER = tokenizer_info(make_tokenizer(), "tiny")
-
-
-def teacher_of(model, dtype: str = "float32") -> Teacher:
-    return Teacher(model, TeacherInfo(name="tiny", fingerprint="0" * 64, dtype=dtype), TOKENIZER)
-
-
-MODELS = {version: make_t5(version) for version in VERSIONS}
-TEACHERS = {version: teacher_of(model) for version, model in MODELS.items()}
 
 tokens = st.integers(0, 59)
 prompt_rows = st.lists(st.lists(tokens, min_size=1, max_size=9), min_size=1, max_size=4)
@@ -36,7 +27,7 @@ completion_rows = st.lists(
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.sampled_from(VERSIONS), prompt_rows, completion_rows, st.integers(1, 150))
+@given(st.sampled_from(list(MODELS)), prompt_rows, completion_rows, st.integers(1, 150))
 def test_scores_are_those_of_the_plain_pass(version, prompts, rows, budget):
     """Whatever the lengths, the batches, the row order, the token ids; the pad id 0 is a token like any other."""
     prompts = Ragged.from_rows(prompts, np.int32)
@@ -52,21 +43,20 @@ def test_scores_are_those_of_the_plain_pass(version, prompts, rows, budget):
         assert_same_scores(scores, plain_scores(MODELS[version], prompts, rollouts))
 
 
-@pytest.mark.parametrize("version", VERSIONS)
-def test_known_corners(version):
-    """One token, EOS alone, the decoder's start token inside, the same prompt and the same rollout twice."""
-    prompts = Ragged.from_rows([[1], [0, 0, 1], [5, 0, 6, 1]], np.int32)
-    rollouts = make_rollouts(
-        [2, 0, 1, 1, 2, 2, 0],
-        [[1], [7], [0, 0, 0, 1], [0], [3, 4, 1], [3, 4, 1], [8, 9, 10, 11, 12, 13]],
-        [True, False, True, False, True, True, False],
-    )
-    scores = TEACHERS[version].score(prompts, rollouts, batch_tokens=1000)
-    assert_same_scores(scores, plain_scores(MODELS[version], prompts, rollouts))
-    assert (scores.final_max_q != 0).tolist() == [False, True, False, True, False, False, True]
+@pytest.mark.parametrize("family", ["t5-1.0", "t5-1.1", "qwen2", "gpt2", "mistral-window"])
+def test_known_corners(family):
+    """A prompt of one token, EOS alone, pad and EOS ids inside, the same prompt and the same rollout twice."""
+    prompts = Ragged.from_rows([[1], [0, 0, 1, 0], [5, 0, 6, 1, 9, 9, 9]], np.int32)
+    completions = [[1], [7], [0, 0, 0, 1], [0], [3, 1, 4, 1], [3, 1, 4, 1], [8, 9, 10, 11, 12, 13]]
+    finished = [True, False, True, False, True, True, False]
+    rollouts = make_rollouts([2, 0, 1, 1, 2, 2, 0], completions, finished)
+    model = make_model(family)
+    scores = teacher_of(model).score(prompts, rollouts, batch_tokens=1000)
+    assert_same_scores(scores, plain_scores(model, prompts, rollouts))
+    assert (scores.final_max_q == 0).tolist() == finished
 
 
-@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("version", MODELS)
 def test_shifted_scores_would_be_noticed(version):
     """The comparison above tells a score from its neighbours: they differ by far more than its tolerance."""
     prompts, rollouts = random_rollouts(3, 20)
@@ -87,17 +77,19 @@ def test_rows_can_be_chosen():
 
 
 def test_a_loaded_teacher_is_who_its_files_and_its_precision_say(tmp_path):
-    folder = save_model(tmp_path, "1.1")
+    folder, weights = save_model(tmp_path, "1.1"), weights_fingerprint(tmp_path)
     teacher = Teacher.load(str(folder), CPU)
     assert (teacher.info, teacher.tokenizer) == Teacher.identify(str(folder), CPU)
-    assert teacher.info.name == str(folder)
     half, _ = Teacher.identify(str(folder), ScoringOptions(dtype="bfloat16"))
-    assert half.fingerprint != teacher.info.fingerprint
-    assert half.dtype == "bfloat16"
+    made = [
+        TeacherInfo(name=str(folder), fingerprint=in_precision(weights, d), dtype=d) for d in ("float32", "bfloat16")
+    ]
+    assert [teacher.info, half] == made
+    assert len({weights, *(info.fingerprint for info in made)}) == 3
     assert teacher.tokenizer.fingerprint == TOKENIZER.fingerprint
     prompts, rollouts = random_rollouts(5, 6)
     assert_same_scores(
-        teacher.score(prompts, rollouts, batch_tokens=100), plain_scores(make_t5("1.1"), prompts, rollouts)
+        teacher.score(prompts, rollouts, batch_tokens=100), plain_scores(MODELS["1.1"], prompts, rollouts)
     )
 
 
@@ -152,36 +144,3 @@ def test_token_ids_beyond_the_vocabulary_name_their_row():
     bad = make_rollouts([2, 2], [[7, 1], [8, -1]], [True, False])
     with pytest.raises(MismatchError, match="completion of rollout row 1 holds token id -1"):
         teacher.score(prompts, bad, batch_tokens=100)
-
-
-class OutOfMemoryAbove:
-    """Raises what CUDA raises, above a padded size."""
-
-    def __init__(self, teacher: Teacher, limit: int) -> None:
-        self.limit, self.score_batch, self.rows = limit, teacher._score_batch, []
-
-    def __call__(self, batch, finished, names, *rest):
-        padded = len(names) * int(batch.prompts.lengths.max() + batch.completions.lengths.max())
-        if padded > self.limit:
-            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
-        self.rows += names.tolist()
-        return self.score_batch(batch, finished, names, *rest)
-
-
-def test_running_out_of_memory_halves_the_batches_and_repeats_nothing(monkeypatch):
-    teacher = TEACHERS["1.0"]
-    prompts, rollouts = random_rollouts(7, 12)
-    small = OutOfMemoryAbove(teacher, 40)
-    monkeypatch.setattr(teacher, "_score_batch", small)
-    scores = teacher.score(prompts, rollouts, batch_tokens=10_000)
-    assert_same_scores(scores, plain_scores(MODELS["1.0"], prompts, rollouts))
-    assert sorted(small.rows) == list(range(12))
-
-
-def test_a_row_that_never_fits_is_named(monkeypatch):
-    teacher = TEACHERS["1.0"]
-    monkeypatch.setattr(teacher, "_score_batch", OutOfMemoryAbove(teacher, 8))
-    prompts = Ragged.from_rows([[5, 1]], np.int32)
-    rollouts = make_rollouts([0, 0, 0], [[7, 1], [8] * 9, [9, 1]], [True, False, True])
-    with pytest.raises(ModelError, match=r"rollout row 1 \(2 prompt and 9 completion tokens\) does not fit"):
-        teacher.score(prompts, rollouts, batch_tokens=1000)
