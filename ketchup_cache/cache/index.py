@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TypeVar
 
-from ketchup_cache.cache.manifest import Kind, Manifest, RolloutsInfo, ScoresInfo
+from ketchup_cache.cache.manifest import Info, Kind, Manifest, PromptsInfo, RolloutsInfo, ScoresInfo
 from ketchup_cache.errors import CacheError
 from ketchup_cache.provenance import PolicyInfo, TeacherInfo, require_same_tokenizer
 
-Child = RolloutsInfo | ScoresInfo
 Model = TypeVar("Model", PolicyInfo, TeacherInfo)
 Range = tuple[str, int, int]
 """Rows start..stop of the rollouts segment with this id."""
@@ -75,7 +74,8 @@ class Index:
                 continue
             if info.keep_top < min(keep_top, info.tokenizer.vocab_size):
                 continue
-            parent = check_parent(info, self.manifests.get(info.rollouts), scores_id).info
+            check_parent(info, self.manifests, scores_id)
+            parent = self.manifests[info.rollouts].info
             assert isinstance(parent, RolloutsInfo)
             if policy not in (None, parent.policy.fingerprint):
                 continue
@@ -147,22 +147,24 @@ def gaps(start: int, stop: int, covered: Iterable[tuple[int, int]]) -> list[tupl
     return [*left, (start, stop)] if start < stop else left
 
 
-def parent_id(info: Child) -> str:
-    """Id of the segment that one was made from."""
-    return info.rollouts if isinstance(info, ScoresInfo) else info.prompts
+def parent_id(info: Info) -> str:
+    """Id of the segment that one was made from; empty for prompts."""
+    return "" if isinstance(info, PromptsInfo) else info.rollouts if isinstance(info, ScoresInfo) else info.prompts
 
 
-def check_parent(info: Child, parent: Manifest | None, segment_id: str = "") -> Manifest:
-    """The parent's manifest, once it is known to fit. `segment_id` is empty for a segment still to be committed.
+def check_parent(info: Info, known: Mapping[str, Manifest], segment_id: str = "") -> None:
+    """That a segment's parent is among known ones and fits. `segment_id` is empty for a segment still to be committed.
 
     Raises CacheError where it is missing, of the wrong kind or too short; MismatchError where its tokenizer is another.
     """
+    if isinstance(info, PromptsInfo):
+        return
     if isinstance(info, ScoresInfo):
         kind, start, stop = "rollouts", info.row_start, info.row_stop
     else:
         kind, start, stop = "prompts", info.prompt_start, info.prompt_stop
     what, parent_name = f"{info.kind} {segment_id[:12] or '(new)'}", f"{kind} {parent_id(info)[:12]}"
-    if parent is None:
+    if not (parent := known.get(parent_id(info))):
         raise CacheError(f"{what} needs {parent_name}, which is not in this cache; copy that segment too")
     if parent.kind != kind:
         raise CacheError(f"{what} needs {parent_name}, but that is a segment of {parent.kind}")
@@ -171,7 +173,6 @@ def check_parent(info: Child, parent: Manifest | None, segment_id: str = "") -> 
     require_same_tokenizer(
         info.tokenizer, parent.info.tokenizer, f"{what} and {parent_name} must share a tokenizer; use the same one"
     )
-    return parent
 
 
 def distinct(found: Iterable[Model]) -> list[Model]:

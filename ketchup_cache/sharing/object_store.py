@@ -117,20 +117,16 @@ class ObjectStore(KeyedStore):
 
 def _plain(call: Callable[[], Value]) -> Value:
     """Raise what the client raises as the errors of Python that mean the same, their first line only."""
-    from obstore import exceptions
+    from obstore import exceptions as of
 
     try:
         return call()
-    except exceptions.BaseError as error:
+    except of.BaseError as error:
         # the rest is a dump of the client's structures, request headers among them
         text = str(error).partition("\n")[0]
-        kinds = {
-            exceptions.AlreadyExistsError: FileExistsError,
-            exceptions.PreconditionError: FileExistsError,
-            exceptions.NotFoundError: FileNotFoundError,
-            exceptions.PermissionDeniedError: PermissionError,
-            exceptions.UnauthenticatedError: PermissionError,
-        }
+        kinds: dict[type, type[OSError]] = dict.fromkeys((of.AlreadyExistsError, of.PreconditionError), FileExistsError)
+        kinds |= dict.fromkeys((of.PermissionDeniedError, of.UnauthenticatedError), PermissionError)
+        kinds[of.NotFoundError] = FileNotFoundError
         raise kinds.get(type(error), ConnectionError)(text) from None
 
 

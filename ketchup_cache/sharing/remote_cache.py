@@ -9,16 +9,14 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import threading
 import time
-import uuid
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
 from ketchup_cache.cache.cache import Cache
-from ketchup_cache.cache.disk import FolderStore, delete, list_folder
+from ketchup_cache.cache.disk import FolderStore, delete, list_folder, weigh
 from ketchup_cache.cache.segment_bytes import Packed, SegmentStore, parse_manifest, read_manifest, read_segment
 from ketchup_cache.console import warn
 from ketchup_cache.errors import CacheError, ConfigError, WriteError
@@ -63,18 +61,10 @@ class MirroredStore:
 
     def __init__(self, source: SegmentStore, path: Path, limit: int) -> None:
         self.source, self.address, self.batch_bytes = source, source.address, source.batch_bytes
+        self.exists, self.create, self.segment_ids = source.exists, source.create, source.segment_ids
         self._kept, self._limit, self._warned = FolderStore(path), limit, False
         self._lock = threading.Lock()
         self._last: Packed | None = None
-
-    def exists(self) -> bool:
-        return self.source.exists()
-
-    def create(self) -> None:
-        self.source.create()
-
-    def segment_ids(self) -> list[str]:
-        return self.source.segment_ids()
 
     def manifest(self, segment_id: str) -> bytes:
         with suppress(CacheError):
@@ -99,8 +89,6 @@ class MirroredStore:
         with suppress(CacheError, OSError):
             os.utime(folder)  # used now
             return read_segment(self._kept, segment_id, *read_manifest(self._kept, segment_id))
-        with suppress(WriteError):
-            delete(self._kept.path, folder)
         packed = read_segment(self.source, segment_id, *read_manifest(self.source, segment_id))
         self._keep(packed)
         return packed
@@ -124,19 +112,16 @@ class MirroredStore:
         """Drop the least recently used segments beyond the limit, each at once: no reader takes half of one for all."""
         root = self._kept.path
         for left in (root / "tmp" / name for name in list_folder(root / "tmp")):  # of processes that were killed
-            with suppress(OSError):
+            with suppress(OSError, WriteError):
                 if left.stat().st_mtime < time.time() - LEFTOVERS_S:
-                    shutil.rmtree(left, ignore_errors=True)
+                    delete(root, left)
         held = []
         for folder in (root / "segments" / name for name in list_folder(root / "segments")):
             with suppress(OSError):  # dropped by another process meanwhile
-                size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-                held.append((folder.stat().st_mtime_ns, folder, size))
+                held.append((folder.stat().st_mtime_ns, folder, weigh(folder)[1]))
         total = sum(size for _, _, size in held)
         for _, folder, size in sorted(held):
             if total > self._limit and folder.name != newest:
-                gone = root / "tmp" / uuid.uuid4().hex
-                with suppress(OSError):
-                    os.rename(folder, gone)
-                shutil.rmtree(gone, ignore_errors=True)
+                with suppress(WriteError):
+                    delete(root, folder, committed=True)
                 total -= size

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from ketchup_cache import open_cache
+from ketchup_cache import files, open_cache
 from ketchup_cache.cache import disk
 from ketchup_cache.cache.cache import Cache
 from ketchup_cache.cache.inspect import verify
@@ -217,7 +217,7 @@ NEW = (make_prompts((2, 6), seed=9), prompts_info())
 
 
 class Interrupted:
-    """Stands in for `os` inside disk.py: counts the steps on the file system, and does something at the n-th."""
+    """Stands in for `os`: counts the steps on the file system, and does something at the n-th."""
 
     def __init__(self, at: int, act) -> None:
         self.at, self.act, self.done = at, act, 0
@@ -237,6 +237,12 @@ class Interrupted:
         return step
 
 
+def stand_in(patch, fake: object) -> None:
+    """`os` of everything that a commit does to the disk."""
+    for module in (disk, files):
+        patch.setattr(module, "os", fake)
+
+
 def kill(name, real, args):
     """Die before the step, which is after the one before; in the middle where half of the bytes can be written."""
     if name == "write":
@@ -246,7 +252,7 @@ def kill(name, real, args):
 
 def count_steps(cache: Cache, patch_with) -> int:
     with patch_with.context() as patch:
-        patch.setattr(disk, "os", counter := Interrupted(-1, None))
+        stand_in(patch, counter := Interrupted(-1, None))
         cache.commit_prompts(*NEW)
     return counter.done
 
@@ -280,7 +286,7 @@ def fail_every_step(folder: Path, patch_with, errors: tuple[int, ...] = ERRORS, 
             count.failures += 1
             before = set(open_cache(root).segment_ids())
             with patch_with.context() as patch:
-                patch.setattr(disk, "os", Interrupted(at, fail))
+                stand_in(patch, Interrupted(at, fail))
                 try:
                     cache.commit_prompts(*NEW)
                 except WriteError as error:
