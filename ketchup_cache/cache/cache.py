@@ -84,7 +84,7 @@ class Cache:
 
     def manifests(self, kind: Kind | None = None) -> list[tuple[str, Manifest]]:
         """(id, manifest) of all segments of a kind, in the order of commits (time, then id)."""
-        return self.index.of_kind(kind)
+        return [(id_, m) for id_, m in self.index.manifests.items() if kind in (None, m.kind)]
 
     def manifest(self, segment_id: str) -> Manifest:
         """Raises CacheError where there is no such segment."""

@@ -16,27 +16,20 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from ketchup_cache.cache import segment_bytes
-from ketchup_cache.cache.segment_bytes import MARKER, Packed
+from ketchup_cache.cache.segment_bytes import MARKER, MARKER_BYTES, KeyedStore, Packed, ids_among
 from ketchup_cache.errors import CacheError, CorruptError, WriteError
 from ketchup_cache.files import sync, write_new
 
 FOLDERS = ("manifests", "segments", "tmp")
 
 
-class FolderStore:
+class FolderStore(KeyedStore):
     """A cache in a folder, on this machine or a shared file system (`SegmentStore`)."""
 
     batch_bytes = 0
 
     def __init__(self, path: Path) -> None:
         self.path, self.address = path, str(path)
-
-    def exists(self) -> bool:
-        if not (self.path / MARKER).exists():
-            return False
-        segment_bytes.check_marker(read_file(self.path / MARKER, segment_bytes.MAX_MARKER_BYTES), self.path / MARKER)
-        return True
 
     def create(self) -> None:
         """Raises CacheError where the folder holds something else. An interrupted creation, or one that another
@@ -46,8 +39,8 @@ class FolderStore:
         foreign = [name for name in list_folder(self.path) if name not in (*FOLDERS, MARKER) and name[0] != "."]
         if foreign:
             raise self.no_cache()
-        create(self.path, segment_bytes.MARKER_BYTES)
-        segment_bytes.check_marker(read_file(self.path / MARKER, segment_bytes.MAX_MARKER_BYTES), self.path / MARKER)
+        create(self.path, MARKER_BYTES)
+        self.exists()
 
     def no_cache(self) -> CacheError:
         """What to raise where `exists` says no."""
@@ -60,19 +53,16 @@ class FolderStore:
         )
 
     def segment_ids(self) -> list[str]:
-        return segment_bytes.ids_among(list_folder(self.path / "manifests"))
+        return ids_among(list_folder(self.path / "manifests"))
 
-    def manifest(self, segment_id: str) -> bytes:
-        return read_file(self.path / "manifests" / f"{segment_id}.json", segment_bytes.MAX_MANIFEST_BYTES)
-
-    def file(self, segment_id: str, name: str, length: int) -> bytes:
-        path = self.path / "segments" / segment_id / name
+    def _get(self, key: str, limit: int) -> bytes:
+        path = self.path / key
         for folder in path.parents:
             if folder == self.path:
                 break
             if folder.is_symlink():
                 raise _linked(folder)
-        return read_file(path, length)
+        return read_file(path, limit)
 
     def put(self, batch: Sequence[Packed]) -> None:
         for packed in batch:
@@ -120,7 +110,8 @@ def create(root: Path, marker: bytes) -> None:
 def read_file(path: Path, limit: int) -> bytes:
     """A whole file of at most `limit` bytes.
 
-    Raises CorruptError where it is missing, longer, a link or not a file; CacheError where it can't be read.
+    Raises FileNotFoundError where it is missing, CorruptError where it is longer, a link or not a file, CacheError
+    where it can't be read.
     """
     try:
         # a named pipe would block at open, a link could lead anywhere
@@ -133,7 +124,7 @@ def read_file(path: Path, limit: int) -> bytes:
                 raise CorruptError(f"{path}: is {status.st_size:,} bytes long, expected {limit:,} at most")
             return reader.read(limit + 1)
     except (FileNotFoundError, NotADirectoryError):
-        raise CorruptError(f"{path}: is missing") from None
+        raise FileNotFoundError(path) from None
     except OSError as error:
         if error.errno == errno.ELOOP:
             raise _linked(path) from None
@@ -162,7 +153,7 @@ def leftovers(root: Path, keep: set[str]) -> list[Path]:
     """
     tmp = [root / "tmp" / name for name in sorted(list_folder(root / "tmp"))]
     data = sorted(list_folder(root / "segments"))
-    known = {*segment_bytes.ids_among(list_folder(root / "manifests")), *keep}
+    known = {*ids_among(list_folder(root / "manifests")), *keep}
     return tmp + [root / "segments" / name for name in data if name not in known]
 
 
@@ -246,5 +237,5 @@ def _holds(folder: Path, packed: Packed) -> bool:
     """Whether a folder has all files of a segment, with the same bytes."""
     try:
         return all(read_file(folder / name, len(data)) == data for name, data in packed.files.items())
-    except CacheError:
+    except (CacheError, FileNotFoundError):
         return False

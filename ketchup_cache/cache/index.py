@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from ketchup_cache.cache.manifest import Info, Kind, Manifest, PromptsInfo, RolloutsInfo, ScoresInfo
+from ketchup_cache.cache.manifest import Info, Manifest, PromptsInfo, RolloutsInfo, ScoresInfo
 from ketchup_cache.errors import CacheError
 from ketchup_cache.provenance import PolicyInfo, TeacherInfo, require_same_tokenizer
 
@@ -46,18 +46,19 @@ class Index:
         self.manifests = dict(sorted(manifests.items(), key=lambda item: (item[1].created, item[0])))
         self._address = address
 
-    def of_kind(self, kind: Kind | None) -> list[tuple[str, Manifest]]:
-        return [(id_, m) for id_, m in self.manifests.items() if kind in (None, m.kind)]
-
     @cached_property
     def rollouts(self) -> list[tuple[str, RolloutsInfo]]:
         """(id, info) of the rollouts segments. Of the same rows in float32 and in float16, those in float32."""
-        found = [(id_, m.info) for id_, m in self.manifests.items() if isinstance(m.info, RolloutsInfo)]
         chosen: dict[str, str] = {}
-        for id_, info in found:
-            original = original_id(id_, info)
+        for id_, original in self._original.items():
             chosen[original] = original if original in self.manifests else chosen.get(original, id_)
-        return [(id_, info) for id_, info in found if chosen[original_id(id_, info)] == id_]
+        kept = set(chosen.values())
+        return [(id_, m.info) for id_, m in self.manifests.items() if id_ in kept and isinstance(m.info, RolloutsInfo)]
+
+    @cached_property
+    def _original(self) -> dict[str, str]:
+        """What stands for the rows of each rollouts segment, stored in float32 or in float16 (format version 1)."""
+        return {id_: m.info.original or id_ for id_, m in self.manifests.items() if isinstance(m.info, RolloutsInfo)}
 
     def scored(self, teacher: str | None = None, policy: str | None = None, keep_top: int = 0) -> list[ScoredRef]:
         """Every scored row once: where two scorers did the same rows, the first one's scores.
@@ -79,27 +80,23 @@ class Index:
             assert isinstance(parent, RolloutsInfo)
             if policy not in (None, parent.policy.fingerprint):
                 continue
-            covered = done.setdefault((original_id(info.rollouts, parent), info.teacher.fingerprint), [])
+            covered = done.setdefault((self._original[info.rollouts], info.teacher.fingerprint), [])
             rows = gaps(info.row_start, info.row_stop, covered)
             covered += rows
-            refs += [
-                ScoredRef(scores_id, info.rollouts, parent.prompts, start, stop, parent.sampling.samples, parent.policy,
-                          info.teacher, info.keep_top)
-                for start, stop in rows
-            ]  # fmt: skip
+            made_by: dict[str, Any] = {"policy": parent.policy, "teacher": info.teacher, "keep_top": info.keep_top}
+            made_by["samples"] = parent.sampling.samples
+            refs += [ScoredRef(scores_id, info.rollouts, parent.prompts, *span, **made_by) for span in rows]
         return refs
 
     def unscored(self, teacher: str, keep_top: int = 0) -> list[Range]:
         """All rows without scores by the teacher with this fingerprint, or with fewer than `keep_top` logits."""
         covered: dict[str, list[tuple[int, int]]] = {}
         for ref in self.scored(teacher, keep_top=keep_top):
-            parent = self.manifests[ref.rollouts_id].info
-            assert isinstance(parent, RolloutsInfo)
-            covered.setdefault(original_id(ref.rollouts_id, parent), []).append((ref.row_start, ref.row_stop))
+            covered.setdefault(self._original[ref.rollouts_id], []).append((ref.row_start, ref.row_stop))
         return [
-            (id_, start, stop)
-            for id_, info in self.rollouts
-            for start, stop in gaps(0, self.manifests[id_].rows, covered.get(original_id(id_, info), []))
+            (id_, *span)
+            for id_, _ in self.rollouts
+            for span in gaps(0, self.manifests[id_].rows, covered.get(self._original[id_], []))
         ]
 
     @cached_property
@@ -130,11 +127,6 @@ class Index:
         which = "the cache has" if selector is None else f"`{selector}` is"
         choose = f"choose one with {option} and the start of its fingerprint"
         raise CacheError(f"{which} more than one {what}: {_listed(chosen)}; {choose}")
-
-
-def original_id(rollouts_id: str, info: RolloutsInfo) -> str:
-    """What stands for the rows of a rollouts segment, stored in float32 or in float16 (format version 1)."""
-    return info.original or rollouts_id
 
 
 def gaps(start: int, stop: int, covered: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:

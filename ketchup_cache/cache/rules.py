@@ -134,9 +134,7 @@ def check(segment: Segment, info: Info, parent: Rollouts | None = None) -> None:
     wanted = layout(exact, rows, tokens)
     for name, array in _arrays(segment).items():
         if name in wanted:  # rest_logsumexp of nothing is not stored
-            _check_array(
-                name, array, np.dtype(IN_MEMORY.get(wanted[name].dtype, wanted[name].dtype)), wanted[name].shape
-            )
+            _check_array(name, array, wanted[name])
     if isinstance(segment, Prompts):
         _check_tokens("tokens", segment.tokens, info.tokenizer)
     elif isinstance(segment, Rollouts) and isinstance(info, RolloutsInfo):
@@ -228,7 +226,8 @@ def _beyond(ids: NDArray[np.int32], tokenizer: TokenizerInfo) -> NDArray[np.bool
     return ids.view(np.uint32) >= min(tokenizer.vocab_size, MAX_VOCABULARY)
 
 
-def _check_array(name: str, array: NDArray, dtype: np.dtype, shape: tuple[int, ...]) -> None:
+def _check_array(name: str, array: NDArray, entry: ArrayEntry) -> None:
+    dtype, shape = np.dtype(IN_MEMORY.get(entry.dtype, entry.dtype)), entry.shape
     if array.dtype != dtype or array.shape != shape:
         raise CacheError(f"{name} is {array.dtype} {list(array.shape)}, must be {dtype} {list(shape)}")
     if dtype.kind == "f" and not np.isfinite(array).all():

@@ -15,10 +15,10 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ketchup_cache.cache.segment_bytes import MARKER, MARKER_BYTES, Packed, ids_among, in_parallel
+from ketchup_cache.cache.segment_bytes import MARKER, MARKER_BYTES, KeyedStore, Packed, ids_among, in_parallel
 from ketchup_cache.console import one_line
 from ketchup_cache.errors import CacheError, WriteError
-from ketchup_cache.sharing.network import KeyedStore, persistently
+from ketchup_cache.sharing.network import persistently
 
 SCHEMES = ("s3", "s3a", "gs", "az", "abfs", "http", "https")
 TIMEOUTS = {"timeout": timedelta(seconds=300), "connect_timeout": timedelta(seconds=10)}

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from ketchup_cache.cache.cache import Cache
 from ketchup_cache.cache.disk import FolderStore, delete, list_folder, weigh
-from ketchup_cache.cache.segment_bytes import Packed, SegmentStore, parse_manifest, read_manifest, read_segment
+from ketchup_cache.cache.segment_bytes import Packed, SegmentStore, read_manifest, read_segment
 from ketchup_cache.console import warn
 from ketchup_cache.errors import CacheError, ConfigError, WriteError
 from ketchup_cache.files import write_file
@@ -68,11 +68,8 @@ class MirroredStore:
 
     def manifest(self, segment_id: str) -> bytes:
         with suppress(CacheError):
-            data = self._kept.manifest(segment_id)
-            parse_manifest(data, segment_id, "")
-            return data
-        data = self.source.manifest(segment_id)
-        parse_manifest(data, segment_id, f"{self.address}/manifests/{segment_id}.json")
+            return read_manifest(self._kept, segment_id)[1]
+        data = read_manifest(self.source, segment_id)[1]
         with suppress(WriteError):
             write_file(self._kept.path / "manifests" / f"{segment_id}.json", data)
         return data
