@@ -76,14 +76,12 @@ def publish(root: Path, packed: Packed) -> None:
     """
     with _staging(root) as stage:
         data, target = stage / "data", root / "segments" / packed.segment_id
-        folders = {stage, data}
         for name, content in packed.files.items():
             path = data / name
-            folders.update(parent for parent in path.parents if parent.is_relative_to(data))
             os.makedirs(path.parent, exist_ok=True)
             write_new(path, content)
         write_new(stage / "manifest.json", packed.manifest)
-        for folder in sorted(folders):
+        for folder in (stage, *(path for path in stage.rglob("*") if path.is_dir())):
             sync(folder)
         # all space is taken by now: what is left are renames
         if target.exists() and not _holds(target, packed):  # left by a crash between the renames, then damaged

@@ -247,7 +247,7 @@ def _entry(segment_id: str, manifest: Manifest) -> Record:
 
 
 def _different(records: Iterable[BaseModel]) -> list[Record]:
-    return [record.model_dump() for record in {repr(record): record for record in records}.values()]
+    return [record.model_dump() for record in dict.fromkeys(records)]
 
 
 def _id(record: Record) -> str:

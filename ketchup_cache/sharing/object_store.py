@@ -59,12 +59,8 @@ class ObjectStore(KeyedStore):
         if self._web:
             self.create()
         for packed in batch:
-            files = {f"segments/{packed.segment_id}/{name}": data for name, data in packed.files.items()}
-
-            def send(key: str, files: dict[str, bytes] = files) -> None:
-                self._send(key, files[key])
-
-            in_parallel(send, list(files))
+            files = [(f"segments/{packed.segment_id}/{name}", data) for name, data in packed.files.items()]
+            in_parallel(lambda file: self._send(*file), files)
             self._send(f"manifests/{packed.segment_id}.json", packed.manifest)
 
     def _linked(self) -> list[str]:
