@@ -14,7 +14,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +25,10 @@ from ketchup_cache import open_cache
 from tests.helpers.caches import make_cache
 from tests.helpers.models import save_model
 from tests.helpers.segments import fill
-from tests.helpers.stores import KEYS, SameKeys, emulated_s3, families, kill_copies, make_bucket, same_keys
+from tests.helpers.stores import KEYS, emulated_s3, families, kill_copies, make_bucket, same_keys
 from tests.helpers.trust import (
     ERRORS,
-    Kills,
+    Count,
     fail_every_step,
     flips,
     kill_clean,
@@ -43,7 +42,7 @@ GOOD = dict.fromkeys(NONE.split(), 0)
 """What every count of these names must be."""
 
 
-def kill_score(folder: Path, times: int) -> Kills:
+def kill_score(folder: Path, times: int) -> Count:
     student, teacher = models(folder)
     base, root = folder / "unscored", folder / "scored"
     make_cache(base, student, teacher, prompts=12, segments=3)
@@ -54,7 +53,7 @@ def kill_score(folder: Path, times: int) -> Kills:
     return kill_command(words, root, lambda: copy(base, root), times)
 
 
-def kill_learn(folder: Path, times: int) -> Kills:
+def kill_learn(folder: Path, times: int) -> Count:
     student, teacher = models(folder)
     base, root, out = folder / "learn", folder / "learning", folder / "run"
     make_cache(base, student, teacher, prompts=12)
@@ -69,14 +68,14 @@ def kill_learn(folder: Path, times: int) -> Kills:
     return kill_command(words, root, reset, times)
 
 
-def kill_copy(folder: Path, times: int, command: str) -> Kills:
+def kill_copy(folder: Path, times: int, command: str) -> Count:
     """push, pull or merge from folder to folder, as on a shared file system."""
     source, into = folder / f"{command} from", folder / f"{command} to"
     if not source.exists():
         families(source)
     words = [command, str(source), str(into)]
     if command == "merge":
-        fill(open_cache(folder / "other", create=True))
+        fill(folder / "other")
         words = [command, str(source), str(folder / "other"), "--into", str(into)]
 
     def reset() -> None:
@@ -86,7 +85,7 @@ def kill_copy(folder: Path, times: int, command: str) -> Kills:
     return kill_command(words, into, reset, times)
 
 
-def writers_on_s3(folder: Path, segments: int) -> SameKeys:
+def writers_on_s3(folder: Path, segments: int) -> Count:
     with emulated_s3() as endpoint:
         os.environ |= {"AWS_ENDPOINT_URL": endpoint, **KEYS}
         return same_keys(folder, f"s3://{make_bucket(endpoint)}/cache", 8, segments)
@@ -136,7 +135,7 @@ def main() -> int:
             continue
         with tempfile.TemporaryDirectory() as folder:
             began = time.monotonic()
-            counts = asdict(trouble(Path(folder)))
+            counts = vars(trouble(Path(folder)))
             seconds = round(time.monotonic() - began, 1)
         wrong = {key: n for key, n in counts.items() if n != GOOD.get(key, n)}
         bad += bool(wrong)

@@ -109,16 +109,6 @@ def test_joined_rows_are_the_rows_of_the_whole(family: Family) -> None:
     assert any(row.forced.any() for row in rows)
 
 
-def test_load_scored_keeps_the_prompts_whole(family: Family) -> None:
-    family.score(2, 5)
-    (ref,) = family.cache.scored()
-    joined = family.cache.load_scored(ref)
-    assert same(joined.prompts, family.prompts)
-    assert joined.rollouts.prompt_index.tolist() == family.rollouts.prompt_index[2:5].tolist()
-    assert joined.rollouts.completions.lengths.tolist() == [7, 1, 2]
-    assert same(joined.scores, family.part(2, 5))
-
-
 def test_one_teacher_needs_no_selector_and_several_do(family: Family) -> None:
     cache = family.cache
     with pytest.raises(CacheError, match=r"no scores yet; run `ketchup-cache score"):

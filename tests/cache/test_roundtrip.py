@@ -41,11 +41,6 @@ examples = settings(derandomize=True, deadline=None, max_examples=25)
 SCHEMA_FOLDER = files("ketchup_cache.schemas")
 
 
-@pytest.fixture
-def cache(tmp_path: Path) -> Cache:
-    return open_cache(tmp_path / "cache", create=True)
-
-
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One growing cache for many examples."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields
 from pathlib import Path
 
@@ -13,10 +13,13 @@ import numpy as np
 from ketchup_cache import open_cache
 from ketchup_cache.cache.cache import Cache
 from ketchup_cache.cache.manifest import PromptsInfo, RolloutsInfo, ScoresInfo
+from ketchup_cache.errors import KetchupError
 from ketchup_cache.provenance import DataInfo, PolicyInfo, Sampling, TeacherInfo, TokenizerInfo
 from ketchup_cache.types import Prompts, Ragged, Rollouts, Scores, TopLogits
 
 VOCAB = 60
+SIZES = ((3, 1, 4), (5, 2, 7), ((0, 3),))
+"""Of a family of segments: lengths of prompts, lengths of completions, rows that are scored together."""
 
 
 def fingerprint(text: str) -> str:
@@ -114,15 +117,21 @@ def add_prompts(cache: Cache, lengths: Sequence[int] = (3, 1, 4), *, seed: int =
     return cache.commit_prompts(make_prompts(lengths, seed=seed, vocab_size=vocab_size), prompts_info(vocab_size))
 
 
-def fill(
-    cache: Cache, scores: Scores | None = None, *, forced: bool = True, vocab_size: int = VOCAB, **info
-) -> tuple[str, str, str]:
-    """A family of three small segments. scores: in the place of made-up ones. info: more that is said of them."""
-    prompts, rollouts = add_prompts(cache, vocab_size=vocab_size), make_rollouts(forced=forced)
-    rollouts_id = cache.commit_rollouts(rollouts, rollouts_info(prompts, 3, vocab_size=vocab_size))
-    scores = scores or make_scores(rollouts, 0, 3)
-    made_by = scores_info(rollouts_id, 0, 3, vocab_size=vocab_size, keep_top=scores.keep_top, **info)
-    return prompts, rollouts_id, cache.commit_scores(scores, made_by)
+def fill(cache: Cache | Path, scores=None, *, sizes=SIZES, seed=0, forced=True, vocab_size=VOCAB, **info) -> list[str]:
+    """Ids of a family of segments: prompts and rollouts of these lengths, and scores of these spans of the rollouts.
+
+    cache: or the folder of a new one. scores: in the place of made-up ones. info: more that is said of the scores.
+    """
+    prompts, rollouts, spans = sizes
+    cache = open_cache(cache, create=True) if isinstance(cache, Path) else cache
+    ids = [add_prompts(cache, prompts, seed=seed, vocab_size=vocab_size)]
+    drawn = make_rollouts(rollouts, prompts=len(prompts), seed=seed, forced=forced)
+    ids.append(cache.commit_rollouts(drawn, rollouts_info(ids[0], len(prompts), vocab_size=vocab_size)))
+    for start, stop in spans:
+        part = scores or make_scores(drawn, start, stop)
+        made_by = scores_info(ids[1], start, stop, vocab_size=vocab_size, keep_top=part.keep_top, **info)
+        ids.append(cache.commit_scores(part, made_by))
+    return ids
 
 
 def contents(root: Path) -> dict[str, bytes]:
@@ -135,6 +144,17 @@ def load_all(root: Path) -> None:
     cache = open_cache(root)
     for segment_id in cache.segment_ids():
         cache.load(segment_id)
+
+
+def unreadable(cache: Cache, ids: Iterable[str]) -> int:
+    """How many of these segments can't be loaded."""
+    failed = 0
+    for segment_id in ids:
+        try:
+            cache.load(segment_id)
+        except KetchupError:
+            failed += 1
+    return failed
 
 
 def same(a: object, b: object) -> bool:

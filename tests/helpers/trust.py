@@ -16,8 +16,8 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 from ketchup_cache import files, open_cache
 from ketchup_cache.cache import disk
@@ -33,12 +33,9 @@ from tests.helpers.segments import (
     in_child,
     load_all,
     make_prompts,
-    make_rollouts,
-    make_scores,
     prompts_info,
-    rollouts_info,
     same,
-    scores_info,
+    unreadable,
 )
 
 ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES, errno.EFBIG)
@@ -47,16 +44,16 @@ ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES, errn
 # ---------------------------------------------------------------------------------------------------------- kills
 
 
-@dataclass
-class Kills:
-    kills: int = 0
-    acknowledged: int = 0
-    lost: int = 0
-    partial: int = 0
-    """Segments that were visible and could not be loaded."""
+class Count(SimpleNamespace):
+    """How often each thing happened, by name."""
 
 
-def kill_at_random(work: Callable[[], object], root: Path, count: Kills, times: int, after_s: float, seed: int) -> None:
+def kills() -> Count:
+    """acknowledged: commits; lost: those that are gone. partial: segments that are visible and can't be loaded."""
+    return Count(kills=0, acknowledged=0, lost=0, partial=0)
+
+
+def kill_at_random(work: Callable[[], object], root: Path, count: Count, times: int, after_s: float, seed: int) -> None:
     """Run some work that commits to the cache in `root`, kill it after a random time, look; so many kills.
 
     Work that ends by itself before its time is not counted, and begun again.
@@ -74,13 +71,9 @@ def kill_at_random(work: Callable[[], object], root: Path, count: Kills, times: 
             count.lost += len(acknowledged)
             continue
         cache = open_cache(root)
-        visible = {segment_id for segment_id, _ in cache.manifests()}
+        visible = set(cache.segment_ids())
         count.lost += len(acknowledged - visible)
-        for segment_id in visible - loaded:
-            try:
-                cache.load(segment_id)
-            except KetchupError:
-                count.partial += 1
+        count.partial += unreadable(cache, visible - loaded)
         loaded |= visible
 
 
@@ -127,19 +120,15 @@ def write_for_ever(root: Path) -> None:
     for seed in itertools.count(os.getpid()):
         if os.getppid() != parent:  # nobody is left to kill us
             return
-        prompts = add_prompts(cache, seed=seed)
         lengths = (5, 2, 7) if seed % 5 else (300, 0, 400)
-        rollouts = make_rollouts(lengths, seed=seed)
-        rollouts_id = cache.commit_rollouts(rollouts, rollouts_info(prompts, 3))
-        for start, stop in ((0, 1), (1, 3)):
-            cache.commit_scores(make_scores(rollouts, start, stop), scores_info(rollouts_id, start, stop))
+        fill(cache, sizes=((3, 1, 4), lengths, ((0, 1), (1, 3))), seed=seed)
 
 
-def kill_writers(folder: Path, times: int) -> Kills:
-    count = Kills()
+def kill_writers(folder: Path, times: int) -> Count:
+    count = kills()
     for _ in range(2):  # the first time is slower
         began = time.monotonic()
-        fill(open_cache(folder / "measure", create=True))
+        fill(folder / "measure")
         after_s = 1.2 * (time.monotonic() - began)  # in or after the first family, however fast the machine is
     per_cache = 20  # so that a look at the whole cache stays quick
     for at in range(0, times, per_cache):
@@ -151,13 +140,13 @@ def kill_writers(folder: Path, times: int) -> Kills:
     return count
 
 
-def kill_command(words: list[str], root: Path, reset: Callable[[], object], times: int, seed: int = 0) -> Kills:
+def kill_command(words: list[str], root: Path, reset: Callable[[], object], times: int, seed: int = 0) -> Count:
     """Kill a command of ours at random moments; each run goes on where the last one was. Any command that commits to
     the cache in `root` will do.
 
     reset: sets the scene, before the first run and whenever the command has finished.
     """
-    count = Kills()
+    count = kills()
     reset()
     began = time.monotonic()
     _, killed = _killed(lambda: _run(words), 600)
@@ -175,10 +164,10 @@ def kill_command(words: list[str], root: Path, reset: Callable[[], object], time
     return count
 
 
-def kill_clean(root: Path, times: int, leftovers: int = 40, seed: int = 0) -> Kills:
+def kill_clean(root: Path, times: int, leftovers: int = 40, seed: int = 0) -> Count:
     """Kill `verify --clean` while it tidies what looks like remains of killed commits. Whole segments must stay."""
-    cache, count, rng = open_cache(root, create=True), Kills(), random.Random(seed)
-    kept, words = list(fill(cache)), ["verify", str(root), "--clean", "--older-than", "0"]
+    count, rng = kills(), random.Random(seed)
+    kept, words = fill(root), ["verify", str(root), "--clean", "--older-than", "0"]
     count.acknowledged = len(kept)
     whole_s = 0.0
     while count.kills < times:
@@ -190,13 +179,9 @@ def kill_clean(root: Path, times: int, leftovers: int = 40, seed: int = 0) -> Ki
         _, killed = _killed(lambda: _run(words), rng.uniform(0, 0.9 * whole_s) if whole_s else 600)
         whole_s = whole_s or time.monotonic() - began
         count.kills += killed
-        visible = {segment_id for segment_id, _ in open_cache(root).manifests()}
-        count.lost += len(set(kept) - visible)
-        for segment_id in kept:
-            try:
-                open_cache(root).load(segment_id)
-            except KetchupError:
-                count.partial += 1
+        cache = open_cache(root)
+        count.lost += len(set(kept) - set(cache.segment_ids()))
+        count.partial += unreadable(cache, kept)
     _killed(lambda: _run(words), 600)  # and at last it finishes
     report = verify(open_cache(root))
     assert report.ok
@@ -257,19 +242,13 @@ def count_steps(cache: Cache, patch_with) -> int:
     return counter.done
 
 
-@dataclass
-class Failures:
-    failures: int = 0
-    false_acknowledgements: int = 0
-    unclear: int = 0
-    """Errors that are not one line with the folder, the reason and what to do."""
-
-
-def fail_every_step(folder: Path, patch_with, errors: tuple[int, ...] = ERRORS, every: int = 1) -> Failures:
+def fail_every_step(folder: Path, patch_with, errors: tuple[int, ...] = ERRORS, every: int = 1) -> Count:
     """Each of the errors at each step of a commit, or at every so manieth. A failed commit says so in
     one line, leaves nothing in `tmp/`, and is seen only where its rename is done; run again, it succeeds.
+
+    unclear: errors that are not one line with the folder, the reason and what to do.
     """
-    count, root = Failures(), folder / "failing"
+    count, root = Count(failures=0, false_acknowledgements=0, unclear=0), folder / "failing"
     cache = open_cache(root, create=True)
     family = set(fill(cache))
     steps = count_steps(cache, patch_with)
@@ -308,33 +287,17 @@ def fail_every_step(folder: Path, patch_with, errors: tuple[int, ...] = ERRORS, 
 # --------------------------------------------------------------------------------------------------------- damage
 
 
-@dataclass
-class Damage:
-    cases: int = 0
-    refused: int = 0
-    silent: int = 0
-
-
-def sample_cache(root: Path) -> Cache:
-    """Segments of every kind and storage, one of several chunks' length."""
-    cache = open_cache(root, create=True)
-    fill(cache)
-    prompts = cache.manifests("prompts")[0][0]
-    rollouts = make_rollouts((300, 0, 200), seed=3)
-    rollouts_id = cache.commit_rollouts(rollouts, rollouts_info(prompts, 3))
-    cache.commit_scores(make_scores(rollouts, 0, 3), scores_info(rollouts_id, 0, 3, storage="compact"))
-    return cache
-
-
-def flips(folder: Path, cases: int, seed: int = 0) -> Damage:
-    """One bit flipped, or one byte replaced, somewhere in some file: each file as often as any other."""
+def flips(folder: Path, cases: int, seed: int = 0) -> Count:
+    """One bit flipped, or one byte replaced, somewhere in some file: each file as often as any other. Segments of every
+    kind and storage."""
     root = folder / "flipped"
-    sample_cache(root)
+    fill(root)
+    fill(open_cache(root), sizes=((3, 1, 4), (300, 0, 200), ((0, 3),)), seed=3, storage="compact")
     paths = sorted(path for path in root.rglob("*") if path.is_file())
     whole = {path: path.read_bytes() for path in paths}
     load_all(root)
     rng = random.Random(seed)
-    count = Damage()
+    count = Count(cases=0, refused=0, silent=0)
     for case in range(cases):
         path = paths[case % len(paths)]
         damaged = bytearray(whole[path])
@@ -356,16 +319,8 @@ def flips(folder: Path, cases: int, seed: int = 0) -> Damage:
 # ------------------------------------------------------------------------------------------------ writers at once
 
 
-@dataclass
-class Writers:
-    segments: int = 0
-    lost: int = 0
-    torn: int = 0
-    looks: int = 0
-    """How often the reader listed the whole cache meanwhile."""
-
-
-def write_at_once(folder: Path, processes: int, each: int) -> Writers:
+def write_at_once(folder: Path, processes: int, each: int) -> Count:
+    """looks: how often a reader listed the whole cache meanwhile. torn: segments that it could not load."""
     root = folder / "crowded"
     read, write = os.pipe()
 
@@ -377,24 +332,20 @@ def write_at_once(folder: Path, processes: int, each: int) -> Writers:
 
     pids = [in_child(lambda i=i: work(10_000 * i)) for i in range(processes)]
     os.close(write)
-    count, seen, text = Writers(), set(), b""
+    count, seen, text = Count(segments=0, lost=0, torn=0, looks=0), set(), b""
     for new in _until_closed(read):
         text += new
         if not (root / MARKER).exists():
             continue
         count.looks += 1
-        try:
-            cache = open_cache(root)
-            for segment_id in {i for i, _ in cache.manifests()} - seen:
-                cache.load(segment_id)
-                seen.add(segment_id)
-        except KetchupError:
-            count.torn += 1
+        cache = open_cache(root)
+        count.torn += unreadable(cache, set(cache.segment_ids()) - seen)
+        seen |= set(cache.segment_ids())
     assert [exit_code(pid) for pid in pids] == [0] * processes
     acknowledged = dict(line.split() for line in text.decode().splitlines())
     count.segments = len(acknowledged)
     cache = open_cache(root)
-    there = {i for i, _ in cache.manifests()}
+    there = set(cache.segment_ids())
     for segment_id, seed in acknowledged.items():
         whole = segment_id in there and same(cache.load_prompts(segment_id), make_prompts((3, 0, 5), seed=int(seed)))
         count.lost += not whole

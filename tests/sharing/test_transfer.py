@@ -28,19 +28,6 @@ from tests.helpers.segments import add_prompts, contents, fill
 from tests.helpers.stores import same_keys
 
 
-@pytest.fixture(autouse=True)
-def _quick(monkeypatch, tmp_path):
-    monkeypatch.setattr(network, "FIRST_PAUSE_S", 0.001)
-    monkeypatch.setenv(remote_cache.HOME_VARIABLE, str(tmp_path / "home"))
-
-
-@pytest.fixture
-def cache(tmp_path):
-    made = open_cache(tmp_path / "a", create=True)
-    fill(made)
-    return made
-
-
 def test_push_and_pull_bring_back_every_byte(cache, url, tmp_path):
     planned = copy(cache.path, url, dry_run=True)
     assert not open_store(url).exists()
@@ -104,7 +91,7 @@ def test_a_web_server_is_read_only_and_what_it_cuts_is_asked_for_again(cache, we
     assert not handler.cut
     assert contents(tmp_path / "b") == contents(cache.path)
     assert len(list(open_cache(address).rows())) == 3
-    fill(open_cache(tmp_path / "c", create=True))
+    fill(tmp_path / "c")
     with pytest.raises(WriteError, match="read-only"):
         copy(tmp_path / "c", address)
 
