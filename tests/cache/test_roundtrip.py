@@ -55,9 +55,7 @@ vocabularies = st.sampled_from([1, 2, 255, 2**16, 2**16 + 1, 250_112, 2**31])
 
 @examples
 @given(lengths, lengths, vocabularies, st.booleans(), st.integers(0, 999))
-def test_round_trip(
-    shared: Path, prompt_lengths: list[int], row_lengths: list[int], vocab_size: int, forced: bool, seed: int
-) -> None:
+def test_round_trip(shared: Path, prompt_lengths, row_lengths, vocab_size: int, forced: bool, seed: int) -> None:
     cache = open_cache(shared)
     row_lengths = row_lengths if prompt_lengths else []
     prompts = make_prompts(prompt_lengths, seed=seed, vocab_size=vocab_size)
@@ -73,11 +71,8 @@ def test_round_trip(
     assert same(reopened.load_prompts(p), prompts)
     assert same(reopened.load_rollouts(r), rollouts)
     assert same(reopened.load_scores(s), scores)
-    assert [(m.rows, m.tokens) for m in map(reopened.manifest, (p, r, s))] == [
-        (len(prompt_lengths), sum(prompt_lengths)),
-        (len(row_lengths), sum(row_lengths)),
-        (len(row_lengths) - start, sum(row_lengths[start:])),
-    ]
+    sizes = [(len(lengths), sum(lengths)) for lengths in (prompt_lengths, row_lengths, row_lengths[start:])]
+    assert [(m.rows, m.tokens) for m in map(reopened.manifest, (p, r, s))] == sizes
     assert ("forced" in reopened.manifest(r).arrays) == bool(rollouts.forced.any())
     assert reopened.manifest(p).arrays["tokens"].dtype == ("uint16" if vocab_size <= 65536 else "uint32")
 
@@ -173,8 +168,7 @@ def test_the_store_is_torch_free(cache: Cache) -> None:
 # ------------------------------------------------------------------------------------------- what is not stored
 
 
-ROLLOUTS, PROMPTS = make_rollouts((5, 2, 7)), make_prompts((3, 1, 4))
-N = 14
+ROLLOUTS, N = make_rollouts((5, 2, 7)), 14
 
 
 def bad_logprob(value: float) -> Rollouts:
@@ -185,6 +179,8 @@ def bad_tokens(value: int) -> Rollouts:
     return replace(ROLLOUTS, completions=ROLLOUTS.completions.with_values(np.full(N, value, np.int32)))
 
 
+UNORDERED = Ragged(ROLLOUTS.completions.values, np.array([0, 7, 5, N]))
+ENDLESS = replace(make_rollouts((0, 2, 7)), finished=np.array([True, False, False]))
 BAD_ROLLOUTS = {
     "NaN": (bad_logprob(np.nan), NumericsError, r"logprob\[0\] is nan"),
     "-inf": (bad_logprob(-np.inf), NumericsError, "must be finite"),
@@ -195,23 +191,15 @@ BAD_ROLLOUTS = {
     "negative prompt": (replace(ROLLOUTS, prompt_index=np.array([0, 1, -1])), CacheError, r"prompt_index\[2\] is out"),
     "beyond the vocabulary": (bad_tokens(60), CacheError, r"tokens\[0\] is not a token id of words, which has 60"),
     "negative id": (bad_tokens(-1), CacheError, r"completion_tokens\[0\] is not a token id"),
-    "offsets": (
-        replace(ROLLOUTS, completions=Ragged(ROLLOUTS.completions.values, np.array([0, 7, 5, N]))),
-        CacheError,
-        "do not rise from 0 to 14",
-    ),
-    "finished without EOS": (
-        replace(make_rollouts((0, 2, 7)), finished=np.array([True, False, False])),
-        CacheError,
-        r"finished\[0\] is a finished rollout without a token",
-    ),
+    "offsets": (replace(ROLLOUTS, completions=UNORDERED), CacheError, "do not rise from 0 to 14"),
+    "finished without EOS": (ENDLESS, CacheError, r"finished\[0\] is a finished rollout without a token"),
 }
 
 
 @pytest.mark.parametrize("name", BAD_ROLLOUTS)
 def test_broken_rollouts_are_not_committed(cache: Cache, name: str) -> None:
     rollouts, error, match = BAD_ROLLOUTS[name]
-    p = cache.commit_prompts(PROMPTS, prompts_info())
+    p = add_prompts(cache)
     with pytest.raises(error, match=match) as caught:
         cache.commit_rollouts(rollouts, rollouts_info(p, 3))
     assert "\n" not in str(caught.value)
@@ -219,7 +207,7 @@ def test_broken_rollouts_are_not_committed(cache: Cache, name: str) -> None:
 
 
 def test_parts_that_do_not_belong_together_are_not_committed(cache: Cache) -> None:
-    p = cache.commit_prompts(PROMPTS, prompts_info())
+    p = add_prompts(cache)
     with pytest.raises(MismatchError, match="must share a tokenizer"):
         cache.commit_rollouts(ROLLOUTS, rollouts_info(p, 3, vocab_size=61))
     with pytest.raises(CacheError, match=r"covers rows 0 to 4 of prompts .*, which has 3"):
@@ -253,5 +241,5 @@ def test_rounding_is_not_an_error(cache: Cache) -> None:
 def test_too_large_for_one_segment(cache: Cache, monkeypatch) -> None:
     monkeypatch.setattr(arrays, "MAX_BYTES", 100)
     with pytest.raises(CacheError, match=r"bytes in one segment, the limit is 100: store it in several"):
-        cache.commit_prompts(PROMPTS, prompts_info())
+        add_prompts(cache)
     assert cache.manifests() == []

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 from transformers import AutoModelForSeq2SeqLM
 
 from ketchup_cache import open_cache
+from ketchup_cache.cache.cache import Cache
 from ketchup_cache.cache.manifest import PromptsInfo, RolloutsInfo, ScoresInfo
 from ketchup_cache.models.fingerprint import tokenizer_info, weights_fingerprint
 from ketchup_cache.provenance import DataInfo, PolicyInfo, Sampling, TeacherInfo, in_precision
@@ -21,18 +21,8 @@ EOS = 1
 
 
 def make_cache(
-    path: Path,
-    student: Path,
-    teacher: Path,
-    *,
-    prompts: int = 6,
-    samples: int = 2,
-    longest: int = 7,
-    seed: int = 0,
-    forced: bool = False,
-    stale: float = 0.0,
-    segments: int = 1,
-):
+    path, student, teacher, *, prompts=6, samples=2, longest=7, seed=0, forced=False, stale=0.0, segments=1
+) -> Cache:
     """Rollouts of random tokens with exact behaviour log-probabilities (shifted by up to `stale`) and scores."""
     rng = np.random.default_rng(seed)
     info = tokenizer_info(make_tokenizer(), "tiny")

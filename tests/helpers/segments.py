@@ -35,21 +35,17 @@ def prompts_info(vocab_size: int = VOCAB) -> PromptsInfo:
     return PromptsInfo(tokenizer=tokenizer(vocab_size), data=data, start=0)
 
 
-def rollouts_info(
-    prompts: str, prompt_stop: int, *, policy: str = "student", samples: int = 1, vocab_size: int = VOCAB
-) -> RolloutsInfo:
+def rollouts_info(prompts: str, stop: int, *, policy="student", samples=1, vocab_size=VOCAB) -> RolloutsInfo:
     by = PolicyInfo(name=policy, fingerprint=fingerprint(policy))
     made = {"policy": by, "tokenizer": tokenizer(vocab_size), "sampling": Sampling(samples=samples)}
-    return RolloutsInfo(prompts=prompts, prompt_start=0, prompt_stop=prompt_stop, **made)
+    return RolloutsInfo(prompts=prompts, prompt_start=0, prompt_stop=stop, **made)
 
 
 def teacher(name: str = "teacher") -> TeacherInfo:
     return TeacherInfo(name=name, fingerprint=fingerprint(name), dtype="float32")
 
 
-def scores_info(
-    rollouts: str, start: int, stop: int, *, by: str = "teacher", vocab_size: int = VOCAB, **more
-) -> ScoresInfo:
+def scores_info(rollouts: str, start: int, stop: int, *, by="teacher", vocab_size=VOCAB, **more) -> ScoresInfo:
     made = {"teacher": teacher(by), "tokenizer": tokenizer(vocab_size)}
     return ScoresInfo(rollouts=rollouts, row_start=start, row_stop=stop, **made, **more)
 
@@ -64,40 +60,21 @@ def make_prompts(lengths: Sequence[int] = (3, 1, 4), *, seed: int = 0, vocab_siz
     return Prompts(ids, ragged(rng, lengths, vocab_size))
 
 
-def make_rollouts(
-    lengths: Sequence[int] = (5, 2, 7),
-    *,
-    prompts: int = 3,
-    seed: int = 0,
-    vocab_size: int = VOCAB,
-    forced: bool = False,
-) -> Rollouts:
-    rng = np.random.default_rng(seed)
-    tokens = sum(lengths)
-    return Rollouts(
-        prompt_index=np.sort(rng.integers(0, prompts, len(lengths))) if prompts else np.empty(0, np.int64),
-        completions=ragged(rng, lengths, vocab_size),
-        behavior_logprob=-rng.exponential(2, tokens).astype(np.float32),
-        forced=rng.random(tokens) < (0.3 if forced else 0),
-        finished=(rng.random(len(lengths)) < 0.7) & (np.array(lengths, int) > 0),
-    )
+def make_rollouts(lengths=(5, 2, 7), *, prompts=3, seed=0, vocab_size=VOCAB, forced=False) -> Rollouts:
+    rng, tokens = np.random.default_rng(seed), sum(lengths)
+    index = np.sort(rng.integers(0, prompts, len(lengths))) if prompts else np.empty(0, np.int64)
+    completions, behavior = ragged(rng, lengths, vocab_size), -rng.exponential(2, tokens).astype(np.float32)
+    marks, ended = rng.random(tokens) < (0.3 if forced else 0), rng.random(len(lengths)) < 0.7
+    return Rollouts(index, completions, behavior, marks, ended & (np.array(lengths, int) > 0))
 
 
 def make_scores(rollouts: Rollouts, start: int, stop: int, *, seed: int = 0, vocab_size: int = VOCAB) -> Scores:
-    """Maximum, logsumexp and mean of real, random rows of logits, with the token's logit among them."""
-    rng = np.random.default_rng(seed)
-    tokens = rollouts.completions.slice(start, stop).values
+    """Of random rows of logits, with the token's logit among them."""
+    rng, tokens = np.random.default_rng(seed), rollouts.completions.slice(start, stop).values
     width = min(vocab_size, 50)
     logits = rng.normal(0, 8, (len(tokens), width)).astype(np.float32)
-    top = logits.max(axis=1)
-    final = rng.normal(0, 8, stop - start).astype(np.float32)
-    return Scores(
-        q=logits[np.arange(len(tokens)), tokens % width],
-        max_q=top,
-        logsumexp=(top + np.log(np.exp(logits - top[:, None]).sum(axis=1))).astype(np.float32),
-        mean_q=logits.mean(axis=1),
-        final_max_q=np.where(rollouts.finished[start:stop], np.float32(0), final),
-    )
+    final = np.where(rollouts.finished[start:stop], 0, rng.normal(0, 8, stop - start)).astype(np.float32)
+    return scores_of(logits, tokens % width, final, 0)
 
 
 def scores_of(logits: np.ndarray, tokens: np.ndarray, final: np.ndarray, top: int) -> Scores:

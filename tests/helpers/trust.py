@@ -235,6 +235,19 @@ def kill(name, real, args):
     os._exit(9)
 
 
+def failing(number: int):
+    """A step that raises this error, in the middle of a write."""
+
+    def fail(name, real, args):
+        if name == "write":
+            real(args[0], args[1][: len(args[1]) // 2])
+        if name == "close":
+            real(*args)
+        raise OSError(number, os.strerror(number))
+
+    return fail
+
+
 def count_steps(cache: Cache, patch_with) -> int:
     with patch_with.context() as patch:
         stand_in(patch, counter := Interrupted(-1, None))
@@ -254,18 +267,10 @@ def fail_every_step(folder: Path, patch_with, errors: tuple[int, ...] = ERRORS, 
     steps = count_steps(cache, patch_with)
     for number in errors:
         for at in range(number % every, steps, every):
-
-            def fail(name, real, args, number=number):
-                if name == "write":
-                    real(args[0], args[1][: len(args[1]) // 2])
-                if name == "close":
-                    real(*args)
-                raise OSError(number, os.strerror(number))
-
             count.failures += 1
             before = set(open_cache(root).segment_ids())
             with patch_with.context() as patch:
-                stand_in(patch, Interrupted(at, fail))
+                stand_in(patch, Interrupted(at, failing(number)))
                 try:
                     cache.commit_prompts(*NEW)
                 except WriteError as error:
