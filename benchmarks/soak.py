@@ -9,6 +9,7 @@ import argparse
 import json
 import os
 import platform
+import random
 import shutil
 import sys
 import tempfile
@@ -22,6 +23,7 @@ os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALL
 import pytest
 
 from ketchup_cache import open_cache
+from ketchup_cache.cache.inspect import verify
 from tests.helpers.caches import make_cache
 from tests.helpers.models import save_model
 from tests.helpers.segments import fill
@@ -31,15 +33,42 @@ from tests.helpers.trust import (
     Count,
     fail_every_step,
     flips,
+    kill_at_random,
     kill_clean,
-    kill_command,
     kill_writers,
+    kills,
+    run,
+    run_and_kill,
     write_at_once,
 )
 
 NONE = "lost partial torn silent false_acknowledgements unclear two_creators early"
 GOOD = dict.fromkeys(NONE.split(), 0)
 """What every count of these names must be."""
+
+
+def kill_command(words: list[str], root: Path, reset: Callable[[], object], times: int, seed: int = 0) -> Count:
+    """Kill a command of ours at random moments; each run goes on where the last one was. Any command that commits to
+    the cache in `root` will do.
+
+    reset: sets the scene, before the first run and whenever the command has finished.
+    """
+    count = kills()
+    reset()
+    began = time.monotonic()
+    _, killed = run_and_kill(lambda: run(words), 600)
+    assert not killed
+    whole = time.monotonic() - began
+    rng = random.Random(seed)
+    while count.kills < times:
+        reset()
+        some = min(times - count.kills, rng.randint(1, 6))  # kills in a row, each run going on from the one before
+        kill_at_random(lambda: run(words), root, count, some, 0.9 * whole, rng.randrange(10**9))
+        assert verify(open_cache(root)).ok
+    _, killed = run_and_kill(lambda: run(words), 600)  # and at last it finishes
+    assert not killed
+    assert verify(open_cache(root)).ok
+    return count
 
 
 def kill_score(folder: Path, times: int) -> Count:

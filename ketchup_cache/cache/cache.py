@@ -98,19 +98,19 @@ class Cache:
 
     def teachers(self) -> list[TeacherInfo]:
         """The teachers that have scores here, each fingerprint once, in the order of first commits."""
-        return distinct(self.index.teachers)
+        return distinct(self.index.models("teacher"))
 
     def policies(self) -> list[PolicyInfo]:
         """The policies that have rollouts here, each fingerprint once, in the order of first commits."""
-        return distinct(self.index.policies)
+        return distinct(self.index.models("policy"))
 
     def select_teacher(self, selector: str | None) -> TeacherInfo:
         """By name or start of fingerprint; None: the only one. Raises CacheError where that is not exactly one."""
-        return self.index.select("teacher", self.index.teachers, selector, "--scored-by")
+        return self.index.select("teacher", selector, "--scored-by")
 
     def select_policy(self, selector: str | None, option: str = "--policy") -> PolicyInfo:
         """As `select_teacher`, of the policies that have rollouts here."""
-        return self.index.select("policy", self.index.policies, selector, option)
+        return self.index.select("policy", selector, option)
 
     def scored(self, teacher: str | None = None, policy: str | None = None, *, keep_top: int = 0) -> list[ScoredRef]:
         """Every row scored by a teacher once, in the order of commits.

@@ -99,21 +99,16 @@ class Index:
             for span in gaps(0, self.manifests[id_].rows, covered.get(self._original[id_], []))
         ]
 
-    @cached_property
-    def teachers(self) -> list[TeacherInfo]:
-        """Every teacher that has scores here, once for each name and fingerprint."""
-        return list(dict.fromkeys(m.info.teacher for m in self.manifests.values() if isinstance(m.info, ScoresInfo)))
+    def models(self, what: str) -> list[Any]:
+        """Every teacher that has scores here, or policy that has rollouts, once for each name and fingerprint."""
+        return list(dict.fromkeys(getattr(m.info, what) for m in self.manifests.values() if hasattr(m.info, what)))
 
-    @cached_property
-    def policies(self) -> list[PolicyInfo]:
-        return list(dict.fromkeys(m.info.policy for m in self.manifests.values() if isinstance(m.info, RolloutsInfo)))
-
-    def select(self, what: str, found: list[Model], selector: str | None, option: str) -> Model:
+    def select(self, what: str, selector: str | None, option: str) -> Any:
         """The one model with this name, or whose fingerprint starts so; the only one where the selector is None.
 
         what: teacher or policy. option: the flag that selects. Raises CacheError where there is none or more than one.
         """
-        if not found:
+        if not (found := self.models(what)):
             made, command = ("scores", "score") if what == "teacher" else ("rollouts", "rollout")
             raise CacheError(
                 f"{self._address}: no {made} yet; run `ketchup-cache {command} --cache {self._address}` first"
@@ -175,6 +170,6 @@ def distinct(found: Iterable[Model]) -> list[Model]:
     return list(first.values())
 
 
-def _listed(models: list[Model], most: int = 6) -> str:
+def _listed(models: list[Any], most: int = 6) -> str:
     shown = ", ".join(f"{model.name} ({model.fingerprint[:12]})" for model in models[:most])
     return f"{shown} and {len(models) - most} more" if len(models) > most else shown

@@ -24,7 +24,7 @@ from ketchup_cache.files import write_file
 from ketchup_cache.sharing.stores import is_url, open_existing, open_store
 
 HOME_VARIABLE, SIZE_VARIABLE = "KETCHUP_CACHE_HOME", "KETCHUP_CACHE_SIZE"
-DEFAULT_BYTES = 20 * 10**9
+DEFAULT_SIZE = "20GB"
 LEFTOVERS_S = 24 * 3600
 """Age at which unfinished work in the segment cache is taken for that of a dead process."""
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
@@ -39,17 +39,14 @@ def open_cache(address: str | os.PathLike[str], *, create: bool = False) -> Cach
     store = open_store(address) if create else open_existing(address)
     if create:
         store.create()
-    return Cache(MirroredStore(store, *segment_cache()) if is_url(address) else store)
-
-
-def segment_cache() -> tuple[Path, int]:
-    """Folder and size in bytes, as the environment says. Raises ConfigError where $KETCHUP_CACHE_SIZE is no size."""
-    path = Path(os.environ.get(HOME_VARIABLE) or "~/.cache/ketchup-cache").expanduser()
-    text = os.environ.get(SIZE_VARIABLE, "")
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", text.strip().upper()) if text else None
-    if text and not found:
+    if not is_url(address):
+        return Cache(store)
+    text = os.environ.get(SIZE_VARIABLE) or DEFAULT_SIZE
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", text.strip().upper())
+    if not found:
         raise ConfigError([f"${SIZE_VARIABLE} must be a size such as 500MB or 20GB, not {text!r:.40}"])
-    return path, int(float(found[1]) * _UNITS[found[2]]) if found else DEFAULT_BYTES
+    path = Path(os.environ.get(HOME_VARIABLE) or "~/.cache/ketchup-cache").expanduser()
+    return Cache(MirroredStore(store, path, int(float(found[1]) * _UNITS[found[2]])))
 
 
 class MirroredStore:

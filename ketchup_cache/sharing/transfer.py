@@ -74,7 +74,12 @@ def copy(
     there = set(taker.segment_ids()) if taker.exists() else set()
     offered = giver.segment_ids() if only is None else list(only)
     missing = _read(giver, offered, there)
-    _check_parents(missing, taker, there)
+    known = {id_: manifest for id_, (manifest, _) in missing.items()}
+    for id_, (manifest, _) in missing.items():  # so that no child is ever committed without its parent
+        parent = parent_id(manifest.info)
+        if parent in there and parent not in known:
+            known[parent] = read_manifest(taker, parent)[0]
+        check_parent(manifest.info, known, id_)
     total = sum(manifest.data_bytes for manifest, _ in missing.values())
     if not dry_run:
         taker.create()
@@ -106,16 +111,6 @@ def _read(giver: SegmentStore, ids: Iterable[str], there: set[str]) -> Segments:
         parents = dict.fromkeys(parent_id(manifest.info) for manifest, _ in found.values())
         wanted = [id_ for id_ in parents if id_ in offered and id_ not in found and id_ not in there]
     return dict(sorted(found.items(), key=lambda s: (KINDS.index(s[1][0].kind), s[1][0].created, s[0])))
-
-
-def _check_parents(missing: Segments, taker: SegmentStore, there: set[str]) -> None:
-    """So that no child is ever committed without its parent."""
-    known = {id_: manifest for id_, (manifest, _) in missing.items()}
-    for id_, (manifest, _) in missing.items():
-        parent = parent_id(manifest.info)
-        if parent in there and parent not in known:
-            known[parent] = read_manifest(taker, parent)[0]
-        check_parent(manifest.info, known, id_)
 
 
 def _batches(giver: SegmentStore, missing: Segments, limit: int, bar: Bar) -> Iterator[list[Packed]]:

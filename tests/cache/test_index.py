@@ -48,11 +48,7 @@ class Family:
         return self.cache.commit_rollouts(self.rollouts, rollouts_info(self.prompts_id, 3, policy=policy, samples=2))
 
     def part(self, start: int, stop: int) -> Scores:
-        """Rows of `whole`, cut by a plain loop over rows."""
-        ends = np.cumsum(LENGTHS)
-        tokens = slice(ends[start] - LENGTHS[start] if start < 6 else ends[5], ends[stop - 1] if stop else 0)
-        per_token = [getattr(self.whole, name)[tokens] for name in ("q", "max_q", "logsumexp", "mean_q")]
-        return Scores(*per_token, self.whole.final_max_q[start:stop])
+        return self.whole.rows(self.rollouts.completions, start, stop)
 
     def score(self, start: int, stop: int, by: str = "teacher", rollouts_id: str | None = None) -> str:
         info = scores_info(rollouts_id or self.rollouts_id, start, stop, by=by)

@@ -63,7 +63,7 @@ def kill_at_random(work: Callable[[], object], root: Path, count: Count, times: 
     acknowledged: set[str] = set()
     loaded: set[str] = set()
     while count.kills < target:
-        ids, killed = _killed(work, rng.uniform(0, after_s))
+        ids, killed = run_and_kill(work, rng.uniform(0, after_s))
         count.kills += killed
         acknowledged |= ids
         count.acknowledged += len(ids)
@@ -77,7 +77,7 @@ def kill_at_random(work: Callable[[], object], root: Path, count: Count, times: 
         loaded |= visible
 
 
-def _killed(work: Callable[[], object], after_s: float) -> tuple[set[str], bool]:
+def run_and_kill(work: Callable[[], object], after_s: float) -> tuple[set[str], bool]:
     """What was acknowledged, and whether the kill came before the end."""
     read, write = os.pipe()
 
@@ -140,30 +140,6 @@ def kill_writers(folder: Path, times: int) -> Count:
     return count
 
 
-def kill_command(words: list[str], root: Path, reset: Callable[[], object], times: int, seed: int = 0) -> Count:
-    """Kill a command of ours at random moments; each run goes on where the last one was. Any command that commits to
-    the cache in `root` will do.
-
-    reset: sets the scene, before the first run and whenever the command has finished.
-    """
-    count = kills()
-    reset()
-    began = time.monotonic()
-    _, killed = _killed(lambda: _run(words), 600)
-    assert not killed
-    whole = time.monotonic() - began
-    rng = random.Random(seed)
-    while count.kills < times:
-        reset()
-        some = min(times - count.kills, rng.randint(1, 6))  # kills in a row, each run going on from the one before
-        kill_at_random(lambda: _run(words), root, count, some, 0.9 * whole, rng.randrange(10**9))
-        assert verify(open_cache(root)).ok
-    _, killed = _killed(lambda: _run(words), 600)  # and at last it finishes
-    assert not killed
-    assert verify(open_cache(root)).ok
-    return count
-
-
 def kill_clean(root: Path, times: int, leftovers: int = 40, seed: int = 0) -> Count:
     """Kill `verify --clean` while it tidies what looks like remains of killed commits. Whole segments must stay."""
     count, rng = kills(), random.Random(seed)
@@ -176,20 +152,20 @@ def kill_clean(root: Path, times: int, leftovers: int = 40, seed: int = 0) -> Co
                 copied = root / place / f"{name:064x}"
                 shutil.copytree(root / "segments" / kept[0], copied, dirs_exist_ok=True)
         began = time.monotonic()
-        _, killed = _killed(lambda: _run(words), rng.uniform(0, 0.9 * whole_s) if whole_s else 600)
+        _, killed = run_and_kill(lambda: run(words), rng.uniform(0, 0.9 * whole_s) if whole_s else 600)
         whole_s = whole_s or time.monotonic() - began
         count.kills += killed
         cache = open_cache(root)
         count.lost += len(set(kept) - set(cache.segment_ids()))
         count.partial += unreadable(cache, kept)
-    _killed(lambda: _run(words), 600)  # and at last it finishes
+    run_and_kill(lambda: run(words), 600)  # and at last it finishes
     report = verify(open_cache(root))
     assert report.ok
     assert report.leftovers == ()
     return count
 
 
-def _run(words: list[str]) -> None:
+def run(words: list[str]) -> None:
     if main(words):
         raise AssertionError(f"{words[0]} failed")
 
