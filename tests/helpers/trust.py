@@ -10,12 +10,13 @@ import errno
 import itertools
 import os
 import random
-import select
 import shutil
 import signal
+import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -79,38 +80,30 @@ def kill_at_random(work: Callable[[], object], root: Path, count: Count, times: 
 
 def run_and_kill(work: Callable[[], object], after_s: float) -> tuple[set[str], bool]:
     """What was acknowledged, and whether the kill came before the end."""
-    read, write = os.pipe()
-
-    def acknowledging() -> None:
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, 1)
-        os.dup2(nowhere, 2)
-        publish = disk.publish
+    publish = disk.publish
+    with tempfile.TemporaryFile(buffering=0) as log:
 
         def then_say_so(root: Path, packed: Packed) -> None:
             publish(root, packed)
-            os.write(write, f"{packed.segment_id}\n".encode())
+            log.write(f"{packed.segment_id}\n".encode())
 
-        disk.publish = then_say_so
-        work()
+        def acknowledging() -> None:
+            for stream in (1, 2):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+            disk.publish = then_say_so
+            work()
 
-    pid = in_child(acknowledging)
-    os.close(write)
-    said = b""
-    end = time.monotonic() + after_s
-    ended = False
-    while (left := end - time.monotonic()) > 0 and not ended:
-        if select.select([read], [], [], left)[0]:
-            new = os.read(read, 2**16)
-            said, ended = said + new, not new
-    if not ended:
-        os.kill(pid, signal.SIGKILL)
-    code = exit_code(pid)
-    with open(read, "rb") as rest:
-        said += rest.read()
-    if code == 70:
-        raise AssertionError("the work failed by itself")
-    return set(said.decode().split()), code == -signal.SIGKILL
+        pid = in_child(acknowledging)
+        killer = threading.Timer(after_s, os.kill, (pid, signal.SIGKILL))
+        killer.start()
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)  # until then the killer can meet no other process
+        killer.cancel()
+        killer.join()
+        code = exit_code(pid)
+        log.seek(0)
+        said = set(log.read().decode().split())
+    assert code != 70, "the work failed by itself"
+    return said, code == -signal.SIGKILL
 
 
 def write_for_ever(root: Path) -> None:
@@ -302,28 +295,27 @@ def flips(folder: Path, cases: int, seed: int = 0) -> Count:
 
 def write_at_once(folder: Path, processes: int, each: int) -> Count:
     """looks: how often a reader listed the whole cache meanwhile. torn: segments that it could not load."""
-    root = folder / "crowded"
-    read, write = os.pipe()
+    root, log = folder / "crowded", folder / "acknowledged"
 
     def work(first: int) -> None:
         cache = open_cache(root, create=True)
         for seed in range(first, first + each):
             segment_id = add_prompts(cache, (3, 0, 5), seed=seed)
-            os.write(write, f"{segment_id} {seed}\n".encode())
+            with log.open("a") as file:  # one short write: those of others stay whole
+                file.write(f"{segment_id} {seed}\n")
 
     pids = [in_child(lambda i=i: work(10_000 * i)) for i in range(processes)]
-    os.close(write)
-    count, seen, text = Count(segments=0, lost=0, torn=0, looks=0), set(), b""
-    for new in _until_closed(read):
-        text += new
-        if not (root / MARKER).exists():
-            continue
-        count.looks += 1
-        cache = open_cache(root)
-        count.torn += unreadable(cache, set(cache.segment_ids()) - seen)
-        seen |= set(cache.segment_ids())
-    assert [exit_code(pid) for pid in pids] == [0] * processes
-    acknowledged = dict(line.split() for line in text.decode().splitlines())
+    count, seen = Count(segments=0, lost=0, torn=0, looks=0), set()
+    with ThreadPoolExecutor(processes) as pool:
+        codes = [pool.submit(exit_code, pid) for pid in pids]
+        while not all(code.done() for code in codes):
+            if (root / MARKER).exists():
+                count.looks += 1
+                cache = open_cache(root)
+                count.torn += unreadable(cache, set(cache.segment_ids()) - seen)
+                seen |= set(cache.segment_ids())
+    assert [code.result() for code in codes] == [0] * processes
+    acknowledged = dict(line.split() for line in log.read_text().splitlines())
     count.segments = len(acknowledged)
     cache = open_cache(root)
     there = set(cache.segment_ids())
@@ -331,15 +323,3 @@ def write_at_once(folder: Path, processes: int, each: int) -> Count:
         whole = segment_id in there and same(cache.load_prompts(segment_id), make_prompts((3, 0, 5), seed=int(seed)))
         count.lost += not whole
     return count
-
-
-def _until_closed(pipe: int) -> Iterator[bytes]:
-    """What has come through a pipe by now, again and again, at once."""
-    while True:
-        if select.select([pipe], [], [], 0)[0]:
-            if not (new := os.read(pipe, 2**16)):
-                os.close(pipe)
-                return
-            yield new
-        else:
-            yield b""
