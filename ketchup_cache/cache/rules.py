@@ -32,7 +32,8 @@ TOLERANCE = 1e-3
 def layout(info: Info, rows: int, tokens: int) -> dict[str, ArrayEntry]:
     """All arrays a segment of this kind and size may hold."""
     token = "uint16" if info.tokenizer.vocab_size <= 2**16 else "uint32"
-    per_row, per_token = (rows,), (tokens,)
+    compact = getattr(info, "storage", "lossless") == "compact"
+    per_row, per_token, real = (rows,), (tokens,), "float16" if compact else "float32"
     shapes: dict[str, tuple[str, tuple[int, ...]]]
     match info.kind:
         case "prompts":
@@ -42,20 +43,19 @@ def layout(info: Info, rows: int, tokens: int) -> dict[str, ArrayEntry]:
                 "prompt_index": ("int64", per_row),
                 "completion_tokens": (token, per_token),
                 "completion_offsets": ("int64", (rows + 1,)),
-                "behavior_logprob": (_float(info), per_token),
+                "behavior_logprob": (real, per_token),
                 "finished": ("bool", per_row),
                 "forced": ("bool", per_token),
             }
         case "scores":
-            compact = info.storage == "compact"
             names = ("q", "gap", "logsumexp_gap", "mean_gap") if compact else ("q", "max_q", "logsumexp", "mean_q")
-            shapes = dict.fromkeys(names, (_float(info), per_token))
+            shapes = dict.fromkeys(names, (real, per_token))
             shapes["final_max_q"] = ("float32", per_row)
             if info.keep_top:
                 top_q, rest = ("top_gap", "rest_gap") if compact else ("top_q", "rest_logsumexp")
-                shapes |= {top_q: (_float(info), (tokens, info.keep_top)), "top_ids": (token, (tokens, info.keep_top))}
+                shapes |= {top_q: (real, (tokens, info.keep_top)), "top_ids": (token, (tokens, info.keep_top))}
                 if info.keep_top < info.tokenizer.vocab_size:
-                    shapes[rest] = (_float(info), per_token)
+                    shapes[rest] = (real, per_token)
     return {name: ArrayEntry(dtype=dtype, shape=shape) for name, (dtype, shape) in shapes.items()}
 
 
@@ -239,7 +239,3 @@ def _refuse(name: str, wrong: NDArray[np.bool_], reason: str) -> None:
     """wrong: [n], or [n, m] for an array of rows."""
     if wrong.any():
         raise CacheError(f"{name}[{int(np.argwhere(wrong)[0, 0])}] {reason}")
-
-
-def _float(info: RolloutsInfo | ScoresInfo) -> str:
-    return "float16" if info.storage == "compact" else "float32"

@@ -102,7 +102,5 @@ class MergeLaws(RuleBasedStateMachine):
 
 
 TestMergeLaws = MergeLaws.TestCase
-TestMergeLaws.settings = settings(
-    max_examples=EXAMPLES, stateful_step_count=STEPS, deadline=None, derandomize=True,
-    suppress_health_check=[HealthCheck.too_slow],
-)  # fmt: skip
+slow = [HealthCheck.too_slow]
+TestMergeLaws.settings = settings(max_examples=EXAMPLES, stateful_step_count=STEPS, suppress_health_check=slow)
