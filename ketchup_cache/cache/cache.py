@@ -224,13 +224,8 @@ class Cache:
     def rows(self, teacher: str | None = None, policy: str | None = None) -> Iterator[Row]:
         """Every scored rollout, one at a time. Selects and raises as `scored`, at once; loads segment by segment."""
         refs = self.scored(teacher, policy)
-
-        def each() -> Iterator[Row]:
-            for ref in refs:
-                part = self.load_scored(ref)
-                yield from (Row.of(part, row, ref.policy.name, ref.teacher.name) for row in range(len(part)))
-
-        return each()
+        parts = ((ref, self.load_scored(ref)) for ref in refs)
+        return (Row.of(part, i, ref.policy.name, ref.teacher.name) for ref, part in parts for i in range(len(part)))
 
     def _load(self, segment_id: str, wanted: type[Value]) -> Value:
         segment = self.load(segment_id)
