@@ -9,12 +9,12 @@ import argparse
 import json
 import os
 import platform
+import random
 import shutil
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +23,22 @@ os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALL
 import pytest
 
 from ketchup_cache import open_cache
+from ketchup_cache.cache.inspect import verify
 from tests.helpers.caches import make_cache
 from tests.helpers.models import save_model
 from tests.helpers.segments import fill
-from tests.helpers.stores import KEYS, SameKeys, emulated_s3, families, kill_copies, make_bucket, same_keys
+from tests.helpers.stores import KEYS, emulated_s3, families, kill_copies, make_bucket, same_keys
 from tests.helpers.trust import (
     ERRORS,
-    Kills,
+    Count,
     fail_every_step,
     flips,
+    kill_at_random,
     kill_clean,
-    kill_command,
     kill_writers,
+    kills,
+    run,
+    run_and_kill,
     write_at_once,
 )
 
@@ -43,7 +47,31 @@ GOOD = dict.fromkeys(NONE.split(), 0)
 """What every count of these names must be."""
 
 
-def kill_score(folder: Path, times: int) -> Kills:
+def kill_command(words: list[str], root: Path, reset: Callable[[], object], times: int, seed: int = 0) -> Count:
+    """Kill a command of ours at random moments; each run goes on where the last one was. Any command that commits to
+    the cache in `root` will do.
+
+    reset: sets the scene, before the first run and whenever the command has finished.
+    """
+    count = kills()
+    reset()
+    began = time.monotonic()
+    _, killed = run_and_kill(lambda: run(words), 600)
+    assert not killed
+    whole = time.monotonic() - began
+    rng = random.Random(seed)
+    while count.kills < times:
+        reset()
+        some = min(times - count.kills, rng.randint(1, 6))  # kills in a row, each run going on from the one before
+        kill_at_random(lambda: run(words), root, count, some, 0.9 * whole, rng.randrange(10**9))
+        assert verify(open_cache(root)).ok
+    _, killed = run_and_kill(lambda: run(words), 600)  # and at last it finishes
+    assert not killed
+    assert verify(open_cache(root)).ok
+    return count
+
+
+def kill_score(folder: Path, times: int) -> Count:
     student, teacher = models(folder)
     base, root = folder / "unscored", folder / "scored"
     make_cache(base, student, teacher, prompts=12, segments=3)
@@ -54,7 +82,7 @@ def kill_score(folder: Path, times: int) -> Kills:
     return kill_command(words, root, lambda: copy(base, root), times)
 
 
-def kill_learn(folder: Path, times: int) -> Kills:
+def kill_learn(folder: Path, times: int) -> Count:
     student, teacher = models(folder)
     base, root, out = folder / "learn", folder / "learning", folder / "run"
     make_cache(base, student, teacher, prompts=12)
@@ -69,14 +97,14 @@ def kill_learn(folder: Path, times: int) -> Kills:
     return kill_command(words, root, reset, times)
 
 
-def kill_copy(folder: Path, times: int, command: str) -> Kills:
+def kill_copy(folder: Path, times: int, command: str) -> Count:
     """push, pull or merge from folder to folder, as on a shared file system."""
     source, into = folder / f"{command} from", folder / f"{command} to"
     if not source.exists():
         families(source)
     words = [command, str(source), str(into)]
     if command == "merge":
-        fill(open_cache(folder / "other", create=True))
+        fill(folder / "other")
         words = [command, str(source), str(folder / "other"), "--into", str(into)]
 
     def reset() -> None:
@@ -86,7 +114,7 @@ def kill_copy(folder: Path, times: int, command: str) -> Kills:
     return kill_command(words, into, reset, times)
 
 
-def writers_on_s3(folder: Path, segments: int) -> SameKeys:
+def writers_on_s3(folder: Path, segments: int) -> Count:
     with emulated_s3() as endpoint:
         os.environ |= {"AWS_ENDPOINT_URL": endpoint, **KEYS}
         return same_keys(folder, f"s3://{make_bucket(endpoint)}/cache", 8, segments)
@@ -136,7 +164,7 @@ def main() -> int:
             continue
         with tempfile.TemporaryDirectory() as folder:
             began = time.monotonic()
-            counts = asdict(trouble(Path(folder)))
+            counts = vars(trouble(Path(folder)))
             seconds = round(time.monotonic() - began, 1)
         wrong = {key: n for key, n in counts.items() if n != GOOD.get(key, n)}
         bad += bool(wrong)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-import tempfile
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,20 +27,14 @@ def write_file(path: Path, content: bytes) -> None:
 
     Raises WriteError where the disk is full, read-only or failing, or `path` is a folder.
     """
-    temporary = None
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-                temporary = Path(file.name)
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.chmod(0o666 & ~_umask())
+            write_new(temporary, content)
             temporary.replace(path)
         except OSError:
-            if temporary:
-                temporary.unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
             raise
 
 
@@ -63,16 +57,22 @@ def publishing(target: Path) -> Iterator[Path]:
         sync(target.parent)
 
 
+def write_new(path: Path, content: bytes) -> None:
+    """Write a file that is not there yet and wait until its bytes are on the disk; its name may not be (`sync`)."""
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+    try:
+        rest = memoryview(content)
+        while rest:
+            rest = rest[os.write(file, rest) :]
+        os.fsync(file)
+    finally:
+        os.close(file)
+
+
 def sync(path: Path) -> None:
-    """Wait until a file's content, or a folder's list of names, is on the disk."""
+    """Wait for the disk to have a file's content, or a folder's names: on POSIX, syncing a file leaves out its name."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

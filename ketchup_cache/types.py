@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
+Part = TypeVar("Part")
 TOKEN_DTYPE = np.int32
 """Token ids in memory. On disk they are uint16 where the vocabulary allows."""
 
@@ -39,10 +41,7 @@ class Ragged:
 
     @classmethod
     def concatenate(cls, parts: Sequence[Ragged]) -> Ragged:
-        if len(parts) == 1:
-            return parts[0]
-        lengths = np.concatenate([part.lengths for part in parts])
-        return cls.from_lengths(np.concatenate([part.values for part in parts]), lengths)
+        return _concatenate(parts)
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -104,6 +103,19 @@ def offsets_of(lengths: ArrayLike) -> NDArray[np.int64]:
     return offsets
 
 
+def _concatenate(parts: Sequence[Part]) -> Part:
+    """Arrays, ragged rows, or records of these one after another, field by field. One part comes back as it is."""
+    first: Any = parts[0]
+    if len(parts) == 1 or first is None:
+        return first
+    if isinstance(first, np.ndarray):
+        return np.concatenate(parts)  # type: ignore[arg-type, return-value]
+    if isinstance(first, Ragged):
+        values, lengths = (_concatenate([getattr(part, name) for part in parts]) for name in ("values", "lengths"))
+        return Ragged.from_lengths(values, lengths)  # type: ignore[return-value]
+    return type(first)(*(_concatenate([getattr(part, f.name) for part in parts]) for f in fields(first)))
+
+
 @dataclass(frozen=True)
 class Prompts:
     """Tokenised prompts. `ids` [P, 16] uint8: first 16 bytes of SHA-256 of the prompt's text."""
@@ -139,15 +151,7 @@ class Rollouts:
     @classmethod
     def concatenate(cls, parts: Sequence[Rollouts]) -> Rollouts:
         """One after another. `prompt_index` stays as it is."""
-        if len(parts) == 1:
-            return parts[0]
-        return cls(
-            prompt_index=np.concatenate([part.prompt_index for part in parts]),
-            completions=Ragged.concatenate([part.completions for part in parts]),
-            behavior_logprob=np.concatenate([part.behavior_logprob for part in parts]),
-            forced=np.concatenate([part.forced for part in parts]),
-            finished=np.concatenate([part.finished for part in parts]),
-        )
+        return _concatenate(parts)
 
     def rows(self, start: int, stop: int) -> Rollouts:
         """Rows start..stop, without copying. `prompt_index` stays as it is."""
@@ -232,15 +236,8 @@ class Scores:
     @classmethod
     def concatenate(cls, parts: Sequence[Scores]) -> Scores:
         """One after another. Of the largest logits as many are kept as every part has."""
-        if len(parts) == 1:
-            return parts[0]
         n = min(part.keep_top for part in parts)
-        cut = [part.with_top(n) for part in parts]
-        joined = {name: np.concatenate([getattr(part, name) for part in cut]) for name in (*PER_TOKEN, "final_max_q")}
-        tops = [part.top for part in cut if part.top]
-        names = [f.name for f in fields(TopLogits)]
-        top = TopLogits(*(np.concatenate([getattr(top, name) for top in tops]) for name in names)) if tops else None
-        return cls(**joined, top=top)
+        return _concatenate([part.with_top(n) for part in parts])
 
     def per_token(self) -> dict[str, NDArray[np.float32]]:
         """The arrays with one number a token, by name."""
@@ -312,15 +309,8 @@ class Row:
         """A row of scored rollouts. Its arrays are views."""
         prompt, rollouts = part.rollouts.prompt_index[row], part.rollouts.rows(row, row + 1)
         scores = part.scores.rows(part.rollouts.completions, row, row + 1)
-        return cls(
-            prompt_id=part.prompts.ids[prompt].tobytes().hex(),
-            prompt_tokens=part.prompts.tokens[prompt],
-            completion_tokens=rollouts.completions.values,
-            behavior_logprob=rollouts.behavior_logprob,
-            forced=rollouts.forced,
-            finished=bool(rollouts.finished[0]),
-            **scores.per_token(),
-            final_max_q=float(scores.final_max_q[0]),
-            policy=policy,
-            teacher=teacher,
-        )
+        facts: dict[str, Any] = {"prompt_id": part.prompts.ids[prompt].tobytes().hex(), "policy": policy}
+        facts |= {"finished": bool(rollouts.finished[0]), "final_max_q": float(scores.final_max_q[0])}
+        facts |= {"prompt_tokens": part.prompts.tokens[prompt], "completion_tokens": rollouts.completions.values}
+        facts |= {"behavior_logprob": rollouts.behavior_logprob, "forced": rollouts.forced, **scores.per_token()}
+        return cls(**facts, teacher=teacher)

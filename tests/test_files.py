@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import io
-import os
 
 import pytest
 from rich.console import Console
@@ -12,24 +11,14 @@ from rich.console import Console
 from ketchup_cache import console as progress
 from ketchup_cache import files
 from ketchup_cache.errors import WriteError
+from tests.helpers.trust import Interrupted, failing, stand_in
 
 
-def full_disk(monkeypatch, call: str, after: int) -> None:
-    """os.<call> fails with ENOSPC from its `after`-th use on."""
-    original, uses = getattr(os, call), []
-
-    def failing(*arguments, **options):
-        uses.append(1)
-        if len(uses) > after:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return original(*arguments, **options)
-
-    monkeypatch.setattr(os, call, failing)
-
-
-def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
+@pytest.mark.parametrize("at", range(4))
+def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch, at):
+    """At each of open, write, fsync and close."""
     files.write_file(tmp_path / "a.json", b"old")
-    full_disk(monkeypatch, "fsync", 0)
+    stand_in(monkeypatch, Interrupted(at, failing(errno.ENOSPC)))
     with pytest.raises(WriteError, match=r"a\.json: can't be written \(No space left on device\)"):
         files.write_file(tmp_path / "a.json", b"new")
     assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("a.json", b"old")]
@@ -41,10 +30,10 @@ def publish(target, *names) -> None:
             (partial / name).write_bytes(b"x")
 
 
-@pytest.mark.parametrize("after", [0, 1, 2])
-def test_a_folder_is_published_whole_or_not_at_all(tmp_path, monkeypatch, after):
-    """Two files, so three syncs before the folder takes its name; whichever fails, it does not."""
-    full_disk(monkeypatch, "fsync", after)
+@pytest.mark.parametrize("at", range(9))
+def test_a_folder_is_published_whole_or_not_at_all(tmp_path, monkeypatch, at):
+    """Two files, so three syncs before the folder takes its name; whichever step of them fails, it does not."""
+    stand_in(monkeypatch, Interrupted(at, failing(errno.ENOSPC)))
     with pytest.raises(WriteError, match="student: can't be written"):
         publish(tmp_path / "student", "one", "two")
     assert not (tmp_path / "student").exists()

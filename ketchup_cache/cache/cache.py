@@ -9,20 +9,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TypeVar
 
-from ketchup_cache.cache import index as index_of
-from ketchup_cache.cache import rules, zarr_files
-from ketchup_cache.cache.index import Index, Range, ScoredRef
-from ketchup_cache.cache.manifest import FileEntry, Info, Kind, Manifest, PromptsInfo, RolloutsInfo, ScoresInfo
-from ketchup_cache.cache.segment_bytes import (
-    RESTORE,
-    Packed,
-    SegmentStore,
-    arrays_of,
-    check_manifest,
-    in_parallel,
-    read_manifest,
-    read_segment,
-)
+from ketchup_cache.cache import rules, segment_bytes, zarr_files
+from ketchup_cache.cache.index import Index, Range, ScoredRef, check_parent, distinct
+from ketchup_cache.cache.manifest import FORMAT, FileEntry, Info, Kind, Manifest, PromptsInfo, RolloutsInfo, ScoresInfo
+from ketchup_cache.cache.segment_bytes import Packed, SegmentStore
 from ketchup_cache.errors import CacheError, CorruptError, MismatchError, NumericsError
 from ketchup_cache.provenance import PolicyInfo, TeacherInfo
 from ketchup_cache.types import Prompts, Rollouts, Row, ScoredRollouts, Scores
@@ -83,7 +73,7 @@ class Cache:
         if self._index is None:
             ids = [id_ for id_ in self.store.segment_ids() if self.pinned is None or id_ in self.pinned]
             new = [id_ for id_ in ids if id_ not in self._parsed]
-            parsed = in_parallel(lambda id_: read_manifest(self.store, id_)[0], new)
+            parsed = segment_bytes.in_parallel(lambda id_: segment_bytes.read_manifest(self.store, id_)[0], new)
             self._parsed |= zip(new, parsed, strict=True)
             self._index = Index({id_: self._parsed[id_] for id_ in ids}, self.address)
         return self._index
@@ -94,7 +84,7 @@ class Cache:
 
     def manifests(self, kind: Kind | None = None) -> list[tuple[str, Manifest]]:
         """(id, manifest) of all segments of a kind, in the order of commits (time, then id)."""
-        return self.index.of_kind(kind)
+        return [(id_, m) for id_, m in self.index.manifests.items() if kind in (None, m.kind)]
 
     def manifest(self, segment_id: str) -> Manifest:
         """Raises CacheError where there is no such segment."""
@@ -108,19 +98,19 @@ class Cache:
 
     def teachers(self) -> list[TeacherInfo]:
         """The teachers that have scores here, each fingerprint once, in the order of first commits."""
-        return index_of.distinct(self.index.teachers)
+        return distinct(self.index.models("teacher"))
 
     def policies(self) -> list[PolicyInfo]:
         """The policies that have rollouts here, each fingerprint once, in the order of first commits."""
-        return index_of.distinct(self.index.policies)
+        return distinct(self.index.models("policy"))
 
     def select_teacher(self, selector: str | None) -> TeacherInfo:
         """By name or start of fingerprint; None: the only one. Raises CacheError where that is not exactly one."""
-        return self.index.select("teacher", self.index.teachers, selector, "--scored-by")
+        return self.index.select("teacher", selector, "--scored-by")
 
     def select_policy(self, selector: str | None, option: str = "--policy") -> PolicyInfo:
         """As `select_teacher`, of the policies that have rollouts here."""
-        return self.index.select("policy", self.index.policies, selector, option)
+        return self.index.select("policy", selector, option)
 
     def scored(self, teacher: str | None = None, policy: str | None = None, *, keep_top: int = 0) -> list[ScoredRef]:
         """Every row scored by a teacher once, in the order of commits.
@@ -174,18 +164,13 @@ class Cache:
         rows, tokens = rules.size(segment)
         archive = zarr_files.pack(zarr_files.encode(arrays))
         digest = hashlib.sha256(archive).hexdigest()
+        made_by = {"tool": TOOL, "created": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")}
+        entries = {name: zarr_files.entry_of(array) for name, array in arrays.items()}
+        files = {zarr_files.ARCHIVE: FileEntry(length=len(archive), sha256=digest)}
         manifest = Manifest(
-            format="ketchup-cache",
-            version=2,
-            tool=TOOL,
-            created=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ"),
-            rows=rows,
-            tokens=tokens,
-            info=info,
-            arrays={name: zarr_files.entry_of(array) for name, array in arrays.items()},
-            files={zarr_files.ARCHIVE: FileEntry(length=len(archive), sha256=digest)},
+            format=FORMAT, version=2, rows=rows, tokens=tokens, info=info, arrays=entries, files=files, **made_by
         )
-        check_manifest(manifest)
+        segment_bytes.check_manifest(manifest)
         self.store.put([Packed(manifest.id, manifest.to_bytes(), {zarr_files.ARCHIVE: archive})])
         self._parsed[manifest.id] = manifest
         self._index = Index({**self.index.manifests, manifest.id: manifest}, self.address)
@@ -193,9 +178,7 @@ class Cache:
 
     def _parent(self, info: Info, segment_id: str = "") -> Rollouts | None:
         """Check that the parent is there and fits; for scores, load it."""
-        if isinstance(info, PromptsInfo):
-            return None
-        index_of.check_parent(info, self.index.manifests.get(index_of.parent_id(info)), segment_id)
+        check_parent(info, self.index.manifests, segment_id)
         return self.load_rollouts(info.rollouts) if isinstance(info, ScoresInfo) else None
 
     # -------------------------------------------------------------------------------------------------- load
@@ -241,13 +224,8 @@ class Cache:
     def rows(self, teacher: str | None = None, policy: str | None = None) -> Iterator[Row]:
         """Every scored rollout, one at a time. Selects and raises as `scored`, at once; loads segment by segment."""
         refs = self.scored(teacher, policy)
-
-        def each() -> Iterator[Row]:
-            for ref in refs:
-                part = self.load_scored(ref)
-                yield from (Row.of(part, row, ref.policy.name, ref.teacher.name) for row in range(len(part)))
-
-        return each()
+        parts = ((ref, self.load_scored(ref)) for ref in refs)
+        return (Row.of(part, i, ref.policy.name, ref.teacher.name) for ref, part in parts for i in range(len(part)))
 
     def _load(self, segment_id: str, wanted: type[Value]) -> Value:
         segment = self.load(segment_id)
@@ -258,10 +236,10 @@ class Cache:
     def _decode(self, segment_id: str) -> rules.Segment:
         manifest = self.manifest(segment_id)
         parent = self._parent(manifest.info, segment_id)
-        packed = read_segment(self.store, segment_id, manifest, b"")
-        segment = rules.unpack(manifest.info, arrays_of(packed, manifest, self.address))
+        packed = segment_bytes.read_segment(self.store, segment_id, manifest, b"")
+        segment = rules.unpack(manifest.info, segment_bytes.arrays_of(packed, manifest, self.address))
         try:
             rules.check(segment, manifest.info, parent)
         except (CacheError, NumericsError) as error:
-            raise CorruptError(f"{self.address}/segments/{segment_id}: {error}; {RESTORE}") from None
+            raise CorruptError(f"{self.address}/segments/{segment_id}: {error}; {segment_bytes.RESTORE}") from None
         return segment

@@ -2,7 +2,7 @@
 
 A segment is written under tmp/ and made durable first. Then its data moves to segments/, and last its manifest to
 manifests/: that one rename is the commit. Nothing is ever changed afterwards, so there are no locks.
-Every step on the file system is here, so that the tests can fail and kill at each one.
+Every step on the file system is here or in files.py, so that the tests can fail and kill at each one.
 """
 
 from __future__ import annotations
@@ -16,33 +16,20 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from ketchup_cache.cache.segment_bytes import (
-    MARKER,
-    MARKER_BYTES,
-    MAX_MANIFEST_BYTES,
-    MAX_MARKER_BYTES,
-    Packed,
-    check_marker,
-    ids_among,
-)
+from ketchup_cache.cache.segment_bytes import MARKER, MARKER_BYTES, KeyedStore, Packed, ids_among
 from ketchup_cache.errors import CacheError, CorruptError, WriteError
+from ketchup_cache.files import sync, write_new
 
 FOLDERS = ("manifests", "segments", "tmp")
 
 
-class FolderStore:
+class FolderStore(KeyedStore):
     """A cache in a folder, on this machine or a shared file system (`SegmentStore`)."""
 
     batch_bytes = 0
 
     def __init__(self, path: Path) -> None:
         self.path, self.address = path, str(path)
-
-    def exists(self) -> bool:
-        if not (self.path / MARKER).exists():
-            return False
-        check_marker(read_file(self.path / MARKER, MAX_MARKER_BYTES), self.path / MARKER)
-        return True
 
     def create(self) -> None:
         """Raises CacheError where the folder holds something else. An interrupted creation, or one that another
@@ -53,7 +40,7 @@ class FolderStore:
         if foreign:
             raise self.no_cache()
         create(self.path, MARKER_BYTES)
-        check_marker(read_file(self.path / MARKER, MAX_MARKER_BYTES), self.path / MARKER)
+        self.exists()
 
     def no_cache(self) -> CacheError:
         """What to raise where `exists` says no."""
@@ -68,17 +55,14 @@ class FolderStore:
     def segment_ids(self) -> list[str]:
         return ids_among(list_folder(self.path / "manifests"))
 
-    def manifest(self, segment_id: str) -> bytes:
-        return read_file(self.path / "manifests" / f"{segment_id}.json", MAX_MANIFEST_BYTES)
-
-    def file(self, segment_id: str, name: str, length: int) -> bytes:
-        path = self.path / "segments" / segment_id / name
+    def _get(self, key: str, limit: int) -> bytes:
+        path = self.path / key
         for folder in path.parents:
             if folder == self.path:
                 break
             if folder.is_symlink():
                 raise _linked(folder)
-        return read_file(path, length)
+        return read_file(path, limit)
 
     def put(self, batch: Sequence[Packed]) -> None:
         for packed in batch:
@@ -92,15 +76,13 @@ def publish(root: Path, packed: Packed) -> None:
     """
     with _staging(root) as stage:
         data, target = stage / "data", root / "segments" / packed.segment_id
-        folders = {stage, data}
         for name, content in packed.files.items():
             path = data / name
-            folders.update(parent for parent in path.parents if parent.is_relative_to(data))
             os.makedirs(path.parent, exist_ok=True)
-            _write_file(path, content)
-        _write_file(stage / "manifest.json", packed.manifest)
-        for folder in sorted(folders):
-            _sync_folder(folder)
+            write_new(path, content)
+        write_new(stage / "manifest.json", packed.manifest)
+        for folder in (stage, *(path for path in stage.rglob("*") if path.is_dir())):
+            sync(folder)
         # all space is taken by now: what is left are renames
         if target.exists() and not _holds(target, packed):  # left by a crash between the renames, then damaged
             os.rename(target, stage / "damaged")
@@ -110,23 +92,24 @@ def publish(root: Path, packed: Packed) -> None:
             except OSError:  # another process was faster with the same segment, copied at the same time
                 if not (target.exists() and _holds(target, packed)):
                     raise
-        _sync_folder(target.parent)
+        sync(target.parent)
         os.rename(stage / "manifest.json", root / "manifests" / f"{packed.segment_id}.json")
-        _sync_folder(root / "manifests")
+        sync(root / "manifests")
 
 
 def create(root: Path, marker: bytes) -> None:
     """Make an empty cache. The marker comes last, so that a cache that has one is whole. Raises WriteError."""
     with _staging(root) as stage:
-        _write_file(stage / MARKER, marker)
+        write_new(stage / MARKER, marker)
         os.rename(stage / MARKER, root / MARKER)
-        _sync_folder(root)
+        sync(root)
 
 
 def read_file(path: Path, limit: int) -> bytes:
     """A whole file of at most `limit` bytes.
 
-    Raises CorruptError where it is missing, longer, a link or not a file; CacheError where it can't be read.
+    Raises FileNotFoundError where it is missing, CorruptError where it is longer, a link or not a file, CacheError
+    where it can't be read.
     """
     try:
         # a named pipe would block at open, a link could lead anywhere
@@ -139,7 +122,7 @@ def read_file(path: Path, limit: int) -> bytes:
                 raise CorruptError(f"{path}: is {status.st_size:,} bytes long, expected {limit:,} at most")
             return reader.read(limit + 1)
     except (FileNotFoundError, NotADirectoryError):
-        raise CorruptError(f"{path}: is missing") from None
+        raise FileNotFoundError(path) from None
     except OSError as error:
         if error.errno == errno.ELOOP:
             raise _linked(path) from None
@@ -183,9 +166,10 @@ def weigh(path: Path) -> tuple[float, int]:
     return newest, size
 
 
-def delete(root: Path, path: Path) -> bool:
+def delete(root: Path, path: Path, *, committed: bool = False) -> bool:
     """Delete a leftover; whether it went. Data leaves by one rename, and comes back where its manifest came meanwhile.
 
+    committed: delete data that has a manifest too.
     Raises WriteError where deleting fails.
     """
     gone = path
@@ -193,7 +177,7 @@ def delete(root: Path, path: Path) -> bool:
         if path.parent.name == "segments":
             gone = root / "tmp" / uuid.uuid4().hex
             os.rename(path, gone)
-            if (root / "manifests" / f"{path.name}.json").exists():
+            if not committed and (root / "manifests" / f"{path.name}.json").exists():
                 os.rename(gone, path)
                 return False
         if gone.is_dir() and not gone.is_symlink():
@@ -244,33 +228,12 @@ def _make_folders(path: Path) -> None:
         _make_folders(path.parent)
         with suppress(FileExistsError):  # another process was faster; a file there fails at its first use as a folder
             os.mkdir(path)
-        _sync_folder(path.parent)
-
-
-def _write_file(path: Path, data: bytes) -> None:
-    """Write a new file and wait until its bytes are on the disk."""
-    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-    try:
-        rest = memoryview(data)
-        while rest:
-            rest = rest[os.write(file, rest) :]
-        os.fsync(file)
-    finally:
-        os.close(file)
-
-
-def _sync_folder(path: Path) -> None:
-    """Make the names in a folder durable: on POSIX, syncing a file does not sync its name."""
-    folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+        sync(path.parent)
 
 
 def _holds(folder: Path, packed: Packed) -> bool:
     """Whether a folder has all files of a segment, with the same bytes."""
     try:
         return all(read_file(folder / name, len(data)) == data for name, data in packed.files.items())
-    except CacheError:
+    except (CacheError, FileNotFoundError):
         return False

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from ketchup_cache.cache.manifest import Kind, Manifest, RolloutsInfo, ScoresInfo
+from ketchup_cache.cache.manifest import Info, Manifest, PromptsInfo, RolloutsInfo, ScoresInfo
 from ketchup_cache.errors import CacheError
 from ketchup_cache.provenance import PolicyInfo, TeacherInfo, require_same_tokenizer
 
-Child = RolloutsInfo | ScoresInfo
 Model = TypeVar("Model", PolicyInfo, TeacherInfo)
 Range = tuple[str, int, int]
 """Rows start..stop of the rollouts segment with this id."""
@@ -47,18 +46,19 @@ class Index:
         self.manifests = dict(sorted(manifests.items(), key=lambda item: (item[1].created, item[0])))
         self._address = address
 
-    def of_kind(self, kind: Kind | None) -> list[tuple[str, Manifest]]:
-        return [(id_, m) for id_, m in self.manifests.items() if kind in (None, m.kind)]
-
     @cached_property
     def rollouts(self) -> list[tuple[str, RolloutsInfo]]:
         """(id, info) of the rollouts segments. Of the same rows in float32 and in float16, those in float32."""
-        found = [(id_, m.info) for id_, m in self.manifests.items() if isinstance(m.info, RolloutsInfo)]
         chosen: dict[str, str] = {}
-        for id_, info in found:
-            original = original_id(id_, info)
+        for id_, original in self._original.items():
             chosen[original] = original if original in self.manifests else chosen.get(original, id_)
-        return [(id_, info) for id_, info in found if chosen[original_id(id_, info)] == id_]
+        kept = set(chosen.values())
+        return [(id_, m.info) for id_, m in self.manifests.items() if id_ in kept and isinstance(m.info, RolloutsInfo)]
+
+    @cached_property
+    def _original(self) -> dict[str, str]:
+        """What stands for the rows of each rollouts segment, stored in float32 or in float16 (format version 1)."""
+        return {id_: m.info.original or id_ for id_, m in self.manifests.items() if isinstance(m.info, RolloutsInfo)}
 
     def scored(self, teacher: str | None = None, policy: str | None = None, keep_top: int = 0) -> list[ScoredRef]:
         """Every scored row once: where two scorers did the same rows, the first one's scores.
@@ -75,48 +75,40 @@ class Index:
                 continue
             if info.keep_top < min(keep_top, info.tokenizer.vocab_size):
                 continue
-            parent = check_parent(info, self.manifests.get(info.rollouts), scores_id).info
+            check_parent(info, self.manifests, scores_id)
+            parent = self.manifests[info.rollouts].info
             assert isinstance(parent, RolloutsInfo)
             if policy not in (None, parent.policy.fingerprint):
                 continue
-            covered = done.setdefault((original_id(info.rollouts, parent), info.teacher.fingerprint), [])
+            covered = done.setdefault((self._original[info.rollouts], info.teacher.fingerprint), [])
             rows = gaps(info.row_start, info.row_stop, covered)
             covered += rows
-            refs += [
-                ScoredRef(scores_id, info.rollouts, parent.prompts, start, stop, parent.sampling.samples, parent.policy,
-                          info.teacher, info.keep_top)
-                for start, stop in rows
-            ]  # fmt: skip
+            made_by: dict[str, Any] = {"policy": parent.policy, "teacher": info.teacher, "keep_top": info.keep_top}
+            made_by["samples"] = parent.sampling.samples
+            refs += [ScoredRef(scores_id, info.rollouts, parent.prompts, *span, **made_by) for span in rows]
         return refs
 
     def unscored(self, teacher: str, keep_top: int = 0) -> list[Range]:
         """All rows without scores by the teacher with this fingerprint, or with fewer than `keep_top` logits."""
         covered: dict[str, list[tuple[int, int]]] = {}
         for ref in self.scored(teacher, keep_top=keep_top):
-            parent = self.manifests[ref.rollouts_id].info
-            assert isinstance(parent, RolloutsInfo)
-            covered.setdefault(original_id(ref.rollouts_id, parent), []).append((ref.row_start, ref.row_stop))
+            covered.setdefault(self._original[ref.rollouts_id], []).append((ref.row_start, ref.row_stop))
         return [
-            (id_, start, stop)
-            for id_, info in self.rollouts
-            for start, stop in gaps(0, self.manifests[id_].rows, covered.get(original_id(id_, info), []))
+            (id_, *span)
+            for id_, _ in self.rollouts
+            for span in gaps(0, self.manifests[id_].rows, covered.get(self._original[id_], []))
         ]
 
-    @cached_property
-    def teachers(self) -> list[TeacherInfo]:
-        """Every teacher that has scores here, once for each name and fingerprint."""
-        return list(dict.fromkeys(m.info.teacher for m in self.manifests.values() if isinstance(m.info, ScoresInfo)))
+    def models(self, what: str) -> list[Any]:
+        """Every teacher that has scores here, or policy that has rollouts, once for each name and fingerprint."""
+        return list(dict.fromkeys(getattr(m.info, what) for m in self.manifests.values() if hasattr(m.info, what)))
 
-    @cached_property
-    def policies(self) -> list[PolicyInfo]:
-        return list(dict.fromkeys(m.info.policy for m in self.manifests.values() if isinstance(m.info, RolloutsInfo)))
-
-    def select(self, what: str, found: list[Model], selector: str | None, option: str) -> Model:
+    def select(self, what: str, selector: str | None, option: str) -> Any:
         """The one model with this name, or whose fingerprint starts so; the only one where the selector is None.
 
         what: teacher or policy. option: the flag that selects. Raises CacheError where there is none or more than one.
         """
-        if not found:
+        if not (found := self.models(what)):
             made, command = ("scores", "score") if what == "teacher" else ("rollouts", "rollout")
             raise CacheError(
                 f"{self._address}: no {made} yet; run `ketchup-cache {command} --cache {self._address}` first"
@@ -132,11 +124,6 @@ class Index:
         raise CacheError(f"{which} more than one {what}: {_listed(chosen)}; {choose}")
 
 
-def original_id(rollouts_id: str, info: RolloutsInfo) -> str:
-    """What stands for the rows of a rollouts segment, stored in float32 or in float16 (format version 1)."""
-    return info.original or rollouts_id
-
-
 def gaps(start: int, stop: int, covered: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
     """The parts of start..stop that no covered range touches."""
     left = []
@@ -147,22 +134,24 @@ def gaps(start: int, stop: int, covered: Iterable[tuple[int, int]]) -> list[tupl
     return [*left, (start, stop)] if start < stop else left
 
 
-def parent_id(info: Child) -> str:
-    """Id of the segment that one was made from."""
-    return info.rollouts if isinstance(info, ScoresInfo) else info.prompts
+def parent_id(info: Info) -> str:
+    """Id of the segment that one was made from; empty for prompts."""
+    return "" if isinstance(info, PromptsInfo) else info.rollouts if isinstance(info, ScoresInfo) else info.prompts
 
 
-def check_parent(info: Child, parent: Manifest | None, segment_id: str = "") -> Manifest:
-    """The parent's manifest, once it is known to fit. `segment_id` is empty for a segment still to be committed.
+def check_parent(info: Info, known: Mapping[str, Manifest], segment_id: str = "") -> None:
+    """That a segment's parent is among known ones and fits. `segment_id` is empty for a segment still to be committed.
 
     Raises CacheError where it is missing, of the wrong kind or too short; MismatchError where its tokenizer is another.
     """
+    if isinstance(info, PromptsInfo):
+        return
     if isinstance(info, ScoresInfo):
         kind, start, stop = "rollouts", info.row_start, info.row_stop
     else:
         kind, start, stop = "prompts", info.prompt_start, info.prompt_stop
     what, parent_name = f"{info.kind} {segment_id[:12] or '(new)'}", f"{kind} {parent_id(info)[:12]}"
-    if parent is None:
+    if not (parent := known.get(parent_id(info))):
         raise CacheError(f"{what} needs {parent_name}, which is not in this cache; copy that segment too")
     if parent.kind != kind:
         raise CacheError(f"{what} needs {parent_name}, but that is a segment of {parent.kind}")
@@ -171,7 +160,6 @@ def check_parent(info: Child, parent: Manifest | None, segment_id: str = "") -> 
     require_same_tokenizer(
         info.tokenizer, parent.info.tokenizer, f"{what} and {parent_name} must share a tokenizer; use the same one"
     )
-    return parent
 
 
 def distinct(found: Iterable[Model]) -> list[Model]:
@@ -182,6 +170,6 @@ def distinct(found: Iterable[Model]) -> list[Model]:
     return list(first.values())
 
 
-def _listed(models: list[Model], most: int = 6) -> str:
+def _listed(models: list[Any], most: int = 6) -> str:
     shown = ", ".join(f"{model.name} ({model.fingerprint[:12]})" for model in models[:most])
     return f"{shown} and {len(models) - most} more" if len(models) > most else shown

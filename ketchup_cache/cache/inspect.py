@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import BaseModel
 
@@ -19,6 +19,7 @@ from ketchup_cache.console import Report, printable, size_text
 from ketchup_cache.errors import CacheError, KetchupError
 
 Record = dict[str, Any]
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -95,17 +96,18 @@ def describe(cache: Cache) -> CacheInfo:
         finished += int(cache.load_rollouts(id_).finished.sum()) if info.finished is None else info.finished
     for ref in index.scored():
         scored[ref.teacher.fingerprint] += ref.rows
-    policies, teachers = distinct(info.policy for _, info in index.rollouts), cache.teachers()
     total = drawn.total()
     return CacheInfo(
         path=cache.address,
         rollouts=total,
         finished=finished,
         completion_tokens=sum(manifests[id_].tokens for id_, _ in index.rollouts),
-        policies=[p.model_dump() | {"rollouts": drawn[p.fingerprint]} for p in policies],
+        policies=[
+            p.model_dump() | {"rollouts": drawn[p.fingerprint]}
+            for p in distinct(info.policy for _, info in index.rollouts)
+        ],
         teachers=[
-            t.model_dump() | {"scored": scored[t.fingerprint], "unscored": total - scored[t.fingerprint]}
-            for t in teachers
+            t.model_dump() | {"scored": (n := scored[t.fingerprint]), "unscored": total - n} for t in cache.teachers()
         ],
         tokenizers=_different(m.info.tokenizer for m in manifests.values()),
         data=_different(m.info.data for m in manifests.values() if isinstance(m.info, PromptsInfo)),
@@ -180,47 +182,33 @@ class VerifyReport(Report):
 def verify(cache: Cache, *, deep: bool = True) -> VerifyReport:
     """Read and hash every byte again; `deep`: decode it and check every rule of the format. Collects all problems."""
     store = getattr(cache.store, "source", cache.store)  # the address itself, not what is kept of it here
-    manifests: dict[str, Manifest] = {}
-    problems: dict[str, None] = {}  # an ordered set: a damaged parent is found by each of its children too
 
-    def read(segment_id: str) -> Manifest | str:
+    def tried(work: Callable[..., Value], *args: Any) -> Value | str:
+        """What the work returns, or its error in one line."""
         try:
-            return read_manifest(store, segment_id)[0]
+            return work(*args)
         except KetchupError as error:
             return str(error)
 
     ids = sorted(store.segment_ids())
-    for segment_id, found in zip(ids, in_parallel(read, ids), strict=True):
-        if isinstance(found, Manifest):
-            manifests[segment_id] = found
-        else:
-            problems[found] = None
-
-    def own_problem(segment_id: str) -> list[str]:
-        """Loading may have stopped at the parent."""
-        try:
-            read_segment(store, segment_id, manifests[segment_id], b"")
-        except KetchupError as error:
-            return [str(error)]
-        return []
-
+    found = dict(zip(ids, in_parallel(lambda id_: tried(read_manifest, store, id_), ids), strict=True))
+    manifests = {id_: read[0] for id_, read in found.items() if not isinstance(read, str)}
+    problems = [read for read in found.values() if isinstance(read, str)]
     fresh, right = Cache(store, Index(manifests, cache.address)), 0
-    for segment_id in sorted(manifests, key=lambda id_: _family(id_, manifests[id_])):
-        manifest = manifests[segment_id]
-        try:
-            if not isinstance(manifest.info, PromptsInfo):
-                check_parent(manifest.info, manifests.get(parent_id(manifest.info)), segment_id)
-            if deep:
-                fresh.load(segment_id)
-            else:
-                read_segment(store, segment_id, manifest, b"")
-            right += manifest.data_bytes
-        except KetchupError as error:
-            problems |= dict.fromkeys((str(error), *(own_problem(segment_id) if deep else ())))
-    left: tuple[str, ...] = ()
-    if isinstance(store, FolderStore):
-        left = tuple(str(path.relative_to(store.path)) for path in leftovers(store.path, _named(manifests.values())))
-    return VerifyReport(cache.address, len(manifests), right, tuple(problems), left)
+    # the children of one parent side by side, so that it is decoded once
+    for id_, manifest in sorted(manifests.items(), key=lambda m: (KINDS.index(m[1].kind), parent_id(m[1].info), m[0])):
+        said: list[Any] = [tried(fresh.load, id_) if deep else tried(check_parent, manifest.info, manifests, id_)]
+        if not deep or isinstance(said[0], str):  # loading may have stopped at the parent
+            said.append(tried(read_segment, store, id_, manifest, b""))
+        wrong = [text for text in said if isinstance(text, str)]
+        problems += wrong
+        right += 0 if wrong else manifest.data_bytes
+    left = (
+        leftovers(store.path, {parent_id(m.info) for m in manifests.values()}) if isinstance(store, FolderStore) else []
+    )
+    names = tuple(str(path.relative_to(cache.address)) for path in left)
+    # once each: a damaged parent is found by each of its children too
+    return VerifyReport(cache.address, len(manifests), right, tuple(dict.fromkeys(problems)), names)
 
 
 def clean(cache: Cache, *, hours: float = 24.0, dry_run: bool = False) -> tuple[tuple[str, ...], int]:
@@ -234,23 +222,12 @@ def clean(cache: Cache, *, hours: float = 24.0, dry_run: bool = False) -> tuple[
     if not isinstance(store, FolderStore):
         raise CacheError(f"{cache.address}: --clean is for folders; the next push completes what a killed one has left")
     limit, gone, young = time.time() - hours * 3600, [], 0
-    for path in leftovers(store.path, _named(cache.index.manifests.values())):
+    for path in leftovers(store.path, {parent_id(m.info) for m in cache.index.manifests.values()}):
         if weigh(path)[0] > limit:
             young += 1
         elif dry_run or delete(store.path, path):
             gone.append(str(path.relative_to(store.path)))
     return tuple(gone), young
-
-
-def _named(manifests: Iterable[Manifest]) -> set[str]:
-    """Ids of all parents."""
-    return {parent_id(m.info) for m in manifests if not isinstance(m.info, PromptsInfo)}
-
-
-def _family(segment_id: str, manifest: Manifest) -> tuple[int, str, str]:
-    """Sort key that puts the children of one parent side by side, so that it is decoded once."""
-    parent = "" if isinstance(manifest.info, PromptsInfo) else parent_id(manifest.info)
-    return KINDS.index(manifest.kind), parent, segment_id
 
 
 def _entry(segment_id: str, manifest: Manifest) -> Record:
@@ -265,12 +242,12 @@ def _entry(segment_id: str, manifest: Manifest) -> Record:
         "bytes": manifest.data_bytes + len(manifest.to_bytes()),
         "stores": manifest.kind + compact + top,
         "model": _id(getattr(info, model).model_dump()),
-        "parent": None if isinstance(info, PromptsInfo) else parent_id(info),
+        "parent": parent_id(info) or None,
     }
 
 
 def _different(records: Iterable[BaseModel]) -> list[Record]:
-    return [record.model_dump() for record in {repr(record): record for record in records}.values()]
+    return [record.model_dump() for record in dict.fromkeys(records)]
 
 
 def _id(record: Record) -> str:

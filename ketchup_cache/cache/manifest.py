@@ -11,16 +11,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, StringConstraints, model_validator
 
-from ketchup_cache.provenance import (
-    DataInfo,
-    PolicyInfo,
-    Record,
-    Sampling,
-    Sha256,
-    TeacherInfo,
-    TokenizerInfo,
-    canonical_json,
-)
+from ketchup_cache import provenance
+from ketchup_cache.provenance import Record, Sha256, TokenizerInfo
 
 FORMAT = "ketchup-cache"
 FORMAT_VERSION = 2
@@ -45,7 +37,7 @@ class ArrayEntry(Record):
 class PromptsInfo(Record):
     kind: Literal["prompts"] = "prompts"
     tokenizer: TokenizerInfo
-    data: DataInfo
+    data: provenance.DataInfo
     start: int = Field(ge=0)
     """Place of the first prompt in the data set."""
 
@@ -57,9 +49,9 @@ class RolloutsInfo(Record):
     prompt_start: int = Field(ge=0)
     prompt_stop: int = Field(ge=0)
     """Rows of the parent this segment holds completions for: `samples` consecutive rows each."""
-    policy: PolicyInfo
+    policy: provenance.PolicyInfo
     tokenizer: TokenizerInfo
-    sampling: Sampling
+    sampling: provenance.Sampling
     storage: Storage = "lossless"
     """compact: log-probabilities in float16."""
     original: Sha256 | None = None
@@ -75,7 +67,7 @@ class ScoresInfo(Record):
     row_start: int = Field(ge=0)
     row_stop: int = Field(ge=0)
     """Rows of the parent that are scored here."""
-    teacher: TeacherInfo
+    teacher: provenance.TeacherInfo
     tokenizer: TokenizerInfo
     keep_top: int = Field(default=0, ge=0)
     """How many of the largest logits of each state are kept. 0: none, and no arrays for them."""
@@ -119,7 +111,7 @@ class Manifest(Record):
             del record["author"]
         if record["info"].get("finished", 0) is None:
             del record["info"]["finished"]
-        return canonical_json(record)
+        return provenance.canonical_json(record)
 
     @property
     def data_bytes(self) -> int:

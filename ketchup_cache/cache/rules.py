@@ -32,7 +32,8 @@ TOLERANCE = 1e-3
 def layout(info: Info, rows: int, tokens: int) -> dict[str, ArrayEntry]:
     """All arrays a segment of this kind and size may hold."""
     token = "uint16" if info.tokenizer.vocab_size <= 2**16 else "uint32"
-    per_row, per_token = (rows,), (tokens,)
+    compact = getattr(info, "storage", "lossless") == "compact"
+    per_row, per_token, real = (rows,), (tokens,), "float16" if compact else "float32"
     shapes: dict[str, tuple[str, tuple[int, ...]]]
     match info.kind:
         case "prompts":
@@ -42,20 +43,19 @@ def layout(info: Info, rows: int, tokens: int) -> dict[str, ArrayEntry]:
                 "prompt_index": ("int64", per_row),
                 "completion_tokens": (token, per_token),
                 "completion_offsets": ("int64", (rows + 1,)),
-                "behavior_logprob": (_float(info), per_token),
+                "behavior_logprob": (real, per_token),
                 "finished": ("bool", per_row),
                 "forced": ("bool", per_token),
             }
         case "scores":
-            compact = info.storage == "compact"
             names = ("q", "gap", "logsumexp_gap", "mean_gap") if compact else ("q", "max_q", "logsumexp", "mean_q")
-            shapes = dict.fromkeys(names, (_float(info), per_token))
+            shapes = dict.fromkeys(names, (real, per_token))
             shapes["final_max_q"] = ("float32", per_row)
             if info.keep_top:
                 top_q, rest = ("top_gap", "rest_gap") if compact else ("top_q", "rest_logsumexp")
-                shapes |= {top_q: (_float(info), (tokens, info.keep_top)), "top_ids": (token, (tokens, info.keep_top))}
+                shapes |= {top_q: (real, (tokens, info.keep_top)), "top_ids": (token, (tokens, info.keep_top))}
                 if info.keep_top < info.tokenizer.vocab_size:
-                    shapes[rest] = (_float(info), per_token)
+                    shapes[rest] = (real, per_token)
     return {name: ArrayEntry(dtype=dtype, shape=shape) for name, (dtype, shape) in shapes.items()}
 
 
@@ -134,9 +134,7 @@ def check(segment: Segment, info: Info, parent: Rollouts | None = None) -> None:
     wanted = layout(exact, rows, tokens)
     for name, array in _arrays(segment).items():
         if name in wanted:  # rest_logsumexp of nothing is not stored
-            _check_array(
-                name, array, np.dtype(IN_MEMORY.get(wanted[name].dtype, wanted[name].dtype)), wanted[name].shape
-            )
+            _check_array(name, array, wanted[name])
     if isinstance(segment, Prompts):
         _check_tokens("tokens", segment.tokens, info.tokenizer)
     elif isinstance(segment, Rollouts) and isinstance(info, RolloutsInfo):
@@ -228,7 +226,8 @@ def _beyond(ids: NDArray[np.int32], tokenizer: TokenizerInfo) -> NDArray[np.bool
     return ids.view(np.uint32) >= min(tokenizer.vocab_size, MAX_VOCABULARY)
 
 
-def _check_array(name: str, array: NDArray, dtype: np.dtype, shape: tuple[int, ...]) -> None:
+def _check_array(name: str, array: NDArray, entry: ArrayEntry) -> None:
+    dtype, shape = np.dtype(IN_MEMORY.get(entry.dtype, entry.dtype)), entry.shape
     if array.dtype != dtype or array.shape != shape:
         raise CacheError(f"{name} is {array.dtype} {list(array.shape)}, must be {dtype} {list(shape)}")
     if dtype.kind == "f" and not np.isfinite(array).all():
@@ -240,7 +239,3 @@ def _refuse(name: str, wrong: NDArray[np.bool_], reason: str) -> None:
     """wrong: [n], or [n, m] for an array of rows."""
     if wrong.any():
         raise CacheError(f"{name}[{int(np.argwhere(wrong)[0, 0])}] {reason}")
-
-
-def _float(info: RolloutsInfo | ScoresInfo) -> str:
-    return "float16" if info.storage == "compact" else "float32"

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from pydantic_core import from_json
 
 from ketchup_cache.cache import rules, zarr_files
-from ketchup_cache.cache.manifest import FORMAT, FORMAT_VERSION, FileEntry, Manifest, ScoresInfo
+from ketchup_cache.cache.manifest import FORMAT, FORMAT_VERSION, Manifest, ScoresInfo
 from ketchup_cache.console import one_line
 from ketchup_cache.errors import CacheError, CorruptError
 from ketchup_cache.provenance import canonical_json
@@ -70,6 +70,35 @@ class SegmentStore(Protocol):
 
         Raises WriteError where that fails; readers then see nothing of those that were not committed.
         """
+
+
+class KeyedStore:
+    """The reading half of a `SegmentStore` that finds files by key: `manifests/ID.json`, `segments/ID/NAME`."""
+
+    address: str
+
+    def _get(self, key: str, limit: int) -> bytes:
+        """At most `limit` + 1 bytes of a file. Raises FileNotFoundError where it is missing."""
+        raise NotImplementedError
+
+    def exists(self) -> bool:
+        try:
+            check_marker(self._get(MARKER, MAX_MARKER_BYTES), f"{self.address}/{MARKER}")
+        except FileNotFoundError:
+            return False
+        return True
+
+    def manifest(self, segment_id: str) -> bytes:
+        return self._must_get(f"manifests/{segment_id}.json", MAX_MANIFEST_BYTES)
+
+    def file(self, segment_id: str, name: str, length: int) -> bytes:
+        return self._must_get(f"segments/{segment_id}/{name}", length)
+
+    def _must_get(self, key: str, limit: int) -> bytes:
+        try:
+            return self._get(key, limit)
+        except FileNotFoundError:
+            raise CorruptError(f"{self.address}/{key}: is missing") from None
 
 
 def check_marker(data: bytes, path: object) -> None:
@@ -143,14 +172,13 @@ def read_segment(
 
     def read(name: str) -> bytes:
         promised, path = manifest.files[name], f"{store.address}/segments/{segment_id}/{name}"
-        found = store.file(segment_id, name, promised.length)
-        if not _is(found, promised):  # a connection that was cut can look like a shorter file: ask once more
+        for _ in range(2):  # a connection that was cut can look like a shorter file: ask once more
             found = store.file(segment_id, name, promised.length)
-            if not _is(found, promised):
-                raise CorruptError(f"{path}: its bytes are not those its manifest promises; {RESTORE}")
-        if advance:
-            advance(promised.length)
-        return found
+            if len(found) == promised.length and hashlib.sha256(found).hexdigest() == promised.sha256:
+                if advance:
+                    advance(promised.length)
+                return found
+        raise CorruptError(f"{path}: its bytes are not those its manifest promises; {RESTORE}")
 
     return Packed(segment_id, data, dict(zip(manifest.files, in_parallel(read, list(manifest.files)), strict=True)))
 
@@ -170,16 +198,7 @@ def in_parallel(work: Callable[[Item], Value], items: Sequence[Item]) -> list[Va
     if len(items) < 2:
         return [work(item) for item in items]
     with ThreadPoolExecutor(min(AT_ONCE, len(items))) as pool:
-        futures = [pool.submit(work, item) for item in items]
-        try:
-            return [future.result() for future in futures]
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
-
-
-def _is(data: bytes, promised: FileEntry) -> bool:
-    return len(data) == promised.length and hashlib.sha256(data).hexdigest() == promised.sha256
+        return list(pool.map(work, items))
 
 
 def _check_version(path: object, version: object) -> None:

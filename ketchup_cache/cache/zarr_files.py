@@ -61,17 +61,12 @@ def encode(arrays: Mapping[str, NDArray]) -> dict[str, bytes]:
     from zarr.storage import MemoryStore
 
     files: dict[str, Buffer] = {}
+    options: dict[str, Any] = {"compressors": [ZstdCodec(level=_ZSTD_LEVEL), Crc32cCodec()], "fill_value": 0}
+    options["config"] = {"write_empty_chunks": True}
     group = zarr.create_group(MemoryStore(files), zarr_format=3)
     for name, array in arrays.items():
-        made = group.create_array(
-            name,
-            shape=array.shape,
-            dtype=array.dtype,
-            chunks=_chunk_shape(array.shape),
-            compressors=[ZstdCodec(level=_ZSTD_LEVEL), Crc32cCodec()],
-            fill_value=0,
-            config={"write_empty_chunks": True},
-        )
+        chunks = _chunk_shape(array.shape)
+        made = group.create_array(name, shape=array.shape, dtype=array.dtype, chunks=chunks, **options)
         if array.size:
             made[...] = np.ascontiguousarray(array)
     return {name: data.to_bytes() for name, data in sorted(files.items())}

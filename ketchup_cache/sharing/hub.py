@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ketchup_cache.cache.segment_bytes import MARKER, MARKER_BYTES, Packed, ids_among
+from ketchup_cache.cache.segment_bytes import MARKER, MARKER_BYTES, KeyedStore, Packed, ids_among
 from ketchup_cache.errors import CacheError, WriteError
-from ketchup_cache.sharing.network import KeyedStore, persistently
+from ketchup_cache.sharing.network import persistently
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi

@@ -1,4 +1,4 @@
-"""What stores over a network have in common: tries again, one-line errors without credentials, files by key."""
+"""What stores over a network have in common: they try again, and errors are one line without credentials."""
 
 from __future__ import annotations
 
@@ -7,43 +7,13 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from ketchup_cache.cache.segment_bytes import MARKER, MAX_MANIFEST_BYTES, MAX_MARKER_BYTES, check_marker
 from ketchup_cache.console import one_line
-from ketchup_cache.errors import CacheError, CorruptError, KetchupError, WriteError
+from ketchup_cache.errors import CacheError, KetchupError, WriteError
 
 TRIES = 4
 FIRST_PAUSE_S = 0.2
 """Before the second try; each later pause is four times as long."""
 Value = TypeVar("Value")
-
-
-class KeyedStore:
-    """The reading half of a `SegmentStore` that finds files by key: `manifests/ID.json`, `segments/ID/NAME`."""
-
-    address: str
-
-    def _get(self, key: str, limit: int) -> bytes:
-        """At most `limit` + 1 bytes of a file. Raises FileNotFoundError where it is missing."""
-        raise NotImplementedError
-
-    def exists(self) -> bool:
-        try:
-            check_marker(self._get(MARKER, MAX_MARKER_BYTES), f"{self.address}/{MARKER}")
-        except FileNotFoundError:
-            return False
-        return True
-
-    def manifest(self, segment_id: str) -> bytes:
-        return self._must_get(f"manifests/{segment_id}.json", MAX_MANIFEST_BYTES)
-
-    def file(self, segment_id: str, name: str, length: int) -> bytes:
-        return self._must_get(f"segments/{segment_id}/{name}", length)
-
-    def _must_get(self, key: str, limit: int) -> bytes:
-        try:
-            return self._get(key, limit)
-        except FileNotFoundError:
-            raise CorruptError(f"{self.address}/{key}: is missing") from None
 
 
 def persistently(what: str, call: Callable[[], Value], *, writing: bool = False) -> Value:

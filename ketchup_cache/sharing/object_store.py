@@ -15,10 +15,10 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ketchup_cache.cache.segment_bytes import MARKER, MARKER_BYTES, Packed, ids_among, in_parallel
+from ketchup_cache.cache.segment_bytes import MARKER, MARKER_BYTES, KeyedStore, Packed, ids_among, in_parallel
 from ketchup_cache.console import one_line
 from ketchup_cache.errors import CacheError, WriteError
-from ketchup_cache.sharing.network import KeyedStore, persistently
+from ketchup_cache.sharing.network import persistently
 
 SCHEMES = ("s3", "s3a", "gs", "az", "abfs", "http", "https")
 TIMEOUTS = {"timeout": timedelta(seconds=300), "connect_timeout": timedelta(seconds=10)}
@@ -59,12 +59,8 @@ class ObjectStore(KeyedStore):
         if self._web:
             self.create()
         for packed in batch:
-            files = {f"segments/{packed.segment_id}/{name}": data for name, data in packed.files.items()}
-
-            def send(key: str, files: dict[str, bytes] = files) -> None:
-                self._send(key, files[key])
-
-            in_parallel(send, list(files))
+            files = [(f"segments/{packed.segment_id}/{name}", data) for name, data in packed.files.items()]
+            in_parallel(lambda file: self._send(*file), files)
             self._send(f"manifests/{packed.segment_id}.json", packed.manifest)
 
     def _linked(self) -> list[str]:
@@ -117,20 +113,16 @@ class ObjectStore(KeyedStore):
 
 def _plain(call: Callable[[], Value]) -> Value:
     """Raise what the client raises as the errors of Python that mean the same, their first line only."""
-    from obstore import exceptions
+    from obstore import exceptions as of
 
     try:
         return call()
-    except exceptions.BaseError as error:
+    except of.BaseError as error:
         # the rest is a dump of the client's structures, request headers among them
         text = str(error).partition("\n")[0]
-        kinds = {
-            exceptions.AlreadyExistsError: FileExistsError,
-            exceptions.PreconditionError: FileExistsError,
-            exceptions.NotFoundError: FileNotFoundError,
-            exceptions.PermissionDeniedError: PermissionError,
-            exceptions.UnauthenticatedError: PermissionError,
-        }
+        kinds: dict[type, type[OSError]] = dict.fromkeys((of.AlreadyExistsError, of.PreconditionError), FileExistsError)
+        kinds |= dict.fromkeys((of.PermissionDeniedError, of.UnauthenticatedError), PermissionError)
+        kinds[of.NotFoundError] = FileNotFoundError
         raise kinds.get(type(error), ConnectionError)(text) from None
 
 

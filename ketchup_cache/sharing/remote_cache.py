@@ -9,24 +9,22 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import threading
 import time
-import uuid
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
 from ketchup_cache.cache.cache import Cache
-from ketchup_cache.cache.disk import FolderStore, delete, list_folder
-from ketchup_cache.cache.segment_bytes import Packed, SegmentStore, parse_manifest, read_manifest, read_segment
+from ketchup_cache.cache.disk import FolderStore, delete, list_folder, weigh
+from ketchup_cache.cache.segment_bytes import Packed, SegmentStore, read_manifest, read_segment
 from ketchup_cache.console import warn
 from ketchup_cache.errors import CacheError, ConfigError, WriteError
 from ketchup_cache.files import write_file
 from ketchup_cache.sharing.stores import is_url, open_existing, open_store
 
 HOME_VARIABLE, SIZE_VARIABLE = "KETCHUP_CACHE_HOME", "KETCHUP_CACHE_SIZE"
-DEFAULT_BYTES = 20 * 10**9
+DEFAULT_SIZE = "20GB"
 LEFTOVERS_S = 24 * 3600
 """Age at which unfinished work in the segment cache is taken for that of a dead process."""
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
@@ -41,17 +39,14 @@ def open_cache(address: str | os.PathLike[str], *, create: bool = False) -> Cach
     store = open_store(address) if create else open_existing(address)
     if create:
         store.create()
-    return Cache(MirroredStore(store, *segment_cache()) if is_url(address) else store)
-
-
-def segment_cache() -> tuple[Path, int]:
-    """Folder and size in bytes, as the environment says. Raises ConfigError where $KETCHUP_CACHE_SIZE is no size."""
-    path = Path(os.environ.get(HOME_VARIABLE) or "~/.cache/ketchup-cache").expanduser()
-    text = os.environ.get(SIZE_VARIABLE, "")
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", text.strip().upper()) if text else None
-    if text and not found:
+    if not is_url(address):
+        return Cache(store)
+    text = os.environ.get(SIZE_VARIABLE) or DEFAULT_SIZE
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", text.strip().upper())
+    if not found:
         raise ConfigError([f"${SIZE_VARIABLE} must be a size such as 500MB or 20GB, not {text!r:.40}"])
-    return path, int(float(found[1]) * _UNITS[found[2]]) if found else DEFAULT_BYTES
+    path = Path(os.environ.get(HOME_VARIABLE) or "~/.cache/ketchup-cache").expanduser()
+    return Cache(MirroredStore(store, path, int(float(found[1]) * _UNITS[found[2]])))
 
 
 class MirroredStore:
@@ -63,26 +58,15 @@ class MirroredStore:
 
     def __init__(self, source: SegmentStore, path: Path, limit: int) -> None:
         self.source, self.address, self.batch_bytes = source, source.address, source.batch_bytes
+        self.exists, self.create, self.segment_ids = source.exists, source.create, source.segment_ids
         self._kept, self._limit, self._warned = FolderStore(path), limit, False
         self._lock = threading.Lock()
         self._last: Packed | None = None
 
-    def exists(self) -> bool:
-        return self.source.exists()
-
-    def create(self) -> None:
-        self.source.create()
-
-    def segment_ids(self) -> list[str]:
-        return self.source.segment_ids()
-
     def manifest(self, segment_id: str) -> bytes:
         with suppress(CacheError):
-            data = self._kept.manifest(segment_id)
-            parse_manifest(data, segment_id, "")
-            return data
-        data = self.source.manifest(segment_id)
-        parse_manifest(data, segment_id, f"{self.address}/manifests/{segment_id}.json")
+            return read_manifest(self._kept, segment_id)[1]
+        data = read_manifest(self.source, segment_id)[1]
         with suppress(WriteError):
             write_file(self._kept.path / "manifests" / f"{segment_id}.json", data)
         return data
@@ -99,8 +83,6 @@ class MirroredStore:
         with suppress(CacheError, OSError):
             os.utime(folder)  # used now
             return read_segment(self._kept, segment_id, *read_manifest(self._kept, segment_id))
-        with suppress(WriteError):
-            delete(self._kept.path, folder)
         packed = read_segment(self.source, segment_id, *read_manifest(self.source, segment_id))
         self._keep(packed)
         return packed
@@ -124,19 +106,16 @@ class MirroredStore:
         """Drop the least recently used segments beyond the limit, each at once: no reader takes half of one for all."""
         root = self._kept.path
         for left in (root / "tmp" / name for name in list_folder(root / "tmp")):  # of processes that were killed
-            with suppress(OSError):
+            with suppress(OSError, WriteError):
                 if left.stat().st_mtime < time.time() - LEFTOVERS_S:
-                    shutil.rmtree(left, ignore_errors=True)
+                    delete(root, left)
         held = []
         for folder in (root / "segments" / name for name in list_folder(root / "segments")):
             with suppress(OSError):  # dropped by another process meanwhile
-                size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-                held.append((folder.stat().st_mtime_ns, folder, size))
+                held.append((folder.stat().st_mtime_ns, folder, weigh(folder)[1]))
         total = sum(size for _, _, size in held)
         for _, folder, size in sorted(held):
             if total > self._limit and folder.name != newest:
-                gone = root / "tmp" / uuid.uuid4().hex
-                with suppress(OSError):
-                    os.rename(folder, gone)
-                shutil.rmtree(gone, ignore_errors=True)
+                with suppress(WriteError):
+                    delete(root, folder, committed=True)
                 total -= size

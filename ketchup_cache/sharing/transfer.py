@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 
 from ketchup_cache.cache.index import check_parent, parent_id
-from ketchup_cache.cache.manifest import KINDS, Manifest, PromptsInfo
+from ketchup_cache.cache.manifest import KINDS, Manifest
 from ketchup_cache.cache.segment_bytes import Packed, SegmentStore, in_parallel, read_manifest, read_segment
 from ketchup_cache.console import Bar, Report, printable, progress, size_text
 from ketchup_cache.sharing.stores import open_existing, open_store
@@ -73,24 +73,23 @@ def copy(
     began = time.monotonic()
     there = set(taker.segment_ids()) if taker.exists() else set()
     offered = giver.segment_ids() if only is None else list(only)
-    missing = _in_order(_read(giver, offered, there))
-    _check_parents(missing, taker, there)
+    missing = _read(giver, offered, there)
+    known = {id_: manifest for id_, (manifest, _) in missing.items()}
+    for id_, (manifest, _) in missing.items():  # so that no child is ever committed without its parent
+        parent = parent_id(manifest.info)
+        if parent in there and parent not in known:
+            known[parent] = read_manifest(taker, parent)[0]
+        check_parent(manifest.info, known, id_)
     total = sum(manifest.data_bytes for manifest, _ in missing.values())
     if not dry_run:
         taker.create()
         with progress("copying", total, "bytes") as bar:
             for batch in _batches(giver, missing, taker.batch_bytes, bar):
                 taker.put(batch)
-    return TransferReport(
-        source=giver.address,
-        target=taker.address,
-        segments={kind: sum(m.kind == kind for m, _ in missing.values()) for kind in KINDS},
-        rows=sum(manifest.rows for manifest, _ in missing.values()),
-        bytes=total,
-        already=len(there.intersection(offered)),
-        seconds=round(time.monotonic() - began, 2),
-        dry_run=dry_run,
-    )
+    segments: dict[str, int] = {kind: sum(m.kind == kind for m, _ in missing.values()) for kind in KINDS}
+    rows, already = sum(manifest.rows for manifest, _ in missing.values()), len(there.intersection(offered))
+    took = round(time.monotonic() - began, 2)
+    return TransferReport(giver.address, taker.address, segments, rows, total, already, took, dry_run)
 
 
 def merge(sources: Iterable[Address], target: Address, *, dry_run: bool = False) -> MergeReport:
@@ -102,30 +101,16 @@ def merge(sources: Iterable[Address], target: Address, *, dry_run: bool = False)
 
 
 def _read(giver: SegmentStore, ids: Iterable[str], there: set[str]) -> Segments:
-    """Manifests of these segments and of their parents, as far as the giver has them and the taker has not."""
+    """Manifests of these segments and of their parents, as far as the giver has them and the taker has not: parents
+    before children, older before newer."""
     found: Segments = {}
     offered = set(giver.segment_ids())
     wanted = [id_ for id_ in ids if id_ not in there]
     while wanted:
         found |= zip(wanted, in_parallel(lambda id_: read_manifest(giver, id_), wanted), strict=True)
-        infos = [manifest.info for manifest, _ in found.values()]
-        parents = dict.fromkeys(parent_id(info) for info in infos if not isinstance(info, PromptsInfo))
+        parents = dict.fromkeys(parent_id(manifest.info) for manifest, _ in found.values())
         wanted = [id_ for id_ in parents if id_ in offered and id_ not in found and id_ not in there]
-    return found
-
-
-def _in_order(segments: Segments) -> Segments:
-    """Parents before children, older before newer."""
-    return dict(sorted(segments.items(), key=lambda s: (KINDS.index(s[1][0].kind), s[1][0].created, s[0])))
-
-
-def _check_parents(missing: Segments, taker: SegmentStore, there: set[str]) -> None:
-    """So that no child is ever committed without its parent."""
-    for id_, (manifest, _) in missing.items():
-        if not isinstance(manifest.info, PromptsInfo):
-            parent = parent_id(manifest.info)
-            known = missing[parent] if parent in missing else read_manifest(taker, parent) if parent in there else None
-            check_parent(manifest.info, known and known[0], id_)
+    return dict(sorted(found.items(), key=lambda s: (KINDS.index(s[1][0].kind), s[1][0].created, s[0])))
 
 
 def _batches(giver: SegmentStore, missing: Segments, limit: int, bar: Bar) -> Iterator[list[Packed]]:

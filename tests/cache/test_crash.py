@@ -13,7 +13,7 @@ from ketchup_cache.cache.inspect import verify
 from ketchup_cache.cache.segment_bytes import MARKER, Packed
 from ketchup_cache.errors import WriteError
 from tests.helpers.segments import exit_code, fill, in_child, same
-from tests.helpers.trust import NEW, Interrupted, count_steps, kill
+from tests.helpers.trust import NEW, Interrupted, count_steps, kill, stand_in
 
 
 def test_killed_at_every_step_leaves_all_or_nothing(tmp_path: Path, monkeypatch) -> None:
@@ -26,7 +26,7 @@ def test_killed_at_every_step_leaves_all_or_nothing(tmp_path: Path, monkeypatch)
     for at in range(steps + 1):  # the last one dies after the last step, before the acknowledgement
         before = dict(open_cache(root).manifests())
         with monkeypatch.context() as patch:
-            patch.setattr(disk, "os", Interrupted(at, kill))
+            stand_in(patch, Interrupted(at, kill))
             pid = in_child(lambda: (cache.commit_prompts(*NEW), os._exit(9)))
             assert exit_code(pid) == 9
         reopened = open_cache(root)
@@ -49,7 +49,7 @@ def test_killed_while_a_cache_is_made(tmp_path: Path, monkeypatch) -> None:
     for at in range(100):
         root = tmp_path / str(at) / "cache"
         with monkeypatch.context() as patch:
-            patch.setattr(disk, "os", Interrupted(at, kill))
+            stand_in(patch, Interrupted(at, kill))
             code = exit_code(in_child(lambda root=root: open_cache(root, create=True)))
         assert open_cache(root, create=True).manifests() == []  # the rerun succeeds
         assert sorted(path.name for path in root.iterdir()) == ["ketchup-cache.json", "manifests", "segments", "tmp"]
@@ -145,7 +145,7 @@ def test_everything_is_synced_before_the_commit_and_the_commit_before_the_acknow
 ) -> None:
     root = tmp_path / "new" / "cache"
     ledger = Ledger()
-    monkeypatch.setattr(disk, "os", ledger)
+    stand_in(monkeypatch, ledger)
     cache = open_cache(root, create=True)
     assert not {p for p in ledger.unsynced if (root / "tmp") not in (p, *p.parents)}
     segment_id = cache.commit_prompts(*NEW)

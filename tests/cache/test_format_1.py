@@ -31,20 +31,15 @@ def cache(tmp_path: Path) -> Cache:
 def test_every_number_is_read(cache: Cache, name: str) -> None:
     rows = list(cache.rows(policy=name))
     parts = [cache.load_scored(ref) for ref in cache.scored(policy=name)]
-    joined = {
-        key: np.concatenate([getattr(row, key) for row in rows]) for key in (*PER_TOKEN, "behavior_logprob", "forced")
-    }
+    names = (*PER_TOKEN, "behavior_logprob", "forced")
+    joined = {key: np.concatenate([getattr(row, key) for row in rows]) for key in names}
     joined["completions"] = np.concatenate([row.completion_tokens for row in rows])
     joined["finished"] = np.array([row.finished for row in rows])
     joined["final_max_q"] = np.array([row.final_max_q for row in rows], np.float32)
     joined["prompt_index"] = np.concatenate([part.rollouts.prompt_index for part in parts])
     if name == "top":
-        (part,) = parts
-        joined |= {
-            "top_q": part.scores.top.q,
-            "top_ids": part.scores.top.ids,
-            "rest_logsumexp": part.scores.top.rest_logsumexp,
-        }
+        top = parts[0].scores.top
+        joined |= {"top_q": top.q, "top_ids": top.ids, "rest_logsumexp": top.rest_logsumexp}
     for key, array in joined.items():
         np.testing.assert_array_equal(array, EXPECTED[f"{name}/{key}"], err_msg=key)
     prompts = cache.load_prompts(cache.scored(policy=name)[0].prompts_id)
@@ -75,9 +70,7 @@ def test_it_is_whole_counted_once_copied_and_extended(cache: Cache, tmp_path: Pa
     assert verify(cache).ok
     info = describe(cache)
     assert (info.rollouts, info.completion_tokens, info.segments["rollouts"]) == (13, 50, 5)
-    assert info.finished == sum(
-        int(EXPECTED[f"{name}/finished"].sum()) for name in ("plain", "top", "merged", "compacted")
-    )
+    assert info.finished == sum(EXPECTED[f"{name}/finished"].sum() for name in ("plain", "top", "merged", "compacted"))
     assert cache.unscored(fingerprint("teacher")) == []
     copy(cache.path, tmp_path / "copy")
     other = open_cache(tmp_path / "copy")

@@ -20,11 +20,6 @@ from tests.helpers.segments import add_prompts, exit_code, fill, fingerprint, in
 ARCHIVE = zarr_files.ARCHIVE
 
 
-@pytest.fixture
-def cache(tmp_path: Path) -> Cache:
-    return open_cache(tmp_path / "cache", create=True)
-
-
 # ------------------------------------------------------------------------------------------------------- damage
 
 

@@ -16,17 +16,7 @@ from ketchup_cache.cache.index import gaps
 from ketchup_cache.cache.inspect import describe
 from ketchup_cache.errors import CacheError
 from ketchup_cache.types import Scores
-from tests.helpers.segments import (
-    add_prompts,
-    fill,
-    fingerprint,
-    make_prompts,
-    make_rollouts,
-    make_scores,
-    rollouts_info,
-    same,
-    scores_info,
-)
+from tests.helpers import segments as made
 
 examples = settings(derandomize=True, deadline=None, max_examples=200)
 
@@ -38,24 +28,22 @@ class Family:
 
     def __init__(self, root: Path) -> None:
         self.cache = open_cache(root, create=True)
-        self.prompts = make_prompts()
-        self.prompts_id = add_prompts(self.cache)
-        self.rollouts = make_rollouts(LENGTHS, forced=True, seed=3)
+        self.prompts = made.make_prompts()
+        self.prompts_id = made.add_prompts(self.cache)
+        self.rollouts = made.make_rollouts(LENGTHS, forced=True, seed=3)
         self.rollouts_id = self.draw("student")
-        self.whole = make_scores(self.rollouts, 0, 6, seed=1)
+        self.whole = made.make_scores(self.rollouts, 0, 6, seed=1)
 
     def draw(self, policy: str) -> str:
-        return self.cache.commit_rollouts(self.rollouts, rollouts_info(self.prompts_id, 3, policy=policy, samples=2))
+        return self.cache.commit_rollouts(
+            self.rollouts, made.rollouts_info(self.prompts_id, 3, policy=policy, samples=2)
+        )
 
     def part(self, start: int, stop: int) -> Scores:
-        """Rows of `whole`, cut by a plain loop over rows."""
-        ends = np.cumsum(LENGTHS)
-        tokens = slice(ends[start] - LENGTHS[start] if start < 6 else ends[5], ends[stop - 1] if stop else 0)
-        per_token = [getattr(self.whole, name)[tokens] for name in ("q", "max_q", "logsumexp", "mean_q")]
-        return Scores(*per_token, self.whole.final_max_q[start:stop])
+        return self.whole.rows(self.rollouts.completions, start, stop)
 
     def score(self, start: int, stop: int, by: str = "teacher", rollouts_id: str | None = None) -> str:
-        info = scores_info(rollouts_id or self.rollouts_id, start, stop, by=by)
+        info = made.scores_info(rollouts_id or self.rollouts_id, start, stop, by=by)
         return self.cache.commit_scores(self.part(start, stop), info)
 
 
@@ -74,10 +62,10 @@ def test_overlapping_scorers_give_every_row_once(family: Family) -> None:
     (of_all,) = {(ref.rollouts_id, ref.prompts_id, ref.samples) for ref in refs}
     assert of_all == (family.rollouts_id, family.prompts_id, 2)
     assert [ref.rows for ref in refs] == [2, 1, 2]
-    assert cache.unscored(fingerprint("teacher")) == [(family.rollouts_id, 5, 6)]
-    assert cache.unscored(fingerprint("nobody")) == [(family.rollouts_id, 0, 6)]
+    assert cache.unscored(made.fingerprint("teacher")) == [(family.rollouts_id, 5, 6)]
+    assert cache.unscored(made.fingerprint("nobody")) == [(family.rollouts_id, 0, 6)]
     family.score(5, 6)
-    assert cache.unscored(fingerprint("teacher")) == []
+    assert cache.unscored(made.fingerprint("teacher")) == []
     # what was listed before stays as it was: new commits only append
     assert cache.scored()[:3] == refs
 
@@ -99,24 +87,14 @@ def test_joined_rows_are_the_rows_of_the_whole(family: Family) -> None:
         assert row.prompt_tokens.tolist() == family.prompts.tokens[prompt].tolist()
         assert row.completion_tokens.tolist() == family.rollouts.completions.values[tokens].tolist()
         for name in ("behavior_logprob", "forced"):
-            assert same(getattr(row, name), getattr(family.rollouts, name)[tokens])
+            assert made.same(getattr(row, name), getattr(family.rollouts, name)[tokens])
         for name in ("q", "max_q", "logsumexp", "mean_q"):
-            assert same(getattr(row, name), getattr(family.whole, name)[tokens])
+            assert made.same(getattr(row, name), getattr(family.whole, name)[tokens])
         assert row.finished is bool(family.rollouts.finished[i])
         assert row.final_max_q == family.whole.final_max_q[i]
         assert (row.policy, row.teacher) == ("student", "teacher")
     assert {row.finished for row in rows} == {True, False}
     assert any(row.forced.any() for row in rows)
-
-
-def test_load_scored_keeps_the_prompts_whole(family: Family) -> None:
-    family.score(2, 5)
-    (ref,) = family.cache.scored()
-    joined = family.cache.load_scored(ref)
-    assert same(joined.prompts, family.prompts)
-    assert joined.rollouts.prompt_index.tolist() == family.rollouts.prompt_index[2:5].tolist()
-    assert joined.rollouts.completions.lengths.tolist() == [7, 1, 2]
-    assert same(joined.scores, family.part(2, 5))
 
 
 def test_one_teacher_needs_no_selector_and_several_do(family: Family) -> None:
@@ -125,7 +103,7 @@ def test_one_teacher_needs_no_selector_and_several_do(family: Family) -> None:
         cache.rows()
     family.score(0, 6)
     assert cache.select_teacher(None).name == "teacher"
-    assert cache.scored() == cache.scored("teacher") == cache.scored(fingerprint("teacher")[:8])
+    assert cache.scored() == cache.scored("teacher") == cache.scored(made.fingerprint("teacher")[:8])
     family.score(0, 3, by="flan")
     assert [t.name for t in cache.teachers()] == ["teacher", "flan"]
     for ask in (cache.rows, cache.scored):
@@ -133,7 +111,7 @@ def test_one_teacher_needs_no_selector_and_several_do(family: Family) -> None:
             ask()
         message = str(caught.value)
         assert "\n" not in message
-        for part in ("--scored-by", "teacher", "flan", fingerprint("flan")[:12]):
+        for part in ("--scored-by", "teacher", "flan", made.fingerprint("flan")[:12]):
             assert part in message
     assert len(list(cache.rows(teacher="flan"))) == 3
     assert len(list(cache.rows(teacher="teacher"))) == 6
@@ -143,12 +121,12 @@ def test_one_teacher_needs_no_selector_and_several_do(family: Family) -> None:
 
 def test_a_name_shared_by_two_fingerprints_is_ambiguous(family: Family) -> None:
     family.score(0, 6)
-    info = scores_info(family.rollouts_id, 0, 6)
-    namesake = info.teacher.model_copy(update={"fingerprint": fingerprint("other weights")})
+    info = made.scores_info(family.rollouts_id, 0, 6)
+    namesake = info.teacher.model_copy(update={"fingerprint": made.fingerprint("other weights")})
     family.cache.commit_scores(family.whole, info.model_copy(update={"teacher": namesake}))
     with pytest.raises(CacheError, match="`teacher` is more than one teacher"):
         family.cache.select_teacher("teacher")
-    assert family.cache.select_teacher(fingerprint("other weights")[:10]) == namesake
+    assert family.cache.select_teacher(made.fingerprint("other weights")[:10]) == namesake
 
 
 def test_policies(family: Family) -> None:
@@ -178,7 +156,7 @@ def test_commits_of_others_show_up_after_a_refresh(family: Family) -> None:
 
 def test_only_the_last_two_segments_stay_decoded_shared_and_read_only(family: Family) -> None:
     cache = family.cache
-    ids = [add_prompts(cache, (), seed=i) for i in range(3)]
+    ids = [made.add_prompts(cache, (), seed=i) for i in range(3)]
     with pytest.raises(ValueError, match="read-only"):
         cache.load_rollouts(family.rollouts_id).behavior_logprob[0] = 1
     first = cache.load_prompts(ids[0])
@@ -231,5 +209,5 @@ def test_info_of_an_empty_cache_and_of_control_characters(tmp_path: Path) -> Non
     info = describe(cache)
     assert (info.rollouts, info.bytes, info.listing) == (0, 0, [])
     assert "0 rollouts" in str(info)
-    fill(cache, by="red\x1b[31m\r\n")
+    made.fill(cache, by="red\x1b[31m\r\n")
     assert "red\ufffd[31m\ufffd\ufffd" in str(describe(cache))

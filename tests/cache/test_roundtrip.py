@@ -25,25 +25,10 @@ from ketchup_cache.cache.cache import Cache
 from ketchup_cache.errors import CacheError, MismatchError, NumericsError
 from ketchup_cache.schemas.generate import SCHEMAS, render
 from ketchup_cache.types import Ragged, Rollouts, Scores
-from tests.helpers.segments import (
-    add_prompts,
-    fill,
-    make_prompts,
-    make_rollouts,
-    make_scores,
-    prompts_info,
-    rollouts_info,
-    same,
-    scores_info,
-)
+from tests.helpers import segments as made
 
 examples = settings(derandomize=True, deadline=None, max_examples=25)
 SCHEMA_FOLDER = files("ketchup_cache.schemas")
-
-
-@pytest.fixture
-def cache(tmp_path: Path) -> Cache:
-    return open_cache(tmp_path / "cache", create=True)
 
 
 @pytest.fixture(scope="module")
@@ -60,29 +45,26 @@ vocabularies = st.sampled_from([1, 2, 255, 2**16, 2**16 + 1, 250_112, 2**31])
 
 @examples
 @given(lengths, lengths, vocabularies, st.booleans(), st.integers(0, 999))
-def test_round_trip(
-    shared: Path, prompt_lengths: list[int], row_lengths: list[int], vocab_size: int, forced: bool, seed: int
-) -> None:
+def test_round_trip(shared: Path, prompt_lengths, row_lengths, vocab_size: int, forced: bool, seed: int) -> None:
     cache = open_cache(shared)
     row_lengths = row_lengths if prompt_lengths else []
-    prompts = make_prompts(prompt_lengths, seed=seed, vocab_size=vocab_size)
+    prompts = made.make_prompts(prompt_lengths, seed=seed, vocab_size=vocab_size)
     prompts.tokens.values[-1:] = vocab_size - 1  # the largest id
-    rollouts = make_rollouts(row_lengths, prompts=len(prompt_lengths), seed=seed, vocab_size=vocab_size, forced=forced)
+    rollouts = made.make_rollouts(
+        row_lengths, prompts=len(prompt_lengths), seed=seed, vocab_size=vocab_size, forced=forced
+    )
     start = seed % (len(rollouts) + 1)
-    scores = make_scores(rollouts, start, len(rollouts), seed=seed, vocab_size=vocab_size)
-    p = cache.commit_prompts(prompts, prompts_info(vocab_size))
-    r = cache.commit_rollouts(rollouts, rollouts_info(p, len(prompts), vocab_size=vocab_size))
-    s = cache.commit_scores(scores, scores_info(r, start, len(rollouts), vocab_size=vocab_size))
+    scores = made.make_scores(rollouts, start, len(rollouts), seed=seed, vocab_size=vocab_size)
+    p = cache.commit_prompts(prompts, made.prompts_info(vocab_size))
+    r = cache.commit_rollouts(rollouts, made.rollouts_info(p, len(prompts), vocab_size=vocab_size))
+    s = cache.commit_scores(scores, made.scores_info(r, start, len(rollouts), vocab_size=vocab_size))
 
     reopened = open_cache(shared)
-    assert same(reopened.load_prompts(p), prompts)
-    assert same(reopened.load_rollouts(r), rollouts)
-    assert same(reopened.load_scores(s), scores)
-    assert [(m.rows, m.tokens) for m in map(reopened.manifest, (p, r, s))] == [
-        (len(prompt_lengths), sum(prompt_lengths)),
-        (len(row_lengths), sum(row_lengths)),
-        (len(row_lengths) - start, sum(row_lengths[start:])),
-    ]
+    assert made.same(reopened.load_prompts(p), prompts)
+    assert made.same(reopened.load_rollouts(r), rollouts)
+    assert made.same(reopened.load_scores(s), scores)
+    sizes = [(len(lengths), sum(lengths)) for lengths in (prompt_lengths, row_lengths, row_lengths[start:])]
+    assert [(m.rows, m.tokens) for m in map(reopened.manifest, (p, r, s))] == sizes
     assert ("forced" in reopened.manifest(r).arrays) == bool(rollouts.forced.any())
     assert reopened.manifest(p).arrays["tokens"].dtype == ("uint16" if vocab_size <= 65536 else "uint32")
 
@@ -102,11 +84,11 @@ def test_arrays_of_every_kind_and_size(dtype: str, shape: tuple[int, ...], zeros
     encoded = arrays.encode({"a": array})
     chunks = -(-shape[0] // (2**16 if len(shape) == 2 else 2**20))
     assert len(encoded) == 2 + chunks
-    assert same(arrays.decode(encoded, {"a": arrays.entry_of(array)})["a"], array)
+    assert made.same(arrays.decode(encoded, {"a": arrays.entry_of(array)})["a"], array)
 
 
 def test_plain_zarr_reads_the_same_numbers(cache: Cache) -> None:
-    p, r, s = fill(cache)
+    p, r, s = made.fill(cache)
     prompts, rollouts, scores = cache.load_prompts(p), cache.load_rollouts(r), cache.load_scores(s)
     completions = rollouts.completions
     of_rollouts = {n: getattr(rollouts, n) for n in ("prompt_index", "behavior_logprob", "finished", "forced")}
@@ -126,7 +108,7 @@ def test_plain_zarr_reads_the_same_numbers(cache: Cache) -> None:
 
 
 def test_the_example_in_the_format_page_runs(cache: Cache) -> None:
-    _, _, s = fill(cache)
+    _, _, s = made.fill(cache)
     page = (SCHEMA_FOLDER / "cache-format.md").read_text(encoding="utf-8")
     (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     names: dict = {}
@@ -138,7 +120,7 @@ def test_the_format_page_lists_the_arrays(cache: Cache) -> None:
     page = (SCHEMA_FOLDER / "cache-format.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| `(\w+)` \| `(\[.*?\])` \| (\S+)", page, re.MULTILINE)
     documented = {name: dtype for name, _, dtype in rows}
-    stored = {name: e.dtype for i in fill(cache) for name, e in cache.manifest(i).arrays.items()}
+    stored = {name: e.dtype for i in made.fill(cache) for name, e in cache.manifest(i).arrays.items()}
     scores = cache.manifests("scores")[0][1].info.model_copy(update={"keep_top": 2, "storage": "compact"})
     stored |= {name: e.dtype for name, e in segments.layout(scores, 1, 1).items() if name not in stored}
     tokens = {"tokens": "token", "completion_tokens": "token", "top_ids": "token", "top_q": "float32"}
@@ -155,7 +137,7 @@ def test_manifests_and_the_marker_follow_the_schema(cache: Cache) -> None:
     schema = json.loads((SCHEMA_FOLDER / "manifest.schema.json").read_text(encoding="utf-8"))
     jsonschema.Draft202012Validator.check_schema(schema)
     validator = jsonschema.Draft202012Validator(schema)
-    for segment_id in fill(cache):
+    for segment_id in made.fill(cache):
         manifest = json.loads((cache.path / "manifests" / f"{segment_id}.json").read_bytes())
         validator.validate(manifest)
         for key in manifest:
@@ -165,7 +147,7 @@ def test_manifests_and_the_marker_follow_the_schema(cache: Cache) -> None:
 
 
 def test_the_store_is_torch_free(cache: Cache) -> None:
-    fill(cache)
+    made.fill(cache)
     code = (
         "import sys; from ketchup_cache.cache import inspect; from ketchup_cache import open_cache;"
         f"cache = open_cache({str(cache.path)!r}); inspect.describe(cache); assert inspect.verify(cache).ok;"
@@ -178,8 +160,7 @@ def test_the_store_is_torch_free(cache: Cache) -> None:
 # ------------------------------------------------------------------------------------------- what is not stored
 
 
-ROLLOUTS, PROMPTS = make_rollouts((5, 2, 7)), make_prompts((3, 1, 4))
-N = 14
+ROLLOUTS, N = made.make_rollouts((5, 2, 7)), 14
 
 
 def bad_logprob(value: float) -> Rollouts:
@@ -190,6 +171,8 @@ def bad_tokens(value: int) -> Rollouts:
     return replace(ROLLOUTS, completions=ROLLOUTS.completions.with_values(np.full(N, value, np.int32)))
 
 
+UNORDERED = Ragged(ROLLOUTS.completions.values, np.array([0, 7, 5, N]))
+ENDLESS = replace(made.make_rollouts((0, 2, 7)), finished=np.array([True, False, False]))
 BAD_ROLLOUTS = {
     "NaN": (bad_logprob(np.nan), NumericsError, r"logprob\[0\] is nan"),
     "-inf": (bad_logprob(-np.inf), NumericsError, "must be finite"),
@@ -200,45 +183,39 @@ BAD_ROLLOUTS = {
     "negative prompt": (replace(ROLLOUTS, prompt_index=np.array([0, 1, -1])), CacheError, r"prompt_index\[2\] is out"),
     "beyond the vocabulary": (bad_tokens(60), CacheError, r"tokens\[0\] is not a token id of words, which has 60"),
     "negative id": (bad_tokens(-1), CacheError, r"completion_tokens\[0\] is not a token id"),
-    "offsets": (
-        replace(ROLLOUTS, completions=Ragged(ROLLOUTS.completions.values, np.array([0, 7, 5, N]))),
-        CacheError,
-        "do not rise from 0 to 14",
-    ),
-    "finished without EOS": (
-        replace(make_rollouts((0, 2, 7)), finished=np.array([True, False, False])),
-        CacheError,
-        r"finished\[0\] is a finished rollout without a token",
-    ),
+    "offsets": (replace(ROLLOUTS, completions=UNORDERED), CacheError, "do not rise from 0 to 14"),
+    "finished without EOS": (ENDLESS, CacheError, r"finished\[0\] is a finished rollout without a token"),
 }
 
 
 @pytest.mark.parametrize("name", BAD_ROLLOUTS)
 def test_broken_rollouts_are_not_committed(cache: Cache, name: str) -> None:
     rollouts, error, match = BAD_ROLLOUTS[name]
-    p = cache.commit_prompts(PROMPTS, prompts_info())
+    p = made.add_prompts(cache)
     with pytest.raises(error, match=match) as caught:
-        cache.commit_rollouts(rollouts, rollouts_info(p, 3))
+        cache.commit_rollouts(rollouts, made.rollouts_info(p, 3))
     assert "\n" not in str(caught.value)
     assert [i for i, _ in cache.manifests()] == [p]
 
 
 def test_parts_that_do_not_belong_together_are_not_committed(cache: Cache) -> None:
-    p = cache.commit_prompts(PROMPTS, prompts_info())
+    p = made.add_prompts(cache)
     with pytest.raises(MismatchError, match="must share a tokenizer"):
-        cache.commit_rollouts(ROLLOUTS, rollouts_info(p, 3, vocab_size=61))
+        cache.commit_rollouts(ROLLOUTS, made.rollouts_info(p, 3, vocab_size=61))
     with pytest.raises(CacheError, match=r"covers rows 0 to 4 of prompts .*, which has 3"):
-        cache.commit_rollouts(ROLLOUTS, rollouts_info(p, 4))
+        cache.commit_rollouts(ROLLOUTS, made.rollouts_info(p, 4))
     with pytest.raises(CacheError, match=r"rollouts \(new\) needs prompts 000000000000, which is not in this cache"):
-        cache.commit_rollouts(ROLLOUTS, rollouts_info("0" * 64, 3))
-    r = cache.commit_rollouts(ROLLOUTS, rollouts_info(p, 3))
-    scores = make_scores(ROLLOUTS, 0, 3)
+        cache.commit_rollouts(ROLLOUTS, made.rollouts_info("0" * 64, 3))
+    r = cache.commit_rollouts(ROLLOUTS, made.rollouts_info(p, 3))
+    scores = made.make_scores(ROLLOUTS, 0, 3)
     with pytest.raises(CacheError, match="scores of 14 tokens for rollouts that have 7"):
-        cache.commit_scores(replace(scores, final_max_q=np.zeros(2, np.float32)), scores_info(r, 0, 2))
+        cache.commit_scores(replace(scores, final_max_q=np.zeros(2, np.float32)), made.scores_info(r, 0, 2))
     with pytest.raises(NumericsError, match=r"q\[0\] is nan"):
-        cache.commit_scores(Scores(*(np.full(n, np.nan, np.float32) for n in (N, N, N, N, 3))), scores_info(r, 0, 3))
+        cache.commit_scores(
+            Scores(*(np.full(n, np.nan, np.float32) for n in (N, N, N, N, 3))), made.scores_info(r, 0, 3)
+        )
     with pytest.raises(CacheError, match="Rollouts can't be a segment of kind scores"):
-        cache.commit_scores(ROLLOUTS, scores_info(r, 0, 3))  # type: ignore[arg-type]
+        cache.commit_scores(ROLLOUTS, made.scores_info(r, 0, 3))  # type: ignore[arg-type]
     with pytest.raises(CacheError, match=f"segment {r} does not hold scores"):
         cache.load_scores(r)
     assert len(cache.manifests()) == 2
@@ -248,15 +225,15 @@ def test_rounding_is_not_an_error(cache: Cache) -> None:
     """A one-token vocabulary: q, max, logsumexp and mean are the same number up to rounding."""
     one = np.zeros(1, np.float32)
     rollouts = Rollouts(np.zeros(1, np.int64), Ragged.from_rows([[0]], np.int32), one, one > 0, one > 0)
-    p = add_prompts(cache, (1,), vocab_size=1)
-    r = cache.commit_rollouts(rollouts, rollouts_info(p, 1, vocab_size=1))
+    p = made.add_prompts(cache, (1,), vocab_size=1)
+    r = cache.commit_rollouts(rollouts, made.rollouts_info(p, 1, vocab_size=1))
     near = np.array([40.0], np.float32)
     scores = Scores(near * np.float32(1 + 1e-6), near, near * np.float32(1 - 1e-6), near * np.float32(1 + 1e-6), near)
-    assert same(cache.load_scores(cache.commit_scores(scores, scores_info(r, 0, 1, vocab_size=1))), scores)
+    assert made.same(cache.load_scores(cache.commit_scores(scores, made.scores_info(r, 0, 1, vocab_size=1))), scores)
 
 
 def test_too_large_for_one_segment(cache: Cache, monkeypatch) -> None:
     monkeypatch.setattr(arrays, "MAX_BYTES", 100)
     with pytest.raises(CacheError, match=r"bytes in one segment, the limit is 100: store it in several"):
-        cache.commit_prompts(PROMPTS, prompts_info())
+        made.add_prompts(cache)
     assert cache.manifests() == []

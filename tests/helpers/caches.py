@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 from transformers import AutoModelForSeq2SeqLM
 
 from ketchup_cache import open_cache
+from ketchup_cache.cache.cache import Cache
 from ketchup_cache.cache.manifest import PromptsInfo, RolloutsInfo, ScoresInfo
 from ketchup_cache.models.fingerprint import tokenizer_info, weights_fingerprint
 from ketchup_cache.provenance import DataInfo, PolicyInfo, Sampling, TeacherInfo, in_precision
@@ -21,18 +21,8 @@ EOS = 1
 
 
 def make_cache(
-    path: Path,
-    student: Path,
-    teacher: Path,
-    *,
-    prompts: int = 6,
-    samples: int = 2,
-    longest: int = 7,
-    seed: int = 0,
-    forced: bool = False,
-    stale: float = 0.0,
-    segments: int = 1,
-):
+    path, student, teacher, *, prompts=6, samples=2, longest=7, seed=0, forced=False, stale=0.0, segments=1
+) -> Cache:
     """Rollouts of random tokens with exact behaviour log-probabilities (shifted by up to `stale`) and scores."""
     rng = np.random.default_rng(seed)
     info = tokenizer_info(make_tokenizer(), "tiny")
@@ -49,7 +39,7 @@ def make_cache(
     policy = PolicyInfo(name=str(student), fingerprint=weights_fingerprint(student))
     sampling = Sampling(samples=samples, max_new_tokens=longest, seed=seed)
     for some in np.array_split(np.arange(prompts), segments):
-        rows, finished, index, behavior, marks, scores = [], [], [], [], [], []
+        drawn = []
         for p in np.repeat(some, samples):
             done = bool(rng.random() < 0.8)
             tokens = rng.integers(3, VOCAB, rng.integers(1, longest)).astype(np.int32)
@@ -57,17 +47,11 @@ def make_cache(
             logprob = plain_logits(models[0], texts[p], tokens)[:, :VOCAB].log_softmax(1)
             mark = (rng.random(len(tokens)) < 0.3) if forced else np.zeros(len(tokens), bool)
             chosen = logprob[range(len(tokens)), tokens.tolist()].numpy() - stale * rng.random(len(tokens))
-            rows.append(tokens)
-            finished.append(done)
-            index.append(p)
-            behavior.append(np.where(mark, 0, np.minimum(chosen, 0)))
-            marks.append(mark)
-            scores.append(plain_row_scores(models[1], texts[p], tokens, done, VOCAB))
-        rollouts = replace(
-            make_rollouts(index, rows, finished),
-            behavior_logprob=np.concatenate(behavior).astype(np.float32),
-            forced=np.concatenate(marks),
-        )
+            scores = plain_row_scores(models[1], texts[p], tokens, done, VOCAB)
+            drawn.append((p, tokens, done, np.where(mark, 0, np.minimum(chosen, 0)), mark, scores))
+        index, rows, finished, behavior, marks, scores = zip(*drawn, strict=True)
+        of_tokens = {"behavior_logprob": np.concatenate(behavior).astype(np.float32), "forced": np.concatenate(marks)}
+        rollouts = replace(make_rollouts(index, rows, finished), **of_tokens)
         span = {"prompt_start": int(some[0]), "prompt_stop": int(some[-1]) + 1}
         made_by = RolloutsInfo(prompts=prompts_id, policy=policy, tokenizer=info, sampling=sampling, **span)
         rollouts_id = cache.commit_rollouts(rollouts, made_by)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields
 from pathlib import Path
 
@@ -13,10 +13,13 @@ import numpy as np
 from ketchup_cache import open_cache
 from ketchup_cache.cache.cache import Cache
 from ketchup_cache.cache.manifest import PromptsInfo, RolloutsInfo, ScoresInfo
+from ketchup_cache.errors import KetchupError
 from ketchup_cache.provenance import DataInfo, PolicyInfo, Sampling, TeacherInfo, TokenizerInfo
 from ketchup_cache.types import Prompts, Ragged, Rollouts, Scores, TopLogits
 
 VOCAB = 60
+SIZES = ((3, 1, 4), (5, 2, 7), ((0, 3),))
+"""Of a family of segments: lengths of prompts, lengths of completions, rows that are scored together."""
 
 
 def fingerprint(text: str) -> str:
@@ -32,21 +35,17 @@ def prompts_info(vocab_size: int = VOCAB) -> PromptsInfo:
     return PromptsInfo(tokenizer=tokenizer(vocab_size), data=data, start=0)
 
 
-def rollouts_info(
-    prompts: str, prompt_stop: int, *, policy: str = "student", samples: int = 1, vocab_size: int = VOCAB
-) -> RolloutsInfo:
+def rollouts_info(prompts: str, stop: int, *, policy="student", samples=1, vocab_size=VOCAB) -> RolloutsInfo:
     by = PolicyInfo(name=policy, fingerprint=fingerprint(policy))
     made = {"policy": by, "tokenizer": tokenizer(vocab_size), "sampling": Sampling(samples=samples)}
-    return RolloutsInfo(prompts=prompts, prompt_start=0, prompt_stop=prompt_stop, **made)
+    return RolloutsInfo(prompts=prompts, prompt_start=0, prompt_stop=stop, **made)
 
 
 def teacher(name: str = "teacher") -> TeacherInfo:
     return TeacherInfo(name=name, fingerprint=fingerprint(name), dtype="float32")
 
 
-def scores_info(
-    rollouts: str, start: int, stop: int, *, by: str = "teacher", vocab_size: int = VOCAB, **more
-) -> ScoresInfo:
+def scores_info(rollouts: str, start: int, stop: int, *, by="teacher", vocab_size=VOCAB, **more) -> ScoresInfo:
     made = {"teacher": teacher(by), "tokenizer": tokenizer(vocab_size)}
     return ScoresInfo(rollouts=rollouts, row_start=start, row_stop=stop, **made, **more)
 
@@ -61,40 +60,21 @@ def make_prompts(lengths: Sequence[int] = (3, 1, 4), *, seed: int = 0, vocab_siz
     return Prompts(ids, ragged(rng, lengths, vocab_size))
 
 
-def make_rollouts(
-    lengths: Sequence[int] = (5, 2, 7),
-    *,
-    prompts: int = 3,
-    seed: int = 0,
-    vocab_size: int = VOCAB,
-    forced: bool = False,
-) -> Rollouts:
-    rng = np.random.default_rng(seed)
-    tokens = sum(lengths)
-    return Rollouts(
-        prompt_index=np.sort(rng.integers(0, prompts, len(lengths))) if prompts else np.empty(0, np.int64),
-        completions=ragged(rng, lengths, vocab_size),
-        behavior_logprob=-rng.exponential(2, tokens).astype(np.float32),
-        forced=rng.random(tokens) < (0.3 if forced else 0),
-        finished=(rng.random(len(lengths)) < 0.7) & (np.array(lengths, int) > 0),
-    )
+def make_rollouts(lengths=(5, 2, 7), *, prompts=3, seed=0, vocab_size=VOCAB, forced=False) -> Rollouts:
+    rng, tokens = np.random.default_rng(seed), sum(lengths)
+    index = np.sort(rng.integers(0, prompts, len(lengths))) if prompts else np.empty(0, np.int64)
+    completions, behavior = ragged(rng, lengths, vocab_size), -rng.exponential(2, tokens).astype(np.float32)
+    marks, ended = rng.random(tokens) < (0.3 if forced else 0), rng.random(len(lengths)) < 0.7
+    return Rollouts(index, completions, behavior, marks, ended & (np.array(lengths, int) > 0))
 
 
 def make_scores(rollouts: Rollouts, start: int, stop: int, *, seed: int = 0, vocab_size: int = VOCAB) -> Scores:
-    """Maximum, logsumexp and mean of real, random rows of logits, with the token's logit among them."""
-    rng = np.random.default_rng(seed)
-    tokens = rollouts.completions.slice(start, stop).values
+    """Of random rows of logits, with the token's logit among them."""
+    rng, tokens = np.random.default_rng(seed), rollouts.completions.slice(start, stop).values
     width = min(vocab_size, 50)
     logits = rng.normal(0, 8, (len(tokens), width)).astype(np.float32)
-    top = logits.max(axis=1)
-    final = rng.normal(0, 8, stop - start).astype(np.float32)
-    return Scores(
-        q=logits[np.arange(len(tokens)), tokens % width],
-        max_q=top,
-        logsumexp=(top + np.log(np.exp(logits - top[:, None]).sum(axis=1))).astype(np.float32),
-        mean_q=logits.mean(axis=1),
-        final_max_q=np.where(rollouts.finished[start:stop], np.float32(0), final),
-    )
+    final = np.where(rollouts.finished[start:stop], 0, rng.normal(0, 8, stop - start)).astype(np.float32)
+    return scores_of(logits, tokens % width, final, 0)
 
 
 def scores_of(logits: np.ndarray, tokens: np.ndarray, final: np.ndarray, top: int) -> Scores:
@@ -114,15 +94,21 @@ def add_prompts(cache: Cache, lengths: Sequence[int] = (3, 1, 4), *, seed: int =
     return cache.commit_prompts(make_prompts(lengths, seed=seed, vocab_size=vocab_size), prompts_info(vocab_size))
 
 
-def fill(
-    cache: Cache, scores: Scores | None = None, *, forced: bool = True, vocab_size: int = VOCAB, **info
-) -> tuple[str, str, str]:
-    """A family of three small segments. scores: in the place of made-up ones. info: more that is said of them."""
-    prompts, rollouts = add_prompts(cache, vocab_size=vocab_size), make_rollouts(forced=forced)
-    rollouts_id = cache.commit_rollouts(rollouts, rollouts_info(prompts, 3, vocab_size=vocab_size))
-    scores = scores or make_scores(rollouts, 0, 3)
-    made_by = scores_info(rollouts_id, 0, 3, vocab_size=vocab_size, keep_top=scores.keep_top, **info)
-    return prompts, rollouts_id, cache.commit_scores(scores, made_by)
+def fill(cache: Cache | Path, scores=None, *, sizes=SIZES, seed=0, forced=True, vocab_size=VOCAB, **info) -> list[str]:
+    """Ids of a family of segments: prompts and rollouts of these lengths, and scores of these spans of the rollouts.
+
+    cache: or the folder of a new one. scores: in the place of made-up ones. info: more that is said of the scores.
+    """
+    prompts, rollouts, spans = sizes
+    cache = open_cache(cache, create=True) if isinstance(cache, Path) else cache
+    ids = [add_prompts(cache, prompts, seed=seed, vocab_size=vocab_size)]
+    drawn = make_rollouts(rollouts, prompts=len(prompts), seed=seed, forced=forced)
+    ids.append(cache.commit_rollouts(drawn, rollouts_info(ids[0], len(prompts), vocab_size=vocab_size)))
+    for start, stop in spans:
+        part = scores or make_scores(drawn, start, stop)
+        made_by = scores_info(ids[1], start, stop, vocab_size=vocab_size, keep_top=part.keep_top, **info)
+        ids.append(cache.commit_scores(part, made_by))
+    return ids
 
 
 def contents(root: Path) -> dict[str, bytes]:
@@ -135,6 +121,17 @@ def load_all(root: Path) -> None:
     cache = open_cache(root)
     for segment_id in cache.segment_ids():
         cache.load(segment_id)
+
+
+def unreadable(cache: Cache, ids: Iterable[str]) -> int:
+    """How many of these segments can't be loaded."""
+    failed = 0
+    for segment_id in ids:
+        try:
+            cache.load(segment_id)
+        except KetchupError:
+            failed += 1
+    return failed
 
 
 def same(a: object, b: object) -> bool:

@@ -10,16 +10,17 @@ import errno
 import itertools
 import os
 import random
-import select
 import shutil
 import signal
+import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
-from ketchup_cache import open_cache
+from ketchup_cache import files, open_cache
 from ketchup_cache.cache import disk
 from ketchup_cache.cache.cache import Cache
 from ketchup_cache.cache.inspect import verify
@@ -33,12 +34,9 @@ from tests.helpers.segments import (
     in_child,
     load_all,
     make_prompts,
-    make_rollouts,
-    make_scores,
     prompts_info,
-    rollouts_info,
     same,
-    scores_info,
+    unreadable,
 )
 
 ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES, errno.EFBIG)
@@ -47,16 +45,16 @@ ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES, errn
 # ---------------------------------------------------------------------------------------------------------- kills
 
 
-@dataclass
-class Kills:
-    kills: int = 0
-    acknowledged: int = 0
-    lost: int = 0
-    partial: int = 0
-    """Segments that were visible and could not be loaded."""
+class Count(SimpleNamespace):
+    """How often each thing happened, by name."""
 
 
-def kill_at_random(work: Callable[[], object], root: Path, count: Kills, times: int, after_s: float, seed: int) -> None:
+def kills() -> Count:
+    """acknowledged: commits; lost: those that are gone. partial: segments that are visible and can't be loaded."""
+    return Count(kills=0, acknowledged=0, lost=0, partial=0)
+
+
+def kill_at_random(work: Callable[[], object], root: Path, count: Count, times: int, after_s: float, seed: int) -> None:
     """Run some work that commits to the cache in `root`, kill it after a random time, look; so many kills.
 
     Work that ends by itself before its time is not counted, and begun again.
@@ -66,7 +64,7 @@ def kill_at_random(work: Callable[[], object], root: Path, count: Kills, times: 
     acknowledged: set[str] = set()
     loaded: set[str] = set()
     while count.kills < target:
-        ids, killed = _killed(work, rng.uniform(0, after_s))
+        ids, killed = run_and_kill(work, rng.uniform(0, after_s))
         count.kills += killed
         acknowledged |= ids
         count.acknowledged += len(ids)
@@ -74,50 +72,38 @@ def kill_at_random(work: Callable[[], object], root: Path, count: Kills, times: 
             count.lost += len(acknowledged)
             continue
         cache = open_cache(root)
-        visible = {segment_id for segment_id, _ in cache.manifests()}
+        visible = set(cache.segment_ids())
         count.lost += len(acknowledged - visible)
-        for segment_id in visible - loaded:
-            try:
-                cache.load(segment_id)
-            except KetchupError:
-                count.partial += 1
+        count.partial += unreadable(cache, visible - loaded)
         loaded |= visible
 
 
-def _killed(work: Callable[[], object], after_s: float) -> tuple[set[str], bool]:
+def run_and_kill(work: Callable[[], object], after_s: float) -> tuple[set[str], bool]:
     """What was acknowledged, and whether the kill came before the end."""
-    read, write = os.pipe()
-
-    def acknowledging() -> None:
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, 1)
-        os.dup2(nowhere, 2)
-        publish = disk.publish
+    publish = disk.publish
+    with tempfile.TemporaryFile(buffering=0) as log:
 
         def then_say_so(root: Path, packed: Packed) -> None:
             publish(root, packed)
-            os.write(write, f"{packed.segment_id}\n".encode())
+            log.write(f"{packed.segment_id}\n".encode())
 
-        disk.publish = then_say_so
-        work()
+        def acknowledging() -> None:
+            for stream in (1, 2):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+            disk.publish = then_say_so
+            work()
 
-    pid = in_child(acknowledging)
-    os.close(write)
-    said = b""
-    end = time.monotonic() + after_s
-    ended = False
-    while (left := end - time.monotonic()) > 0 and not ended:
-        if select.select([read], [], [], left)[0]:
-            new = os.read(read, 2**16)
-            said, ended = said + new, not new
-    if not ended:
-        os.kill(pid, signal.SIGKILL)
-    code = exit_code(pid)
-    with open(read, "rb") as rest:
-        said += rest.read()
-    if code == 70:
-        raise AssertionError("the work failed by itself")
-    return set(said.decode().split()), code == -signal.SIGKILL
+        pid = in_child(acknowledging)
+        killer = threading.Timer(after_s, os.kill, (pid, signal.SIGKILL))
+        killer.start()
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)  # until then the killer can meet no other process
+        killer.cancel()
+        killer.join()
+        code = exit_code(pid)
+        log.seek(0)
+        said = set(log.read().decode().split())
+    assert code != 70, "the work failed by itself"
+    return said, code == -signal.SIGKILL
 
 
 def write_for_ever(root: Path) -> None:
@@ -127,19 +113,15 @@ def write_for_ever(root: Path) -> None:
     for seed in itertools.count(os.getpid()):
         if os.getppid() != parent:  # nobody is left to kill us
             return
-        prompts = add_prompts(cache, seed=seed)
         lengths = (5, 2, 7) if seed % 5 else (300, 0, 400)
-        rollouts = make_rollouts(lengths, seed=seed)
-        rollouts_id = cache.commit_rollouts(rollouts, rollouts_info(prompts, 3))
-        for start, stop in ((0, 1), (1, 3)):
-            cache.commit_scores(make_scores(rollouts, start, stop), scores_info(rollouts_id, start, stop))
+        fill(cache, sizes=((3, 1, 4), lengths, ((0, 1), (1, 3))), seed=seed)
 
 
-def kill_writers(folder: Path, times: int) -> Kills:
-    count = Kills()
+def kill_writers(folder: Path, times: int) -> Count:
+    count = kills()
     for _ in range(2):  # the first time is slower
         began = time.monotonic()
-        fill(open_cache(folder / "measure", create=True))
+        fill(folder / "measure")
         after_s = 1.2 * (time.monotonic() - began)  # in or after the first family, however fast the machine is
     per_cache = 20  # so that a look at the whole cache stays quick
     for at in range(0, times, per_cache):
@@ -151,34 +133,10 @@ def kill_writers(folder: Path, times: int) -> Kills:
     return count
 
 
-def kill_command(words: list[str], root: Path, reset: Callable[[], object], times: int, seed: int = 0) -> Kills:
-    """Kill a command of ours at random moments; each run goes on where the last one was. Any command that commits to
-    the cache in `root` will do.
-
-    reset: sets the scene, before the first run and whenever the command has finished.
-    """
-    count = Kills()
-    reset()
-    began = time.monotonic()
-    _, killed = _killed(lambda: _run(words), 600)
-    assert not killed
-    whole = time.monotonic() - began
-    rng = random.Random(seed)
-    while count.kills < times:
-        reset()
-        some = min(times - count.kills, rng.randint(1, 6))  # kills in a row, each run going on from the one before
-        kill_at_random(lambda: _run(words), root, count, some, 0.9 * whole, rng.randrange(10**9))
-        assert verify(open_cache(root)).ok
-    _, killed = _killed(lambda: _run(words), 600)  # and at last it finishes
-    assert not killed
-    assert verify(open_cache(root)).ok
-    return count
-
-
-def kill_clean(root: Path, times: int, leftovers: int = 40, seed: int = 0) -> Kills:
+def kill_clean(root: Path, times: int, leftovers: int = 40, seed: int = 0) -> Count:
     """Kill `verify --clean` while it tidies what looks like remains of killed commits. Whole segments must stay."""
-    cache, count, rng = open_cache(root, create=True), Kills(), random.Random(seed)
-    kept, words = list(fill(cache)), ["verify", str(root), "--clean", "--older-than", "0"]
+    count, rng = kills(), random.Random(seed)
+    kept, words = fill(root), ["verify", str(root), "--clean", "--older-than", "0"]
     count.acknowledged = len(kept)
     whole_s = 0.0
     while count.kills < times:
@@ -187,24 +145,20 @@ def kill_clean(root: Path, times: int, leftovers: int = 40, seed: int = 0) -> Ki
                 copied = root / place / f"{name:064x}"
                 shutil.copytree(root / "segments" / kept[0], copied, dirs_exist_ok=True)
         began = time.monotonic()
-        _, killed = _killed(lambda: _run(words), rng.uniform(0, 0.9 * whole_s) if whole_s else 600)
+        _, killed = run_and_kill(lambda: run(words), rng.uniform(0, 0.9 * whole_s) if whole_s else 600)
         whole_s = whole_s or time.monotonic() - began
         count.kills += killed
-        visible = {segment_id for segment_id, _ in open_cache(root).manifests()}
-        count.lost += len(set(kept) - visible)
-        for segment_id in kept:
-            try:
-                open_cache(root).load(segment_id)
-            except KetchupError:
-                count.partial += 1
-    _killed(lambda: _run(words), 600)  # and at last it finishes
+        cache = open_cache(root)
+        count.lost += len(set(kept) - set(cache.segment_ids()))
+        count.partial += unreadable(cache, kept)
+    run_and_kill(lambda: run(words), 600)  # and at last it finishes
     report = verify(open_cache(root))
     assert report.ok
     assert report.leftovers == ()
     return count
 
 
-def _run(words: list[str]) -> None:
+def run(words: list[str]) -> None:
     if main(words):
         raise AssertionError(f"{words[0]} failed")
 
@@ -217,7 +171,7 @@ NEW = (make_prompts((2, 6), seed=9), prompts_info())
 
 
 class Interrupted:
-    """Stands in for `os` inside disk.py: counts the steps on the file system, and does something at the n-th."""
+    """Stands in for `os`: counts the steps on the file system, and does something at the n-th."""
 
     def __init__(self, at: int, act) -> None:
         self.at, self.act, self.done = at, act, 0
@@ -237,6 +191,12 @@ class Interrupted:
         return step
 
 
+def stand_in(patch, fake: object) -> None:
+    """`os` of everything that a commit does to the disk."""
+    for module in (disk, files):
+        patch.setattr(module, "os", fake)
+
+
 def kill(name, real, args):
     """Die before the step, which is after the one before; in the middle where half of the bytes can be written."""
     if name == "write":
@@ -244,43 +204,42 @@ def kill(name, real, args):
     os._exit(9)
 
 
+def failing(number: int):
+    """A step that raises this error, in the middle of a write."""
+
+    def fail(name, real, args):
+        if name == "write":
+            real(args[0], args[1][: len(args[1]) // 2])
+        if name == "close":
+            real(*args)
+        raise OSError(number, os.strerror(number))
+
+    return fail
+
+
 def count_steps(cache: Cache, patch_with) -> int:
     with patch_with.context() as patch:
-        patch.setattr(disk, "os", counter := Interrupted(-1, None))
+        stand_in(patch, counter := Interrupted(-1, None))
         cache.commit_prompts(*NEW)
     return counter.done
 
 
-@dataclass
-class Failures:
-    failures: int = 0
-    false_acknowledgements: int = 0
-    unclear: int = 0
-    """Errors that are not one line with the folder, the reason and what to do."""
-
-
-def fail_every_step(folder: Path, patch_with, errors: tuple[int, ...] = ERRORS, every: int = 1) -> Failures:
+def fail_every_step(folder: Path, patch_with, errors: tuple[int, ...] = ERRORS, every: int = 1) -> Count:
     """Each of the errors at each step of a commit, or at every so manieth. A failed commit says so in
     one line, leaves nothing in `tmp/`, and is seen only where its rename is done; run again, it succeeds.
+
+    unclear: errors that are not one line with the folder, the reason and what to do.
     """
-    count, root = Failures(), folder / "failing"
+    count, root = Count(failures=0, false_acknowledgements=0, unclear=0), folder / "failing"
     cache = open_cache(root, create=True)
     family = set(fill(cache))
     steps = count_steps(cache, patch_with)
     for number in errors:
         for at in range(number % every, steps, every):
-
-            def fail(name, real, args, number=number):
-                if name == "write":
-                    real(args[0], args[1][: len(args[1]) // 2])
-                if name == "close":
-                    real(*args)
-                raise OSError(number, os.strerror(number))
-
             count.failures += 1
             before = set(open_cache(root).segment_ids())
             with patch_with.context() as patch:
-                patch.setattr(disk, "os", Interrupted(at, fail))
+                stand_in(patch, Interrupted(at, failing(number)))
                 try:
                     cache.commit_prompts(*NEW)
                 except WriteError as error:
@@ -302,33 +261,17 @@ def fail_every_step(folder: Path, patch_with, errors: tuple[int, ...] = ERRORS, 
 # --------------------------------------------------------------------------------------------------------- damage
 
 
-@dataclass
-class Damage:
-    cases: int = 0
-    refused: int = 0
-    silent: int = 0
-
-
-def sample_cache(root: Path) -> Cache:
-    """Segments of every kind and storage, one of several chunks' length."""
-    cache = open_cache(root, create=True)
-    fill(cache)
-    prompts = cache.manifests("prompts")[0][0]
-    rollouts = make_rollouts((300, 0, 200), seed=3)
-    rollouts_id = cache.commit_rollouts(rollouts, rollouts_info(prompts, 3))
-    cache.commit_scores(make_scores(rollouts, 0, 3), scores_info(rollouts_id, 0, 3, storage="compact"))
-    return cache
-
-
-def flips(folder: Path, cases: int, seed: int = 0) -> Damage:
-    """One bit flipped, or one byte replaced, somewhere in some file: each file as often as any other."""
+def flips(folder: Path, cases: int, seed: int = 0) -> Count:
+    """One bit flipped, or one byte replaced, somewhere in some file: each file as often as any other. Segments of every
+    kind and storage."""
     root = folder / "flipped"
-    sample_cache(root)
+    fill(root)
+    fill(open_cache(root), sizes=((3, 1, 4), (300, 0, 200), ((0, 3),)), seed=3, storage="compact")
     paths = sorted(path for path in root.rglob("*") if path.is_file())
     whole = {path: path.read_bytes() for path in paths}
     load_all(root)
     rng = random.Random(seed)
-    count = Damage()
+    count = Count(cases=0, refused=0, silent=0)
     for case in range(cases):
         path = paths[case % len(paths)]
         damaged = bytearray(whole[path])
@@ -350,58 +293,33 @@ def flips(folder: Path, cases: int, seed: int = 0) -> Damage:
 # ------------------------------------------------------------------------------------------------ writers at once
 
 
-@dataclass
-class Writers:
-    segments: int = 0
-    lost: int = 0
-    torn: int = 0
-    looks: int = 0
-    """How often the reader listed the whole cache meanwhile."""
-
-
-def write_at_once(folder: Path, processes: int, each: int) -> Writers:
-    root = folder / "crowded"
-    read, write = os.pipe()
+def write_at_once(folder: Path, processes: int, each: int) -> Count:
+    """looks: how often a reader listed the whole cache meanwhile. torn: segments that it could not load."""
+    root, log = folder / "crowded", folder / "acknowledged"
 
     def work(first: int) -> None:
         cache = open_cache(root, create=True)
         for seed in range(first, first + each):
             segment_id = add_prompts(cache, (3, 0, 5), seed=seed)
-            os.write(write, f"{segment_id} {seed}\n".encode())
+            with log.open("a") as file:  # one short write: those of others stay whole
+                file.write(f"{segment_id} {seed}\n")
 
     pids = [in_child(lambda i=i: work(10_000 * i)) for i in range(processes)]
-    os.close(write)
-    count, seen, text = Writers(), set(), b""
-    for new in _until_closed(read):
-        text += new
-        if not (root / MARKER).exists():
-            continue
-        count.looks += 1
-        try:
-            cache = open_cache(root)
-            for segment_id in {i for i, _ in cache.manifests()} - seen:
-                cache.load(segment_id)
-                seen.add(segment_id)
-        except KetchupError:
-            count.torn += 1
-    assert [exit_code(pid) for pid in pids] == [0] * processes
-    acknowledged = dict(line.split() for line in text.decode().splitlines())
+    count, seen = Count(segments=0, lost=0, torn=0, looks=0), set()
+    with ThreadPoolExecutor(processes) as pool:
+        codes = [pool.submit(exit_code, pid) for pid in pids]
+        while not all(code.done() for code in codes):
+            if (root / MARKER).exists():
+                count.looks += 1
+                cache = open_cache(root)
+                count.torn += unreadable(cache, set(cache.segment_ids()) - seen)
+                seen |= set(cache.segment_ids())
+    assert [code.result() for code in codes] == [0] * processes
+    acknowledged = dict(line.split() for line in log.read_text().splitlines())
     count.segments = len(acknowledged)
     cache = open_cache(root)
-    there = {i for i, _ in cache.manifests()}
+    there = set(cache.segment_ids())
     for segment_id, seed in acknowledged.items():
         whole = segment_id in there and same(cache.load_prompts(segment_id), make_prompts((3, 0, 5), seed=int(seed)))
         count.lost += not whole
     return count
-
-
-def _until_closed(pipe: int) -> Iterator[bytes]:
-    """What has come through a pipe by now, again and again, at once."""
-    while True:
-        if select.select([pipe], [], [], 0)[0]:
-            if not (new := os.read(pipe, 2**16)):
-                os.close(pipe)
-                return
-            yield new
-        else:
-            yield b""

@@ -22,19 +22,13 @@ from ketchup_cache.cache.inspect import verify
 from ketchup_cache.cache.segment_bytes import MARKER
 from ketchup_cache.cli import main
 from ketchup_cache.errors import KetchupError
-from ketchup_cache.sharing import network, remote_cache
+from ketchup_cache.sharing import remote_cache
 from ketchup_cache.sharing.stores import open_store
 from ketchup_cache.sharing.transfer import copy, merge
 from tests.helpers.segments import contents, exit_code, fill, in_child
 from tests.helpers.stores import COPY, families, start
 
 KILLS = 50 if os.environ.get("KETCHUP_SOAK") else 3
-
-
-@pytest.fixture(autouse=True)
-def _home(monkeypatch, tmp_path):
-    monkeypatch.setattr(network, "FIRST_PAUSE_S", 0.01)
-    monkeypatch.setenv(remote_cache.HOME_VARIABLE, str(tmp_path / "home"))
 
 
 @pytest.fixture(scope="module")
@@ -67,18 +61,17 @@ def test_killed_copies_show_nothing_partial_and_go_on(big, tmp_path):
 
 
 def test_killed_merges_lose_nothing(big, tmp_path):
-    other, ours = (open_cache(tmp_path / name, create=True) for name in ("other", "ours"))
-    fill(other)
-    kept, hit = set(fill(ours)), 0
+    kept, others, hit = set(fill(tmp_path / "ours")), set(fill(tmp_path / "other")), 0
+    ours, other = open_cache(tmp_path / "ours"), tmp_path / "other"
     for round_ in range(KILLS):  # the first is killed at once: on a quick machine a merge may end before the others
-        hit += killed(lambda: merge([big.path, other.path], ours.path), 0.1 * (round_ > 0))
+        hit += killed(lambda: merge([big.path, other], ours.path), 0.1 * (round_ > 0))
         assert verify(open_cache(ours.path)).ok
         assert kept <= set(open_cache(ours.path).segment_ids())
         assert main(["verify", str(ours.path), "--clean", "--older-than", "0"]) == 0
         assert verify(open_cache(ours.path)).leftovers == ()
-    assert main(["merge", str(big.path), str(other.path), "--into", str(ours.path)]) == 0
+    assert main(["merge", str(big.path), str(other), "--into", str(ours.path)]) == 0
     ours.refresh()
-    assert set(ours.segment_ids()) == kept | set(big.segment_ids()) | set(other.segment_ids())
+    assert set(ours.segment_ids()) == kept | set(big.segment_ids()) | others
     assert verify(ours).ok
     assert hit
 

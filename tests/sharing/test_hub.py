@@ -14,7 +14,7 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from ketchup_cache import open_cache
 from ketchup_cache.cache.inspect import verify
 from ketchup_cache.errors import CacheError, WriteError
-from ketchup_cache.sharing import hub, network, transfer
+from ketchup_cache.sharing import hub, transfer
 from ketchup_cache.sharing import stores as opening
 from tests.helpers.segments import fill
 
@@ -57,19 +57,10 @@ class FakeApi:
 
 
 @pytest.fixture
-def api(monkeypatch, tmp_path):
+def api(monkeypatch):
     fake = FakeApi()
-    monkeypatch.setenv("KETCHUP_CACHE_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(network, "FIRST_PAUSE_S", 0.001)
     monkeypatch.setattr(opening, "HubStore", lambda url, license_id=None: hub.HubStore(url, license_id, fake))
     return fake
-
-
-@pytest.fixture
-def cache(tmp_path):
-    made = open_cache(tmp_path / "a", create=True)
-    fill(made)
-    return made
 
 
 def test_the_stand_in_takes_the_arguments_of_the_real_client():

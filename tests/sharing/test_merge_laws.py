@@ -21,7 +21,7 @@ from ketchup_cache.cache.inspect import verify
 from ketchup_cache.cache.segment_bytes import Packed, read_manifest, read_segment
 from ketchup_cache.sharing.stores import open_store
 from ketchup_cache.sharing.transfer import copy, merge
-from tests.helpers.segments import add_prompts, contents, make_rollouts, make_scores, rollouts_info, scores_info
+from tests.helpers.segments import contents, fill
 
 EXAMPLES, STEPS = (200, 50) if os.environ.get("KETCHUP_SOAK") else (5, 20)
 CACHES = range(3)
@@ -43,12 +43,8 @@ def families() -> list[list[Packed]]:
     with tempfile.TemporaryDirectory() as folder:
         cache, made, remote = open_cache(folder, create=True), [], open_store(folder)
         for seed in range(20):
-            prompts = add_prompts(cache, [2, 1], seed=seed)
-            rollouts = make_rollouts([3, 2], prompts=2, seed=seed)
-            child = cache.commit_rollouts(rollouts, rollouts_info(prompts, 2))
-            parts = [(make_scores(rollouts, row, row + 1), scores_info(child, row, row + 1)) for row in range(2)]
-            scores = [cache.commit_scores(*part) for part in parts]
-            made.append([read_segment(remote, id_, *read_manifest(remote, id_)) for id_ in (prompts, child, *scores)])
+            ids = fill(cache, sizes=([2, 1], [3, 2], [(0, 1), (1, 2)]), seed=seed)
+            made.append([read_segment(remote, id_, *read_manifest(remote, id_)) for id_ in ids])
         return made
 
 
@@ -106,7 +102,5 @@ class MergeLaws(RuleBasedStateMachine):
 
 
 TestMergeLaws = MergeLaws.TestCase
-TestMergeLaws.settings = settings(
-    max_examples=EXAMPLES, stateful_step_count=STEPS, deadline=None, derandomize=True,
-    suppress_health_check=[HealthCheck.too_slow],
-)  # fmt: skip
+slow = [HealthCheck.too_slow]
+TestMergeLaws.settings = settings(max_examples=EXAMPLES, stateful_step_count=STEPS, suppress_health_check=slow)

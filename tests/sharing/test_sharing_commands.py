@@ -31,8 +31,7 @@ def run(capsys, *words):
 
 
 @pytest.mark.parametrize("url", ["memory", "s3"], indirect=True)
-def test_a_whole_run_at_an_address(made, url, tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("KETCHUP_CACHE_HOME", str(tmp_path / "home"))
+def test_a_whole_run_at_an_address(made, url, tmp_path, capsys):
     student, teacher, data = made / "s", made / "t", made / "d.jsonl"
     options = ["--batch-size", 4, "--lr", 1e-3, "--unfinished", "bootstrap", "--out"]
 
@@ -64,7 +63,7 @@ def test_a_whole_run_at_an_address(made, url, tmp_path, capsys, monkeypatch):
 
 def test_a_profile_of_aws_is_read_by_boto3(tmp_path, monkeypatch, bucket, capsys):
     """As `aws configure` writes it. Without it, one line."""
-    fill(open_cache(tmp_path / "c", create=True))
+    fill(tmp_path / "c")
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))
@@ -80,7 +79,7 @@ def test_a_profile_of_aws_is_read_by_boto3(tmp_path, monkeypatch, bucket, capsys
 
 
 def test_a_bucket_that_is_not_there_is_one_line(tmp_path, bucket, capsys):
-    fill(open_cache(tmp_path / "c", create=True))
+    fill(tmp_path / "c")
     assert main(["push", str(tmp_path / "c"), f"s3://not-{bucket}/cache"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "no such bucket" in line
