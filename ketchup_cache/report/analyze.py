@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -28,89 +28,41 @@ from ketchup_cache.sharing.remote_cache import open_cache
 
 ROWS_AT_ONCE = 4096
 """Rollouts whose padded arrays are in memory together."""
+TEXT = """{label}
+  {prompts:,} prompts, {rollouts:,} rollouts ({dropped:,} dropped)
+  sampling {sampling}, finished {finished:.1%}, mean length {length_mean:.1f} tokens
+  return G_1 {mean} ± {sd} (s.d.), KL to the teacher {kl} nats per token{of_what}"""
+BY_K = ("k", "variance", "variance_se", "bias", "bias_se", "short")
 TABLE_ROW = "  {:>4} {:>12} {:>10} {:>12} {:>10} {:>7}"
 
 
 @dataclass(frozen=True)
-class KAnalysis:
-    """One K of one policy. Errors are standard errors over prompts. None: too few prompts.
+class Analysis(Report):
+    """What was asked, of which data (ids of the score segments), and a record of each policy and way of sampling from
+    it. Returns are G_1 (Eq. 10) in the chosen normalisation. Errors (`_se`) are standard errors over prompts. None: too
+    few rollouts or prompts.
 
-    short: share of rollouts of at most K tokens, too short for a jump inside them. With tail "one-step" their Ĝ_1
-        is G_1, so variance can rise again, and bias fall, where K reaches the length of the completions.
-    """
-
-    k: int
-    variance: float | None
-    variance_se: float | None
-    bias: float | None
-    bias_se: float | None
-    short: float | None
-
-    def __str__(self) -> str:
-        numbers = (self.variance, self.variance_se, self.bias, self.bias_se)
-        return TABLE_ROW.format(self.k, *map(_number, numbers), "–" if self.short is None else f"{self.short:.0%}")
-
-
-@dataclass(frozen=True)
-class PolicyAnalysis:
-    """One policy, and one way of sampling from it. Returns are G_1 (Eq. 10) in the chosen normalisation.
-
+    Keys of a record, beside `label`, `policy` and `sampling`:
     prompts: with at least one rollout in use. prompts_with_variance: with at least two.
     rollouts: all that count. repeated: copies that do not: same policy, prompt and seed, sampled a second time.
     dropped: rollouts not in use, because they were cut at the length limit (`unfinished="drop"`) or are empty.
     finished, length_mean: over all rollouts, dropped ones too. return_mean, return_sd: over all rollouts in use.
     kl_per_token: KL(μ‖teacher) in nats, estimated by the mean of log μ(a_t|s_t) − log p_teacher(a_t|s_t) over the
         tokens that were drawn from μ. Its expectation is exact. μ is the policy itself where `sampling` is "plain".
+    by_k: for each K its `k`, `variance`, `variance_se`, `bias`, `bias_se`, and `short`: share of rollouts of at most K
+        tokens, too short for a jump inside them. With tail "one-step" their Ĝ_1 is G_1, so variance can rise again,
+        and bias fall, where K reaches the length of the completions.
     """
-
-    label: str
-    policy: dict[str, Any]
-    sampling: str
-    prompts: int
-    prompts_with_variance: int
-    rollouts: int
-    repeated: int
-    dropped: int
-    finished: float
-    length_mean: float
-    return_mean: float | None
-    return_sd: float | None
-    kl_per_token: float | None
-    by_k: tuple[KAnalysis, ...]
-
-    def __str__(self) -> str:
-        of_what = "" if self.sampling == "plain" else " (of the sampling distribution)"
-        lines = [
-            self.label,
-            f"  {self.prompts:,} prompts, {self.rollouts:,} rollouts ({self.dropped:,} dropped)",
-            f"  sampling {self.sampling}, finished {self.finished:.1%}, mean length {self.length_mean:.1f} tokens",
-            f"  return G_1 {_number(self.return_mean)} ± {_number(self.return_sd)} (s.d.), "
-            f"KL to the teacher {_number(self.kl_per_token)} nats per token{of_what}",
-            TABLE_ROW.format("K", "variance", "± s.e.", "bias", "± s.e.", "T ≤ K"),
-            *map(str, self.by_k),
-        ]
-        if not self.prompts:
-            lines.append("  no rollout in use: all were cut at the length limit; see --unfinished")
-        elif not self.prompts_with_variance:
-            lines.append("  no variance: it needs 2 rollouts of a prompt; sample with --samples 2 or more")
-        if self.repeated:
-            lines.append(f"  {self.repeated:,} more rollouts are copies (sampled twice with one seed), left out")
-        return "\n".join(lines)
-
-
-@dataclass(frozen=True)
-class Analysis(Report):
-    """What was asked, of which data (ids of the score segments), and a result for each policy."""
 
     cache: str
     settings: dict[str, Any]
     teacher: dict[str, Any]
     segments: tuple[str, ...]
-    policies: tuple[PolicyAnalysis, ...]
+    policies: tuple[dict[str, Any], ...]
 
     def __str__(self) -> str:
         head = "teacher {}; normalization {normalization}, tail {tail}, unfinished {unfinished}"
-        return "\n\n".join([head.format(self.teacher["name"], **self.settings), *map(str, self.policies)])
+        return "\n\n".join([head.format(self.teacher["name"], **self.settings), *map(_text, self.policies)])
 
 
 def analyze(config: AnalyzeConfig) -> Analysis:
@@ -126,7 +78,7 @@ def analyze(config: AnalyzeConfig) -> Analysis:
     if not refs:
         what = f"{config.cache}: teacher {teacher.name} has scored no rollouts of policy {config.policy}"
         raise CacheError(f"{what}; run `ketchup-cache score --cache {config.cache}` first")
-    groups: dict[tuple[str, str, int], list[Drawn]] = {}
+    groups: dict[tuple[str, str, int], list[tuple[ScoredRef, Sampling]]] = {}
     infos = dict(cache.rollouts())
     for ref in refs:
         sampling = infos[ref.rollouts_id].sampling
@@ -134,10 +86,10 @@ def analyze(config: AnalyzeConfig) -> Analysis:
         groups.setdefault(key, []).append((ref, sampling))
     with progress("analyze", sum(ref.rows for ref in refs), "rollouts") as bar:
         policies = [_analyze_policy(cache, of_one, config, bar) for of_one in groups.values()]
-    labels = [policy.label for policy in policies]
-    for i, (fingerprint, _, longest) in enumerate(groups):
-        if labels.count(labels[i]) > 1:
-            policies[i] = replace(policies[i], label=f"{labels[i]} ({fingerprint[:8]}, up to {longest} tokens)")
+    labels = [policy["label"] for policy in policies]
+    for policy, label, (fingerprint, _, longest) in zip(policies, labels, groups, strict=True):
+        if labels.count(label) > 1:
+            policy["label"] = f"{label} ({fingerprint[:8]}, up to {longest} tokens)"
     settings = config.model_dump(mode="json", include={"ks", "tail", "normalization", "unfinished"})
     segments = tuple(dict.fromkeys(ref.scores_id for ref in refs))
     analysis = Analysis(str(config.cache), settings, teacher.model_dump(mode="json"), segments, tuple(policies))
@@ -150,11 +102,9 @@ def analyze(config: AnalyzeConfig) -> Analysis:
     return analysis
 
 
-Drawn = tuple[ScoredRef, Sampling]
-"""Scored rollouts and how they were sampled."""
-
-
-def _analyze_policy(cache: Cache, group: list[Drawn], config: AnalyzeConfig, bar: Bar) -> PolicyAnalysis:
+def _analyze_policy(
+    cache: Cache, group: list[tuple[ScoredRef, Sampling]], config: AnalyzeConfig, bar: Bar
+) -> dict[str, Any]:
     """group: rollouts of one policy, sampled in one way. The label is its name, step and way of sampling."""
     options: Any = config.model_dump(include={"tail", "normalization", "unfinished"})
     totals = np.zeros(6)
@@ -178,7 +128,7 @@ def _analyze_policy(cache: Cache, group: list[Drawn], config: AnalyzeConfig, bar
             returns = rollout_returns(taken.rollouts, taken.scores, (1, *config.ks), **options)
             used.append((ids[part], lengths[part], np.stack([g[:, :1].ravel() for g in returns], axis=1)))
         bar.advance(ref.rows)
-    rollout_count, repeated, finished, tokens, drawn_count, log_ratio_sum = totals.tolist()
+    count, repeated, finished, tokens, drawn_count, log_ratio_sum = totals.tolist()
     ids, lengths, first_returns = map(np.concatenate, zip(*used, strict=True))
     one_step, k_step = first_returns[:, 0], first_returns[:, 1:]
     _, prompt, counts = np.unique(ids, return_inverse=True, return_counts=True)
@@ -187,17 +137,39 @@ def _analyze_policy(cache: Cache, group: list[Drawn], config: AnalyzeConfig, bar
     np.add.at(sums[1], prompt, (k_step - (sums[0] / counts[:, None])[prompt]) ** 2)
     np.add.at(sums[2], prompt, k_step - one_step[:, None])
     variance, bias = sums[1, several] / (counts[several, None] - 1), sums[2] / counts[:, None]
-    of_k = zip(config.ks, variance.T, bias.T, strict=True)
-    by_k = tuple(KAnalysis(k, *spread(v)[::2], *spread(b)[::2], spread(lengths <= k)[0]) for k, v, b in of_k)
+    by_k: list[dict[str, Any]] = []
+    for k, *of_prompts in zip(config.ks, variance.T, bias.T, strict=True):
+        means_and_errors = [number for values in of_prompts for number in spread(values)[::2]]
+        by_k.append(dict(zip(BY_K, (k, *means_and_errors, spread(lengths <= k)[0]), strict=True)))
+    return_mean, return_sd, _ = spread(one_step)
     policy, sampling = group[0][0].policy, _describe(group[0][1])
     step = [] if policy.step is None else [f"step {policy.step}"]
-    label = ", ".join([policy.name, *step, *([] if sampling == "plain" else [sampling])])
-    numbers: Any = {"prompts": len(counts), "prompts_with_variance": int(several.sum())}
-    numbers |= {"rollouts": int(rollout_count), "repeated": int(repeated), "dropped": int(rollout_count) - len(ids)}
-    numbers |= {"finished": finished / rollout_count, "length_mean": tokens / rollout_count}
-    numbers |= dict(zip(("return_mean", "return_sd"), spread(one_step)[:2], strict=True))
-    numbers |= {"kl_per_token": log_ratio_sum / drawn_count if drawn_count else None}
-    return PolicyAnalysis(label, policy.model_dump(mode="json"), sampling, **numbers, by_k=by_k)
+    return {
+        "label": ", ".join([policy.name, *step, *([] if sampling == "plain" else [sampling])]),
+        "policy": policy.model_dump(mode="json"), "sampling": sampling,
+        "prompts": len(counts), "prompts_with_variance": int(several.sum()),
+        "rollouts": int(count), "repeated": int(repeated), "dropped": int(count) - len(ids),
+        "finished": finished / count, "length_mean": tokens / count,
+        "return_mean": return_mean, "return_sd": return_sd,
+        "kl_per_token": log_ratio_sum / drawn_count if drawn_count else None, "by_k": by_k,
+    }  # fmt: skip
+
+
+def _text(policy: dict[str, Any]) -> str:
+    mean, sd, kl = (_number(policy[name]) for name in ("return_mean", "return_sd", "kl_per_token"))
+    of_what = "" if policy["sampling"] == "plain" else " (of the sampling distribution)"
+    head = TABLE_ROW.format("K", "variance", "± s.e.", "bias", "± s.e.", "T ≤ K")
+    lines = [TEXT.format(**policy, mean=mean, sd=sd, kl=kl, of_what=of_what), head]
+    for point in policy["by_k"]:
+        k, *numbers, short = (point[name] for name in BY_K)
+        lines.append(TABLE_ROW.format(k, *map(_number, numbers), "–" if short is None else f"{short:.0%}"))
+    if not policy["prompts"]:
+        lines.append("  no rollout in use: all were cut at the length limit; see --unfinished")
+    elif not policy["prompts_with_variance"]:
+        lines.append("  no variance: it needs 2 rollouts of a prompt; sample with --samples 2 or more")
+    if policy["repeated"]:
+        lines.append(f"  {policy['repeated']:,} more rollouts are copies (sampled twice with one seed), left out")
+    return "\n".join(lines)
 
 
 def _describe(sampling: Sampling) -> str:

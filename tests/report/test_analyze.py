@@ -155,17 +155,17 @@ def test_equals_the_definitions(tmp_path: Path, rows: list[One], options: dict[s
     result = Builder(tmp_path, 7).add(rows).analyze(**options)
     (policy,) = result.policies
     options = {"normalization": "logprob"} | options
-    for point in policy.by_k:
-        expected = literal(rows, point.k, **options)
+    for point in policy["by_k"]:
+        expected = literal(rows, point["k"], **options)
         for name in ("variance", "variance_se", "bias", "bias_se"):
-            assert getattr(point, name) == pytest.approx(expected[name], rel=1e-9, abs=1e-9), (point.k, name)
+            assert point[name] == pytest.approx(expected[name], rel=1e-9, abs=1e-9), (point["k"], name)
     kept = rows if options.get("unfinished", "bootstrap") != "drop" else [one for one in rows if one.finished]
-    assert [p.k for p in policy.by_k] == [1, 2, 4, 8, 16]
-    assert [p.short for p in policy.by_k] == pytest.approx(
+    assert [p["k"] for p in policy["by_k"]] == [1, 2, 4, 8, 16]
+    assert [p["short"] for p in policy["by_k"]] == pytest.approx(
         [statistics.fmean(len(one.q) <= k for one in kept) for k in (1, 2, 4, 8, 16)]
     )
-    assert (policy.rollouts, policy.dropped, policy.prompts) == (33, 33 - len(kept), 7)
-    numbers = (policy.return_mean, policy.return_sd, policy.finished, policy.length_mean)
+    assert (policy["rollouts"], policy["dropped"], policy["prompts"]) == (33, 33 - len(kept), 7)
+    numbers = (policy["return_mean"], policy["return_sd"], policy["finished"], policy["length_mean"])
     means = (statistics.fmean(one.finished for one in rows), statistics.fmean(len(one.q) for one in rows))
     assert numbers == pytest.approx((expected["return_mean"], expected["return_sd"], *means), rel=1e-9)
 
@@ -177,24 +177,24 @@ def test_a_scores_segment_may_cut_a_prompt_and_a_prompt_may_be_in_several_segmen
     assert len(cut.segments) == 4
     halves = [[one for i, one in enumerate(rows) if i % 2 == half] for half in (0, 1)]
     spread = Builder(tmp_path / "spread", 6).add(halves[0], seed=0).add(halves[1], seed=1).analyze()
-    for a, b in zip(spread.policies[0].by_k, whole.policies[0].by_k, strict=True):
-        assert (a.variance, a.bias) == pytest.approx((b.variance, b.bias), rel=1e-12)
+    for a, b in zip(spread.policies[0]["by_k"], whole.policies[0]["by_k"], strict=True):
+        assert (a["variance"], a["bias"]) == pytest.approx((b["variance"], b["bias"]), rel=1e-12)
 
 
 def test_laws_of_k_tail_and_normalisation(tmp_path: Path, rows: list[One]):
     builder = Builder(tmp_path, 6).add(rows)
     # one step is unbiased, and long jumps of Algorithm 1 are one step
-    one, *longer = builder.analyze(ks=(1, 14, 1000)).policies[0].by_k
-    assert [(k.variance, k.bias) for k in (one, *longer)] == [(one.variance, 0)] * 3
-    assert longer[1].short == 1
+    one, *longer = builder.analyze(ks=(1, 14, 1000)).policies[0]["by_k"]
+    assert [(k["variance"], k["bias"]) for k in (one, *longer)] == [(one["variance"], 0)] * 3
+    assert longer[1]["short"] == 1
     # normalisation changes the return, but neither variance nor bias
     raw, centred, logprob = (builder.analyze(normalization=n).policies[0] for n in ("raw", "centred", "logprob"))
     for other in (centred, logprob):
-        assert abs(other.return_mean - raw.return_mean) > 1
-        for a, b in zip(other.by_k, raw.by_k, strict=True):
-            assert (a.bias, a.variance) == pytest.approx((b.bias, b.variance), rel=1e-9)
+        assert abs(other["return_mean"] - raw["return_mean"]) > 1
+        for a, b in zip(other["by_k"], raw["by_k"], strict=True):
+            assert (a["bias"], a["variance"]) == pytest.approx((b["bias"], b["variance"]), rel=1e-9)
     # the tokens that 2K lands on are among those that K lands on; with tail one-step this is not a law
-    biases = [point.bias for point in builder.analyze(tail="jump").policies[0].by_k]
+    biases = [point["bias"] for point in builder.analyze(tail="jump").policies[0]["by_k"]]
     assert biases == sorted(biases)
     assert biases[0] == 0 < biases[1]
 
@@ -212,24 +212,24 @@ def test_kl_is_exact_where_tokens_come_in_their_exact_shares(tmp_path: Path):
 
     (result,) = Builder(tmp_path, 1).add([token(0), token(0), token(1), token(2)]).analyze().policies
     exact = sum(p * math.log(p / t) for p, t in zip(policy, teacher, strict=True))
-    assert result.kl_per_token == pytest.approx(exact, abs=1e-6)
+    assert result["kl_per_token"] == pytest.approx(exact, abs=1e-6)
 
 
 def test_policies_and_ways_of_sampling_are_kept_apart(tmp_path: Path, rows: list[One]):
     builder = Builder(tmp_path, 6).add(rows[:15]).add(rows[15:], policy=OTHER).add(rows[:10], temperature=0.5)
     builder.add(rows[:6], policy=OTHER, greedy=True).add(rows[5:9], max_new_tokens=99)
     result = builder.analyze()
-    assert [p.label for p in result.policies] == [
+    assert [p["label"] for p in result.policies] == [
         f"student ({fingerprint('student')[:8]}, up to 64 tokens)",
         "other, step 40",
         "student, temperature 0.5",
         "other, step 40, greedy",
         f"student ({fingerprint('student')[:8]}, up to 99 tokens)",
     ]
-    assert [p.rollouts for p in result.policies] == [15, 15, 10, 6, 4]
-    assert result.policies[1].by_k[1].bias == pytest.approx(literal(rows[15:], 2, normalization="raw")["bias"])
-    assert "of the sampling distribution" in str(result.policies[2])
-    assert "of the sampling distribution" not in str(result.policies[1])
+    assert [p["rollouts"] for p in result.policies] == [15, 15, 10, 6, 4]
+    assert result.policies[1]["by_k"][1]["bias"] == pytest.approx(literal(rows[15:], 2, normalization="raw")["bias"])
+    described = ["of the sampling distribution" in text for text in str(result).split("\n\n")[1:]]
+    assert described == [False, False, True, True, False]
     only = builder.analyze(policy="other")
     assert only.policies == (result.policies[1], result.policies[3])
 
@@ -237,19 +237,20 @@ def test_policies_and_ways_of_sampling_are_kept_apart(tmp_path: Path, rows: list
 def test_rollouts_sampled_twice_with_one_seed_count_once(tmp_path: Path, rows: list[One]):
     once = Builder(tmp_path / "once", 6).add(rows).analyze().policies[0]
     # the second run covers the first two prompts again, drawing the same rollouts
-    twice = Builder(tmp_path / "twice", 6).add(rows[:10]).add(rows, max_new_tokens=64).analyze().policies[0]
-    assert twice.repeated == 10
-    assert replace(twice, repeated=0) == once
-    assert "10 more rollouts are copies" in str(twice)
+    analysis = Builder(tmp_path / "twice", 6).add(rows[:10]).add(rows, max_new_tokens=64).analyze()
+    twice = analysis.policies[0]
+    assert twice["repeated"] == 10
+    assert twice | {"repeated": 0} == once
+    assert "10 more rollouts are copies" in str(analysis)
 
 
 def test_one_rollout_per_prompt_has_no_variance_and_says_so(tmp_path: Path, rows: list[One]):
     single = [replace(one, finished=True, final_max_q=0.0) for one in rows[::5]]
     result = Builder(tmp_path, 6).add(single).analyze(out=tmp_path / "out")
     (policy,) = result.policies
-    assert {(p.variance, p.variance_se) for p in policy.by_k} == {(None, None)}
+    assert {(p["variance"], p["variance_se"]) for p in policy["by_k"]} == {(None, None)}
     bias = statistics.fmean(literal_return(one, 2) - literal_return(one, 1) for one in single)
-    assert policy.by_k[1].bias == pytest.approx(bias)
+    assert policy["by_k"][1]["bias"] == pytest.approx(bias)
     assert "no variance: it needs 2 rollouts of a prompt" in str(result)
     assert json.loads((tmp_path / "out" / "analysis.json").read_text())["policies"][0]["by_k"][0]["variance"] is None
 
@@ -258,8 +259,8 @@ def test_a_policy_that_never_stops_leaves_nothing_to_use_and_says_so(tmp_path: P
     endless = [replace(one, finished=False, final_max_q=11.0) for one in rows]
     result = Builder(tmp_path, 6).add(endless).analyze(out=tmp_path / "out", unfinished="drop")
     (policy,) = result.policies
-    assert (policy.prompts, policy.dropped, policy.finished) == (0, 30, 0)
-    assert policy.return_mean is policy.by_k[0].bias is None is not policy.kl_per_token
+    assert (policy["prompts"], policy["dropped"], policy["finished"]) == (0, 30, 0)
+    assert policy["return_mean"] is policy["by_k"][0]["bias"] is None is not policy["kl_per_token"]
     assert "no rollout in use" in str(result)
 
 
