@@ -24,9 +24,8 @@ from ketchup_cache import open_cache
 from ketchup_cache.cache.cache import Cache
 from ketchup_cache.cache.inspect import verify
 from ketchup_cache.cache.segment_bytes import parse_manifest, read_manifest, read_segment
-from ketchup_cache.sharing import object_store, remote_cache, stores
-from ketchup_cache.sharing.object_store import ObjectStore
-from ketchup_cache.sharing.stores import open_store
+from ketchup_cache.sharing import remote_cache, stores
+from ketchup_cache.sharing.stores import ObjectStore, open_store
 from ketchup_cache.sharing.transfer import copy
 from tests.helpers.segments import add_prompts, contents, fill, unreadable
 from tests.helpers.trust import Count, kills
@@ -40,7 +39,7 @@ def memory_stores() -> Iterator[None]:
     import obstore.store
 
     made: dict[str, object] = {}
-    real = object_store.open_client
+    real = stores.open_client
 
     def client(address: str) -> object:
         if address.startswith("memory://"):
@@ -49,7 +48,7 @@ def memory_stores() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stores, "SCHEMES", (*stores.SCHEMES, "memory"))
-        patch.setattr(object_store, "open_client", client)
+        patch.setattr(stores, "open_client", client)
         yield
 
 

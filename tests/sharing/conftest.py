@@ -3,13 +3,13 @@
 import pytest
 
 from ketchup_cache import open_cache
-from ketchup_cache.sharing import network, remote_cache
+from ketchup_cache.sharing import remote_cache, stores
 from tests.helpers.segments import fill
 
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch, tmp_path):
-    monkeypatch.setattr(network, "FIRST_PAUSE_S", 0.001)
+    monkeypatch.setattr(stores, "FIRST_PAUSE_S", 0.001)
     monkeypatch.setenv(remote_cache.HOME_VARIABLE, str(tmp_path / "home"))
 
 

@@ -171,7 +171,7 @@ def test_a_lost_connection_is_one_line_and_the_next_push_goes_on(big, flaky, tmp
         return packed(id_, manifest, files)
 
     monkeypatch.setattr(segment_bytes, "Packed", lost_after_ten)
-    monkeypatch.setattr("ketchup_cache.sharing.object_store.RETRIES", {"max_retries": 0})
+    monkeypatch.setattr("ketchup_cache.sharing.stores.RETRIES", {"max_retries": 0})
     assert main(["push", str(big.path), url]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "can't be reached" in line

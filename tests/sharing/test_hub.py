@@ -14,8 +14,7 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from ketchup_cache import open_cache
 from ketchup_cache.cache.inspect import verify
 from ketchup_cache.errors import CacheError, WriteError
-from ketchup_cache.sharing import hub, transfer
-from ketchup_cache.sharing import stores as opening
+from ketchup_cache.sharing import stores, transfer
 from tests.helpers.segments import fill
 
 URL = "hf://datasets/lab/xsum"
@@ -58,8 +57,8 @@ class FakeApi:
 
 @pytest.fixture
 def api(monkeypatch):
-    fake = FakeApi()
-    monkeypatch.setattr(opening, "HubStore", lambda url, license_id=None: hub.HubStore(url, license_id, fake))
+    fake, store = FakeApi(), stores.HubStore
+    monkeypatch.setattr(stores, "HubStore", lambda url, license_id=None: store(url, license_id, fake))
     return fake
 
 

@@ -19,9 +19,8 @@ from ketchup_cache.cache.inspect import clean, compare, describe, verify
 from ketchup_cache.cache.segment_bytes import read_manifest, read_segment
 from ketchup_cache.cli import main
 from ketchup_cache.errors import CacheError, CorruptError, KetchupError, MismatchError, WriteError
-from ketchup_cache.sharing import network, remote_cache
-from ketchup_cache.sharing.object_store import ObjectStore
-from ketchup_cache.sharing.stores import open_store
+from ketchup_cache.sharing import remote_cache, stores
+from ketchup_cache.sharing.stores import ObjectStore, open_store
 from ketchup_cache.sharing.transfer import copy
 from tests.helpers.segments import add_prompts, contents, fill
 from tests.helpers.stores import same_keys
@@ -211,7 +210,7 @@ def test_credentials_in_an_address_are_refused_and_never_repeated(address, tmp_p
         assert "SECRET" not in shown.out + shown.err
         assert "must hold no user" in shown.err
         assert len(shown.err.splitlines()) == 1
-    assert network.scrub("GET https://u:SECRET@h/x?sig=SECRET failed") == "GET https://h/x failed"
+    assert stores.scrub("GET https://u:SECRET@h/x?sig=SECRET failed") == "GET https://h/x failed"
 
 
 def test_a_place_without_a_cache_is_one_clear_line(tmp_path, capsys):
