@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from typing import Any
 
@@ -52,6 +52,21 @@ def one_line(error: object, longest: int = 200) -> str:
 def printable(text: str) -> str:
     """Without control characters: names in files that others wrote must not steer the terminal."""
     return "".join(c if c.isprintable() else "�" for c in text)
+
+
+def silence(*logs: Any) -> ExitStack:
+    """Libraries write no log and show no bars until its end; what matters in them is raised as an error here.
+
+    logs: their `logging` modules.
+    """
+    loud = ExitStack()
+    for log in logs:
+        loud.callback(log.set_verbosity, log.get_verbosity())
+        log.set_verbosity(log.CRITICAL)
+        if getattr(log, "is_progress_bar_enabled", bool)():
+            loud.callback(log.enable_progress_bar)
+            log.disable_progress_bar()
+    return loud
 
 
 class Bar:

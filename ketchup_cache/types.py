@@ -7,7 +7,8 @@ Notation (docs/method.md): B rollouts, T tokens of one completion, N tokens of a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
 
@@ -15,6 +16,8 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 Part = TypeVar("Part")
+Places = slice | NDArray[np.integer]
+"""Rows, or tokens, by their numbers; a slice from start to stop is taken without copying."""
 TOKEN_DTYPE = np.int32
 """Token ids in memory. On disk they are uint16 where the vocabulary allows."""
 
@@ -39,10 +42,6 @@ class Ragged:
     def from_lengths(cls, values: NDArray, lengths: ArrayLike) -> Ragged:
         return cls(values, offsets_of(lengths))
 
-    @classmethod
-    def concatenate(cls, parts: Sequence[Ragged]) -> Ragged:
-        return _concatenate(parts)
-
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
@@ -58,22 +57,32 @@ class Ragged:
 
     def slice(self, start: int, stop: int) -> Ragged:
         """Rows start..stop, without copying the values."""
-        offsets = self.offsets[start : stop + 1]
-        return Ragged(self.values[offsets[0] : offsets[-1]], offsets - offsets[0])
+        return self.take(slice(start, stop))
 
-    def take(self, rows: Sequence[int] | NDArray[np.integer]) -> Ragged:
-        """The given rows, in the given order."""
+    def take(self, rows: Places | Sequence[int]) -> Ragged:
+        """The given rows, in the given order. A slice of rows is a view."""
         places, offsets = self.places(rows)
         return Ragged(_gather(self.values, places), offsets)
 
-    def places(self, rows: Sequence[int] | NDArray[np.integer]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    def places(self, rows: Places | Sequence[int]) -> tuple[Any, NDArray[np.int64]]:
         """Where the values of the given rows are in `values`, and the offsets of these rows laid end to end."""
+        if isinstance(rows, slice):
+            offsets = self.offsets[rows.start : rows.stop + 1]
+            return slice(offsets[0], offsets[-1]), offsets - offsets[0]
         rows = np.asarray(rows, dtype=np.int64)
         starts = self.offsets[rows]
         lengths = self.offsets[rows + 1] - starts
         offsets = offsets_of(lengths)
         # a row's start, less its start in the result, plus the place in the result
         return np.repeat(starts - offsets[:-1], lengths) + np.arange(offsets[-1]), offsets
+
+    def ranges(self, start: int, stop: int, values: int, rows: int = sys.maxsize) -> Iterator[range]:
+        """Rows start..stop in contiguous ranges of at most so many values and rows; a single row may have more."""
+        while start < stop:
+            fits = int(np.searchsorted(self.offsets, self.offsets[start] + values, side="right")) - 1
+            end = min(max(fits, start + 1), start + rows, stop)
+            yield range(start, end)
+            start = end
 
     def with_values(self, values: NDArray) -> Ragged:
         """Other values of the same row lengths."""
@@ -90,9 +99,9 @@ class Ragged:
         return out
 
 
-def _gather(values: NDArray, places: NDArray[np.int64]) -> NDArray:
+def _gather(values: NDArray, places: Places) -> NDArray:
     """values[places]. `Ragged.places` never leaves the array, and without a check of that NumPy is quicker."""
-    return values.take(places, axis=0, mode="clip")
+    return values[places] if isinstance(places, slice) else values.take(places, axis=0, mode="clip")
 
 
 def offsets_of(lengths: ArrayLike) -> NDArray[np.int64]:
@@ -103,7 +112,7 @@ def offsets_of(lengths: ArrayLike) -> NDArray[np.int64]:
     return offsets
 
 
-def _concatenate(parts: Sequence[Part]) -> Part:
+def concatenated(parts: Sequence[Part]) -> Part:
     """Arrays, ragged rows, or records of these one after another, field by field. One part comes back as it is."""
     first: Any = parts[0]
     if len(parts) == 1 or first is None:
@@ -111,9 +120,9 @@ def _concatenate(parts: Sequence[Part]) -> Part:
     if isinstance(first, np.ndarray):
         return np.concatenate(parts)  # type: ignore[arg-type, return-value]
     if isinstance(first, Ragged):
-        values, lengths = (_concatenate([getattr(part, name) for part in parts]) for name in ("values", "lengths"))
+        values, lengths = (concatenated([getattr(part, name) for part in parts]) for name in ("values", "lengths"))
         return Ragged.from_lengths(values, lengths)  # type: ignore[return-value]
-    return type(first)(*(_concatenate([getattr(part, f.name) for part in parts]) for f in fields(first)))
+    return type(first)(*(concatenated([getattr(part, f.name) for part in parts]) for f in fields(first)))
 
 
 @dataclass(frozen=True)
@@ -148,28 +157,16 @@ class Rollouts:
     def __len__(self) -> int:
         return len(self.completions)
 
-    @classmethod
-    def concatenate(cls, parts: Sequence[Rollouts]) -> Rollouts:
-        """One after another. `prompt_index` stays as it is."""
-        return _concatenate(parts)
-
     def rows(self, start: int, stop: int) -> Rollouts:
         """Rows start..stop, without copying. `prompt_index` stays as it is."""
-        tokens = slice(self.completions.offsets[start], self.completions.offsets[stop])
-        completions = self.completions.slice(start, stop)
-        return self._each(completions, lambda values: values[tokens], slice(start, stop))
+        return self.take(slice(start, stop))
 
-    def take(self, rows: NDArray[np.integer]) -> Rollouts:
+    def take(self, rows: Places) -> Rollouts:
         """The given rows, in the given order. `prompt_index` stays as it is."""
         places, offsets = self.completions.places(rows)
-        completions = Ragged(_gather(self.completions.values, places), offsets)
-        return self._each(completions, lambda values: _gather(values, places), rows)
-
-    def _each(
-        self, completions: Ragged, of_tokens: Callable[[NDArray], NDArray], rows: slice | NDArray[np.integer]
-    ) -> Rollouts:
-        behavior, forced = of_tokens(self.behavior_logprob), of_tokens(self.forced)
-        return Rollouts(self.prompt_index[rows], completions, behavior, forced, self.finished[rows])
+        of_tokens = (self.completions.values, self.behavior_logprob, self.forced)
+        tokens, behavior, forced = (_gather(values, places) for values in of_tokens)
+        return Rollouts(self.prompt_index[rows], Ragged(tokens, offsets), behavior, forced, self.finished[rows])
 
 
 PER_TOKEN = ("q", "max_q", "logsumexp", "mean_q")
@@ -237,7 +234,7 @@ class Scores:
     def concatenate(cls, parts: Sequence[Scores]) -> Scores:
         """One after another. Of the largest logits as many are kept as every part has."""
         n = min(part.keep_top for part in parts)
-        return _concatenate([part.with_top(n) for part in parts])
+        return concatenated([part.with_top(n) for part in parts])
 
     def per_token(self) -> dict[str, NDArray[np.float32]]:
         """The arrays with one number a token, by name."""
@@ -245,28 +242,15 @@ class Scores:
 
     def rows(self, completions: Ragged, start: int, stop: int) -> Scores:
         """Rows start..stop of these scores of `completions`, without copying."""
-        tokens = slice(completions.offsets[start], completions.offsets[stop])
-        return self._each(lambda values: values[tokens], slice(start, stop))
+        return self.take(completions, slice(start, stop))
 
-    def take(self, completions: Ragged, rows: NDArray[np.integer]) -> Scores:
+    def take(self, completions: Ragged, rows: Places) -> Scores:
         """The given rows of these scores of `completions`, in the given order."""
         if len(self.q) != len(completions.values):
             raise ValueError(f"scores of {len(self.q)} tokens for completions that hold {len(completions.values)}")
         places, _ = completions.places(rows)
-        return self._each(lambda values: _gather(values, places), rows)
-
-    def fill(self, tokens: NDArray[np.int64], rows: NDArray[np.int64], part: Scores) -> None:
-        """Write another one's numbers at places of the token arrays and of the row array."""
-        for name, values in part.per_token().items():
-            getattr(self, name)[tokens] = values
-        self.final_max_q[rows] = part.final_max_q
-        if self.top and part.top:
-            for name, values in vars(part.top).items():
-                getattr(self.top, name)[tokens] = values
-
-    def _each(self, of_tokens: Callable[[NDArray], NDArray], rows: slice | NDArray[np.integer]) -> Scores:
-        top = TopLogits(*map(of_tokens, vars(self.top).values())) if self.top else None
-        cut = {name: of_tokens(values) for name, values in self.per_token().items()}
+        top = TopLogits(*(_gather(values, places) for values in vars(self.top).values())) if self.top else None
+        cut = {name: _gather(values, places) for name, values in self.per_token().items()}
         return Scores(**cut, final_max_q=self.final_max_q[rows], top=top)
 
 
@@ -281,7 +265,7 @@ class ScoredRollouts:
     def __len__(self) -> int:
         return len(self.rollouts)
 
-    def take(self, rows: NDArray[np.integer]) -> ScoredRollouts:
+    def take(self, rows: Places) -> ScoredRollouts:
         """The given rows, in the given order, with all prompts."""
         return ScoredRollouts(self.prompts, self.rollouts.take(rows), self.scores.take(self.rollouts.completions, rows))
 
@@ -307,8 +291,8 @@ class Row:
     @classmethod
     def of(cls, part: ScoredRollouts, row: int, policy: str, teacher: str) -> Row:
         """A row of scored rollouts. Its arrays are views."""
-        prompt, rollouts = part.rollouts.prompt_index[row], part.rollouts.rows(row, row + 1)
-        scores = part.scores.rows(part.rollouts.completions, row, row + 1)
+        one = part.take(slice(row, row + 1))
+        rollouts, scores, prompt = one.rollouts, one.scores, one.rollouts.prompt_index[0]
         facts: dict[str, Any] = {"prompt_id": part.prompts.ids[prompt].tobytes().hex(), "policy": policy}
         facts |= {"finished": bool(rollouts.finished[0]), "final_max_q": float(scores.final_max_q[0])}
         facts |= {"prompt_tokens": part.prompts.tokens[prompt], "completion_tokens": rollouts.completions.values}

@@ -13,14 +13,9 @@ more than the prompts hold, and 28 % more with the budget alone (`benchmarks/mic
 
 
 def token_budget_batches(
-    prompts: ArrayLike,
-    completions: ArrayLike,
-    budget: int,
-    *,
-    prompt_index: ArrayLike | None = None,
-    once: bool = False,
+    prompts: ArrayLike, completions: ArrayLike, limit: int, *, prompt_index: ArrayLike | None = None, once: bool = False
 ) -> list[NDArray[np.int64]]:
-    """Every row once, in batches of similar lengths, each of at most `budget` tokens, or of a single row.
+    """Every row once, in batches of similar lengths, each of at most `limit` tokens, or of a single row.
 
     Where rows are padded, a batch of at least `ENOUGH` tokens ends before a prompt that would make it mostly padding
     (`WASTE`). Rows of one prompt stand together, so that its encoder pass can be shared; they are separated only where
@@ -43,7 +38,7 @@ def token_budget_batches(
             padded = (place + 1 - first) * sum(widest)
             enough = (place - first) * (longest_prompt + longest_completion) >= ENOUGH
             wasteful = padded > WASTE * (real + prompts[row] + completions[row])
-            full = tokens + added > budget if once else padded > budget or (another and enough and wasteful)
+            full = tokens + added > limit if once else padded > limit or (another and enough and wasteful)
             if full:
                 batches.append(order[first:place])
                 first, widest, real, tokens = place, (prompts[row], completions[row]), 0, 0

@@ -12,9 +12,8 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -38,8 +37,7 @@ Tensor = tuple[str, str, tuple[int, ...], str]
 """Name, safetensors' name of the number format, shape, and SHA-256 of the bytes."""
 
 
-@dataclass(frozen=True)
-class WeightEntry:
+class WeightEntry(NamedTuple):
     """One tensor of a checkpoint. data: its bytes, which are read from the file when they are looked at."""
 
     name: str

@@ -123,13 +123,10 @@ def _encoder_decoder_pass(model: PreTrainedModel, batch: Batch, read: NDArray[np
     input_ids, prompt_mask = padded(batch.prompts, device)
     encoded = model.get_encoder()(input_ids=input_ids, attention_mask=prompt_mask).last_hidden_state
     decoder_ids, decoder_mask = padded(_decoder_inputs(model, batch.completions, read), device)
-    states = head_input(
-        model,
-        encoder_outputs=BaseModelOutput(last_hidden_state=encoded[int_tensor(batch.prompt_index, encoded.device)]),
-        attention_mask=prompt_mask[int_tensor(batch.prompt_index, device)],
-        decoder_input_ids=decoder_ids,
-        decoder_attention_mask=decoder_mask,
-    )
+    inputs: dict[str, Any] = {"decoder_input_ids": decoder_ids, "decoder_attention_mask": decoder_mask}
+    inputs["attention_mask"] = prompt_mask[int_tensor(batch.prompt_index, device)]
+    of_rows = BaseModelOutput(last_hidden_state=encoded[int_tensor(batch.prompt_index, encoded.device)])
+    states = head_input(model, encoder_outputs=of_rows, **inputs)
     return states.flatten(0, 1), np.arange(len(read)) * states.shape[1]
 
 

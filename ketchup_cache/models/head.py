@@ -179,14 +179,12 @@ def _probe(model: PreTrainedModel, vocab_size: int) -> tuple[Tensor, Tensor]:
     Raises ModelError where `completion_states` gets other states for the same rows.
     """
     rng = np.random.default_rng(0)
-    prompts, completions = (
-        Ragged.from_rows([rng.integers(vocab_size, size=length) for length in lengths], np.int32)
-        for lengths in ((7, 4, 1), (3, 5, 1, 4))
-    )
+    rows = ([rng.integers(vocab_size, size=length) for length in lengths] for lengths in ((7, 4, 1), (3, 5, 1, 4)))
+    prompts, completions = (Ragged.from_rows(tokens, np.int32) for tokens in rows)
     batch = Batch(prompts, np.array([0, 1, 2, 1]), completions)
     with evaluating(model):
-        rows = zip(prompts.take(batch.prompt_index), completions, strict=True)
-        states, logits = zip(*(_own_pass(model, *row) for row in rows), strict=True)
+        own_passes = map(partial(_own_pass, model), prompts.take(batch.prompt_index), completions)
+        states, logits = zip(*own_passes, strict=True)
         # fed one token more than the rows alone: a model that looks ahead is found out too
         ours, _ = states_and_next(model, batch, np.ones(4, np.bool_))
     own = torch.cat(states)

@@ -21,7 +21,7 @@ from transformers.activations import NewGELUActivation
 from transformers.models.auto import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from ketchup_cache.console import one_line
+from ketchup_cache.console import one_line, silence
 from ketchup_cache.errors import MismatchError, ModelError
 from ketchup_cache.models.fingerprint import PROBES, first_difference, read_json, tokenizer_info, weight_entries
 from ketchup_cache.provenance import TokenizerInfo
@@ -39,17 +39,14 @@ def pick_device(device: str) -> torch.device:
 
     Raises ModelError where that device does not exist.
     """
-    there = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
-    there += ["mps"] if torch.backends.mps.is_available() else []
+    there = ["cpu", *(["mps"] if torch.backends.mps.is_available() else [])]
+    if torch.cuda.is_available():
+        there += [*(f"cuda:{i}" for i in range(torch.cuda.device_count())), "cuda"]
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else there[-1])
-    try:
-        picked = torch.device(device)
-    except RuntimeError:
-        raise ModelError(f"device {device!r} is not a device name: use auto, cpu, cuda, cuda:1 or mps") from None
-    if f"{picked.type}:{picked.index or 0}" not in (name if ":" in name else f"{name}:0" for name in there):
+        return torch.device(there[-1])
+    if device not in there:
         raise ModelError(f"device {device!r} is not on this machine: use auto, or one of {', '.join(there)}")
-    return picked
+    return torch.device(device)
 
 
 def resolve_folder(name: str) -> Path:
@@ -245,11 +242,5 @@ def _refuse_silently_tied(name: str, model: PreTrainedModel, raw_config: dict[st
 
 
 def quiet() -> ExitStack:
-    """transformers' warnings and bars are off until its end; what matters in them is raised as an error here."""
-    loud = ExitStack()
-    loud.callback(transformers_logging.set_verbosity, transformers_logging.get_verbosity())
-    if transformers_logging.is_progress_bar_enabled():
-        loud.callback(transformers_logging.enable_progress_bar)
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    return loud
+    """As `silence`, of transformers."""
+    return silence(transformers_logging)

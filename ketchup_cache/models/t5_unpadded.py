@@ -287,9 +287,7 @@ def _attend(
         heads = (len(rows.keys.real[number]), -1, attention.n_heads, attention.key_value_proj_dim)
         mask = bias.corner(rows, number) if bias is not None else rows.seen[number]
         query, key, value = (values.view(heads).transpose(1, 2) for values in tokens)
-        mixed = F.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, dropout_p=dropout, scale=attention.scaling
-        )
+        mixed = F.scaled_dot_product_attention(query, key, value, mask, dropout, scale=attention.scaling)
         parts.append(mixed.transpose(1, 2).reshape(len(tokens[0]), -1))
     return states + layer.dropout(attention.o(rows.queries.collect(parts)))
 

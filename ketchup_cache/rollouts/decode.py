@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -46,8 +45,7 @@ def can_decode(model: PreTrainedModel) -> bool:
     return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in _empty_cache(model).layers)
 
 
-@dataclass(frozen=True)
-class Decoding:
+class Decoding(NamedTuple):
     """How a batch of B rows is decoded: prompts × `samples`; the samples of a prompt stand together.
 
     longest: most tokens of a row. eos: ids that end one. uniform: [B, longest] float64 in [0, 1), what each row draws

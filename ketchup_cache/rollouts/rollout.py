@@ -34,7 +34,7 @@ from ketchup_cache.rollouts.sample import sample_completions
 from ketchup_cache.sharing.remote_cache import open_cache
 from ketchup_cache.text.prompts import tokenize_prompts, without_duplicates
 from ketchup_cache.text.read import data_info, read_examples
-from ketchup_cache.types import Prompts, Ragged, Rollouts
+from ketchup_cache.types import Prompts, Ragged, Rollouts, concatenated
 
 PROMPTS_PER_SEGMENT = 2**16
 PROMPT_TOKENS_PER_SEGMENT = 2**22
@@ -134,20 +134,14 @@ def ensure_prompts(cache: Cache, prompts: Prompts, data: DataInfo, tokenizer: To
     for _, info in held:
         what = f"{cache.path} was made with another tokenizer; use another --cache"
         require_same_tokenizer(tokenizer, info.tokenizer, what)
-    ids, start, offsets = list[str](), 0, prompts.tokens.offsets
-    while start < len(prompts):
-        fitting = int(np.searchsorted(offsets, offsets[start] + PROMPT_TOKENS_PER_SEGMENT, side="right")) - 1
-        stop = max(min(start + PROMPTS_PER_SEGMENT, fitting), start + 1)
-        part = Prompts(prompts.ids[start:stop], prompts.tokens.slice(start, stop))
-        same = (
-            id_ for id_, info in held
-            if (info.data.fingerprint, info.start) == (data.fingerprint, start)
-            # the same texts may have been cut at another length
-            and _equal(cache.load_prompts(id_).tokens, part.tokens)
-        )  # fmt: skip
-        new = PromptsInfo(tokenizer=tokenizer, data=data, start=start)
-        ids.append(next(same, None) or cache.commit_prompts(part, new))
-        start = stop
+    ids = []
+    for rows in prompts.tokens.ranges(0, len(prompts), PROMPT_TOKENS_PER_SEGMENT, PROMPTS_PER_SEGMENT):
+        part = Prompts(prompts.ids[rows.start : rows.stop], prompts.tokens.slice(rows.start, rows.stop))
+        same = [id_ for id_, info in held if (info.data.fingerprint, info.start) == (data.fingerprint, rows.start)]
+        # the same texts may have been cut at another length
+        there = (id_ for id_ in same if _equal(cache.load_prompts(id_).tokens, part.tokens))
+        new = PromptsInfo(tokenizer=tokenizer, data=data, start=rows.start)
+        ids.append(next(there, None) or cache.commit_prompts(part, new))
     return ids
 
 
@@ -201,7 +195,7 @@ def ensure_rollouts(
                 tokens = sum(len(rollouts.completions.values) for rollouts in waiting)
                 if stop == end or tokens >= TOKENS_PER_SEGMENT or time.monotonic() - began >= seconds:
                     info = RolloutsInfo(prompts=prompts_id, prompt_start=begin, prompt_stop=stop, **made_by)
-                    cache.commit_rollouts(Rollouts.concatenate(waiting), info)
+                    cache.commit_rollouts(concatenated(waiting), info)
                     waiting, begin, began = [], stop, time.monotonic()
     return _held(cache, wanted, policy, sampling)[0], new
 
@@ -210,15 +204,12 @@ def _held(
     cache: Cache, wanted: Iterable[Range], policy: PolicyInfo, sampling: Sampling
 ) -> tuple[list[Range], list[Range]]:
     """Which rollouts segments hold these prompts for exactly this policy and sampling, and the prompts none holds."""
-    segments = [
-        (id_, info) for id_, info in cache.rollouts()
-        if info.policy.fingerprint == policy.fingerprint and info.sampling == sampling
-    ]  # fmt: skip
     held, missing = [], []
     for prompts_id, start, stop in wanted:
         covered: list[tuple[int, int, str]] = []
-        for id_, info in segments:
-            if info.prompts == prompts_id:
+        for id_, info in cache.rollouts():
+            made_by = info.prompts, info.policy.fingerprint, info.sampling
+            if made_by == (prompts_id, policy.fingerprint, sampling):
                 inside = max(start, info.prompt_start), min(stop, info.prompt_stop)
                 covered += [(*part, id_) for part in gaps(*inside, [part[:2] for part in covered])]
         held += [(id_, first, last) for first, last, id_ in sorted(covered)]

@@ -26,7 +26,7 @@ from ketchup_cache.provenance import Sampling
 from ketchup_cache.rollouts.calculator import Calculator, ForcedResults
 from ketchup_cache.rollouts.decode import Decoding, can_decode, decode
 from ketchup_cache.rollouts.draw import draw, number_type, uniforms
-from ketchup_cache.types import TOKEN_DTYPE, Ragged, Rollouts
+from ketchup_cache.types import TOKEN_DTYPE, Ragged, Rollouts, concatenated
 
 
 def sample_completions(
@@ -92,7 +92,7 @@ def sample_completions(
             made.append(Rollouts(index, completions, logprob.cpu().numpy()[inside], forced[inside], finished))
             if on_batch is not None:
                 on_batch(len(tokens))
-    rollouts = Rollouts.concatenate(made)
+    rollouts = concatenated(made)
     return rollouts.take(np.argsort(rollouts.prompt_index, kind="stable"))  # the samples of a prompt are in order
 
 
@@ -120,18 +120,13 @@ def _batches(lengths: NDArray[np.int64], samples: int, batch: int) -> Iterator[t
 
 def _processors(vocab_size: int, sampling: Sampling, forcing: ForcedResults | None) -> list[LogitsProcessor]:
     """What makes the distribution that a token is drawn from out of the model's logits, for one batch."""
-    processors: list[LogitsProcessor] = [_RealVocabulary(vocab_size)]
-    if forcing is not None:
-        processors.append(forcing)
-    if not sampling.greedy:
-        # in the order of transformers' own: top-p is a share of the tempered, top-k distribution
-        if sampling.temperature != 1:
-            processors.append(TemperatureLogitsWarper(sampling.temperature))
-        if sampling.top_k:
-            processors.append(TopKLogitsWarper(sampling.top_k))
-        if sampling.top_p < 1:
-            processors.append(TopPLogitsWarper(sampling.top_p))
-    return processors
+    processors = [_RealVocabulary(vocab_size), *([forcing] if forcing else [])]
+    if sampling.greedy:
+        return processors
+    # in the order of transformers' own: top-p is a share of the tempered, top-k distribution
+    warpers: dict[type, tuple[float, float]] = {TemperatureLogitsWarper: (sampling.temperature, 1)}
+    warpers |= {TopKLogitsWarper: (sampling.top_k, 0), TopPLogitsWarper: (sampling.top_p, 1)}
+    return processors + [warper(value) for warper, (value, off) in warpers.items() if value != off]
 
 
 class _RealVocabulary(LogitsProcessor):
@@ -166,15 +161,12 @@ def _generate(model: PreTrainedModel, prompts: Ragged, how: Decoding) -> tuple[T
 
     processors = LogitsProcessorList([*how.processors, draw_one])
     # `generate` takes what is not set in the config that it is given from the model's own
-    model.generation_config = GenerationConfig(
-        decoder_start_token_id=decoder_start(model) if encodes else None,
-        eos_token_id=how.eos,
-        pad_token_id=how.eos[0],
-        do_sample=uniform is not None,  # from what the last processor has left: a single token
-        top_k=None if uniform is None else 0,  # transformers' default is 50
-        num_return_sequences=how.samples,
-        max_new_tokens=how.longest,
-    )
+    ids = {"eos_token_id": how.eos, "pad_token_id": how.eos[0]}
+    ids |= {"decoder_start_token_id": decoder_start(model)} if encodes else {}
+    # sampled from what the last processor has left: a single token; transformers' default of top_k is 50
+    drawing = {"do_sample": uniform is not None, "top_k": None if uniform is None else 0}
+    size = {"num_return_sequences": how.samples, "max_new_tokens": how.longest}
+    model.generation_config = GenerationConfig(**ids, **drawing, **size)
     kind = "mps" if torch.backends.mps.is_available() else "cuda"
     try:
         # it draws a number for every row, if only of one token

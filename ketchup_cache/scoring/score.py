@@ -6,7 +6,7 @@ import gc
 import hashlib
 import random
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -176,7 +176,7 @@ class Scorer:
             with progress("score", total) as bar:
                 for rollouts_id, start, stop in missing:
                     completions = cache.load_rollouts(rollouts_id).completions
-                    for part in commit_ranges(completions, start, stop, self._commit_tokens):
+                    for part in completions.ranges(start, stop, self._commit_tokens):
                         report = report.plus(self._score_rows(cache, rollouts_id, part, bar))
         finally:
             if self._teacher is not None and not self._stays:  # a loaded one has reference cycles
@@ -195,11 +195,9 @@ class Scorer:
         tokens = 0
         if new:
             places = np.sort(np.fromiter(new.values(), np.int64))
-            teacher, budget, top = self._loaded(), self._budget, self.keep_top
+            how: dict[str, Any] = {"batch_tokens": self._budget, "keep_top": self.keep_top, "on_batch": bar.advance}
             try:
-                scores = teacher.score(
-                    prompts, rollouts, rows=places, batch_tokens=budget, keep_top=top, on_batch=bar.advance
-                )
+                scores = self._loaded().score(prompts, rollouts, rows=places, **how)
             except (MismatchError, NumericsError) as error:
                 raise type(error)(f"{cache.address}, rollouts {rollouts_id[:12]}: {error}") from None
             tokens = len(scores.q)
@@ -247,16 +245,6 @@ class Scorer:
         what += f", but that of teacher {self.info.name} encodes differently"
         todo = "score with a teacher that shares the tokenizer"
         require_same_encoding(self.tokenizer, theirs, what, todo, trust_remote_code=trust)
-
-
-def commit_ranges(completions: Ragged, start: int, stop: int, tokens: int) -> Iterator[range]:
-    """Rows start..stop in contiguous ranges of at most so many completion tokens; a single row may have more."""
-    offsets = completions.offsets
-    while start < stop:
-        fits = int(np.searchsorted(offsets, offsets[start] + tokens, side="right")) - 1
-        end = min(max(fits, start + 1), stop)
-        yield range(start, end)
-        start = end
 
 
 def _load(cache: Cache, rollouts_id: str) -> tuple[Rollouts, Ragged]:

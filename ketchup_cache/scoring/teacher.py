@@ -76,7 +76,7 @@ class Teacher:
         once = computes_prompts_once(self._model)
         budget = batch_tokens if isinstance(batch_tokens, TokenBudget) else TokenBudget(batch_tokens)
         top = min(keep_top, self.tokenizer.vocab_size)
-        scores = Scores.empty(len(whole.completions.values), len(names), top)
+        done = [(np.zeros(0, np.int64), Scores.empty(0, 0, top))]
         # taken from the end: the longest prompts come first, so memory runs out early or not at all
         waiting = whole.split(np.arange(len(names)), budget.tokens, once=once)
         while waiting:
@@ -91,20 +91,22 @@ class Teacher:
                     raise
             if part is None:  # outside the except block, whose traceback would keep the batch's memory
                 if len(places) == 1:
-                    raise ModelError(
-                        f"rollout row {names[places[0]]} ({len(batch.prompts.values):,} prompt and "
-                        f"{len(batch.completions.values):,} completion tokens) does not fit into memory on its own: "
-                        "use --dtype bfloat16 or --device-map auto, or make rollouts with a lower --max-prompt-tokens"
-                    )
+                    of_prompt, of_completion = len(batch.prompts.values), len(batch.completions.values)
+                    tokens = f"{of_prompt:,} prompt and {of_completion:,} completion tokens"
+                    what = f"rollout row {names[places[0]]} ({tokens}) does not fit into memory on its own"
+                    todo = "use --dtype bfloat16 or --device-map auto, or sample with a lower --max-prompt-tokens"
+                    raise ModelError(f"{what}: {todo}")
                 budget.halve(size)
                 waiting.append(places)
             if (part is None or budget.fitted(size)) and waiting:
                 waiting = whole.split(np.sort(np.concatenate(waiting)), budget.tokens, once=once)
             if part is not None:
-                scores.fill(whole.completions.places(places)[0], places, part)
+                done.append((places, part))
                 if on_batch:
                     on_batch(len(part.q))
-        return scores
+        order = np.concatenate([places for places, _ in done])
+        scored = Scores.concatenate([part for _, part in done])
+        return scored.take(whole.completions.take(order), np.argsort(order))
 
     def _score_batch(self, batch: Batch, finished: NDArray, names: NDArray, keep_top: int) -> Scores:
         states, next_states = states_and_next(self._model, batch, ~finished)
@@ -129,7 +131,5 @@ class Teacher:
         vocab_size = self.tokenizer.vocab_size
         if (bad := np.flatnonzero((tokens.values < 0) | (tokens.values >= vocab_size))).size:
             row = names[np.searchsorted(tokens.offsets, bad[0], side="right") - 1]
-            raise MismatchError(
-                f"{what} row {row} holds token id {tokens.values[bad[0]]}, but teacher {self.info.name} has "
-                f"{vocab_size:,} tokens: it was written with another tokenizer"
-            )
+            has = f"teacher {self.info.name} has {vocab_size:,} tokens: it was written with another tokenizer"
+            raise MismatchError(f"{what} row {row} holds token id {tokens.values[bad[0]]}, but {has}")

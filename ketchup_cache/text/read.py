@@ -14,7 +14,6 @@ import os
 import re
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -25,7 +24,7 @@ import huggingface_hub
 from transformers import PreTrainedTokenizerBase
 
 from ketchup_cache.config.options import DataOptions
-from ketchup_cache.console import one_line
+from ketchup_cache.console import one_line, silence
 from ketchup_cache.errors import DataError
 from ketchup_cache.provenance import DataInfo
 from ketchup_cache.text.prompts import Example, parse_template, user_turn
@@ -52,7 +51,7 @@ def read_examples(options: DataOptions, *, need_target: bool = False) -> list[Ex
     unit = "line" if options.data.lower().endswith(JSONL) else "row"
     stop = options.skip + options.limit if options.limit else None
     examples = []
-    with _quiet(), tempfile.TemporaryDirectory() as locks:
+    with silence(datasets.logging, huggingface_hub.logging), tempfile.TemporaryDirectory() as locks:
         for row, record in islice(_records(options, columns, locks), options.skip, stop):
             where = f"{options.data}: {unit} {row}"
             texts = {name: _text(record, column, where, flag) for name, (column, flag) in sources.items()}
@@ -171,15 +170,3 @@ def _rows(failure: str, *source: str | None, **reading: Any) -> Iterator[Record]
         yield from datasets.load_dataset(*source, **reading)
     except Exception as error:  # the readers' errors have no common base: pandas, Arrow, gzip, HTTP, disk
         raise DataError(f"{failure} ({one_line(error.__cause__ or error)})") from error
-
-
-def _quiet() -> ExitStack:
-    """No bars, no retries and no tracebacks of the libraries on the terminal until its end; what matters is raised."""
-    loud = ExitStack()
-    for log in (datasets.logging, huggingface_hub.logging):
-        loud.callback(log.set_verbosity, log.get_verbosity())
-        log.set_verbosity(log.CRITICAL)
-    if not datasets.are_progress_bars_disabled():
-        loud.callback(datasets.enable_progress_bars)
-        datasets.disable_progress_bars()
-    return loud

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from ketchup_cache.cache.cache import Cache
 from ketchup_cache.cache.index import ScoredRef
-from ketchup_cache.types import Prompts, Ragged, Rollouts, ScoredRollouts, Scores
+from ketchup_cache.types import Prompts, ScoredRollouts, Scores, concatenated
 
 Part = tuple[int, NDArray[np.int64]]
 """Rows of one segment: index of its ref, rows counted from the ref's first."""
@@ -120,8 +120,8 @@ def gather(parts: Sequence[tuple[ScoredRollouts, NDArray[np.int64]]]) -> ScoredR
     if len(taken) == 1:  # as nearly always: the prompts that are used, each copied once
         tokens = taken[0].prompts.tokens.take(taken[0].rollouts.prompt_index[first])
     else:
-        tokens = Ragged.concatenate([p.prompts.tokens.take(p.rollouts.prompt_index) for p in taken]).take(first)
-    rollouts = Rollouts.concatenate([part.rollouts for part in taken])
+        tokens = concatenated([p.prompts.tokens.take(p.rollouts.prompt_index) for p in taken]).take(first)
+    rollouts = concatenated([part.rollouts for part in taken])
     return ScoredRollouts(
         Prompts(ids[first], tokens),
         replace(rollouts, prompt_index=prompt_index.reshape(-1).astype(np.int64)),

@@ -28,7 +28,7 @@ from ketchup_cache.text.read import read_examples
 from ketchup_cache.training.batches import seed_of
 from ketchup_cache.training.optimizer import Learner, Optimizer
 from ketchup_cache.training.run import Origin, Run
-from ketchup_cache.types import TOKEN_DTYPE, Ragged
+from ketchup_cache.types import TOKEN_DTYPE, Ragged, concatenated
 
 
 @dataclass(frozen=True)
@@ -159,4 +159,4 @@ def _from_cache(config: PretrainConfig, info: TokenizerInfo) -> tuple[Batch, Ori
         completions.append(rollouts.completions.take(finished))
     if not sum(map(len, completions)):
         raise CacheError(f"{config.cache}: holds no finished rollouts; make some with `ketchup-cache rollout`")
-    return Batch(Ragged.concatenate(prompts), np.concatenate(indices), Ragged.concatenate(completions)), [policy]
+    return Batch(concatenated(prompts), np.concatenate(indices), concatenated(completions)), [policy]

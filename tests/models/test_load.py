@@ -80,11 +80,9 @@ def test_precision_and_devices(good):
     assert load_model(str(good), dtype="bfloat16", device="cpu").lm_head.weight.dtype == torch.bfloat16
     assert load_model(str(good), device_map="cpu").device.type == "cpu"
     assert pick_device("cpu") == torch.device("cpu")
-    for device in ("cuda:99", "cpu:1", "xpu"):
-        with pytest.raises(ModelError, match="is not on this machine"):
+    for device in ("cuda:99", "cpu:1", "xpu", "gpu"):
+        with pytest.raises(ModelError, match="is not on this machine: use auto, or one of cpu"):
             pick_device(device)
-    with pytest.raises(ModelError, match="is not a device name"):
-        pick_device("gpu")
 
 
 NO_TOKENIZER = [

@@ -24,7 +24,7 @@ def assert_top(cache, teacher, top: int, rows: int) -> None:
     refs, done = cache.scored(keep_top=top), 0
     for ref in refs:
         part = cache.load_scored(ref)
-        assert ref.keep_top >= min(top, VOCAB)
+        assert cache.manifest(ref.scores_id).info.keep_top >= min(top, VOCAB)
         scores = part.scores.with_top(min(top, VOCAB))
         for row, completion in enumerate(part.rollouts.completions):
             prompt = part.prompts.tokens[part.rollouts.prompt_index[row]]
