@@ -59,10 +59,8 @@ class Cache:
     def pin(self, ids: Collection[str]) -> None:
         """Show these segments alone, and take no new ones. Raises MismatchError where one is missing."""
         if missing := set(ids) - set(self.segment_ids()):
-            raise MismatchError(
-                f"{self.address}: lacks {len(missing)} of the {len(ids)} pinned segments, {min(missing)[:12]} for one; "
-                f"use the cache of that run, or pull them"
-            )
+            what = f"lacks {len(missing)} of the {len(ids)} pinned segments, {min(missing)[:12]} for one"
+            raise MismatchError(f"{self.address}: {what}; use the cache of that run, or pull them")
         self.pinned, self._index = frozenset(ids), None
 
     # ------------------------------------------------------------------------------------------------- manifests
@@ -156,20 +154,17 @@ class Cache:
 
     def _commit(self, segment: rules.Segment, info: Info) -> str:
         if self.pinned is not None:
-            raise MismatchError(
-                f"{self.address}: the pinned run has no such {info.kind}: repeat it with its own options and models"
-            )
+            what = f"the pinned run has no such {info.kind}: repeat it with its own options and models"
+            raise MismatchError(f"{self.address}: {what}")
         rules.check(segment, info, self._parent(info))
         arrays = rules.pack(segment, info)
-        rows, tokens = rules.size(segment)
+        counts = dict(zip(("rows", "tokens"), rules.size(segment), strict=True))
         archive = zarr_files.pack(zarr_files.encode(arrays))
         digest = hashlib.sha256(archive).hexdigest()
         made_by = {"tool": TOOL, "created": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")}
         entries = {name: zarr_files.entry_of(array) for name, array in arrays.items()}
         files = {zarr_files.ARCHIVE: FileEntry(length=len(archive), sha256=digest)}
-        manifest = Manifest(
-            format=FORMAT, version=2, rows=rows, tokens=tokens, info=info, arrays=entries, files=files, **made_by
-        )
+        manifest = Manifest(format=FORMAT, version=2, info=info, arrays=entries, files=files, **counts, **made_by)
         segment_bytes.check_manifest(manifest)
         self.store.put([Packed(manifest.id, manifest.to_bytes(), {zarr_files.ARCHIVE: archive})])
         self._parsed[manifest.id] = manifest

@@ -21,6 +21,8 @@ from ketchup_cache.errors import CacheError, CorruptError, WriteError
 from ketchup_cache.files import sync, write_new
 
 FOLDERS = ("manifests", "segments", "tmp")
+ADVICE = dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free some space and run the command again")
+ADVICE |= dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "choose a cache folder you may write to")
 
 
 class FolderStore(KeyedStore):
@@ -47,10 +49,8 @@ class FolderStore(KeyedStore):
         if not self.path.exists():
             return CacheError(f"{self.path}: no cache here; `ketchup-cache rollout --cache {self.path}` makes one")
         list_folder(self.path)  # says what is wrong with a folder that can't be read
-        return CacheError(
-            f"{self.path}: is not a ketchup cache (it has no {MARKER}); "
-            f"`ketchup-cache rollout --cache FOLDER` makes one in a new or empty folder"
-        )
+        todo = "`ketchup-cache rollout --cache FOLDER` makes one in a new or empty folder"
+        return CacheError(f"{self.path}: is not a ketchup cache (it has no {MARKER}); {todo}")
 
     def segment_ids(self) -> list[str]:
         return ids_among(list_folder(self.path / "manifests"))
@@ -203,19 +203,11 @@ def _staging(root: Path) -> Iterator[Path]:
         os.mkdir(stage)
         yield stage
     except OSError as error:
-        raise WriteError(
-            f"{root}: can't write ({error.strerror or error}): {_advice(error)}; what was committed before is kept"
-        ) from error
+        todo = ADVICE.get(error.errno or 0, "check the disk and run the command again")
+        what = f"can't write ({error.strerror or error}): {todo}; what was committed before is kept"
+        raise WriteError(f"{root}: {what}") from error
     finally:
         shutil.rmtree(stage, ignore_errors=True)
-
-
-def _advice(error: OSError) -> str:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return "free some space and run the command again"
-    if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
-        return "choose a cache folder you may write to"
-    return "check the disk and run the command again"
 
 
 def _linked(path: Path) -> CorruptError:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from ketchup_cache.cache.manifest import Info, Manifest, PromptsInfo, RolloutsInfo, ScoresInfo
 from ketchup_cache.errors import CacheError
@@ -16,11 +15,10 @@ Range = tuple[str, int, int]
 """Rows start..stop of the rollouts segment with this id."""
 
 
-@dataclass(frozen=True)
-class ScoredRef:
+class ScoredRef(NamedTuple):
     """Rows row_start to row_stop of a rollouts segment, whose scores are in one scores segment.
 
-    samples: completions per prompt. keep_top: largest logits kept of each state.
+    samples: completions per prompt.
     """
 
     scores_id: str
@@ -31,7 +29,6 @@ class ScoredRef:
     samples: int
     policy: PolicyInfo
     teacher: TeacherInfo
-    keep_top: int = 0
 
     @property
     def rows(self) -> int:
@@ -83,9 +80,8 @@ class Index:
             covered = done.setdefault((self._original[info.rollouts], info.teacher.fingerprint), [])
             rows = gaps(info.row_start, info.row_stop, covered)
             covered += rows
-            made_by: dict[str, Any] = {"policy": parent.policy, "teacher": info.teacher, "keep_top": info.keep_top}
-            made_by["samples"] = parent.sampling.samples
-            refs += [ScoredRef(scores_id, info.rollouts, parent.prompts, *span, **made_by) for span in rows]
+            made_by: Any = (parent.sampling.samples, parent.policy, info.teacher)
+            refs += [ScoredRef(scores_id, info.rollouts, parent.prompts, *span, *made_by) for span in rows]
         return refs
 
     def unscored(self, teacher: str, keep_top: int = 0) -> list[Range]:
@@ -93,11 +89,8 @@ class Index:
         covered: dict[str, list[tuple[int, int]]] = {}
         for ref in self.scored(teacher, keep_top=keep_top):
             covered.setdefault(self._original[ref.rollouts_id], []).append((ref.row_start, ref.row_stop))
-        return [
-            (id_, *span)
-            for id_, _ in self.rollouts
-            for span in gaps(0, self.manifests[id_].rows, covered.get(self._original[id_], []))
-        ]
+        left = {id_: covered.get(self._original[id_], []) for id_, _ in self.rollouts}
+        return [(id_, *span) for id_, done in left.items() for span in gaps(0, self.manifests[id_].rows, done)]
 
     def models(self, what: str) -> list[Any]:
         """Every teacher that has scores here, or policy that has rollouts, once for each name and fingerprint."""
@@ -110,9 +103,8 @@ class Index:
         """
         if not (found := self.models(what)):
             made, command = ("scores", "score") if what == "teacher" else ("rollouts", "rollout")
-            raise CacheError(
-                f"{self._address}: no {made} yet; run `ketchup-cache {command} --cache {self._address}` first"
-            )
+            todo = f"run `ketchup-cache {command} --cache {self._address}` first"
+            raise CacheError(f"{self._address}: no {made} yet; {todo}")
         named = [model for model in found if selector in (None, model.name)]
         chosen = distinct(named or [model for model in found if model.fingerprint.startswith(str(selector))])
         if len(chosen) == 1:
@@ -157,9 +149,8 @@ def check_parent(info: Info, known: Mapping[str, Manifest], segment_id: str = ""
         raise CacheError(f"{what} needs {parent_name}, but that is a segment of {parent.kind}")
     if not start <= stop <= parent.rows:
         raise CacheError(f"{what} covers rows {start} to {stop} of {parent_name}, which has {parent.rows}")
-    require_same_tokenizer(
-        info.tokenizer, parent.info.tokenizer, f"{what} and {parent_name} must share a tokenizer; use the same one"
-    )
+    todo = f"{what} and {parent_name} must share a tokenizer; use the same one"
+    require_same_tokenizer(info.tokenizer, parent.info.tokenizer, todo)
 
 
 def distinct(found: Iterable[Model]) -> list[Model]:

@@ -6,20 +6,19 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 from pydantic import BaseModel
 
 from ketchup_cache.cache.cache import Cache
 from ketchup_cache.cache.disk import FolderStore, delete, leftovers, weigh
-from ketchup_cache.cache.index import Index, check_parent, distinct, parent_id
+from ketchup_cache.cache.index import Index, check_parent, parent_id
 from ketchup_cache.cache.manifest import KINDS, Manifest, PromptsInfo, ScoresInfo
 from ketchup_cache.cache.segment_bytes import in_parallel, read_manifest, read_segment
 from ketchup_cache.console import Report, printable, size_text
 from ketchup_cache.errors import CacheError, KetchupError
 
 Record = dict[str, Any]
-Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
@@ -96,19 +95,14 @@ def describe(cache: Cache) -> CacheInfo:
         finished += int(cache.load_rollouts(id_).finished.sum()) if info.finished is None else info.finished
     for ref in index.scored():
         scored[ref.teacher.fingerprint] += ref.rows
-    total = drawn.total()
+    total, of_teachers = drawn.total(), [(t, scored[t.fingerprint]) for t in cache.teachers()]
     return CacheInfo(
         path=cache.address,
         rollouts=total,
         finished=finished,
         completion_tokens=sum(manifests[id_].tokens for id_, _ in index.rollouts),
-        policies=[
-            p.model_dump() | {"rollouts": drawn[p.fingerprint]}
-            for p in distinct(info.policy for _, info in index.rollouts)
-        ],
-        teachers=[
-            t.model_dump() | {"scored": (n := scored[t.fingerprint]), "unscored": total - n} for t in cache.teachers()
-        ],
+        policies=[p.model_dump() | {"rollouts": drawn[p.fingerprint]} for p in cache.policies()],
+        teachers=[t.model_dump() | {"scored": n, "unscored": total - n} for t, n in of_teachers],
         tokenizers=_different(m.info.tokenizer for m in manifests.values()),
         data=_different(m.info.data for m in manifests.values() if isinstance(m.info, PromptsInfo)),
         sampling=_different(info.sampling for _, info in index.rollouts),
@@ -140,10 +134,9 @@ class Difference(Report):
 def compare(one: Cache, other: Cache) -> Difference:
     """From the manifests alone."""
     ids = [set(cache.segment_ids()) for cache in (one, other)]
-    only = {
-        cache.address: [_entry(id_, cache.manifest(id_)) for id_ in cache.segment_ids() if id_ in missing]
-        for cache, missing in ((one, ids[0] - ids[1]), (other, ids[1] - ids[0]))
-    }
+    only = {}
+    for cache, missing in ((one, ids[0] - ids[1]), (other, ids[1] - ids[0])):
+        only[cache.address] = [_entry(id_, cache.manifest(id_)) for id_ in cache.segment_ids() if id_ in missing]
     return Difference(only, len(ids[0] & ids[1]))
 
 
@@ -183,7 +176,7 @@ def verify(cache: Cache, *, deep: bool = True) -> VerifyReport:
     """Read and hash every byte again; `deep`: decode it and check every rule of the format. Collects all problems."""
     store = getattr(cache.store, "source", cache.store)  # the address itself, not what is kept of it here
 
-    def tried(work: Callable[..., Value], *args: Any) -> Value | str:
+    def tried(work: Callable[..., Any], *args: Any) -> Any:
         """What the work returns, or its error in one line."""
         try:
             return work(*args)
@@ -197,15 +190,14 @@ def verify(cache: Cache, *, deep: bool = True) -> VerifyReport:
     fresh, right = Cache(store, Index(manifests, cache.address)), 0
     # the children of one parent side by side, so that it is decoded once
     for id_, manifest in sorted(manifests.items(), key=lambda m: (KINDS.index(m[1].kind), parent_id(m[1].info), m[0])):
-        said: list[Any] = [tried(fresh.load, id_) if deep else tried(check_parent, manifest.info, manifests, id_)]
+        said = [tried(fresh.load, id_) if deep else tried(check_parent, manifest.info, manifests, id_)]
         if not deep or isinstance(said[0], str):  # loading may have stopped at the parent
             said.append(tried(read_segment, store, id_, manifest, b""))
         wrong = [text for text in said if isinstance(text, str)]
         problems += wrong
         right += 0 if wrong else manifest.data_bytes
-    left = (
-        leftovers(store.path, {parent_id(m.info) for m in manifests.values()}) if isinstance(store, FolderStore) else []
-    )
+    parents = {parent_id(m.info) for m in manifests.values()}
+    left = leftovers(store.path, parents) if isinstance(store, FolderStore) else []
     names = tuple(str(path.relative_to(cache.address)) for path in left)
     # once each: a damaged parent is found by each of its children too
     return VerifyReport(cache.address, len(manifests), right, tuple(dict.fromkeys(problems)), names)

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from ketchup_cache.cache import float16
 from ketchup_cache.cache.manifest import ArrayEntry, Info, RolloutsInfo, ScoresInfo
 from ketchup_cache.errors import CacheError, NumericsError
 from ketchup_cache.provenance import TokenizerInfo
@@ -25,6 +25,9 @@ OPTIONAL = {"forced"}
 """Left out where all its elements are False."""
 MAX_VOCABULARY = 2**31
 """Token ids are int32 in memory."""
+LARGEST = float(np.finfo(np.float16).max)
+ROUNDING = 2.0**-11
+"""Largest relative error of the nearest float16."""
 TOLERANCE = 1e-3
 """Relative: how far float32 rounding may bend an inequality between scores."""
 
@@ -39,14 +42,9 @@ def layout(info: Info, rows: int, tokens: int) -> dict[str, ArrayEntry]:
         case "prompts":
             shapes = {"ids": ("uint8", (rows, 16)), "tokens": (token, per_token), "offsets": ("int64", (rows + 1,))}
         case "rollouts":
-            shapes = {
-                "prompt_index": ("int64", per_row),
-                "completion_tokens": (token, per_token),
-                "completion_offsets": ("int64", (rows + 1,)),
-                "behavior_logprob": (real, per_token),
-                "finished": ("bool", per_row),
-                "forced": ("bool", per_token),
-            }
+            shapes = {"completion_tokens": (token, per_token), "completion_offsets": ("int64", (rows + 1,))}
+            shapes |= {"prompt_index": ("int64", per_row), "finished": ("bool", per_row)}
+            shapes |= {"behavior_logprob": (real, per_token), "forced": ("bool", per_token)}
         case "scores":
             names = ("q", "gap", "logsumexp_gap", "mean_gap") if compact else ("q", "max_q", "logsumexp", "mean_q")
             shapes = dict.fromkeys(names, (real, per_token))
@@ -63,7 +61,7 @@ def pack(segment: Segment, info: Info) -> dict[str, NDArray]:
     """The arrays to store, of a segment that passed `check`. Raises NumericsError where float16 can't hold a value."""
     arrays = _arrays(segment)
     if isinstance(segment, Scores) and isinstance(info, ScoresInfo) and info.storage == "compact":
-        arrays = float16.shrink(segment)
+        arrays = to_float16(segment)
     if isinstance(segment, Rollouts) and not segment.forced.any():
         del arrays["forced"]
     stored = layout(info, *size(segment))
@@ -83,7 +81,7 @@ def unpack(info: Info, arrays: Mapping[str, NDArray]) -> Segment:
             prompt_index, behavior_logprob = arrays["prompt_index"], arrays["behavior_logprob"]
             segment = Rollouts(prompt_index, completions, behavior_logprob, forced, arrays["finished"])
         case "scores" if info.storage == "compact":
-            segment = float16.restore(arrays)
+            segment = from_float16(arrays)
         case "scores":
             top = None
             if info.keep_top:
@@ -158,7 +156,7 @@ def _check_rollouts(rollouts: Rollouts, info: RolloutsInfo) -> None:
 
 def _check_scores(scores: Scores, info: ScoresInfo) -> None:
     max_q = scores.max_q
-    rounding = float16.ROUNDING if info.storage == "compact" else 0
+    rounding = ROUNDING if info.storage == "compact" else 0
     highest = max_q + np.float32(math.log(info.tokenizer.vocab_size) * (1 + rounding))
     for name, low, high, reason in (
         ("q", scores.q, max_q, "is larger than max_q"),
@@ -178,10 +176,10 @@ def _check_top(scores: Scores, info: ScoresInfo) -> None:
     slack = TOLERANCE * np.maximum(1, np.abs(scores.max_q))
     bound = rest - top_q[:, -1] - slack
     if info.storage == "compact":  # logsumexp, and the logits that weigh, lie within log(vocab_size) of the maximum
-        slack += 3 * float16.ROUNDING * math.log(info.tokenizer.vocab_size)
+        slack += 3 * ROUNDING * math.log(info.tokenizer.vocab_size)
         # of every distance that was rounded: of the last logit and logsumexp from the maximum, of the rest from that
         far = 2 * scores.logsumexp - top_q[:, -1] - rest
-        bound -= 2 * float16.ROUNDING * np.abs(far)
+        bound -= 2 * ROUNDING * np.abs(far)
     _refuse("top_ids", _beyond(top_ids, info.tokenizer), f"holds an id that {info.tokenizer.name} does not have")
     _refuse("top_ids", np.diff(np.sort(top_ids, axis=1), axis=1) == 0, "holds a token twice")
     _refuse("top_q", np.diff(top_q, axis=1) > 0, "does not fall from the largest logit to the smallest")
@@ -208,7 +206,7 @@ def _check_pair(scores: Scores, info: ScoresInfo, rollouts: Rollouts) -> None:
         chosen = top.ids == rollouts.completions.slice(info.row_start, info.row_stop).values[:, None]
         slack = TOLERANCE * np.maximum(1, np.abs(scores.max_q))
         if info.storage == "compact":  # both were rounded
-            slack += 2 * float16.ROUNDING * np.abs(scores.max_q - scores.q)
+            slack += 2 * ROUNDING * np.abs(scores.max_q - scores.q)
         differs = chosen & (np.abs(top.q - scores.q[:, None]) > slack[:, None])
         _refuse("top_q", differs, "is not q where top_ids is the token")
 
@@ -239,3 +237,51 @@ def _refuse(name: str, wrong: NDArray[np.bool_], reason: str) -> None:
     """wrong: [n], or [n, m] for an array of rows."""
     if wrong.any():
         raise CacheError(f"{name}[{int(np.argwhere(wrong)[0, 0])}] {reason}")
+
+
+# ---------------------------------------------------------------------------------------------------- scores in float16
+#
+# A float16 has 11 significant bits, so values are stored in the form in which they are small: `q` as it is, everything
+# else as its distance from the largest logit, which is what returns are made of. Rounding errs by 2⁻¹¹ of the stored
+# number at most (0.002 for a gap of 4 to 8, 0.004 up to 16). Token ids are not touched. Distances are never negative,
+# so whatever is read back keeps q ≤ max_q, mean_q ≤ max_q and max_q ≤ logsumexp exactly.
+
+
+def half(name: str, values: NDArray[np.float32]) -> NDArray[np.float16]:
+    """The nearest float16 of each value. Raises NumericsError, naming the first, where one is too large for it."""
+    with np.errstate(over="ignore"):  # looked for below
+        rounded = values.astype(np.float16)
+    if (wrong := ~np.isfinite(rounded)).any():
+        place, value = int(np.argwhere(wrong)[0, 0]), values[wrong][0]
+        raise NumericsError(f"{name}[{place}] is {value}, float16 ends at {LARGEST:.0f}: keep these scores lossless")
+    return rounded
+
+
+def to_float16(scores: Scores) -> dict[str, NDArray]:
+    """What a compact segment stores. Raises NumericsError where float16 overflows.
+
+    Lossless scores may have a distance of less than 0 by a rounding error; it becomes 0.
+    """
+    max_q = scores.max_q
+    stored: dict[str, NDArray] = {"q": half("q", scores.q), "final_max_q": scores.final_max_q}
+    apart = {"gap": (max_q, scores.q), "logsumexp_gap": (scores.logsumexp, max_q), "mean_gap": (max_q, scores.mean_q)}
+    if top := scores.top:
+        # where there is no rest, its distance is 0 here, and not stored
+        rest = np.where(np.isfinite(top.rest_logsumexp), top.rest_logsumexp, scores.logsumexp)
+        apart |= {"top_gap": (max_q[:, None], top.q), "rest_gap": (scores.logsumexp, rest)}
+        stored["top_ids"] = top.ids
+    with np.errstate(over="ignore"):  # an infinity is refused by `half`
+        return stored | {name: half(name, np.maximum(a - b, np.float32(0))) for name, (a, b) in apart.items()}
+
+
+def from_float16(arrays: Mapping[str, NDArray]) -> Scores:
+    """The scores, in float32, that `to_float16` made these arrays of, within its error."""
+    names = ("q", "gap", "logsumexp_gap", "mean_gap")
+    q, gap, logsumexp_gap, mean_gap = (arrays[name].astype(np.float32, copy=False) for name in names)
+    with np.errstate(invalid="ignore"):  # of infinities, which the rules of the format refuse
+        max_q = q + gap
+        scores = Scores(q, max_q, max_q + logsumexp_gap, max_q - mean_gap, arrays["final_max_q"])
+        if "top_gap" in arrays:
+            rest = scores.logsumexp - (arrays["rest_gap"] if "rest_gap" in arrays else np.full_like(q, np.inf))
+            scores = replace(scores, top=TopLogits(max_q[:, None] - arrays["top_gap"], arrays["top_ids"], rest))
+    return scores

@@ -6,8 +6,7 @@ import hashlib
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 from numpy.typing import NDArray
 from pydantic import ValidationError
@@ -31,8 +30,7 @@ Item = TypeVar("Item")
 Value = TypeVar("Value")
 
 
-@dataclass(frozen=True)
-class Packed:
+class Packed(NamedTuple):
     """A whole segment as bytes, each checked against the manifest."""
 
     segment_id: str
@@ -203,7 +201,5 @@ def in_parallel(work: Callable[[Item], Value], items: Sequence[Item]) -> list[Va
 
 def _check_version(path: object, version: object) -> None:
     if isinstance(version, bool) or version not in range(1, FORMAT_VERSION + 1):
-        raise CacheError(
-            f"{path}: is of format version {one_line(repr(version), 20)}, this program reads versions up to "
-            f"{FORMAT_VERSION}; upgrade ketchup-cache"
-        )
+        known = f"this program reads versions up to {FORMAT_VERSION}; upgrade ketchup-cache"
+        raise CacheError(f"{path}: is of format version {one_line(repr(version), 20)}, {known}")

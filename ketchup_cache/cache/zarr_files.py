@@ -31,7 +31,7 @@ MAX_BYTES = 2**30
 """Most bytes in the decoded arrays of a segment, and in its files."""
 
 Bytes = bytes | memoryview
-_GROUP = {"zarr_format": 3, "node_type": "group", "attributes": {}}
+_GROUP: dict[str, Any] = {"zarr_format": 3, "node_type": "group", "attributes": {}}
 _ZSTD_LEVEL = 1
 _CRC_BYTES = 4
 _NO_TIME = (1980, 1, 1, 0, 0, 0)
@@ -148,21 +148,16 @@ def _chunk_names(name: str, entry: ArrayEntry) -> list[str]:
 
 def _metadata(entry: ArrayEntry) -> dict[str, Any]:
     """The array's zarr.json. Every value is fixed by the format, so that readers can demand it."""
-    one_byte = np.dtype(entry.dtype).itemsize == 1
-    return {
-        "zarr_format": 3,
+    endian = {} if np.dtype(entry.dtype).itemsize == 1 else {"configuration": {"endian": "little"}}
+    zstd = {"name": "zstd", "configuration": {"level": _ZSTD_LEVEL, "checksum": False}}
+    return _GROUP | {
         "node_type": "array",
         "shape": list(entry.shape),
         "data_type": entry.dtype,
         "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(_chunk_shape(entry.shape))}},
         "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
         "fill_value": np.zeros((), entry.dtype).item(),
-        "codecs": [
-            {"name": "bytes"} if one_byte else {"name": "bytes", "configuration": {"endian": "little"}},
-            {"name": "zstd", "configuration": {"level": _ZSTD_LEVEL, "checksum": False}},
-            {"name": "crc32c"},
-        ],
-        "attributes": {},
+        "codecs": [{"name": "bytes", **endian}, zstd, {"name": "crc32c"}],
     }
 
 

@@ -14,13 +14,14 @@ from typing import Any
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 from numpy.typing import NDArray
 
 from ketchup_cache.files import write_file
 
+FIGURE: Any = {"dpi": 150, "layout": "constrained"}
+"""Made outside pyplot, so that nothing is left behind in global state."""
 MARKERS = "os^Dv<>Pp*hX"
 DASHES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 3)))
 COLOURS = ("#000000", "#E69F00", "#0072B2", "#D55E00", "#56B4E9", "#009E73", "#CC79A7")
@@ -39,7 +40,7 @@ def variance_bias_figure(analysis: Mapping[str, Any]) -> Figure:
     policies = sorted(analysis["policies"], key=lambda p: (p["kl_per_token"] is None, p["kl_per_token"] or 0))
     ks = sorted({point["k"] for policy in policies for point in policy["by_k"]})
     columns = 1 if len(policies) <= 6 else 2
-    figure = _figure(9, 4.1 + 0.18 * len(policies) / columns)
+    figure = Figure((9, 4.1 + 0.18 * len(policies) / columns), **FIGURE)
     panels = figure.subplots(1, 2)
     for axes, quantity in zip(panels, ("variance", "bias"), strict=True):
         for i, policy in enumerate(policies):
@@ -84,11 +85,23 @@ def learning_curves_figure(
         window: the line is the mean of this many steps up to each (of fewer at the start); the values themselves
             are drawn faintly behind it. 1: the values alone.
     """
-    figure = _figure(8, 0.6 + 2.2 * len(panels) + 0.2 * len(runs))
+    figure = Figure((8, 0.6 + 2.2 * len(panels) + 0.2 * len(runs)), **FIGURE)
     grid = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
     for axes, (quantity, name) in zip(grid, panels.items(), strict=True):
         for i, (label, records) in enumerate(runs.items()):
-            _draw_run(axes, quantity, i, label, records, window)
+            colour, dash, marker = (styles[i % len(styles)] for styles in (COLOURS, DASHES, MARKERS))
+            present = [record for record in records if record.get(quantity) is not None]
+            steps = np.array([record["step"] for record in present])
+            values = np.array([record[quantity] for record in present], dtype=float)
+            if window > 1:
+                axes.plot(steps, values, color=colour, alpha=0.3, linewidth=0.7)
+            style: Any = {"color": colour, "linestyle": dash, "marker": marker, "markersize": 4}
+            style |= {"label": _short(label), "markevery": max(len(steps) // 8, 1)}
+            axes.plot(steps, running_mean(values, window), **style)
+            # a rug: rows of ticks in axes coordinates, one row for each run
+            ticks = [record["step"] for record in records if record.get("refreshed")]
+            bottom = 0.02 + 0.035 * i
+            axes.vlines(ticks, bottom, bottom + 0.03, transform=axes.get_xaxis_transform(), color=colour, linewidth=1)
         axes.set_ylabel(name)
         axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
         axes.grid(alpha=0.3)
@@ -104,21 +117,6 @@ def learning_curves_figure(
     return figure
 
 
-def _draw_run(axes: Axes, quantity: str, place: int, label: str, records: Records, window: int) -> None:
-    colour, dash, marker = (styles[place % len(styles)] for styles in (COLOURS, DASHES, MARKERS))
-    present = [record for record in records if record.get(quantity) is not None]
-    steps = np.array([record["step"] for record in present])
-    values = np.array([record[quantity] for record in present], dtype=float)
-    if window > 1:
-        axes.plot(steps, values, color=colour, alpha=0.3, linewidth=0.7)
-    style: Any = {"color": colour, "linestyle": dash, "marker": marker, "markersize": 4}
-    axes.plot(steps, running_mean(values, window), label=_short(label), markevery=max(len(steps) // 8, 1), **style)
-    # a rug: rows of ticks in axes coordinates, one row for each run
-    ticks = [record["step"] for record in records if record.get("refreshed")]
-    bottom = 0.02 + 0.035 * place
-    axes.vlines(ticks, bottom, bottom + 0.03, transform=axes.get_xaxis_transform(), color=colour, linewidth=1)
-
-
 def running_mean(values: NDArray[np.float64], window: int) -> NDArray[np.float64]:
     """[n] → [n]: mean of the last `window` values up to each, of fewer at the start."""
     total, stop = np.concatenate([[0.0], np.cumsum(values)]), np.arange(1, len(values) + 1)
@@ -127,13 +125,6 @@ def running_mean(values: NDArray[np.float64], window: int) -> NDArray[np.float64
 
 
 # ------------------------------------------------------------------------------------------------------- shared
-
-
-def _figure(width: float, height: float) -> Figure:
-    """A figure outside pyplot, so that nothing is left behind in global state."""
-    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
 
 
 def _legend(figure: Figure, axes: Axes, title: str | None, **options: Any) -> None:

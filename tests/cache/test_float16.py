@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from ketchup_cache import open_cache
-from ketchup_cache.cache import float16
+from ketchup_cache.cache import rules
 from ketchup_cache.cache.cache import Cache
 from ketchup_cache.cache.inspect import verify
 from ketchup_cache.errors import NumericsError
@@ -50,7 +50,7 @@ def test_errors_are_those_of_one_rounding(q: np.ndarray, data: st.DataObject) ->
     gap, over, under = (data.draw(up) for _ in range(3))
     max_q = q + gap
     scores = Scores(q, max_q, max_q + over, max_q - under, np.zeros(1, np.float32))
-    read = float16.restore(float16.shrink(scores))
+    read = rules.from_float16(rules.to_float16(scores))
     rounding = 2.0**-11
     exact = {name: np.float64(getattr(scores, name)) for name in PER_TOKEN}
     got = {name: np.float64(getattr(read, name)) for name in PER_TOKEN}
@@ -61,7 +61,7 @@ def test_errors_are_those_of_one_rounding(q: np.ndarray, data: st.DataObject) ->
         assert (have >= 0).all()
     assert (abs(got["q"] - exact["q"]) <= abs(exact["q"]) * rounding + 2.0**-25).all()
     # written again, nothing more is lost than float32 loses
-    again = float16.restore(float16.shrink(read))
+    again = rules.from_float16(rules.to_float16(read))
     np.testing.assert_array_equal(again.q, read.q)
     assert (abs(np.float64(again.max_q) - read.max_q) <= 2e-4).all()
 
@@ -70,7 +70,7 @@ def test_gaps_up_to_16_err_by_at_most_4_thousandths() -> None:
     """The figure in the documentation, over every float32 step that matters."""
     gap = np.linspace(0, 16, 1_000_001, dtype=np.float32)
     zero = np.zeros_like(gap)
-    read = float16.restore(float16.shrink(Scores(-gap, zero, zero, -gap, zero[:1])))
+    read = rules.from_float16(rules.to_float16(Scores(-gap, zero, zero, -gap, zero[:1])))
     error = abs((read.max_q - read.q) - gap).max()
     assert 0.0038 < error <= 2**-8
 
@@ -88,7 +88,7 @@ def test_what_float16_can_not_hold_is_refused(name: str, value: float) -> None:
     zero = np.zeros(3, np.float32)
     scores = replace(Scores(zero, zero, zero, zero, zero), **{name: np.array([0, value, 0], np.float32)})
     with pytest.raises(NumericsError, match=r"\[1\] is .* float16 ends at 65504: keep these scores lossless") as caught:
-        float16.shrink(scores)
+        rules.to_float16(scores)
     assert "\n" not in str(caught.value)
 
 
@@ -105,7 +105,7 @@ def test_what_float16_can_not_hold_is_refused(name: str, value: float) -> None:
 )
 def test_hostile_float16_segments(tmp_path: Path, name: str, value: float, match: str) -> None:
     cache, id_ = committed(tmp_path / "c")
-    array = float16.shrink(make_scores(make_rollouts(), 0, 3))[name]
+    array = rules.to_float16(make_scores(make_rollouts(), 0, 3))[name]
     array[2] = value
     forge(cache, id_, replaced(name, array))
     refused(cache.path, match=match)

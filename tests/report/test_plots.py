@@ -7,6 +7,7 @@ import sys
 
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.image import imread
 
 from ketchup_cache.errors import WriteError
@@ -52,7 +53,7 @@ def test_variance_and_bias_are_drawn_with_their_bars():
     assert drawn(variance, "far") == ([1, 2, 8], [40, 22, 11], [[36, 44], [20, 24], [10, 12]])
     assert drawn(bias, "far") == ([1, 2, 8], [0, 5, 7], [[0, 0], [4.5, 5.5], [6.25, 7.75]])
     assert drawn(bias, "near") == ([1, 2, 8], [0, 1.5, 3], [[0, 0], [1.5, 1.5], [3, 3]])
-    variance.figure.canvas.draw()
+    variance.figure.draw_without_rendering()
     for axes in (variance, bias):
         assert axes.get_xscale() == "log"
         assert [t.get_text() for t in axes.get_xticklabels()] == ["1", "2", "8"]
@@ -123,8 +124,9 @@ def test_nothing_overlaps():
         variance_bias_figure({"policies": [dict(long, kl_per_token=i / 7) for i in range(12)]}),
         learning_curves_figure(RUNS, PANELS, window=2, title="A run"),
     ):
-        figure.canvas.draw()
-        renderer = figure.canvas.get_renderer()
+        canvas = FigureCanvasAgg(figure)
+        canvas.draw()
+        renderer = canvas.get_renderer()
         boxes = [axes.get_tightbbox(renderer) for axes in figure.axes]
         boxes += [legend.get_window_extent(renderer) for legend in figure.legends]
         for i, one in enumerate(boxes):
