@@ -92,10 +92,9 @@ class Ragged:
 
     def padded(self, fill: float = 0) -> NDArray:
         """[rows, longest], with `fill` after each row's end."""
-        lengths = self.lengths
-        width = int(lengths.max(initial=0))
-        out = np.full((len(self), width), fill, dtype=self.values.dtype)
-        out[np.arange(width) < lengths[:, None]] = self.values
+        inside = np.arange(self.lengths.max(initial=0)) < self.lengths[:, None]
+        out = np.full(inside.shape, fill, dtype=self.values.dtype)
+        out[inside] = self.values
         return out
 
 
@@ -106,10 +105,7 @@ def _gather(values: NDArray, places: Places) -> NDArray:
 
 def offsets_of(lengths: ArrayLike) -> NDArray[np.int64]:
     """[rows] lengths → [rows + 1] offsets."""
-    lengths = np.asarray(lengths, dtype=np.int64)
-    offsets = np.zeros(len(lengths) + 1, dtype=np.int64)
-    np.cumsum(lengths, out=offsets[1:])
-    return offsets
+    return np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)])
 
 
 def concatenated(parts: Sequence[Part]) -> Part:
@@ -225,8 +221,7 @@ class Scores:
     def empty(cls, tokens: int, rows: int, keep_top: int = 0) -> Scores:
         """Zeros, to be filled in."""
         per_token = {name: np.zeros(tokens, np.float32) for name in PER_TOKEN}
-        width = (tokens, keep_top)
-        rest = np.zeros(tokens, np.float32)
+        width, rest = (tokens, keep_top), np.zeros(tokens, np.float32)
         top = TopLogits(np.zeros(width, np.float32), np.zeros(width, TOKEN_DTYPE), rest) if keep_top else None
         return cls(**per_token, final_max_q=np.zeros(rows, np.float32), top=top)
 

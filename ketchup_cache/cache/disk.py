@@ -57,9 +57,7 @@ class FolderStore(KeyedStore):
 
     def _get(self, key: str, limit: int) -> bytes:
         path = self.path / key
-        for folder in path.parents:
-            if folder == self.path:
-                break
+        for folder in path.parents[: key.count("/")]:  # those below the cache's own
             if folder.is_symlink():
                 raise _linked(folder)
         return read_file(path, limit)

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -26,8 +25,7 @@ from ketchup_cache.models.t5_unpadded import int_tensor, is_ragged, t5_states
 from ketchup_cache.types import Ragged, offsets_of
 
 
-@dataclass(frozen=True)
-class Batch:
+class Batch(NamedTuple):
     """Completions and the prompts they continue.
 
     prompts: unique prompts, each with at least one token. prompt_index: [B] int64, row of `prompts` of each

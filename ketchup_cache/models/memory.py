@@ -28,9 +28,8 @@ MESSAGES = ("out of memory", "can't allocate memory", "not enough memory", "allo
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether this is what PyTorch or NumPy raises on any device when memory has run out."""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    return isinstance(error, RuntimeError) and any(message in str(error).lower() for message in MESSAGES)
+    said = isinstance(error, RuntimeError) and any(message in str(error).lower() for message in MESSAGES)
+    return said or isinstance(error, (torch.OutOfMemoryError, MemoryError))
 
 
 class TokenBudget:

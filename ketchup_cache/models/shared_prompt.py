@@ -6,7 +6,7 @@ the completions from each other, and each counts its positions from the prompt's
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -32,8 +32,7 @@ def can_share(model: PreTrainedModel) -> bool:
     return config.model_type in SHARING and not windowed
 
 
-@dataclass(frozen=True)
-class SharedRows:
+class SharedRows(NamedTuple):
     """R rows for B completions.
 
     inputs: token ids; positions: in the text of prompt and completion, from 0; parts: 0 for a prompt, 1, 2, … for its

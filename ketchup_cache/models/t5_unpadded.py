@@ -43,9 +43,7 @@ blocks come fresh from the operating system each time, and their first touch tak
 
 def is_ragged(model: transformers.PreTrainedModel) -> bool:
     """Whether `t5_states` knows this model: one of T5's family, whole on one device."""
-    if type(model) not in OUTPUT_SCALED:
-        return False
-    return len(set(getattr(model, "hf_device_map", {"": 0}).values())) == 1
+    return type(model) in OUTPUT_SCALED and len(set(getattr(model, "hf_device_map", {"": 0}).values())) == 1
 
 
 def t5_states(model: Any, prompts: Ragged, inputs: Ragged, owner: NDArray[np.int64]) -> Tensor:

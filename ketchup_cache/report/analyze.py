@@ -26,6 +26,8 @@ from ketchup_cache.method.returns import rollout_returns
 from ketchup_cache.provenance import Sampling
 from ketchup_cache.sharing.remote_cache import open_cache
 
+Group = list[tuple[ScoredRef, Sampling]]
+"""Rollouts of one policy, sampled in one way."""
 ROWS_AT_ONCE = 4096
 """Rollouts whose padded arrays are in memory together."""
 TEXT = """{label}
@@ -78,7 +80,7 @@ def analyze(config: AnalyzeConfig) -> Analysis:
     if not refs:
         what = f"{config.cache}: teacher {teacher.name} has scored no rollouts of policy {config.policy}"
         raise CacheError(f"{what}; run `ketchup-cache score --cache {config.cache}` first")
-    groups: dict[tuple[str, str, int], list[tuple[ScoredRef, Sampling]]] = {}
+    groups: dict[tuple[str, str, int], Group] = {}
     infos = dict(cache.rollouts())
     for ref in refs:
         sampling = infos[ref.rollouts_id].sampling
@@ -102,10 +104,8 @@ def analyze(config: AnalyzeConfig) -> Analysis:
     return analysis
 
 
-def _analyze_policy(
-    cache: Cache, group: list[tuple[ScoredRef, Sampling]], config: AnalyzeConfig, bar: Bar
-) -> dict[str, Any]:
-    """group: rollouts of one policy, sampled in one way. The label is its name, step and way of sampling."""
+def _analyze_policy(cache: Cache, group: Group, config: AnalyzeConfig, bar: Bar) -> dict[str, Any]:
+    """The label is its name, step and way of sampling."""
     options: Any = config.model_dump(include={"tail", "normalization", "unfinished"})
     totals = np.zeros(6)
     used: list[tuple[NDArray, NDArray, NDArray]] = []

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 
 from ketchup_cache.cache.cache import Cache
-from ketchup_cache.cache.index import ScoredRef
-from ketchup_cache.cache.manifest import RolloutsInfo, ScoresInfo, Storage
+from ketchup_cache.cache.index import ScoredRef, parent_id
+from ketchup_cache.cache.manifest import ScoresInfo, Storage
 from ketchup_cache.config.commands import ScoreConfig
 from ketchup_cache.console import Bar, Report, progress, say
 from ketchup_cache.errors import CacheError, CorruptError, MismatchError, ModelError, NumericsError, WriteError
@@ -166,7 +166,11 @@ class Scorer:
         rows = sum(cache.manifest(rollouts_id).rows for rollouts_id in ids)
         missing = [part for part in self.unscored(cache) if part[0] in ids]
         for rollouts_id, _, _ in missing:
-            self._check_tokenizer(cache, rollouts_id)
+            theirs, trust = cache.manifest(rollouts_id).info.tokenizer, self.config.trust_remote_code
+            what = f"{cache.address}, rollouts {rollouts_id[:12]}: tokenizer {theirs.name} wrote them"
+            what += f", but that of teacher {self.info.name} encodes differently"
+            todo = "score with a teacher that shares the tokenizer"
+            require_same_encoding(self.tokenizer, theirs, what, todo, trust_remote_code=trust)
         report = ScoreReport(str(self), rows - sum(stop - start for _, start, stop in missing))
         if self._cache is not cache:
             self._cache, self._seen, self._places = cache, set[ScoredRef](), dict[bytes, tuple[ScoredRef, int]]()
@@ -239,19 +243,11 @@ class Scorer:
             self._load_s += time.monotonic() - began
         return self._teacher
 
-    def _check_tokenizer(self, cache: Cache, rollouts_id: str) -> None:
-        theirs, trust = cache.manifest(rollouts_id).info.tokenizer, self.config.trust_remote_code
-        what = f"{cache.address}, rollouts {rollouts_id[:12]}: tokenizer {theirs.name} wrote them"
-        what += f", but that of teacher {self.info.name} encodes differently"
-        todo = "score with a teacher that shares the tokenizer"
-        require_same_encoding(self.tokenizer, theirs, what, todo, trust_remote_code=trust)
-
 
 def _load(cache: Cache, rollouts_id: str) -> tuple[Rollouts, Ragged]:
     """Rollouts and the tokens of their prompts. The cache keeps the last ones it loaded."""
-    info = cache.manifest(rollouts_id).info
-    assert isinstance(info, RolloutsInfo)
-    return cache.load_rollouts(rollouts_id), cache.load_prompts(info.prompts).tokens
+    prompts_id = parent_id(cache.manifest(rollouts_id).info)
+    return cache.load_rollouts(rollouts_id), cache.load_prompts(prompts_id).tokens
 
 
 def _keys(prompts: Ragged, rollouts: Rollouts, rows: range) -> list[bytes]:
