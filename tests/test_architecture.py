@@ -16,7 +16,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 ROOMS = ["config", "method", "text", "models", "cache", "sharing", "rollouts", "scoring", "training", "report"]
 """Folders, each of which imports only from those before it, and from the root."""
-BUDGET = {"ketchup_cache": 6_680, "tests": 9_950}
+BUDGET = {"ketchup_cache": 6_395, "tests": 9_160}
 """Lines of code at most (`code_lines`)."""
 
 
