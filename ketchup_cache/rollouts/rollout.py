@@ -132,7 +132,7 @@ def ensure_prompts(cache: Cache, prompts: Prompts, data: DataInfo, tokenizer: To
     """
     held = [(id_, m.info) for id_, m in cache.manifests("prompts") if isinstance(m.info, PromptsInfo)]
     for _, info in held:
-        what = f"{cache.path} was made with another tokenizer; use another --cache"
+        what = f"{cache.address} was made with another tokenizer; use another --cache"
         require_same_tokenizer(tokenizer, info.tokenizer, what)
     ids = []
     for rows in prompts.tokens.ranges(0, len(prompts), PROMPT_TOKENS_PER_SEGMENT, PROMPTS_PER_SEGMENT):

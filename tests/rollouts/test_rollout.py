@@ -143,6 +143,13 @@ def test_nothing_is_done_twice(tmp_path, student, monkeypatch):
         assert "24 of them already there" in str(again)
 
 
+def test_a_cache_at_an_address_is_gone_on_with(tmp_path, student, monkeypatch):
+    monkeypatch.setenv("KETCHUP_CACHE_HOME", str(tmp_path / "home"))
+    config = make_config(tmp_path, student, cache=f"memory://{tmp_path.name}/cache")
+    first, again = rollout(config), rollout(config)
+    assert (first.already_there, again.already_there) == (0, first.rollouts)
+
+
 def test_other_settings_other_rollouts_same_prompts(tmp_path, student):
     for i, changes in enumerate(({}, {"seed": 1}, {"temperature": 0.5}, {"samples": 3}, {"max_new_tokens": 5})):
         assert rollout(make_config(tmp_path, student, **changes)).already_there == 0

@@ -12,7 +12,7 @@ from ketchup_cache import open_cache
 from ketchup_cache.cache.cache import Cache
 from ketchup_cache.cache.inspect import verify
 from ketchup_cache.errors import CacheError, KetchupError, MismatchError, NumericsError
-from ketchup_cache.scoring.score import Scorer, commit_ranges, follow, score
+from ketchup_cache.scoring.score import Scorer, follow, score
 from ketchup_cache.scoring.teacher import Teacher
 from ketchup_cache.types import Ragged
 from tests.helpers.models import WORDS, make_tokenizer, save_model
@@ -187,10 +187,10 @@ def test_a_killed_run_is_finished_by_the_next_and_no_row_is_scored_twice(cache, 
 
 def test_ranges_to_commit_are_contiguous_and_bounded():
     completions = Ragged.from_rows([[0] * n for n in (3, 4, 9, 0, 1, 2, 5)], np.int32)
-    ranges = list(commit_ranges(completions, 0, 7, 7))
+    ranges = list(completions.ranges(0, 7, 7))
     assert ranges == [range(2), range(2, 3), range(3, 6), range(6, 7)]
-    assert list(commit_ranges(completions, 1, 3, 100)) == [range(1, 3)]
-    assert list(commit_ranges(completions, 2, 2, 7)) == []
+    assert list(completions.ranges(1, 3, 100)) == [range(1, 3)]
+    assert list(completions.ranges(2, 2, 7)) == []
 
 
 # -------------------------------------------------------------------------------------------------- score --follow
