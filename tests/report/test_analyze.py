@@ -238,7 +238,7 @@ def test_rollouts_sampled_twice_with_one_seed_count_once(tmp_path: Path, rows: l
     once = Builder(tmp_path / "once", 6).add(rows).analyze().policies[0]
     # the second run covers the first two prompts again, drawing the same rollouts
     analysis = Builder(tmp_path / "twice", 6).add(rows[:10]).add(rows, max_new_tokens=64).analyze()
-    twice = analysis.policies[0]
+    (twice,) = analysis.policies
     assert twice["repeated"] == 10
     assert twice | {"repeated": 0} == once
     assert "10 more rollouts are copies" in str(analysis)

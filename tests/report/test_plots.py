@@ -7,7 +7,6 @@ import sys
 
 import numpy as np
 import pytest
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.image import imread
 
 from ketchup_cache.errors import WriteError
@@ -124,11 +123,9 @@ def test_nothing_overlaps():
         variance_bias_figure({"policies": [dict(long, kl_per_token=i / 7) for i in range(12)]}),
         learning_curves_figure(RUNS, PANELS, window=2, title="A run"),
     ):
-        canvas = FigureCanvasAgg(figure)
-        canvas.draw()
-        renderer = canvas.get_renderer()
-        boxes = [axes.get_tightbbox(renderer) for axes in figure.axes]
-        boxes += [legend.get_window_extent(renderer) for legend in figure.legends]
+        figure.draw_without_rendering()
+        boxes = [axes.get_tightbbox() for axes in figure.axes]
+        boxes += [legend.get_window_extent() for legend in figure.legends]
         for i, one in enumerate(boxes):
             assert min(one.x0, one.y0, figure.bbox.x1 - one.x1) >= 0
             assert not any(one.overlaps(other) for other in boxes[i + 1 :])
