@@ -1,7 +1,5 @@
 """Files and folders that are whole or not there, and progress that can be nested."""
 
-from __future__ import annotations
-
 import errno
 import io
 

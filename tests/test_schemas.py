@@ -1,7 +1,5 @@
 """Real files keep the JSON Schemas. (That the schemas are those of the models: cache/test_roundtrip.py.)"""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

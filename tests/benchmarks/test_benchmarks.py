@@ -1,8 +1,6 @@
 """The GPU script runs on any machine at toy size, and says what it measured; a measured peak is a peak, and the parts
 of a measured time belong to it."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """A commit is all or nothing: killed or failing at any step, alone or beside others."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Scores in float16: the documented error, the format's rules after rounding, and what float16 can't hold."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import replace
 from pathlib import Path

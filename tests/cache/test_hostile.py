@@ -1,7 +1,5 @@
 """Damaged and hostile caches: a typed error that names the file, quickly, and never wrong numbers or foreign code."""
 
-from __future__ import annotations
-
 import os
 import shutil
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Which rollouts are scored, by whom; every scored row once; what `info` says."""
 
-from __future__ import annotations
-
 import itertools
 import json
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Who made a segment, where they say so, and whose text a student was pre-distilled on."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import shutil

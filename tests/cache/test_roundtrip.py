@@ -1,7 +1,5 @@
 """What is committed comes back bit for bit, also through plain Zarr; the written format is the real one."""
 
-from __future__ import annotations
-
 import json
 import re
 import subprocess

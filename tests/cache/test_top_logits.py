@@ -1,7 +1,5 @@
 """The kept largest logits in the cache: what is stored, what is refused, and what a smaller number of them means."""
 
-from __future__ import annotations
-
 import json
 
 import numpy as np

@@ -1,7 +1,5 @@
 """The short form of `make soak`: the same code, fewer cases."""
 
-from __future__ import annotations
-
 import os
 import resource
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Arrays as files, below the hashes: any bytes are decoded to the same, or refused; sizes are read, not believed."""
 
-from __future__ import annotations
-
 import io
 import warnings
 import zipfile

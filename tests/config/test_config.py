@@ -1,7 +1,5 @@
 """Options from flags and YAML, and what is said when they are wrong."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from typing import get_args

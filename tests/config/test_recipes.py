@@ -1,7 +1,5 @@
 """Every recipe against the paper's tables, which are written down here once more, by hand."""
 
-from __future__ import annotations
-
 import json
 import shlex
 

@@ -1,7 +1,5 @@
 """The whole tool with a decoder-only teacher and student: pretrain → rollout → score → learn → evaluate."""
 
-from __future__ import annotations
-
 import json
 import random
 
@@ -26,7 +24,6 @@ from tests.helpers.models import VOCAB, WORDS, make_decoder, make_decoder_tokeni
 from tests.helpers.oracle import plain_logits, plain_row_scores
 
 NOUNS = WORDS[18:23]
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def write_task(path, n: int, seed: int):

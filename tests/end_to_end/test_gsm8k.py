@@ -1,7 +1,5 @@
 """The whole tool on real text: GSM8K's questions, a tokenizer trained on them, small models made on the spot."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path

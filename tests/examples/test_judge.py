@@ -1,7 +1,5 @@
 """The judge against a scripted server that speaks the protocol."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import re

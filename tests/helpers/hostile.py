@@ -1,7 +1,5 @@
 """A forger of segments: contents of any kind, whose hashes are all right. Format versions 1 and 2."""
 
-from __future__ import annotations
-
 import functools
 import hashlib
 import json

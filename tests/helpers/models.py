@@ -1,7 +1,5 @@
 """Tiny models, their tokenizers and prompts files, made on the spot: T5, and one model of each architecture."""
 
-from __future__ import annotations
-
 import json
 import random
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The plain way, to compare with: one row at a time, no padding, no cache, all logits, reductions in float64."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import numpy as np

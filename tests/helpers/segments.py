@@ -1,7 +1,5 @@
 """Made-up segments for the tests of the cache."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Sequence

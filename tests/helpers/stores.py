@@ -1,7 +1,5 @@
 """Stores for tests: in memory, and an emulated S3 (moto's server on loopback) kills, writers of the same keys."""
 
-from __future__ import annotations
-
 import logging
 import os
 import random

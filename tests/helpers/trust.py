@@ -4,8 +4,6 @@
 imports torch is killed at work and not at its imports.
 """
 
-from __future__ import annotations
-
 import errno
 import itertools
 import os

@@ -1,7 +1,5 @@
 """Baselines against loops over rows and steps, and the law that they leave the expected gradient alone."""
 
-from __future__ import annotations
-
 import itertools
 
 import numpy as np

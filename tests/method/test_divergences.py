@@ -1,7 +1,5 @@
 """Divergences off the largest logits, against torch's own over full distributions; and the min-variance baseline."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

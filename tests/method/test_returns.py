@@ -1,7 +1,5 @@
 """k_step_returns against Algorithm 1 and Eq. 7 written out literally, and against the laws they obey."""
 
-from __future__ import annotations
-
 import timeit
 
 import numpy as np

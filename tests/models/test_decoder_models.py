@@ -1,7 +1,5 @@
 """What decoder-only families do in their own way, against a plain pass over each row alone: scores and gradients."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch
@@ -15,8 +13,6 @@ from tests.helpers import oracle
 from tests.helpers.models import VOCAB, make_decoder
 from tests.helpers.oracle import assert_same_gradients, assert_same_scores, gradients, plain_scores, random_rollouts
 from tests.helpers.scoring import teacher_of
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize("family", ["qwen2", "gpt2", "llama", "mistral-window", "granite"])

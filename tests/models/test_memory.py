@@ -1,7 +1,5 @@
 """Budgets against an allocator that fails above a size, a process that the system limits, and made-up GPUs."""
 
-from __future__ import annotations
-
 import json
 import re
 import subprocess

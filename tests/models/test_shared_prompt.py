@@ -16,7 +16,6 @@ from ketchup_cache.types import Ragged
 from tests.helpers.models import FAMILIES, make_decoder
 
 SHARED = ("qwen2", "qwen2-tied", "qwen3", "gpt2", "llama", "cohere", "granite", "wide")
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def ragged(rows) -> Ragged:

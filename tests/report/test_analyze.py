@@ -1,7 +1,5 @@
 """Bias and variance from hand-made caches, against the definitions written out in plain Python."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import math
@@ -74,7 +72,7 @@ class Builder:
         tokens = Ragged.from_rows([[3, 1]] * prompts, np.int32)
         self.prompts_id = self.cache.commit_prompts(Prompts(ids, tokens), prompts_info())
 
-    def add(self, rows: list[One], cuts: tuple[int, ...] = (), *, policy=None, **sampling) -> Builder:
+    def add(self, rows: list[One], cuts: tuple[int, ...] = (), *, policy=None, **sampling):
         """A rollouts segment, and a scores segment for each piece between the cuts."""
 
         def flat(name: str, rows: list[One] = rows, dtype: type = np.float32) -> np.ndarray:

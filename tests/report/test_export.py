@@ -1,7 +1,5 @@
 """Exported rows, read back with pyarrow and datasets, are those of the cache bit for bit."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

@@ -1,7 +1,5 @@
 """Pictures hold the numbers they were given: the drawn artists are read back."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 

@@ -1,8 +1,6 @@
 """The calculator: against GSM8K's own annotations, Python's integers and whatever a model may write; and in decoding,
 against a literal reading of each text from its start, and plain forward passes."""
 
-from __future__ import annotations
-
 import json
 import re
 import timeit

@@ -1,7 +1,5 @@
 """The decoding loop against transformers' `generate`, and against every row alone with the numbers of its place."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch
@@ -20,8 +18,6 @@ SMALL = {
     "pad_token_id": 0,
 }  # fmt: skip
 TOLERANCE = 3e-5
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def make(family: str, ends: list[int] = ENDS):

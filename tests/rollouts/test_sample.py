@@ -1,7 +1,5 @@
 """Sampling against a plain forward pass of each row on its own: the law of the samples, and their log-probabilities."""
 
-from __future__ import annotations
-
 import itertools
 from collections import Counter
 from dataclasses import replace
@@ -16,7 +14,6 @@ from tests.helpers.models import ENDS, FAMILIES, VOCAB, make_model
 from tests.helpers.oracle import assert_same_rollouts, chi_square, plain_logits, rows_of, sample
 
 ONE_OF_EACH = pytest.mark.parametrize("family", ["t5-1.1", "qwen2"])
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def make_prompts(*lengths: int, vocab: int = VOCAB) -> list[list[int]]:

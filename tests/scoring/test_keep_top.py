@@ -1,7 +1,5 @@
 """From `score --keep-top` to `learn --method`, by the commands: what is stored, scored again, refreshed and resumed."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 from transformers import AutoModelForSeq2SeqLM

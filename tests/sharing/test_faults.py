@@ -3,8 +3,6 @@
 KETCHUP_SOAK=1: more kills.
 """
 
-from __future__ import annotations
-
 import os
 import signal
 import socket

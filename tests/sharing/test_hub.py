@@ -1,7 +1,5 @@
 """Caches on the Hub, against a stand-in for HfApi that keeps a repository in memory. The real Hub is not reached."""
 
-from __future__ import annotations
-
 import inspect
 from pathlib import Path
 from types import SimpleNamespace

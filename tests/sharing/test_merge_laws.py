@@ -3,8 +3,6 @@
 KETCHUP_SOAK=1: 200 machines of 50 steps; without it a short form.
 """
 
-from __future__ import annotations
-
 import os
 import tempfile
 import uuid

@@ -1,7 +1,5 @@
 """rollout, score, learn, analyze and info on a cache at an address: the same numbers as on a folder."""
 
-from __future__ import annotations
-
 import json
 import shutil
 

@@ -1,7 +1,5 @@
 """push, pull, merge, info A B, verify --clean; caches at addresses: folders, memory, a web server, S3 by moto."""
 
-from __future__ import annotations
-
 import functools
 import http.server
 import os

@@ -1,7 +1,5 @@
 """Prompts from files: the same examples from every format, and one line for everything that is wrong with them."""
 
-from __future__ import annotations
-
 import csv
 import gzip
 import hashlib
