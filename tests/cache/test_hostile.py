@@ -12,8 +12,30 @@ from ketchup_cache.cache import zarr_files
 from ketchup_cache.cache.cache import Cache
 from ketchup_cache.cache.inspect import clean, verify
 from ketchup_cache.errors import CacheError, CorruptError, KetchupError, MismatchError
-from tests.helpers.hostile import HOSTILE, chunk, forge, frame, holding, refused, removed, replaced, said, stored
-from tests.helpers.segments import add_prompts, exit_code, fill, fingerprint, in_child, load_all, same
+from tests.helpers.hostile import (
+    HOSTILE,
+    altered,
+    chunk,
+    forge,
+    frame,
+    holding,
+    refused,
+    removed,
+    replaced,
+    said,
+    stored,
+)
+from tests.helpers.segments import (
+    VOCAB,
+    add_prompts,
+    exit_code,
+    fill,
+    fingerprint,
+    in_child,
+    load_all,
+    make_rollouts,
+    same,
+)
 
 ARCHIVE = zarr_files.ARCHIVE
 
@@ -173,29 +195,48 @@ def test_the_forger_forges_valid_segments(cache: Cache) -> None:
     assert open_cache(cache.path).load_prompts(forge(cache, again, lambda m, f: None, version=1)).tokens.values[0] == 0
 
 
-NAN, INF = np.float32("nan"), np.float32("inf")
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "match"),
-    [
-        ("q", NAN, r"q\[3\] is nan"),
-        ("q", 1000, r"q\[3\] is larger than max_q"),
-        ("max_q", INF, r"max_q\[3\] is inf"),
-        ("max_q", -1000, r"q\[3\] is larger than max_q"),
-        ("logsumexp", NAN, r"logsumexp\[3\] is nan"),
-        ("logsumexp", -1000, r"logsumexp\[3\] is smaller than max_q"),
-        ("logsumexp", 1000, r"logsumexp\[3\] is larger than max_q \+ log"),
-        ("mean_q", 1000, r"mean_q\[3\] is larger than max_q"),
-        ("final_max_q", -INF, r"final_max_q\[\d\] is -inf"),
+NAN, INF = np.nan, np.inf
+TOKEN = int(make_rollouts().completions.values[3])
+HOSTILE_SCORES = {  # storage: array, place, value there, what is said
+    "plain": [
+        ("q", 3, NAN, "q[3] is nan"), ("q", 3, 1000, "q[3] is larger than max_q"), ("max_q", 3, INF, "max_q[3] is inf"),
+        ("max_q", 3, -1000, "q[3] is larger than max_q"), ("logsumexp", 3, NAN, "logsumexp[3] is nan"),
+        ("logsumexp", 3, -1000, "logsumexp[3] is smaller than max_q"),
+        ("logsumexp", 3, 1000, "logsumexp[3] is larger than max_q + log"),
+        ("mean_q", 3, 1000, "mean_q[3] is larger than max_q"), ("final_max_q", 2, -INF, "final_max_q[2] is -inf"),
     ],
-)
-def test_hostile_scores(cache: Cache, name: str, value: float, match: str) -> None:
-    _, _, segment_id = fill(cache)
-    array = np.array(getattr(cache.load_scores(segment_id), name))
-    array[min(3, len(array) - 1)] = value
-    forge(cache, segment_id, replaced(name, array))
-    refused(cache.path, match=match)
+    "top": [
+        ("top_q", (3, 1), NAN, "top_q[13] is nan"), ("top_q", (3, 3), -INF, "top_q[15] is -inf"),
+        ("rest_logsumexp", 3, NAN, "rest_logsumexp[3] is nan"), ("rest_logsumexp", 3, -INF, "[3] is -inf"),
+        ("top_ids", (3, 1), VOCAB, "top_ids[3] holds an id that words does not have"),
+        ("top_ids", (3, 1), 65535, "top_ids[3] holds an id that words does not have"),
+        ("top_ids", (3, 2), lambda ids: ids[3, 0], "top_ids[3] holds a token twice"),
+        ("top_ids", (3, 3), TOKEN, "top_q[3] is not q where top_ids is the token"),
+        ("top_q", 3, lambda top: top[3, [0, 2, 1, 3]], "top_q[3] does not fall"),
+        ("top_q", (3, 0), 1000, "top_q[3] does not begin with max_q"),
+        ("top_q", (3, 3), -30, "rest_logsumexp[3] is more than so many smaller logits can have"),
+        ("rest_logsumexp", 3, 1000, "rest_logsumexp[3] is more than so many"),
+        ("logsumexp", 3, 0, "logsumexp[3] is smaller than max_q"),
+        # each array is possible for itself; together they are not those of one distribution
+        ("logsumexp", 3, lambda before: before[3] + 0.5, "top_q[3] and rest_logsumexp do not add up to logsumexp"),
+    ],
+    "float16": [
+        ("gap", 2, -1, "q[2] is larger than max_q"), ("gap", 2, INF, "max_q[2] is inf"), ("q", 2, NAN, "q[2] is nan"),
+        ("logsumexp_gap", 2, -1, "logsumexp[2] is smaller than max_q"),
+        ("logsumexp_gap", 2, np.log(VOCAB) + 0.2, "logsumexp[2] is larger than max_q + log"),
+        ("mean_gap", 2, -1, "mean_q[2] is larger than max_q"),
+    ],
+}  # fmt: skip
+STORED = {"plain": {}, "top": {"top": 4}, "float16": {"storage": "compact"}}
+
+
+@pytest.mark.parametrize(("kind", "case"), [(kind, case) for kind, cases in HOSTILE_SCORES.items() for case in cases])
+def test_hostile_scores(cache: Cache, kind: str, case: tuple) -> None:
+    *_, segment_id = fill(cache, forced=False, **STORED[kind])
+    assert kind != "top" or TOKEN not in cache.load_scores(segment_id).top.ids[3]
+    *change, message = case
+    forge(cache, segment_id, altered(*change))
+    assert message in refused(cache.path)
 
 
 def test_scores_that_do_not_fit_their_rollouts(cache: Cache) -> None:

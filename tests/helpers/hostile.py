@@ -17,6 +17,7 @@ from ketchup_cache import open_cache
 from ketchup_cache.cache import zarr_files
 from ketchup_cache.cache.cache import Cache
 from ketchup_cache.cache.inspect import verify
+from ketchup_cache.cache.manifest import ArrayEntry
 from ketchup_cache.errors import CorruptError, KetchupError
 from tests.helpers.segments import load_all
 
@@ -86,6 +87,18 @@ def stored(array: np.ndarray, name: str) -> dict[str, bytes]:
 
 def replaced(name: str, array: np.ndarray) -> Change:
     return lambda manifest, files: files.update(stored(array, name))
+
+
+def altered(name: str, place: object, value: object) -> Change:
+    """An array with another value in one place. value: or what gives it, from the array."""
+
+    def change(manifest: dict, files: dict[str, bytes]) -> None:
+        entries = {key: ArrayEntry(**entry) for key, entry in manifest["arrays"].items()}
+        array = np.array(zarr_files.decode(files, entries)[name])
+        array[place] = value(array) if callable(value) else value
+        files.update(stored(array, name))
+
+    return change
 
 
 def edited(key: str, **values: object) -> Change:

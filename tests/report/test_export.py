@@ -13,17 +13,9 @@ import pytest
 
 from ketchup_cache import open_cache
 from ketchup_cache.cli import main
-from tests.helpers.segments import VOCAB, add_prompts, make_rollouts, rollouts_info, scores_info, scores_of
+from tests.helpers.segments import VOCAB, add_prompts, make_rollouts, make_scores, rollouts_info, scores_info
 
 LISTS = ("prompt_tokens", "completion_tokens", "forced", "behavior_logprob", "q", "max_q", "logsumexp", "mean_q")
-
-
-def top_scores(rollouts, start, stop, top, seed):
-    """Scores of random logits over the whole vocabulary, with the largest ones kept."""
-    part, rng = rollouts.rows(start, stop), np.random.default_rng(seed)
-    logits = rng.normal(0, 3, (len(part.completions.values), VOCAB)).astype(np.float32)
-    final = np.where(part.finished, 0, rng.normal(0, 3, stop - start)).astype(np.float32)
-    return scores_of(logits, part.completions.values, final, top)
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +26,8 @@ def cache(tmp_path_factory):
     rollouts = make_rollouts((5, 2, 7, 1, 3, 4), forced=True)
     child = made.commit_rollouts(rollouts, rollouts_info(prompts, 3, samples=2))
     for start, stop in ((0, 2), (2, 5)):
-        made.commit_scores(top_scores(rollouts, start, stop, 6, start), scores_info(child, start, stop, keep_top=6))
+        scores = make_scores(rollouts, start, stop, seed=start, top=6)
+        made.commit_scores(scores, scores_info(child, start, stop, keep_top=6))
     made.commit_rollouts(make_rollouts((2, 2), seed=5), rollouts_info(prompts, 3, policy="other"))
     return made
 
