@@ -206,7 +206,7 @@ HOSTILE_SCORES = {  # storage: array, place, value there, what is said
         ("mean_q", 3, 1000, "mean_q[3] is larger than max_q"), ("final_max_q", 2, -INF, "final_max_q[2] is -inf"),
     ],
     "top": [
-        ("top_q", (3, 1), NAN, "top_q[13] is nan"), ("top_q", (3, 3), -INF, "top_q[15] is -inf"),
+        ("top_q", (3, 1), NAN, "top_q[3] is nan"), ("top_q", (3, 3), -INF, "top_q[3] is -inf"),
         ("rest_logsumexp", 3, NAN, "rest_logsumexp[3] is nan"), ("rest_logsumexp", 3, -INF, "[3] is -inf"),
         ("top_ids", (3, 1), VOCAB, "top_ids[3] holds an id that words does not have"),
         ("top_ids", (3, 1), 65535, "top_ids[3] holds an id that words does not have"),
