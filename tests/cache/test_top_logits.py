@@ -12,6 +12,7 @@ from ketchup_cache.cache.cache import Cache
 from ketchup_cache.cache.inspect import describe, verify
 from ketchup_cache.errors import CacheError, CorruptError
 from ketchup_cache.types import Scores
+from tests.helpers.errors import refuses
 from tests.helpers.hostile import both, forge, removed, replaced, said
 from tests.helpers.segments import VOCAB, fill, fingerprint, make_rollouts, make_scores, same, scores_of
 
@@ -67,8 +68,7 @@ def test_arrays_that_are_missing_or_too_many(cache: Cache) -> None:
         (said("info", keep_top=VOCAB + 1), None),
     ):
         forged = forge(cache, segment_id, change, keep=True)
-        with pytest.raises(CorruptError, match=match):
-            open_cache(cache.path).load_scores(forged)
+        refuses(CorruptError, match, open_cache(cache.path).load_scores, forged)
         removed(cache.path, forged)
     open_cache(cache.path).load_scores(segment_id)
 
@@ -77,8 +77,7 @@ def test_arrays_that_are_missing_or_too_many(cache: Cache) -> None:
 def test_not_committed_with_another_number_than_info_says(cache: Cache, number: int) -> None:
     segment_id, scores = fill_top(cache, 4)
     info = cache.manifest(segment_id).info.model_copy(update={"keep_top": number})
-    with pytest.raises(CacheError, match=f"top_q has 4 logits of each state, must be {number}"):
-        cache.commit_scores(scores, info)
+    refuses(CacheError, f"top_q has 4 logits of each state, must be {number}", cache.commit_scores, scores, info)
 
 
 @given(st.integers(0, 2**32 - 1), st.floats(0.1, 60), st.integers(1, 12), st.data())
@@ -99,8 +98,7 @@ def test_fewer_logits_are_those_that_would_have_been_kept(seed: int, scale: floa
         np.testing.assert_allclose(cut.top.rest_logsumexp, few.top.rest_logsumexp, rtol=3e-7, atol=3e-6)
         both = np.concatenate([cut.top.rest_logsumexp, few.top.rest_logsumexp])
         np.testing.assert_array_equal(joined.top.rest_logsumexp, both)
-    with pytest.raises(ValueError, match="logits of scores that keep"):
-        few.with_top(fewer + 1)
+    refuses(ValueError, "logits of scores that keep", few.with_top, fewer + 1)
 
 
 def test_info_gives_bytes_per_token_of_each_choice_of_score(cache: Cache) -> None:

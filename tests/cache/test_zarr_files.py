@@ -14,6 +14,7 @@ from ketchup_cache.cache import zarr_files as arrays
 from ketchup_cache.cache.manifest import ArrayEntry
 from ketchup_cache.cache.zarr_files import zstd_content_size
 from ketchup_cache.errors import CorruptError
+from tests.helpers.errors import refuses
 from tests.helpers.segments import same
 
 examples = settings(derandomize=True, deadline=None, max_examples=100)
@@ -55,10 +56,8 @@ def test_archives_that_are_larger_inside_are_refused() -> None:
         return made.getvalue()
 
     for bad in (archive(zipfile.ZIP_DEFLATED, ["zarr.json"]), archive(zipfile.ZIP_STORED, ["a", "a"])):
-        with pytest.raises(CorruptError, match=r"arrays\.zip: is compressed, encrypted, or holds a file twice"):
-            arrays.unpack(bad)
-    with pytest.raises(CorruptError, match="is not a zip archive"):
-        arrays.unpack(b"PK")
+        refuses(CorruptError, r"arrays\.zip: is compressed, encrypted, or holds a file twice", arrays.unpack, bad)
+    refuses(CorruptError, "is not a zip archive", arrays.unpack, b"PK")
     assert arrays.pack(dict(reversed(ENCODED.items()))) == PACKED
 
 

@@ -13,6 +13,7 @@ from ketchup_cache.config.commands import COMMANDS
 from ketchup_cache.config.resolve import find_recipe, load_yaml, resolve
 from ketchup_cache.errors import ConfigError
 from ketchup_cache.shipped import recipe_names
+from tests.helpers.errors import refuses
 
 # Tables 4 and 5, Section 3.1: input, output, RL epochs, batch x accumulation, metrics, training and test examples
 TASKS = {
@@ -124,14 +125,12 @@ def test_extends_names_a_recipe_and_makes_no_circle(tmp_path, monkeypatch):
     file = tmp_path / "mine.yaml"
     for name, message in (("gsm8", r"no recipe `gsm8`: did you mean `gsm8k`\?"), ("3", "no recipe `3`; ")):
         file.write_text(f"extends: {name}\n")
-        with pytest.raises(ConfigError, match=f"^{message}"):
-            resolve("learn", file, {})
+        refuses(ConfigError, f"^{message}", resolve, "learn", file, {})
     for name, below in (("a", "b"), ("b", "a")):
         (tmp_path / f"{name}.yaml").write_text(f"extends: {below}\n")
     monkeypatch.setattr("ketchup_cache.config.resolve.recipe_names", lambda: ["a", "b"])
     monkeypatch.setattr("ketchup_cache.config.resolve.recipe", lambda name: tmp_path / f"{name}.yaml")
-    with pytest.raises(ConfigError, match="circle"):
-        resolve("learn", None, {}, "a")
+    refuses(ConfigError, "circle", resolve, "learn", None, {}, "a")
 
 
 def test_list_and_one_recipe(capsys):

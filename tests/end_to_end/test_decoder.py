@@ -19,6 +19,7 @@ from ketchup_cache.rollouts.rollout import rollout
 from ketchup_cache.text.prompts import tokenize_prompts
 from ketchup_cache.text.read import data_info, read_examples
 from ketchup_cache.training.pretrain import pretrain
+from tests.helpers.errors import refuses
 from tests.helpers.learning import json_lines, metrics, run
 from tests.helpers.models import VOCAB, WORDS, make_decoder, make_decoder_tokenizer, save_decoder
 from tests.helpers.oracle import plain_logits, plain_row_scores
@@ -103,9 +104,8 @@ def test_what_can_not_be_used_is_refused_in_one_line(tmp_path):
     """A model that does not stop where its tokenizer ends texts; a prompt of which the tokenizer makes nothing."""
     folder, data = save_decoder(tmp_path / "m", eos_token_id=7), write_task(tmp_path / "d.jsonl", 6, 0)
     message = r"ends texts with '</s>' \(id 1\), at which the model does not stop"
-    with pytest.raises(ModelError, match=message) as refused:
-        pretrain(PretrainConfig(model=str(folder), out=tmp_path / "run", data=str(data), device="cpu"))
-    assert "\n" not in str(refused.value)
+    config = PretrainConfig(model=str(folder), out=tmp_path / "run", data=str(data), device="cpu")
+    refuses(ModelError, message, pretrain, config)
     tokenizer, options = make_decoder_tokenizer(), DataOptions(data=str(data))
     tokenizer.backend_tokenizer.normalizer = Replace("the", "")
     data.write_text('{"prompt": "the cat"}\n{"prompt": "the"}\n')
@@ -201,10 +201,8 @@ def test_what_a_template_does_not_offer_is_said_in_one_line(tmp_path):
         ("{% for %}", "", "--chat: the chat template can't be used ("),
     ):
         options = DataOptions(data=data, chat=True, system=system)
-        with pytest.raises(ConfigError) as refused:
-            tokenize_prompts(read_examples(options), chat_tokenizer(template), options)
-        assert message in str(refused.value)
-        assert "\n" not in str(refused.value)
+        refused = refuses(ConfigError, ".", tokenize_prompts, read_examples(options), chat_tokenizer(template), options)
+        assert message in refused
 
 
 def test_half_a_turn_is_not_an_option(tmp_path, capsys):

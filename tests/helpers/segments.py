@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
 
@@ -11,7 +11,6 @@ import numpy as np
 from ketchup_cache import open_cache
 from ketchup_cache.cache.cache import Cache
 from ketchup_cache.cache.manifest import PromptsInfo, RolloutsInfo, ScoresInfo
-from ketchup_cache.errors import KetchupError
 from ketchup_cache.provenance import DataInfo, PolicyInfo, Sampling, TeacherInfo, TokenizerInfo
 from ketchup_cache.types import Prompts, Ragged, Rollouts, Scores, TopLogits
 
@@ -120,17 +119,6 @@ def load_all(root: Path) -> None:
     cache = open_cache(root)
     for segment_id in cache.segment_ids():
         cache.load(segment_id)
-
-
-def unreadable(cache: Cache, ids: Iterable[str]) -> int:
-    """How many of these segments can't be loaded."""
-    failed = 0
-    for segment_id in ids:
-        try:
-            cache.load(segment_id)
-        except KetchupError:
-            failed += 1
-    return failed
 
 
 def same(a: object, b: object) -> bool:

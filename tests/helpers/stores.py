@@ -26,8 +26,8 @@ from ketchup_cache.sharing import object_store, remote_cache, stores
 from ketchup_cache.sharing.object_store import ObjectStore
 from ketchup_cache.sharing.stores import open_store
 from ketchup_cache.sharing.transfer import copy
-from tests.helpers.segments import add_prompts, contents, fill, unreadable
-from tests.helpers.trust import Count, kills
+from tests.helpers.segments import add_prompts, contents, fill
+from tests.helpers.trust import Count, kills, unreadable
 
 KEYS = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "SECRET"}
 

@@ -13,7 +13,7 @@ import signal
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,17 +25,7 @@ from ketchup_cache.cache.inspect import verify
 from ketchup_cache.cache.segment_bytes import MARKER, Packed
 from ketchup_cache.cli import main
 from ketchup_cache.errors import KetchupError, WriteError
-from tests.helpers.segments import (
-    add_prompts,
-    exit_code,
-    fill,
-    in_child,
-    load_all,
-    make_prompts,
-    prompts_info,
-    same,
-    unreadable,
-)
+from tests.helpers.segments import add_prompts, exit_code, fill, in_child, load_all, make_prompts, prompts_info, same
 
 ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES, errno.EFBIG)
 
@@ -102,6 +92,17 @@ def run_and_kill(work: Callable[[], object], after_s: float) -> tuple[set[str], 
         said = set(log.read().decode().split())
     assert code != 70, "the work failed by itself"
     return said, code == -signal.SIGKILL
+
+
+def unreadable(cache: Cache, ids: Iterable[str]) -> int:
+    """How many of these segments can't be loaded."""
+    failed = 0
+    for segment_id in ids:
+        try:
+            cache.load(segment_id)
+        except KetchupError:
+            failed += 1
+    return failed
 
 
 def write_for_ever(root: Path) -> None:

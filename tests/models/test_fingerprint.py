@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerFast
 
 from ketchup_cache.errors import ModelError
 from ketchup_cache.models.fingerprint import first_difference, state_fingerprint, tokenizer_info, weights_fingerprint
+from tests.helpers.errors import refuses
 from tests.helpers.models import WORDS, edit_config, make_t5, make_tokenizer
 
 
@@ -83,15 +84,13 @@ def test_damaged_weights_are_refused(content, tmp_path):
     (tmp_path / "model.safetensors").write_bytes(safetensors_bytes({"a": TENSOR}))
     weights_fingerprint(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(content)
-    with pytest.raises(ModelError, match=r"model\.safetensors: is damaged"):
-        weights_fingerprint(tmp_path)
+    refuses(ModelError, r"model\.safetensors: is damaged", weights_fingerprint, tmp_path)
 
 
 @pytest.mark.parametrize("shard", ["../outside.safetensors", "/etc/hosts", 3])
 def test_an_index_can_only_name_files_beside_it(shard, tmp_path):
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": shard}}))
-    with pytest.raises(ModelError, match="is not an index of weight files beside it"):
-        weights_fingerprint(tmp_path)
+    refuses(ModelError, "is not an index of weight files beside it", weights_fingerprint, tmp_path)
 
 
 # --------------------------------------------------------------------------------------------------- tokenizers

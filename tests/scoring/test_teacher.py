@@ -13,6 +13,7 @@ from ketchup_cache.models.forward import states_and_next
 from ketchup_cache.provenance import TeacherInfo, in_precision
 from ketchup_cache.scoring.teacher import Teacher
 from ketchup_cache.types import Ragged
+from tests.helpers.errors import refuses
 from tests.helpers.models import make_model, make_t5, save_model
 from tests.helpers.oracle import assert_same_scores, make_rollouts, plain_scores, random_rollouts
 from tests.helpers.scoring import MODELS, TEACHERS, TOKENIZER, teacher_of
@@ -117,8 +118,7 @@ def test_numbers_that_are_none_name_their_row(poison):
     with pytest.raises(NumericsError, match="rollout row 2: teacher tiny gives NaN or infinite logits; its weights"):
         teacher.score(prompts, rollouts, batch_tokens=1000)
     teacher.info = teacher.info.model_copy(update={"dtype": "bfloat16"})
-    with pytest.raises(NumericsError, match="try --dtype float32"):
-        teacher.score(prompts, rollouts, batch_tokens=1000)
+    refuses(NumericsError, "try --dtype float32", teacher.score, prompts, rollouts, batch_tokens=1000)
     teacher.score(prompts, rollouts, rows=np.array([0, 1]), batch_tokens=1000)
 
 

@@ -23,6 +23,7 @@ from ketchup_cache.errors import ConfigError, DataError
 from ketchup_cache.text import prompts as prompts_module
 from ketchup_cache.text.prompts import Example, tokenize_prompts, without_duplicates
 from ketchup_cache.text.read import data_info, read_examples
+from tests.helpers.errors import refuses
 from tests.helpers.models import WORDS, make_tokenizer
 
 TEXTS = [
@@ -42,10 +43,7 @@ def options(data: object, **changes: object) -> DataOptions:
 
 
 def error_of(data: object, *, need_target: bool = False, **changes: object) -> str:
-    with pytest.raises(DataError) as caught:
-        read_examples(options(data, **changes), need_target=need_target)
-    (message,) = str(caught.value).splitlines()
-    return message
+    return refuses(DataError, ".", read_examples, options(data, **changes), need_target=need_target)
 
 
 @pytest.mark.parametrize("name", ["d.jsonl", "d.jsonl.gz", "d.csv", "D.PARQUET"])
