@@ -6,10 +6,18 @@ import uuid
 import pytest
 from hypothesis import settings
 
+from ketchup_cache import open_cache
+
 os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 settings.register_profile("deterministic", derandomize=True, deadline=None)
 settings.load_profile("deterministic")
+
+
+@pytest.fixture
+def cache(tmp_path):
+    """A new, empty one."""
+    return open_cache(tmp_path / "cache", create=True)
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 import logging
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
@@ -27,7 +26,7 @@ from ketchup_cache.sharing.object_store import ObjectStore
 from ketchup_cache.sharing.stores import open_store
 from ketchup_cache.sharing.transfer import copy
 from tests.helpers.segments import add_prompts, contents, fill
-from tests.helpers.trust import Count, kills, unreadable
+from tests.helpers.trust import Count, kill_at_random, kills
 
 KEYS = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "SECRET"}
 
@@ -95,47 +94,38 @@ def start(code: str, *words: str) -> subprocess.Popen[str]:
     return process
 
 
-def kill_copies(folder: Path, times: int, *, pull: bool, seed: int = 0) -> Count:
+def start_and_kill(places: tuple[str, str], after_s: float) -> tuple[set[str], bool]:
+    """What the target of a copy holds then, and whether the kill came before the end."""
+    process = start(COPY, *places)
+    time.sleep(after_s)
+    process.kill()
+    killed, target = process.wait() == -signal.SIGKILL, open_store(places[1])
+    return set(target.segment_ids()) if target.exists() else set(), killed
+
+
+def kill_copies(folder: Path, times: int, *, pull: bool) -> Count:
     """Kill a push to S3, or a pull from it, at random moments; each goes on where the last one was killed.
 
     acknowledged: segments that were seen in the target; each must be there, and whole, ever after.
     """
-    source = families(folder / "source")
-    wanted = set(source.segment_ids())
-    rng, count, whole_s, number = random.Random(seed), kills(), 0.0, 0
+    source, rng, count, whole_s = families(folder / "source"), random.Random(0), kills(), 0.0
     os.environ[remote_cache.HOME_VARIABLE] = str(folder / "home")
     with emulated_s3() as endpoint:
         os.environ |= {"AWS_ENDPOINT_URL": endpoint, **KEYS}
         while count.kills < times:
-            number += 1
-            remote = f"s3://{make_bucket(endpoint)}/cache"
-            given, taken = str(source.path), remote
+            given, taken = str(source.path), f"s3://{make_bucket(endpoint)}/cache"
             if pull:
-                copy(source.path, remote)
-                given, taken = remote, str(folder / f"pulled {number}")
+                copy(given, taken)
+                given, taken = taken, str(folder / f"pulled {count.kills}")
             if not whole_s:
-                began = time.monotonic()
-                assert start(COPY, given, f"{taken} measured").wait() == 0
+                process, began = start(COPY, given, f"{taken} measured"), time.monotonic()
+                assert process.wait() == 0
                 whole_s = time.monotonic() - began
-            seen: set[str] = set()
-            while count.kills < times:
-                process = start(COPY, given, taken)
-                time.sleep(rng.uniform(0, 0.9 * whole_s))
-                process.send_signal(signal.SIGKILL)
-                count.kills += process.wait() == -signal.SIGKILL
-                there = set(open_store(taken).segment_ids()) if open_store(taken).exists() else set()
-                count.lost += len(seen - there)
-                if there - seen:
-                    count.partial += unreadable(open_cache(taken), there - seen)
-                count.acknowledged += len(there - seen)
-                seen |= there
-                if there == wanted:
-                    break
+            some = min(times - count.kills, rng.randint(1, 6))
+            kill_at_random((given, taken), taken, count, some, 0.9 * whole_s, rng.randrange(10**9), start_and_kill)
             copy(given, taken)
-            assert set(open_store(taken).segment_ids()) == wanted
+            assert set(open_store(taken).segment_ids()) == set(source.segment_ids())
             assert verify(open_cache(taken)).ok
-            if pull:
-                shutil.rmtree(taken)
     return count
 
 

@@ -67,15 +67,10 @@ TENSORS = [
     {"a": TENSOR, "b": TENSOR}, {"a": 3}, [1],
 ]  # fmt: skip
 DAMAGED = [
-    b"",
-    b"\x01",
-    b"\x08" + bytes(7) + b"not json",
-    struct.pack("<Q", 1 << 60) + b"{}",
-    *map(safetensors_bytes, TENSORS),
-    safetensors_bytes({"a": TENSOR | {"data_offsets": [4, 12]}}, bytes(12)),
-    safetensors_bytes({"a": TENSOR}, bytes(7)),
-    safetensors_bytes({"a": TENSOR}, bytes(9)),
-]
+    b"", b"\x01", b"\x08" + bytes(7) + b"not json", struct.pack("<Q", 1 << 60) + b"{}",
+    *map(safetensors_bytes, TENSORS), safetensors_bytes({"a": TENSOR | {"data_offsets": [4, 12]}}, bytes(12)),
+    *(safetensors_bytes({"a": TENSOR}, bytes(size)) for size in (7, 9)),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("content", DAMAGED)

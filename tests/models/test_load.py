@@ -83,17 +83,12 @@ def test_precision_and_devices(good):
     refuses(ModelError, "is not a device name", pick_device, "gpu")
 
 
-NO_TOKENIZER = [
-    (lambda d: [file.unlink() for file in d.glob("tokenizer*")], "holds no tokenizer"),
-    (lambda d: (d / "tokenizer.json").write_text("{"), "tokenizer can't be loaded"),
-    (lambda d: (d / "tokenizer.json").unlink(), "tokenizer can't be loaded"),
-]
-
-
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        *NO_TOKENIZER,
+        (lambda d: [file.unlink() for file in d.glob("tokenizer*")], "holds no tokenizer"),
+        (lambda d: (d / "tokenizer.json").write_text("{"), "tokenizer can't be loaded"),
+        (lambda d: (d / "tokenizer.json").unlink(), "tokenizer can't be loaded"),
         (lambda d: edit_weights(d, lambda w: w.pop("encoder.final_layer_norm.weight")), "1 weights missing (first:"),
         (lambda d: edit_weights(d, lambda w: w.update(extra=torch.zeros(2))), "1 weights not part of the model"),
         (lambda d: edit_weights(d, lambda w: w.update({"lm_head.weight": torch.zeros(61, 32)})), "has shape (61, 32)"),

@@ -26,11 +26,6 @@ def teacher(tmp_path_factory):
     return save_model(tmp_path_factory.mktemp("teacher"), "1.1")
 
 
-@pytest.fixture
-def cache(tmp_path) -> Cache:
-    return open_cache(tmp_path / "cache", create=True)
-
-
 def test_scoring_a_cache_and_scoring_it_again(cache, teacher, monkeypatch):
     ids = [add_rollouts(cache, *random_rollouts(seed, 20, prompts=8), policy=seed) for seed in range(2)]
     report = score(options(cache, teacher, commit_tokens=25))

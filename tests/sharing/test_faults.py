@@ -10,12 +10,11 @@ import pytest
 
 from benchmarks.soak import kill_copy
 from ketchup_cache.cache import segment_bytes
-from ketchup_cache.cli import main
 from ketchup_cache.errors import KetchupError
 from ketchup_cache.sharing import remote_cache
 from ketchup_cache.sharing.stores import open_store
 from ketchup_cache.sharing.transfer import copy
-from tests.helpers.errors import refuses
+from tests.helpers.errors import fails, refuses
 from tests.helpers.segments import contents
 from tests.helpers.stores import families, start
 
@@ -122,16 +121,14 @@ def test_a_lost_connection_is_one_line_and_the_next_push_goes_on(big, flaky, tmp
 
     monkeypatch.setattr(segment_bytes, "Packed", lost_after_ten)
     monkeypatch.setattr("ketchup_cache.sharing.object_store.RETRIES", {"max_retries": 0})
-    assert main(["push", str(big.path), url]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
+    line = fails(capsys, "push", big.path, url)
     assert "can't be reached" in line
     assert "run the command again" in line
     assert "SECRET" not in line
     refuses(KetchupError, "can't be reached", copy, url, tmp_path / "b")
     relay.down = False
     monkeypatch.setattr(segment_bytes, "Packed", packed)
-    there = len(open_store(url).segment_ids())
-    assert there == 10
+    assert len(open_store(url).segment_ids()) == 10
     report = copy(big.path, url)
     assert (report.already, sum(report.segments.values())) == (10, 10)
     copy(url, tmp_path / "b")
