@@ -31,9 +31,19 @@ def folders(tmp_path_factory):
 
 @pytest.fixture(scope="session", autouse=True)
 def _memory_stores():
-    from tests.helpers.stores import memory_stores
+    """memory://NAME/PREFIX is an object store in this process."""
+    from obstore.store import MemoryStore
 
-    with memory_stores():
+    from ketchup_cache.sharing import object_store, stores
+
+    made, real = {}, object_store.open_client
+
+    def client(address):
+        return made.setdefault(address, MemoryStore()) if address.startswith("memory://") else real(address)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stores, "SCHEMES", (*stores.SCHEMES, "memory"))
+        patch.setattr(object_store, "open_client", client)
         yield
 
 

@@ -6,8 +6,7 @@ import io
 import pytest
 from rich.console import Console
 
-from ketchup_cache import console as progress
-from ketchup_cache import files
+from ketchup_cache import console as progress, files
 from ketchup_cache.errors import WriteError
 from tests.helpers.errors import refuses
 from tests.helpers.trust import Interrupted, failing, stand_in

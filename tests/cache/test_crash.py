@@ -136,9 +136,7 @@ class Ledger:
         self.unsynced |= {Path(target).parent}
 
 
-def test_everything_is_synced_before_the_commit_and_the_commit_before_the_acknowledgement(
-    tmp_path: Path, monkeypatch
-) -> None:
+def test_everything_is_synced_before_the_commit_and_the_commit_before_the_acknowledgement(tmp_path, monkeypatch):
     root = tmp_path / "new" / "cache"
     ledger = Ledger()
     stand_in(monkeypatch, ledger)

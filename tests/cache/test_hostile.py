@@ -281,12 +281,10 @@ def test_manifest_of_another_version_says_so(cache: Cache) -> None:
         (b'{"format":"ketchup-cache","version":3}', "format version 3, .* upgrade ketchup-cache"),
         (b'{"format":"ketchup-cache","version":true}', "format version True"),
         (b'{"format":"something","version":1}', "does not say that this is a ketchup cache"),
-        (b"[]", "does not say that this is a ketchup cache"),
-        (b"", "not valid JSON"),
-        (b"[" * 50_000, "not valid JSON"),
-        (b" " * 100_000, "expected 65,536 at most"),
+        (b"[]", "does not say that this is a ketchup cache"), (b"", "not valid JSON"),
+        (b"[" * 50_000, "not valid JSON"), (b" " * 100_000, "expected 65,536 at most"),
     ],
-)
+)  # fmt: skip
 def test_markers(cache: Cache, marker: bytes, match: str) -> None:
     (cache.path / "ketchup-cache.json").write_bytes(marker)
     for create in (False, True):

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from ketchup_cache import open_cache
 from ketchup_cache.cache.index import gaps
@@ -34,9 +33,8 @@ class Family:
         self.whole = made.make_scores(self.rollouts, 0, 6, seed=1)
 
     def draw(self, policy: str) -> str:
-        return self.cache.commit_rollouts(
-            self.rollouts, made.rollouts_info(self.prompts_id, 3, policy=policy, samples=2)
-        )
+        info = made.rollouts_info(self.prompts_id, 3, policy=policy, samples=2)
+        return self.cache.commit_rollouts(self.rollouts, info)
 
     def part(self, start: int, stop: int) -> Scores:
         return self.whole.rows(self.rollouts.completions, start, stop)

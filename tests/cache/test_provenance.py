@@ -7,14 +7,12 @@ import pytest
 
 from ketchup_cache.cli import main
 from tests.helpers.caches import make_cache
-from tests.helpers.models import save_model
 
 
 @pytest.fixture(scope="module")
-def predistilled(tmp_path_factory):
+def predistilled(tmp_path_factory, folders):
     """Student, teacher, the student trained on the teacher's outputs, and scored rollouts of that one."""
-    base = tmp_path_factory.mktemp("models")
-    student, teacher = save_model(base / "s", "1.0", seed=1), save_model(base / "t", "1.1", seed=2)
+    base, (student, teacher) = tmp_path_factory.mktemp("predistilled"), folders
     make_cache(base / "sft", teacher, teacher)
     options = ["--model", str(student), "--cache", str(base / "sft"), "--out", str(base / "pre")]
     assert main(["pretrain", *options, "--epochs", "1", "--batch-size", "4", "--device", "cpu"]) == 0

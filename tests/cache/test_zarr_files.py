@@ -7,8 +7,7 @@ import zipfile
 import numcodecs
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from ketchup_cache.cache import zarr_files as arrays
 from ketchup_cache.cache.manifest import ArrayEntry

@@ -23,11 +23,9 @@ TASKS = {
 }
 # Section 3.1, Figure 3, Table 8: teacher that is prompted or fine-tuned, student
 MODELS = {
-    "": ("google/flan-t5-xl", "google-t5/t5-base"),
-    "-t5-small": ("google/flan-t5-xl", "google-t5/t5-small"),
-    "-t5-large": ("google/flan-t5-xl", "google-t5/t5-large"),
-    "-qwen": ("Qwen/Qwen1.5-4B", "Qwen/Qwen1.5-0.5B"),
-}
+    "": ("google/flan-t5-xl", "google-t5/t5-base"), "-t5-small": ("google/flan-t5-xl", "google-t5/t5-small"),
+    "-t5-large": ("google/flan-t5-xl", "google-t5/t5-large"), "-qwen": ("Qwen/Qwen1.5-4B", "Qwen/Qwen1.5-0.5B"),
+}  # fmt: skip
 # Table 1 (ROUGE-1, BLEU, accuracy) and the caption of Table 8
 TABLE_1 = {
     "xsum": {2: 36.03, 4: 35.96, 8: 35.68, 16: 35.31},

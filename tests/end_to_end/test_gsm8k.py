@@ -25,10 +25,9 @@ def test_rollout_score_learn_evaluate(tmp_path, capsys):
         make_t5("1.1", seed=seed, vocab_size=len(tokenizer) + 8, d_model=width).save_pretrained(tmp_path / name)
         tokenizer.save_pretrained(tmp_path / name)
     fields = ["--prompt-field", "question", "--target-field", "answer", "--max-prompt-tokens", 200]
-    train, test = (
-        ["--data", gsm8k.FOLDER / f"{split}.jsonl", "--limit", limit, *fields, "--long-prompts", "truncate"]
-        for split, limit in (("train", 96), ("test", 16))
-    )
+    fields += ["--long-prompts", "truncate", "--data"]
+    train = [*fields, gsm8k.FOLDER / "train.jsonl", "--limit", 96]
+    test = [*fields, gsm8k.FOLDER / "test.jsonl", "--limit", 16]
 
     # fine-tune the teacher on references, then learn from its scores
     run("pretrain", "--model", tmp_path / "t0", *train, "--out", tmp_path / "teacher", "--epochs", 2, "--lr", 3e-3,

@@ -6,7 +6,6 @@ import random
 import signal
 import subprocess
 import sys
-import threading
 import time
 import urllib.request
 import uuid
@@ -15,13 +14,11 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
-import pytest
-
 from ketchup_cache import open_cache
 from ketchup_cache.cache.cache import Cache
 from ketchup_cache.cache.inspect import verify
 from ketchup_cache.cache.segment_bytes import parse_manifest, read_manifest, read_segment
-from ketchup_cache.sharing import object_store, remote_cache, stores
+from ketchup_cache.sharing import remote_cache
 from ketchup_cache.sharing.object_store import ObjectStore
 from ketchup_cache.sharing.stores import open_store
 from ketchup_cache.sharing.transfer import copy
@@ -29,25 +26,6 @@ from tests.helpers.segments import add_prompts, contents, fill
 from tests.helpers.trust import Count, kill_at_random, kills
 
 KEYS = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "SECRET"}
-
-
-@contextmanager
-def memory_stores() -> Iterator[None]:
-    """memory://NAME/PREFIX is an object store in this process while the block runs."""
-    import obstore.store
-
-    made: dict[str, object] = {}
-    real = object_store.open_client
-
-    def client(address: str) -> object:
-        if address.startswith("memory://"):
-            return made.setdefault(address, obstore.store.MemoryStore())
-        return real(address)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stores, "SCHEMES", (*stores.SCHEMES, "memory"))
-        patch.setattr(object_store, "open_client", client)
-        yield
 
 
 @contextmanager
@@ -134,7 +112,7 @@ class Watched(ObjectStore):
 
     def __init__(self, url: str, created: list[str], early: list[str]) -> None:
         super().__init__(url)
-        self.created, self.early, self.lock = created, early, threading.Lock()
+        self.created, self.early = created, early
 
     def _create(self, key: str, data: bytes) -> bool:
         if key.startswith("manifests/"):
@@ -171,6 +149,5 @@ def same_keys(folder: Path, url: str, writers: int, segments: int) -> Count:
         list(pool.map(push, range(writers)))
     wanted = contents(cache.path).keys() | {"ketchup-cache.json"}
     twice, lost = len(created) - len(set(created)), len(wanted - set(created))
-    return Count(
-        writers=writers, segments=segments, objects=len(wanted), two_creators=twice, lost=lost, early=len(early)
-    )
+    made = {"writers": writers, "segments": segments, "objects": len(wanted)}
+    return Count(**made, two_creators=twice, lost=lost, early=len(early))

@@ -4,8 +4,7 @@ import timeit
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from ketchup_cache import k_step_returns
 from tests.helpers.errors import refuses

@@ -10,8 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from ketchup_cache import open_cache
 from ketchup_cache.errors import ModelError
@@ -120,12 +119,10 @@ def found(*devices: torch.device, size: int = PROBE, between=lambda: None) -> in
 
 
 GPUS = [  # free on the device, and what the allocator holds without need; and the fullest of several devices decides
-    ((8, 8), (400_000, 1), 0.8 * 9 * GB / 400_000),
-    ((0, 8), (400_000, 1), 0.8 * GB / 400_000),
-    ((79, 79), (1000, 1000), memory.MOST["cuda"]),
-    ((8, 8), (100_000, 800_000), 0.8 * 9 * GB / 800_000),
+    ((8, 8), (400_000, 1), 0.8 * 9 * GB / 400_000), ((0, 8), (400_000, 1), 0.8 * GB / 400_000),
+    ((79, 79), (1000, 1000), memory.MOST["cuda"]), ((8, 8), (100_000, 800_000), 0.8 * 9 * GB / 800_000),
     ((0.5, 70), (100_000, 800_000), 0.8 * 1.5 * GB / 100_000),
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("free", "each", "tokens"), GPUS)

@@ -10,8 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, T5ForConditionalGeneration
 
@@ -22,11 +21,9 @@ from ketchup_cache.report.task_metrics import compute
 from ketchup_cache.rollouts.calculator import DEEPEST, LONGEST, LONGEST_RESULT, Calculator, ForcedResults, calculate
 from ketchup_cache.rollouts.sample import sample_completions
 from ketchup_cache.types import Ragged, Rollouts
-from tests.helpers import gsm8k
+from tests.helpers import gsm8k, models as tiny
 from tests.helpers.errors import fails
 from tests.helpers.learning import run
-from tests.helpers.models import make_t5, save_model, train_byte_level, wrap_tokenizer, write_prompts
-from tests.helpers.models import make_tokenizer as make_word_tokenizer
 from tests.helpers.oracle import assert_same_rollouts, plain_logits, rows_of
 
 PIECES = ["<pad>", "</s>", "<unk>", *"0123456789.-+*/=", "<<", "<", ">>", " x", " ####"]
@@ -45,7 +42,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def wrap(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
-    return wrap_tokenizer(tokenizer, pad_token="<pad>")
+    return tiny.wrap_tokenizer(tokenizer, pad_token="<pad>")
 
 
 class Fluent(T5ForConditionalGeneration):
@@ -58,7 +55,7 @@ class Fluent(T5ForConditionalGeneration):
 
 
 def make_model() -> Fluent:
-    model = make_t5("1.1", vocab_size=VOCAB, scale=0.3)
+    model = tiny.make_t5("1.1", vocab_size=VOCAB, scale=0.3)
     model.__class__ = Fluent
     habit = np.zeros((VOCAB, VOCAB), np.float32)
     digits, signs = list(range(ID["0"], ID["9"] + 1)), list(range(ID["."], ID["/"] + 1))
@@ -216,7 +213,7 @@ def sentencepiece(alphabet: str, *, byte_fallback: bool = False) -> PreTrainedTo
 
 SIGNS = "0123456789.-+*/=>"
 FAMILIES = {
-    "byte-level": lambda: train_byte_level(CORPUS, 330),
+    "byte-level": lambda: tiny.train_byte_level(CORPUS, 330),
     "sentencepiece": lambda: sentencepiece(SIGNS + "<"),
     "byte fallback": lambda: sentencepiece("0123456789=", byte_fallback=True),
     "no <, as T5": lambda: sentencepiece(SIGNS),
@@ -253,7 +250,7 @@ def test_results_that_would_melt_into_the_equals_sign():
 
 @pytest.mark.parametrize(
     ("tokenizer", "what"),
-    [(make_word_tokenizer(), "a number and >>"), (make_word_tokenizer(["a", "b"]), "=.* 0 1"),
+    [(tiny.make_tokenizer(), "a number and >>"), (tiny.make_tokenizer(["a", "b"]), "=.* 0 1"),
      (sentencepiece("0123456789.+*/=>"), "-")],
 )  # fmt: skip
 def test_a_tokenizer_that_can_not_write_annotations_is_refused(tokenizer, what):
@@ -296,7 +293,7 @@ def test_rollout_score_learn_and_evaluate_on_the_shipped_task(tmp_path, capsys):
 
 
 def test_a_model_without_the_signs_is_one_line(tmp_path, capsys):
-    folder, data = save_model(tmp_path / "m"), write_prompts(tmp_path / "d.jsonl")
+    folder, data = tiny.save_model(tmp_path / "m"), tiny.write_prompts(tmp_path / "d.jsonl")
     for command in (["rollout", "--cache", tmp_path / "c", "--student"], ["evaluate", "--model"]):
         error = fails(capsys, *command, folder, "--data", data, "--calculator")
         assert error.startswith(f"ketchup-cache: {folder}: its tokenizer can't write")

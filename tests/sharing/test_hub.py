@@ -12,8 +12,7 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from ketchup_cache import open_cache
 from ketchup_cache.cache.inspect import verify
 from ketchup_cache.errors import CacheError, WriteError
-from ketchup_cache.sharing import hub, transfer
-from ketchup_cache.sharing import stores as opening
+from ketchup_cache.sharing import hub, stores as opening, transfer
 from tests.helpers.errors import refuses
 from tests.helpers.segments import fill
 

@@ -58,11 +58,8 @@ def test_a_cache_at_an_address_reads_as_the_folder_does_and_takes_commits(cache,
 
 @pytest.fixture
 def web(cache):
-    class Handler(http.server.SimpleHTTPRequestHandler):
-        def log_message(self, *args):
-            pass
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=str(cache.path)))
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(cache.path))
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}"
     server.shutdown()
