@@ -11,19 +11,7 @@ from collections.abc import Callable
 import numpy as np
 
 from ketchup_cache import k_step_returns
-
-
-def algorithm_1(q: list[float], max_q: list[float], k: int) -> list[float]:
-    last = len(q) - 1
-    g = [0.0] * len(q)
-    for t in range(last, -1, -1):
-        if t == last:
-            g[t] = q[t]
-        elif last - t < k:
-            g[t] = q[t] - max_q[t + 1] + g[t + 1]
-        else:
-            g[t] = q[t] - max_q[t + k] + g[t + k]
-    return g
+from tests.helpers.returns import algorithm_1
 
 
 def best(call: Callable[[], object], repeats: int = 30) -> float:

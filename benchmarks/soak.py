@@ -23,10 +23,10 @@ os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALL
 import pytest
 
 from ketchup_cache import open_cache
-from ketchup_cache.cache.inspect import verify
+from ketchup_cache.cache.inspect import clean, verify
 from tests.helpers.caches import make_cache
 from tests.helpers.models import save_model
-from tests.helpers.segments import fill
+from tests.helpers.segments import contents, fill
 from tests.helpers.stores import KEYS, emulated_s3, families, kill_copies, make_bucket, same_keys
 from tests.helpers.trust import (
     ERRORS,
@@ -98,20 +98,19 @@ def kill_learn(folder: Path, times: int) -> Count:
 
 
 def kill_copy(folder: Path, times: int, command: str) -> Count:
-    """push, pull or merge from folder to folder, as on a shared file system."""
-    source, into = folder / f"{command} from", folder / f"{command} to"
-    if not source.exists():
-        families(source)
-    words = [command, str(source), str(into)]
+    """push, pull or merge from folder to folder, as on a shared file system, into a cache that holds something."""
+    source, own, into = (folder / f"{command} {name}" for name in ("from", "own", "to"))
+    families(source)
+    fill(own, seed=100)
+    given, words = [source, own], [command, str(source), str(into)]
     if command == "merge":
-        fill(folder / "other")
-        words = [command, str(source), str(folder / "other"), "--into", str(into)]
-
-    def reset() -> None:
-        shutil.rmtree(into, ignore_errors=True)
-        open_cache(into, create=True)
-
-    return kill_command(words, into, reset, times)
+        fill(folder / "other", seed=101)
+        given, words = [*given, folder / "other"], [command, str(source), str(folder / "other"), "--into", str(into)]
+    count = kill_command(words, into, lambda: copy(own, into), times)
+    clean(open_cache(into), hours=0)
+    assert verify(open_cache(into)).leftovers == ()
+    assert contents(into) == {name: data for root in given for name, data in contents(root).items()}
+    return count
 
 
 def writers_on_s3(folder: Path, segments: int) -> Count:

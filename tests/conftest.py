@@ -1,4 +1,4 @@
-"""One thread per worker, so that two workers on two cores do not fight; no network; places for caches elsewhere."""
+"""One thread per worker: more would only wait for each other on tiny models. No network. Places for caches."""
 
 import os
 import uuid
@@ -6,13 +6,18 @@ import uuid
 import pytest
 from hypothesis import settings
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+from ketchup_cache import open_cache
 
+os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 settings.register_profile("deterministic", derandomize=True, deadline=None)
 settings.load_profile("deterministic")
+
+
+@pytest.fixture
+def cache(tmp_path):
+    """A new, empty one."""
+    return open_cache(tmp_path / "cache", create=True)
 
 
 @pytest.fixture(scope="module")
@@ -24,22 +29,21 @@ def folders(tmp_path_factory):
     return save_model(base / "student", "1.0", seed=1), save_model(base / "teacher", "1.1", seed=2)
 
 
-@pytest.fixture
-def one_thread():
-    """Whatever OMP_NUM_THREADS says: two threads would only wait for each other on tiny models."""
-    import torch
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="session", autouse=True)
 def _memory_stores():
-    from tests.helpers.stores import memory_stores
+    """memory://NAME/PREFIX is an object store in this process."""
+    from obstore.store import MemoryStore
 
-    with memory_stores():
+    from ketchup_cache.sharing import stores
+
+    made, real = {}, stores.open_client
+
+    def client(address):
+        return made.setdefault(address, MemoryStore()) if address.startswith("memory://") else real(address)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stores, "SCHEMES", (*stores.SCHEMES, "memory"))
+        patch.setattr(stores, "open_client", client)
         yield
 
 

@@ -1,7 +1,5 @@
 """The rules of the tree: imports point one way, learning never meets the teacher, and what should be light is."""
 
-from __future__ import annotations
-
 import ast
 import io
 import re

@@ -1,16 +1,14 @@
 """Files and folders that are whole or not there, and progress that can be nested."""
 
-from __future__ import annotations
-
 import errno
 import io
 
 import pytest
 from rich.console import Console
 
-from ketchup_cache import console as progress
-from ketchup_cache import files
+from ketchup_cache import console as progress, files
 from ketchup_cache.errors import WriteError
+from tests.helpers.errors import refuses
 from tests.helpers.trust import Interrupted, failing, stand_in
 
 
@@ -34,8 +32,7 @@ def publish(target, *names) -> None:
 def test_a_folder_is_published_whole_or_not_at_all(tmp_path, monkeypatch, at):
     """Two files, so three syncs before the folder takes its name; whichever step of them fails, it does not."""
     stand_in(monkeypatch, Interrupted(at, failing(errno.ENOSPC)))
-    with pytest.raises(WriteError, match="student: can't be written"):
-        publish(tmp_path / "student", "one", "two")
+    refuses(WriteError, "student: can't be written", publish, tmp_path / "student", "one", "two")
     assert not (tmp_path / "student").exists()
     monkeypatch.undo()
     publish(tmp_path / "student", "three")

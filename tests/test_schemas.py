@@ -1,7 +1,5 @@
 """Real files keep the JSON Schemas. (That the schemas are those of the models: cache/test_roundtrip.py.)"""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 
@@ -13,7 +11,6 @@ from ketchup_cache.config.commands import LearnConfig
 from ketchup_cache.schemas.generate import FOLDER
 from ketchup_cache.training.learn import learn
 from tests.helpers.caches import make_cache
-from tests.helpers.models import save_model
 
 RECIPES = sorted((Path(__file__).parents[1] / "ketchup_cache" / "config" / "recipes").glob("*.yaml"))
 
@@ -24,8 +21,7 @@ def schema(name):
     return jsonschema.Draft202012Validator(loaded)
 
 
-def test_metrics_and_manifests_of_a_real_run(tmp_path):
-    folders = save_model(tmp_path / "student", "1.0", seed=1), save_model(tmp_path / "teacher", "1.1", seed=2)
+def test_metrics_and_manifests_of_a_real_run(tmp_path, folders):
     cache = make_cache(tmp_path / "cache", *folders)
     learn(LearnConfig(student=str(folders[0]), cache=cache.path, out=tmp_path / "run", batch_size=4, steps=2))
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()

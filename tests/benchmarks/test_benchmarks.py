@@ -1,8 +1,6 @@
 """The GPU script runs on any machine at toy size, and says what it measured; a measured peak is a peak, and the parts
 of a measured time belong to it."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys
@@ -14,6 +12,7 @@ import pytest
 from benchmarks import decoder_pair, timed_run, trl_live
 from benchmarks.common import forget_peak, merged, peak, run, sample
 from ketchup_cache import open_cache
+from tests.helpers.errors import refuses
 
 ROOT = Path(__file__).parents[2]
 
@@ -140,8 +139,7 @@ def test_without_trl_the_rest_is_said_to_run(tmp_path, capsys):
     python.chmod(0o755)
     assert not trl_live.has_trl(str(python))
     assert f"{python} can't import it (No module named trl)" in capsys.readouterr().err
-    with pytest.raises(SystemExit, match="--trl-python /no/such/python: No such file"):
-        trl_live.has_trl("/no/such/python")
+    refuses(SystemExit, "--trl-python /no/such/python: No such file", trl_live.has_trl, "/no/such/python")
 
 
 def test_prompts_of_two_seeds_are_different_and_new_to_the_student():
@@ -149,8 +147,7 @@ def test_prompts_of_two_seeds_are_different_and_new_to_the_student():
     assert len(set(one) | set(two)) == 2 * 4096
     seen = (trl_live.TASK / "prompts.jsonl").read_text().splitlines()[: decoder_pair.PREDISTILLED_ON]
     assert not {f"{json.loads(line)['prompt']} =>" for line in seen} & {*one, *two}
-    with pytest.raises(SystemExit, match="lower --steps"):
-        trl_live.prompts_for(9, 4096)
+    refuses(SystemExit, "lower --steps", trl_live.prompts_for, 9, 4096)
 
 
 def test_what_is_run_again_replaces_and_the_rest_stays():

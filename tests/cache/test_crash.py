@@ -1,17 +1,14 @@
 """A commit is all or nothing: killed or failing at any step, alone or beside others."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
-
-import pytest
 
 from ketchup_cache import open_cache
 from ketchup_cache.cache import disk
 from ketchup_cache.cache.inspect import verify
 from ketchup_cache.cache.segment_bytes import MARKER, Packed
 from ketchup_cache.errors import WriteError
+from tests.helpers.errors import refuses
 from tests.helpers.segments import exit_code, fill, in_child, same
 from tests.helpers.trust import NEW, Interrupted, count_steps, kill, stand_in
 
@@ -60,8 +57,7 @@ def test_killed_while_a_cache_is_made(tmp_path: Path, monkeypatch) -> None:
 
 def test_a_read_only_folder_is_a_write_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(WriteError, match="can't write"):
-        disk.create(tmp_path / "file" / "cache", b"{}")
+    refuses(WriteError, "can't write", disk.create, tmp_path / "file" / "cache", b"{}")
 
 
 def test_data_left_by_a_crash_is_reused_or_replaced(tmp_path: Path) -> None:
@@ -140,9 +136,7 @@ class Ledger:
         self.unsynced |= {Path(target).parent}
 
 
-def test_everything_is_synced_before_the_commit_and_the_commit_before_the_acknowledgement(
-    tmp_path: Path, monkeypatch
-) -> None:
+def test_everything_is_synced_before_the_commit_and_the_commit_before_the_acknowledgement(tmp_path, monkeypatch):
     root = tmp_path / "new" / "cache"
     ledger = Ledger()
     stand_in(monkeypatch, ledger)

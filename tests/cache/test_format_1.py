@@ -1,7 +1,5 @@
 """A cache of format version 1, written by the program of that time, is read to the number, and grows."""
 
-from __future__ import annotations
-
 import zipfile
 from pathlib import Path
 

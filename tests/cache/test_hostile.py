@@ -1,7 +1,5 @@
 """Damaged and hostile caches: a typed error that names the file, quickly, and never wrong numbers or foreign code."""
 
-from __future__ import annotations
-
 import os
 import shutil
 from pathlib import Path
@@ -14,8 +12,10 @@ from ketchup_cache.cache import zarr_files
 from ketchup_cache.cache.cache import Cache
 from ketchup_cache.cache.inspect import clean, verify
 from ketchup_cache.errors import CacheError, CorruptError, KetchupError, MismatchError
-from tests.helpers.hostile import HOSTILE, chunk, forge, frame, holding, refused, removed, replaced, said, stored
-from tests.helpers.segments import add_prompts, exit_code, fill, fingerprint, in_child, load_all, same
+from tests.helpers import hostile, segments
+from tests.helpers.errors import refuses
+from tests.helpers.hostile import HOSTILE, altered, forge, refused, removed, said
+from tests.helpers.segments import add_prompts, fill, load_all
 
 ARCHIVE = zarr_files.ARCHIVE
 
@@ -32,9 +32,8 @@ def test_one_flipped_bit_anywhere_is_refused(cache: Cache) -> None:
             damaged = bytearray(whole)
             damaged[position] ^= 1 << position % 8
             path.write_bytes(damaged)
-            with pytest.raises(CorruptError) as caught:
-                open_cache(cache.path).load_prompts(segment_id)
-            assert str(path) in str(caught.value)
+            caught = refuses(CorruptError, ".", open_cache(cache.path).load_prompts, segment_id)
+            assert str(path) in caught
         path.write_bytes(whole)
     open_cache(cache.path).load_prompts(segment_id)
 
@@ -89,13 +88,10 @@ def test_folders_that_are_links_lead_nowhere(cache: Cache, tmp_path: Path, name:
     (outside / "thesis.tex").write_text("words")
     folder.symlink_to(outside)
     if name != "tmp":
-        with pytest.raises(CorruptError, match="is a symbolic link"):
-            load_all(cache.path)
+        refuses(CorruptError, "is a symbolic link", load_all, cache.path)
     if name != "a segment":
-        with pytest.raises(CorruptError, match="is a symbolic link"):
-            add_prompts(open_cache(cache.path), seed=3)
-        with pytest.raises(CorruptError, match="is a symbolic link"):
-            clean(open_cache(cache.path), hours=0)
+        refuses(CorruptError, "is a symbolic link", add_prompts, open_cache(cache.path), seed=3)
+        refuses(CorruptError, "is a symbolic link", clean, open_cache(cache.path), hours=0)
     assert (outside / "thesis.tex").read_text() == "words"
 
 
@@ -109,7 +105,7 @@ def test_files_that_no_manifest_names_change_nothing(cache: Cache) -> None:
     (cache.path / "manifests" / "notes.txt").write_text("hello")
     (cache.path / "segments" / ("0" * 64)).mkdir()
     again = open_cache(cache.path)
-    assert same(again.load_scored(again.scored()[0]), before)
+    assert segments.same(again.load_scored(again.scored()[0]), before)
     report = verify(again)
     assert (report.ok, report.leftovers) == (True, (f"segments/{'0' * 64}",))
 
@@ -160,44 +156,63 @@ def test_hostile_prompts(cache: Cache, name: str, version: int, monkeypatch, tmp
         assert most - now < 256 * 1024  # kB
 
     if Path("/proc/self/status").exists():
-        assert exit_code(in_child(grows_little)) == 0
+        assert segments.exit_code(segments.in_child(grows_little)) == 0
 
 
 def test_the_forger_forges_valid_segments(cache: Cache) -> None:
     """Else every test above would pass for the wrong reason."""
     segment_id = add_prompts(cache)
-    forged = forge(cache, segment_id, replaced("tokens", np.arange(8, dtype=np.uint16)))
+    forged = forge(cache, segment_id, hostile.replaced("tokens", np.arange(8, dtype=np.uint16)))
     assert forged != segment_id
     assert open_cache(cache.path).load_prompts(forged).tokens.values.tolist() == list(range(8))
     # and so does the chunk with a checksum made here
-    again = forge(cache, forged, holding(chunk(frame(16))))
+    again = forge(cache, forged, hostile.holding(hostile.chunk(hostile.frame(16))))
     assert open_cache(cache.path).load_prompts(again).tokens.values.tolist() == [0] * 8
     assert open_cache(cache.path).load_prompts(forge(cache, again, lambda m, f: None, version=1)).tokens.values[0] == 0
 
 
-NAN, INF = np.float32("nan"), np.float32("inf")
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "match"),
-    [
-        ("q", NAN, r"q\[3\] is nan"),
-        ("q", 1000, r"q\[3\] is larger than max_q"),
-        ("max_q", INF, r"max_q\[3\] is inf"),
-        ("max_q", -1000, r"q\[3\] is larger than max_q"),
-        ("logsumexp", NAN, r"logsumexp\[3\] is nan"),
-        ("logsumexp", -1000, r"logsumexp\[3\] is smaller than max_q"),
-        ("logsumexp", 1000, r"logsumexp\[3\] is larger than max_q \+ log"),
-        ("mean_q", 1000, r"mean_q\[3\] is larger than max_q"),
-        ("final_max_q", -INF, r"final_max_q\[\d\] is -inf"),
+NAN, INF = np.nan, np.inf
+TOKEN = int(segments.make_rollouts().completions.values[3])
+HOSTILE_SCORES = {  # storage: array, place, value there, what is said
+    "plain": [
+        ("q", 3, NAN, "q[3] is nan"), ("q", 3, 1000, "q[3] is larger than max_q"), ("max_q", 3, INF, "max_q[3] is inf"),
+        ("max_q", 3, -1000, "q[3] is larger than max_q"), ("logsumexp", 3, NAN, "logsumexp[3] is nan"),
+        ("logsumexp", 3, -1000, "logsumexp[3] is smaller than max_q"),
+        ("logsumexp", 3, 1000, "logsumexp[3] is larger than max_q + log"),
+        ("mean_q", 3, 1000, "mean_q[3] is larger than max_q"), ("final_max_q", 2, -INF, "final_max_q[2] is -inf"),
     ],
-)
-def test_hostile_scores(cache: Cache, name: str, value: float, match: str) -> None:
-    _, _, segment_id = fill(cache)
-    array = np.array(getattr(cache.load_scores(segment_id), name))
-    array[min(3, len(array) - 1)] = value
-    forge(cache, segment_id, replaced(name, array))
-    refused(cache.path, match=match)
+    "top": [
+        ("top_q", (3, 1), NAN, "top_q[3] is nan"), ("top_q", (3, 3), -INF, "top_q[3] is -inf"),
+        ("rest_logsumexp", 3, NAN, "rest_logsumexp[3] is nan"), ("rest_logsumexp", 3, -INF, "[3] is -inf"),
+        ("top_ids", (3, 1), segments.VOCAB, "top_ids[3] holds an id that words does not have"),
+        ("top_ids", (3, 1), 65535, "top_ids[3] holds an id that words does not have"),
+        ("top_ids", (3, 2), lambda ids: ids[3, 0], "top_ids[3] holds a token twice"),
+        ("top_ids", (3, 3), TOKEN, "top_q[3] is not q where top_ids is the token"),
+        ("top_q", 3, lambda top: top[3, [0, 2, 1, 3]], "top_q[3] does not fall"),
+        ("top_q", (3, 0), 1000, "top_q[3] does not begin with max_q"),
+        ("top_q", (3, 3), -30, "rest_logsumexp[3] is more than so many smaller logits can have"),
+        ("rest_logsumexp", 3, 1000, "rest_logsumexp[3] is more than so many"),
+        ("logsumexp", 3, 0, "logsumexp[3] is smaller than max_q"),
+        # each array is possible for itself; together they are not those of one distribution
+        ("logsumexp", 3, lambda before: before[3] + 0.5, "top_q[3] and rest_logsumexp do not add up to logsumexp"),
+    ],
+    "float16": [
+        ("gap", 2, -1, "q[2] is larger than max_q"), ("gap", 2, INF, "max_q[2] is inf"), ("q", 2, NAN, "q[2] is nan"),
+        ("logsumexp_gap", 2, -1, "logsumexp[2] is smaller than max_q"),
+        ("logsumexp_gap", 2, np.log(segments.VOCAB) + 0.2, "logsumexp[2] is larger than max_q + log"),
+        ("mean_gap", 2, -1, "mean_q[2] is larger than max_q"),
+    ],
+}  # fmt: skip
+STORED = {"plain": {}, "top": {"top": 4}, "float16": {"storage": "compact"}}
+
+
+@pytest.mark.parametrize(("kind", "case"), [(kind, case) for kind, cases in HOSTILE_SCORES.items() for case in cases])
+def test_hostile_scores(cache: Cache, kind: str, case: tuple) -> None:
+    *_, segment_id = fill(cache, forced=False, **STORED[kind])
+    assert kind != "top" or TOKEN not in cache.load_scores(segment_id).top.ids[3]
+    *change, message = case
+    forge(cache, segment_id, altered(*change))
+    assert message in refused(cache.path)
 
 
 def test_scores_that_do_not_fit_their_rollouts(cache: Cache) -> None:
@@ -206,13 +221,13 @@ def test_scores_that_do_not_fit_their_rollouts(cache: Cache) -> None:
     row = int(np.flatnonzero(rollouts.finished)[0])
     final = np.array(scores.final_max_q)
     final[row] = 1
-    forged = forge(cache, segment_id, replaced("final_max_q", final))
+    forged = forge(cache, segment_id, hostile.replaced("final_max_q", final))
     refused(cache.path, match=rf"final_max_q\[{row}\] is not 0")
 
     def shorter(manifest, files):
         manifest["tokens"] -= 1
         for name in ("q", "max_q", "logsumexp", "mean_q"):
-            files.update(stored(getattr(scores, name)[:-1], name))
+            files.update(hostile.stored(getattr(scores, name)[:-1], name))
             manifest["arrays"][name]["shape"][0] -= 1
 
     forge(cache, forged, shorter)
@@ -224,13 +239,13 @@ def test_bytes_that_are_no_booleans(cache: Cache) -> None:
     _, rollouts_id, scores = fill(cache)
     (cache.path / "manifests" / f"{scores}.json").unlink()
     odd = np.array([2, 0, 1], np.uint8)
-    forge(cache, rollouts_id, holding(stored(odd, "finished")["finished/c/0"], "finished/c/0"))
+    forge(cache, rollouts_id, hostile.holding(hostile.stored(odd, "finished")["finished/c/0"], "finished/c/0"))
     refused(cache.path, match="finished: holds bytes that are neither true nor false")
 
 
 def test_parents_must_be_there_and_fit(cache: Cache) -> None:
     prompts, rollouts_id, scores_id = fill(cache)
-    other = {"name": "other", "fingerprint": fingerprint("other"), "vocab_size": 60}
+    other = {"name": "other", "fingerprint": segments.fingerprint("other"), "vocab_size": 60}
     forged = forge(cache, scores_id, said("info", tokenizer=other), keep=True)
     assert "share a tokenizer" in refused(cache.path, MismatchError, "other and words encode differently")
     removed(cache.path, forged)
@@ -246,8 +261,7 @@ def test_parents_must_be_there_and_fit(cache: Cache) -> None:
     message = refused(cache.path, CacheError, "which is not in this cache")
     assert forged[:12] in message
     assert rollouts_id[:12] in message
-    with pytest.raises(CacheError, match=f"{forged[:12]} needs rollouts {rollouts_id[:12]}"):
-        open_cache(cache.path).scored()
+    refuses(CacheError, f"{forged[:12]} needs rollouts {rollouts_id[:12]}", open_cache(cache.path).scored)
 
 
 # ----------------------------------------------------------------------------- markers, versions, other folders
@@ -267,27 +281,22 @@ def test_manifest_of_another_version_says_so(cache: Cache) -> None:
         (b'{"format":"ketchup-cache","version":3}', "format version 3, .* upgrade ketchup-cache"),
         (b'{"format":"ketchup-cache","version":true}', "format version True"),
         (b'{"format":"something","version":1}', "does not say that this is a ketchup cache"),
-        (b"[]", "does not say that this is a ketchup cache"),
-        (b"", "not valid JSON"),
-        (b"[" * 50_000, "not valid JSON"),
-        (b" " * 100_000, "expected 65,536 at most"),
+        (b"[]", "does not say that this is a ketchup cache"), (b"", "not valid JSON"),
+        (b"[" * 50_000, "not valid JSON"), (b" " * 100_000, "expected 65,536 at most"),
     ],
-)
+)  # fmt: skip
 def test_markers(cache: Cache, marker: bytes, match: str) -> None:
     (cache.path / "ketchup-cache.json").write_bytes(marker)
     for create in (False, True):
-        with pytest.raises(CacheError, match=match):
-            open_cache(cache.path, create=create)
+        refuses(CacheError, match, open_cache, cache.path, create=create)
     assert (cache.path / "ketchup-cache.json").read_bytes() == marker
 
 
 def test_folders_that_are_no_cache(tmp_path: Path) -> None:
-    with pytest.raises(CacheError, match=r"no cache here; `ketchup-cache rollout --cache .*new` makes one"):
-        open_cache(tmp_path / "new")
+    refuses(CacheError, r"no cache here; `ketchup-cache rollout --cache .*new` makes one", open_cache, tmp_path / "new")
     (tmp_path / "file").write_text("")
     for create in (False, True):
-        with pytest.raises(CacheError, match="can't be read \\(Not a directory\\)"):
-            open_cache(tmp_path / "file", create=create)
+        refuses(CacheError, "can't be read \\(Not a directory\\)", open_cache, tmp_path / "file", create=create)
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis/chapter.tex").write_text("words")
     for create in (False, True):
@@ -295,13 +304,11 @@ def test_folders_that_are_no_cache(tmp_path: Path) -> None:
             open_cache(tmp_path / "thesis", create=create)
     assert [p.name for p in (tmp_path / "thesis").iterdir()] == ["chapter.tex"]
     (tmp_path / "empty").mkdir()
-    with pytest.raises(CacheError, match="is not a ketchup cache"):
-        open_cache(tmp_path / "empty")
+    refuses(CacheError, "is not a ketchup cache", open_cache, tmp_path / "empty")
     assert open_cache(tmp_path / "empty", create=True).manifests() == []
 
 
 def test_a_segment_id_can_not_name_a_path(cache: Cache) -> None:
     fill(cache)
     for segment_id in ("../marker", "", "/etc/passwd", "0" * 64, "*"):
-        with pytest.raises(CacheError, match="has no segment"):
-            cache.load_prompts(segment_id)
+        refuses(CacheError, "has no segment", cache.load_prompts, segment_id)

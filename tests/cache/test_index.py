@@ -1,15 +1,12 @@
 """Which rollouts are scored, by whom; every scored row once; what `info` says."""
 
-from __future__ import annotations
-
 import itertools
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from ketchup_cache import open_cache
 from ketchup_cache.cache.index import gaps
@@ -17,6 +14,7 @@ from ketchup_cache.cache.inspect import describe
 from ketchup_cache.errors import CacheError
 from ketchup_cache.types import Scores
 from tests.helpers import segments as made
+from tests.helpers.errors import refuses
 
 examples = settings(derandomize=True, deadline=None, max_examples=200)
 
@@ -35,9 +33,8 @@ class Family:
         self.whole = made.make_scores(self.rollouts, 0, 6, seed=1)
 
     def draw(self, policy: str) -> str:
-        return self.cache.commit_rollouts(
-            self.rollouts, made.rollouts_info(self.prompts_id, 3, policy=policy, samples=2)
-        )
+        info = made.rollouts_info(self.prompts_id, 3, policy=policy, samples=2)
+        return self.cache.commit_rollouts(self.rollouts, info)
 
     def part(self, start: int, stop: int) -> Scores:
         return self.whole.rows(self.rollouts.completions, start, stop)
@@ -99,24 +96,21 @@ def test_joined_rows_are_the_rows_of_the_whole(family: Family) -> None:
 
 def test_one_teacher_needs_no_selector_and_several_do(family: Family) -> None:
     cache = family.cache
-    with pytest.raises(CacheError, match=r"no scores yet; run `ketchup-cache score"):
-        cache.rows()
+    refuses(CacheError, r"no scores yet; run `ketchup-cache score", cache.rows)
     family.score(0, 6)
     assert cache.select_teacher(None).name == "teacher"
     assert cache.scored() == cache.scored("teacher") == cache.scored(made.fingerprint("teacher")[:8])
     family.score(0, 3, by="flan")
     assert [t.name for t in cache.teachers()] == ["teacher", "flan"]
     for ask in (cache.rows, cache.scored):
-        with pytest.raises(CacheError) as caught:
-            ask()
-        message = str(caught.value)
+        caught = refuses(CacheError, ".", ask)
+        message = caught
         assert "\n" not in message
         for part in ("--scored-by", "teacher", "flan", made.fingerprint("flan")[:12]):
             assert part in message
     assert len(list(cache.rows(teacher="flan"))) == 3
     assert len(list(cache.rows(teacher="teacher"))) == 6
-    with pytest.raises(CacheError, match=r"no teacher `falcon` in this cache; it has teacher \(.*\), flan"):
-        cache.scored("falcon")
+    refuses(CacheError, r"no teacher `falcon` in this cache; it has teacher \(.*\), flan", cache.scored, "falcon")
 
 
 def test_a_name_shared_by_two_fingerprints_is_ambiguous(family: Family) -> None:
@@ -124,8 +118,7 @@ def test_a_name_shared_by_two_fingerprints_is_ambiguous(family: Family) -> None:
     info = made.scores_info(family.rollouts_id, 0, 6)
     namesake = info.teacher.model_copy(update={"fingerprint": made.fingerprint("other weights")})
     family.cache.commit_scores(family.whole, info.model_copy(update={"teacher": namesake}))
-    with pytest.raises(CacheError, match="`teacher` is more than one teacher"):
-        family.cache.select_teacher("teacher")
+    refuses(CacheError, "`teacher` is more than one teacher", family.cache.select_teacher, "teacher")
     assert family.cache.select_teacher(made.fingerprint("other weights")[:10]) == namesake
 
 
@@ -138,8 +131,7 @@ def test_policies(family: Family) -> None:
     assert [(ref.policy.name, ref.rows) for ref in cache.scored()] == [("student", 6), ("step-10", 3)]
     assert [(ref.policy.name, ref.rows) for ref in cache.scored(policy="step-10")] == [("step-10", 3)]
     assert len(list(cache.rows(policy="student"))) == 6
-    with pytest.raises(CacheError, match="no policy `x` in this cache; it has student"):
-        cache.scored(policy="x")
+    refuses(CacheError, "no policy `x` in this cache; it has student", cache.scored, policy="x")
     with pytest.raises(CacheError, match=r"no rollouts yet; run `ketchup-cache rollout"):
         open_cache(cache.path.parent / "new", create=True).select_policy("student")
 

@@ -1,7 +1,5 @@
 """What is committed comes back bit for bit, also through plain Zarr; the written format is the real one."""
 
-from __future__ import annotations
-
 import json
 import re
 import subprocess
@@ -14,18 +12,17 @@ import jsonschema
 import numpy as np
 import pytest
 import zarr
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from zarr.storage import ZipStore
 
 from ketchup_cache import open_cache
-from ketchup_cache.cache import rules as segments
-from ketchup_cache.cache import zarr_files as arrays
+from ketchup_cache.cache import rules as segments, zarr_files as arrays
 from ketchup_cache.cache.cache import Cache
 from ketchup_cache.errors import CacheError, MismatchError, NumericsError
 from ketchup_cache.schemas.generate import SCHEMAS, render
 from ketchup_cache.types import Ragged, Rollouts, Scores
 from tests.helpers import segments as made
+from tests.helpers.errors import refuses
 
 examples = settings(derandomize=True, deadline=None, max_examples=25)
 SCHEMA_FOLDER = files("ketchup_cache.schemas")
@@ -48,13 +45,12 @@ vocabularies = st.sampled_from([1, 2, 255, 2**16, 2**16 + 1, 250_112, 2**31])
 def test_round_trip(shared: Path, prompt_lengths, row_lengths, vocab_size: int, forced: bool, seed: int) -> None:
     cache = open_cache(shared)
     row_lengths = row_lengths if prompt_lengths else []
-    prompts = made.make_prompts(prompt_lengths, seed=seed, vocab_size=vocab_size)
+    of = {"seed": seed, "vocab_size": vocab_size}
+    prompts = made.make_prompts(prompt_lengths, **of)
     prompts.tokens.values[-1:] = vocab_size - 1  # the largest id
-    rollouts = made.make_rollouts(
-        row_lengths, prompts=len(prompt_lengths), seed=seed, vocab_size=vocab_size, forced=forced
-    )
+    rollouts = made.make_rollouts(row_lengths, prompts=len(prompt_lengths), forced=forced, **of)
     start = seed % (len(rollouts) + 1)
-    scores = made.make_scores(rollouts, start, len(rollouts), seed=seed, vocab_size=vocab_size)
+    scores = made.make_scores(rollouts, start, len(rollouts), **of)
     p = cache.commit_prompts(prompts, made.prompts_info(vocab_size))
     r = cache.commit_rollouts(rollouts, made.rollouts_info(p, len(prompts), vocab_size=vocab_size))
     s = cache.commit_scores(scores, made.scores_info(r, start, len(rollouts), vocab_size=vocab_size))
@@ -192,9 +188,7 @@ BAD_ROLLOUTS = {
 def test_broken_rollouts_are_not_committed(cache: Cache, name: str) -> None:
     rollouts, error, match = BAD_ROLLOUTS[name]
     p = made.add_prompts(cache)
-    with pytest.raises(error, match=match) as caught:
-        cache.commit_rollouts(rollouts, made.rollouts_info(p, 3))
-    assert "\n" not in str(caught.value)
+    refuses(error, match, cache.commit_rollouts, rollouts, made.rollouts_info(p, 3))
     assert [i for i, _ in cache.manifests()] == [p]
 
 
@@ -210,14 +204,10 @@ def test_parts_that_do_not_belong_together_are_not_committed(cache: Cache) -> No
     scores = made.make_scores(ROLLOUTS, 0, 3)
     with pytest.raises(CacheError, match="scores of 14 tokens for rollouts that have 7"):
         cache.commit_scores(replace(scores, final_max_q=np.zeros(2, np.float32)), made.scores_info(r, 0, 2))
-    with pytest.raises(NumericsError, match=r"q\[0\] is nan"):
-        cache.commit_scores(
-            Scores(*(np.full(n, np.nan, np.float32) for n in (N, N, N, N, 3))), made.scores_info(r, 0, 3)
-        )
-    with pytest.raises(CacheError, match="Rollouts can't be a segment of kind scores"):
-        cache.commit_scores(ROLLOUTS, made.scores_info(r, 0, 3))  # type: ignore[arg-type]
-    with pytest.raises(CacheError, match=f"segment {r} does not hold scores"):
-        cache.load_scores(r)
+    info, broken = made.scores_info(r, 0, 3), Scores(*(np.full(n, np.nan, np.float32) for n in (N, N, N, N, 3)))
+    refuses(NumericsError, r"q\[0\] is nan", cache.commit_scores, broken, info)
+    refuses(CacheError, "Rollouts can't be a segment of kind scores", cache.commit_scores, ROLLOUTS, info)
+    refuses(CacheError, f"segment {r} does not hold scores", cache.load_scores, r)
     assert len(cache.manifests()) == 2
 
 
@@ -234,6 +224,5 @@ def test_rounding_is_not_an_error(cache: Cache) -> None:
 
 def test_too_large_for_one_segment(cache: Cache, monkeypatch) -> None:
     monkeypatch.setattr(arrays, "MAX_BYTES", 100)
-    with pytest.raises(CacheError, match=r"bytes in one segment, the limit is 100: store it in several"):
-        made.add_prompts(cache)
+    refuses(CacheError, r"bytes in one segment, the limit is 100: store it in several", made.add_prompts, cache)
     assert cache.manifests() == []

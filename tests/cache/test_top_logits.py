@@ -1,31 +1,23 @@
 """The kept largest logits in the cache: what is stored, what is refused, and what a smaller number of them means."""
 
-from __future__ import annotations
-
 import json
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from ketchup_cache import open_cache
 from ketchup_cache.cache.cache import Cache
 from ketchup_cache.cache.inspect import describe, verify
-from ketchup_cache.errors import CacheError, CorruptError, KetchupError
+from ketchup_cache.errors import CacheError, CorruptError
 from ketchup_cache.types import Scores
-from tests.helpers.hostile import both, forge, refused, removed, replaced, said
-from tests.helpers.segments import VOCAB, fill, fingerprint, make_rollouts, same, scores_of
-
-NAN, INF = np.float32("nan"), np.float32("inf")
+from tests.helpers.errors import refuses
+from tests.helpers.hostile import both, forge, removed, replaced, said
+from tests.helpers.segments import VOCAB, fill, fingerprint, make_rollouts, make_scores, same, scores_of
 
 
 def fill_top(cache: Cache, top: int, **info) -> tuple[str, Scores]:
-    rollouts, rng = make_rollouts(), np.random.default_rng(0)
-    logits = rng.normal(0, 8, (len(rollouts.completions.values), VOCAB)).astype(np.float32)
-    final = np.where(rollouts.finished, 0, rng.normal(0, 8, 3)).astype(np.float32)
-    scores = scores_of(logits, rollouts.completions.values, final, top)
-    return fill(cache, scores, forced=False, **info)[2], scores
+    return fill(cache, forced=False, top=top, **info)[2], make_scores(make_rollouts(), 0, 3, top=top)
 
 
 @pytest.mark.parametrize("top", [1, 4, VOCAB - 1, VOCAB])
@@ -53,56 +45,6 @@ def test_equal_logits_are_within_the_rules_after_rounding(cache: Cache, vocab: i
     np.testing.assert_allclose(read.top.rest_logsumexp, scores.top.rest_logsumexp, atol=0.02)
 
 
-def whole(scores: Scores) -> dict[str, np.ndarray]:
-    """The arrays by the names that the format has for them."""
-    top = scores.top
-    return {**scores.per_token(), "top_q": top.q, "top_ids": top.ids, "rest_logsumexp": top.rest_logsumexp}
-
-
-def at(name: str, place, value, dtype=np.float32):
-    """value: or the place in the same array that it comes from, or a function of the number that is there."""
-
-    def change(scores: Scores) -> np.ndarray:
-        array = np.array(whole(scores)[name]).astype(dtype)
-        array[place] = array[value] if isinstance(value, tuple) else value(array[place]) if callable(value) else value
-        return array
-
-    return name, change
-
-
-TOKEN = int(make_rollouts().completions.values[3])
-
-
-@pytest.mark.parametrize(
-    ("name", "change", "match"),
-    [
-        (*at("top_q", (3, 1), NAN), r"top_q\[\d+\] is nan"),
-        (*at("top_q", (3, 3), -INF), r"top_q\[\d+\] is -inf"),
-        (*at("rest_logsumexp", (3,), NAN), r"rest_logsumexp\[3\] is nan"),
-        (*at("rest_logsumexp", (3,), -INF), r"rest_logsumexp\[3\] is -inf"),
-        (*at("top_ids", (3, 1), VOCAB, np.uint16), r"top_ids\[3\] holds an id that words does not have"),
-        (*at("top_ids", (3, 1), 65535, np.uint16), r"top_ids\[3\] holds an id that words does not have"),
-        (*at("top_ids", (3, 2), (3, 0), np.uint16), r"top_ids\[3\] holds a token twice"),
-        (*at("top_ids", (3, 3), TOKEN, np.uint16), r"top_q\[3\] is not q where top_ids is the token"),
-        (*at("top_q", (3, [1, 2]), (3, [2, 1])), r"top_q\[3\] does not fall"),
-        (*at("top_q", (3, 0), 1000), r"top_q\[3\] does not begin with max_q"),
-        (*at("top_q", (3, 3), -30), r"rest_logsumexp\[3\] is more than so many smaller logits can have"),
-        (*at("rest_logsumexp", (3,), 1000), r"rest_logsumexp\[3\] is more than so many"),
-        (*at("logsumexp", (3,), 0), r"logsumexp\[3\] is smaller than max_q"),
-        # each array is possible for itself; together they are not those of one distribution
-        (
-            *at("logsumexp", (3,), lambda before: before + np.float32(0.5)),
-            r"top_q\[3\] and rest_logsumexp do not add up to logsumexp",
-        ),
-    ],
-)
-def test_hostile_top(cache: Cache, name: str, change, match: str) -> None:
-    segment_id, scores = fill_top(cache, 4)
-    assert TOKEN not in scores.top.ids[3]
-    forge(cache, segment_id, replaced(name, change(scores)))
-    refused(cache.path, KetchupError, match=match)
-
-
 def test_arrays_that_are_missing_or_too_many(cache: Cache) -> None:
     def without(*names):
         def change(manifest, files):
@@ -125,8 +67,7 @@ def test_arrays_that_are_missing_or_too_many(cache: Cache) -> None:
         (said("info", keep_top=VOCAB + 1), None),
     ):
         forged = forge(cache, segment_id, change, keep=True)
-        with pytest.raises(CorruptError, match=match):
-            open_cache(cache.path).load_scores(forged)
+        refuses(CorruptError, match, open_cache(cache.path).load_scores, forged)
         removed(cache.path, forged)
     open_cache(cache.path).load_scores(segment_id)
 
@@ -135,8 +76,7 @@ def test_arrays_that_are_missing_or_too_many(cache: Cache) -> None:
 def test_not_committed_with_another_number_than_info_says(cache: Cache, number: int) -> None:
     segment_id, scores = fill_top(cache, 4)
     info = cache.manifest(segment_id).info.model_copy(update={"keep_top": number})
-    with pytest.raises(CacheError, match=f"top_q has 4 logits of each state, must be {number}"):
-        cache.commit_scores(scores, info)
+    refuses(CacheError, f"top_q has 4 logits of each state, must be {number}", cache.commit_scores, scores, info)
 
 
 @given(st.integers(0, 2**32 - 1), st.floats(0.1, 60), st.integers(1, 12), st.data())
@@ -157,8 +97,7 @@ def test_fewer_logits_are_those_that_would_have_been_kept(seed: int, scale: floa
         np.testing.assert_allclose(cut.top.rest_logsumexp, few.top.rest_logsumexp, rtol=3e-7, atol=3e-6)
         both = np.concatenate([cut.top.rest_logsumexp, few.top.rest_logsumexp])
         np.testing.assert_array_equal(joined.top.rest_logsumexp, both)
-    with pytest.raises(ValueError, match="logits of scores that keep"):
-        few.with_top(fewer + 1)
+    refuses(ValueError, "logits of scores that keep", few.with_top, fewer + 1)
 
 
 def test_info_gives_bytes_per_token_of_each_choice_of_score(cache: Cache) -> None:

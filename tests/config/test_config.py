@@ -1,18 +1,16 @@
 """Options from flags and YAML, and what is said when they are wrong."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from typing import get_args
 
 import pytest
 
-from ketchup_cache.cli import main
 from ketchup_cache.config.commands import COMMANDS, LearnConfig
 from ketchup_cache.config.methods import METHODS, Method
 from ketchup_cache.config.resolve import resolve
 from ketchup_cache.errors import ConfigError
+from tests.helpers.errors import fails
 
 LEARN = {"student": "s", "cache": "c", "out": "o"}
 
@@ -184,9 +182,7 @@ def test_help_names_every_flag_and_ends_in_examples(command):
     ],
 )  # fmt: skip
 def test_what_went_away_says_what_to_use(capsys, words, instead):
-    assert main(words.split()) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.endswith(f"is gone: use {instead}")
+    assert fails(capsys, *words.split()).endswith(f"is gone: use {instead}")
 
 
 def test_errors_are_lines_with_exit_code_2():

@@ -1,7 +1,5 @@
 """The whole tool with a decoder-only teacher and student: pretrain → rollout → score → learn → evaluate."""
 
-from __future__ import annotations
-
 import json
 import random
 
@@ -11,7 +9,6 @@ from tokenizers.normalizers import Replace
 from tokenizers.processors import TemplateProcessing
 
 from ketchup_cache import open_cache
-from ketchup_cache.cli import main
 from ketchup_cache.config.commands import EvaluateConfig, PretrainConfig, RolloutConfig
 from ketchup_cache.config.options import DataOptions
 from ketchup_cache.errors import ConfigError, DataError, ModelError
@@ -21,12 +18,12 @@ from ketchup_cache.rollouts.rollout import rollout
 from ketchup_cache.text.prompts import tokenize_prompts
 from ketchup_cache.text.read import data_info, read_examples
 from ketchup_cache.training.pretrain import pretrain
+from tests.helpers.errors import fails, refuses
 from tests.helpers.learning import json_lines, metrics, run
 from tests.helpers.models import VOCAB, WORDS, make_decoder, make_decoder_tokenizer, save_decoder
 from tests.helpers.oracle import plain_logits, plain_row_scores
 
 NOUNS = WORDS[18:23]
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def write_task(path, n: int, seed: int):
@@ -106,9 +103,8 @@ def test_what_can_not_be_used_is_refused_in_one_line(tmp_path):
     """A model that does not stop where its tokenizer ends texts; a prompt of which the tokenizer makes nothing."""
     folder, data = save_decoder(tmp_path / "m", eos_token_id=7), write_task(tmp_path / "d.jsonl", 6, 0)
     message = r"ends texts with '</s>' \(id 1\), at which the model does not stop"
-    with pytest.raises(ModelError, match=message) as refused:
-        pretrain(PretrainConfig(model=str(folder), out=tmp_path / "run", data=str(data), device="cpu"))
-    assert "\n" not in str(refused.value)
+    config = PretrainConfig(model=str(folder), out=tmp_path / "run", data=str(data), device="cpu")
+    refuses(ModelError, message, pretrain, config)
     tokenizer, options = make_decoder_tokenizer(), DataOptions(data=str(data))
     tokenizer.backend_tokenizer.normalizer = Replace("the", "")
     data.write_text('{"prompt": "the cat"}\n{"prompt": "the"}\n')
@@ -204,10 +200,8 @@ def test_what_a_template_does_not_offer_is_said_in_one_line(tmp_path):
         ("{% for %}", "", "--chat: the chat template can't be used ("),
     ):
         options = DataOptions(data=data, chat=True, system=system)
-        with pytest.raises(ConfigError) as refused:
-            tokenize_prompts(read_examples(options), chat_tokenizer(template), options)
-        assert message in str(refused.value)
-        assert "\n" not in str(refused.value)
+        refused = refuses(ConfigError, ".", tokenize_prompts, read_examples(options), chat_tokenizer(template), options)
+        assert message in refused
 
 
 def test_half_a_turn_is_not_an_option(tmp_path, capsys):
@@ -215,5 +209,4 @@ def test_half_a_turn_is_not_an_option(tmp_path, capsys):
         (["--system", "who"], "set --chat too"),
         (["--chat", "--long-prompts", "truncate"], "would cut off the end of the turn"),
     ):
-        assert main(["evaluate", "--model", "m", "--data", "d.jsonl", *words]) == 2
-        assert message in capsys.readouterr().err
+        assert message in fails(capsys, "evaluate", "--model", "m", "--data", "d.jsonl", *words)

@@ -1,68 +1,47 @@
 """The whole tool on real text: GSM8K's questions, a tokenizer trained on them, small models made on the spot."""
 
-from __future__ import annotations
-
 import json
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoModelForSeq2SeqLM
 
 from ketchup_cache import open_cache
 from ketchup_cache.types import PER_TOKEN
+from tests.helpers import gsm8k
 from tests.helpers.learning import json_lines, metrics, run
-from tests.helpers.models import make_t5, wrap_tokenizer
+from tests.helpers.models import make_t5, train_byte_level
 from tests.helpers.oracle import plain_row_scores
 
-DATA = Path(__file__).parents[3] / "shared" / "data" / "gsm8k"
-pytestmark = pytest.mark.skipif(not (DATA / "test.jsonl").exists(), reason="GSM8K is not beside the repository")
-
-
-def make_tokenizer(texts: list[str]):
-    """Byte-level BPE, so that every text is encoded without unknown tokens and decoded to itself."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    letters = pre_tokenizers.ByteLevel.alphabet()
-    trainer = {"vocab_size": 600, "special_tokens": ["<pad>", "</s>"], "show_progress": False}
-    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(**trainer, initial_alphabet=letters))
-    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    return wrap_tokenizer(tokenizer, pad_token="<pad>", unk_token=None)
+pytestmark = gsm8k.NEEDED
 
 
 def test_rollout_score_learn_evaluate(tmp_path, capsys):
-    lines = (DATA / "train.jsonl").read_text(encoding="utf-8").splitlines()[:200]
-    texts = [text for line in lines for text in json.loads(line).values()]
-    tokenizer = make_tokenizer(texts)
+    texts = [text for row in gsm8k.rows("train")[:200] for text in row.values()]
+    tokenizer = train_byte_level(texts, 600)
     assert all(tokenizer.decode(tokenizer(t)["input_ids"], skip_special_tokens=True) == t for t in texts)
     for name, seed, width in (("t0", 0, 48), ("s0", 1, 32)):
         make_t5("1.1", seed=seed, vocab_size=len(tokenizer) + 8, d_model=width).save_pretrained(tmp_path / name)
         tokenizer.save_pretrained(tmp_path / name)
-    train, test, student = tmp_path / "train.jsonl", tmp_path / "test.jsonl", tmp_path / "s0"
-    train.write_text("\n".join(lines[:96]) + "\n", encoding="utf-8")
-    test.write_text("\n".join((DATA / "test.jsonl").read_text(encoding="utf-8").splitlines()[:16]), encoding="utf-8")
-    fields = ["--prompt-field", "question", "--target-field", "answer"]
-    fields += ["--max-prompt-tokens", 200, "--long-prompts", "truncate"]
+    fields = ["--prompt-field", "question", "--target-field", "answer", "--max-prompt-tokens", 200]
+    fields += ["--long-prompts", "truncate", "--data"]
+    train = [*fields, gsm8k.FOLDER / "train.jsonl", "--limit", 96]
+    test = [*fields, gsm8k.FOLDER / "test.jsonl", "--limit", 16]
 
     # fine-tune the teacher on references, then learn from its scores
-    run("pretrain", "--model", tmp_path / "t0", "--data", train, *fields, "--out", tmp_path / "teacher",
-        "--epochs", 2, "--lr", 3e-3, "--batch-size", 16, "--max-new-tokens", 120)  # fmt: skip
-    teacher, cache, sampled = (
-        tmp_path / "teacher" / "model",
-        tmp_path / "cache",
-        ["--samples", 2, "--max-new-tokens", 12],
-    )
-    run("rollout", "--student", student, "--data", train, *fields, "--cache", cache, *sampled)
+    run("pretrain", "--model", tmp_path / "t0", *train, "--out", tmp_path / "teacher", "--epochs", 2, "--lr", 3e-3,
+        "--batch-size", 16, "--max-new-tokens", 120)  # fmt: skip
+    student, teacher, cache = tmp_path / "s0", tmp_path / "teacher" / "model", tmp_path / "cache"
+    sampled = ["--samples", 2, "--max-new-tokens", 12]
+    run("rollout", "--student", student, *train, "--cache", cache, *sampled)
     run("score", "--teacher", teacher, "--cache", cache)
     run("learn", "--student", student, "--cache", cache, "--out", tmp_path / "run", "--k", 4, "--teacher", teacher,
         "--refresh-every", 2, "--steps", 6, "--batch-size", 16, *sampled, "--unfinished", "bootstrap",
         "--lr", 1e-3)  # fmt: skip
     run("verify", cache)
     capsys.readouterr()
-    run("evaluate", "--model", tmp_path / "run" / "student", "--data", test, *fields, "--teacher", teacher,
+    run("evaluate", "--model", tmp_path / "run" / "student", *test, "--teacher", teacher,
         "--metrics", "gsm8k,exact", "--max-new-tokens", 60, "--outputs", tmp_path / "o.jsonl", "--json")  # fmt: skip
     result = json.loads(capsys.readouterr().out)
 
@@ -75,7 +54,7 @@ def test_rollout_score_learn_evaluate(tmp_path, capsys):
         expected = plain_row_scores(plain, row.prompt_tokens, row.completion_tokens, row.finished, len(tokenizer))
         for name in PER_TOKEN:
             np.testing.assert_allclose(getattr(row, name), expected[name], rtol=0, atol=1e-4)
-    questions = [tokenizer(json.loads(line)["question"])["input_ids"] for line in lines[:96]]
+    questions = [tokenizer(row["question"])["input_ids"] for row in gsm8k.rows("train")[:96]]
     cut = {tuple(q if len(q) <= 200 else [*q[:199], 1]) for q in questions}
     assert {tuple(row.prompt_tokens.tolist()) for row in rows} <= cut
 

@@ -1,7 +1,5 @@
 """The shipped tasks `reason` and `summarise`: what their scripts make, what the answers say, and a gap to close."""
 
-from __future__ import annotations
-
 import filecmp
 import re
 import shutil

@@ -1,7 +1,5 @@
 """The judge against a real OpenAI-compatible server with a tiny model of random weights: `transformers serve`."""
 
-from __future__ import annotations
-
 import json
 import os
 import socket

@@ -1,7 +1,5 @@
 """Caches whose rollouts and scores come from plain forward passes (`tests/helpers/oracle.py`): oracles too."""
 
-from __future__ import annotations
-
 import hashlib
 from dataclasses import replace
 

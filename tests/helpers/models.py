@@ -1,14 +1,12 @@
 """Tiny models, their tokenizers and prompts files, made on the spot: T5, and one model of each architecture."""
 
-from __future__ import annotations
-
 import json
 import random
 from pathlib import Path
 
 import torch
 import transformers
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 WORDS = (
     "the a cat dog bird sees likes finds big small red old two three and who runs sleeps "
@@ -34,6 +32,18 @@ def make_decoder_tokenizer(words: list[str] | None = None, **options):
     tokenizer = _word_level(words)
     tokenizer.decoder = decoders.Fuse()
     return wrap_tokenizer(tokenizer, **options)
+
+
+def train_byte_level(texts: list[str], vocab_size: int):
+    """Byte-level BPE, so that every text is encoded without unknown tokens and decoded to itself; adds </s>."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    size = {"vocab_size": vocab_size, "special_tokens": ["<pad>", "</s>", "<unk>"], "show_progress": False}
+    letters = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(**size, initial_alphabet=letters))
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return wrap_tokenizer(tokenizer, pad_token="<pad>")
 
 
 def _word_level(words: list[str] | None) -> Tokenizer:

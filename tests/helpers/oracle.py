@@ -1,7 +1,5 @@
 """The plain way, to compare with: one row at a time, no padding, no cache, all logits, reductions in float64."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import numpy as np
@@ -37,10 +35,8 @@ def random_batch(seed: int = 0, rows: int = 12) -> Batch:
 
 
 def sample(model, prompts: Ragged, *, first_prompt=0, batch=64, vocab=60, on_batch=None, **sampling) -> Rollouts:
-    settings = Sampling(**({"max_new_tokens": 10} | sampling))
-    return sample_completions(
-        model, vocab, prompts, settings, first_prompt=first_prompt, batch=batch, on_batch=on_batch
-    )
+    how, places = Sampling(**({"max_new_tokens": 10} | sampling)), {"first_prompt": first_prompt, "batch": batch}
+    return sample_completions(model, vocab, prompts, how, **places, on_batch=on_batch)
 
 
 def rows_of(rollouts: Rollouts) -> Iterator[tuple[int, list[int], np.ndarray]]:

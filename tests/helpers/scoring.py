@@ -1,7 +1,5 @@
 """What the tests of scoring share: tiny teachers, and caches of rollouts whose scores are compared with plain ones."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

@@ -1,10 +1,8 @@
 """Made-up segments for the tests of the cache."""
 
-from __future__ import annotations
-
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
 
@@ -13,7 +11,6 @@ import numpy as np
 from ketchup_cache import open_cache
 from ketchup_cache.cache.cache import Cache
 from ketchup_cache.cache.manifest import PromptsInfo, RolloutsInfo, ScoresInfo
-from ketchup_cache.errors import KetchupError
 from ketchup_cache.provenance import DataInfo, PolicyInfo, Sampling, TeacherInfo, TokenizerInfo
 from ketchup_cache.types import Prompts, Ragged, Rollouts, Scores, TopLogits
 
@@ -68,13 +65,13 @@ def make_rollouts(lengths=(5, 2, 7), *, prompts=3, seed=0, vocab_size=VOCAB, for
     return Rollouts(index, completions, behavior, marks, ended & (np.array(lengths, int) > 0))
 
 
-def make_scores(rollouts: Rollouts, start: int, stop: int, *, seed: int = 0, vocab_size: int = VOCAB) -> Scores:
-    """Of random rows of logits, with the token's logit among them."""
+def make_scores(rollouts: Rollouts, start: int, stop: int, *, seed=0, vocab_size=VOCAB, top=0) -> Scores:
+    """Of random rows of logits, with the token's logit among them. top: how many of the largest are kept."""
     rng, tokens = np.random.default_rng(seed), rollouts.completions.slice(start, stop).values
-    width = min(vocab_size, 50)
+    width = vocab_size if top else min(vocab_size, 50)
     logits = rng.normal(0, 8, (len(tokens), width)).astype(np.float32)
     final = np.where(rollouts.finished[start:stop], 0, rng.normal(0, 8, stop - start)).astype(np.float32)
-    return scores_of(logits, tokens % width, final, 0)
+    return scores_of(logits, tokens % width, final, top)
 
 
 def scores_of(logits: np.ndarray, tokens: np.ndarray, final: np.ndarray, top: int) -> Scores:
@@ -94,10 +91,11 @@ def add_prompts(cache: Cache, lengths: Sequence[int] = (3, 1, 4), *, seed: int =
     return cache.commit_prompts(make_prompts(lengths, seed=seed, vocab_size=vocab_size), prompts_info(vocab_size))
 
 
-def fill(cache: Cache | Path, scores=None, *, sizes=SIZES, seed=0, forced=True, vocab_size=VOCAB, **info) -> list[str]:
+def fill(cache: Cache | Path, scores=None, *, sizes=SIZES, seed=0, forced=True, vocab_size=VOCAB, top=0, **info):
     """Ids of a family of segments: prompts and rollouts of these lengths, and scores of these spans of the rollouts.
 
-    cache: or the folder of a new one. scores: in the place of made-up ones. info: more that is said of the scores.
+    cache: or the folder of a new one. scores: in the place of made-up ones, of which `top` largest logits are kept.
+    info: more that is said of the scores.
     """
     prompts, rollouts, spans = sizes
     cache = open_cache(cache, create=True) if isinstance(cache, Path) else cache
@@ -105,7 +103,7 @@ def fill(cache: Cache | Path, scores=None, *, sizes=SIZES, seed=0, forced=True, 
     drawn = make_rollouts(rollouts, prompts=len(prompts), seed=seed, forced=forced)
     ids.append(cache.commit_rollouts(drawn, rollouts_info(ids[0], len(prompts), vocab_size=vocab_size)))
     for start, stop in spans:
-        part = scores or make_scores(drawn, start, stop)
+        part = scores or make_scores(drawn, start, stop, top=top)
         made_by = scores_info(ids[1], start, stop, vocab_size=vocab_size, keep_top=part.keep_top, **info)
         ids.append(cache.commit_scores(part, made_by))
     return ids
@@ -121,17 +119,6 @@ def load_all(root: Path) -> None:
     cache = open_cache(root)
     for segment_id in cache.segment_ids():
         cache.load(segment_id)
-
-
-def unreadable(cache: Cache, ids: Iterable[str]) -> int:
-    """How many of these segments can't be loaded."""
-    failed = 0
-    for segment_id in ids:
-        try:
-            cache.load(segment_id)
-        except KetchupError:
-            failed += 1
-    return failed
 
 
 def same(a: object, b: object) -> bool:

@@ -1,15 +1,11 @@
 """Stores for tests: in memory, and an emulated S3 (moto's server on loopback) kills, writers of the same keys."""
 
-from __future__ import annotations
-
 import logging
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 import urllib.request
 import uuid
@@ -18,38 +14,17 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
-import pytest
-
 from ketchup_cache import open_cache
 from ketchup_cache.cache.cache import Cache
 from ketchup_cache.cache.inspect import verify
 from ketchup_cache.cache.segment_bytes import parse_manifest, read_manifest, read_segment
-from ketchup_cache.sharing import remote_cache, stores
+from ketchup_cache.sharing import remote_cache
 from ketchup_cache.sharing.stores import ObjectStore, open_store
 from ketchup_cache.sharing.transfer import copy
-from tests.helpers.segments import add_prompts, contents, fill, unreadable
-from tests.helpers.trust import Count, kills
+from tests.helpers.segments import add_prompts, contents, fill
+from tests.helpers.trust import Count, kill_at_random, kills
 
 KEYS = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "SECRET"}
-
-
-@contextmanager
-def memory_stores() -> Iterator[None]:
-    """memory://NAME/PREFIX is an object store in this process while the block runs."""
-    import obstore.store
-
-    made: dict[str, object] = {}
-    real = stores.open_client
-
-    def client(address: str) -> object:
-        if address.startswith("memory://"):
-            return made.setdefault(address, obstore.store.MemoryStore())
-        return real(address)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stores, "SCHEMES", (*stores.SCHEMES, "memory"))
-        patch.setattr(stores, "open_client", client)
-        yield
 
 
 @contextmanager
@@ -96,47 +71,38 @@ def start(code: str, *words: str) -> subprocess.Popen[str]:
     return process
 
 
-def kill_copies(folder: Path, times: int, *, pull: bool, seed: int = 0) -> Count:
+def start_and_kill(places: tuple[str, str], after_s: float) -> tuple[set[str], bool]:
+    """What the target of a copy holds then, and whether the kill came before the end."""
+    process = start(COPY, *places)
+    time.sleep(after_s)
+    process.kill()
+    killed, target = process.wait() == -signal.SIGKILL, open_store(places[1])
+    return set(target.segment_ids()) if target.exists() else set(), killed
+
+
+def kill_copies(folder: Path, times: int, *, pull: bool) -> Count:
     """Kill a push to S3, or a pull from it, at random moments; each goes on where the last one was killed.
 
     acknowledged: segments that were seen in the target; each must be there, and whole, ever after.
     """
-    source = families(folder / "source")
-    wanted = set(source.segment_ids())
-    rng, count, whole_s, number = random.Random(seed), kills(), 0.0, 0
+    source, rng, count, whole_s = families(folder / "source"), random.Random(0), kills(), 0.0
     os.environ[remote_cache.HOME_VARIABLE] = str(folder / "home")
     with emulated_s3() as endpoint:
         os.environ |= {"AWS_ENDPOINT_URL": endpoint, **KEYS}
         while count.kills < times:
-            number += 1
-            remote = f"s3://{make_bucket(endpoint)}/cache"
-            given, taken = str(source.path), remote
+            given, taken = str(source.path), f"s3://{make_bucket(endpoint)}/cache"
             if pull:
-                copy(source.path, remote)
-                given, taken = remote, str(folder / f"pulled {number}")
+                copy(given, taken)
+                given, taken = taken, str(folder / f"pulled {count.kills}")
             if not whole_s:
-                began = time.monotonic()
-                assert start(COPY, given, f"{taken} measured").wait() == 0
+                process, began = start(COPY, given, f"{taken} measured"), time.monotonic()
+                assert process.wait() == 0
                 whole_s = time.monotonic() - began
-            seen: set[str] = set()
-            while count.kills < times:
-                process = start(COPY, given, taken)
-                time.sleep(rng.uniform(0, 0.9 * whole_s))
-                process.send_signal(signal.SIGKILL)
-                count.kills += process.wait() == -signal.SIGKILL
-                there = set(open_store(taken).segment_ids()) if open_store(taken).exists() else set()
-                count.lost += len(seen - there)
-                if there - seen:
-                    count.partial += unreadable(open_cache(taken), there - seen)
-                count.acknowledged += len(there - seen)
-                seen |= there
-                if there == wanted:
-                    break
+            some = min(times - count.kills, rng.randint(1, 6))
+            kill_at_random((given, taken), taken, count, some, 0.9 * whole_s, rng.randrange(10**9), start_and_kill)
             copy(given, taken)
-            assert set(open_store(taken).segment_ids()) == wanted
+            assert set(open_store(taken).segment_ids()) == set(source.segment_ids())
             assert verify(open_cache(taken)).ok
-            if pull:
-                shutil.rmtree(taken)
     return count
 
 
@@ -145,7 +111,7 @@ class Watched(ObjectStore):
 
     def __init__(self, url: str, created: list[str], early: list[str]) -> None:
         super().__init__(url)
-        self.created, self.early, self.lock = created, early, threading.Lock()
+        self.created, self.early = created, early
 
     def _create(self, key: str, data: bytes) -> bool:
         if key.startswith("manifests/"):
@@ -182,6 +148,5 @@ def same_keys(folder: Path, url: str, writers: int, segments: int) -> Count:
         list(pool.map(push, range(writers)))
     wanted = contents(cache.path).keys() | {"ketchup-cache.json"}
     twice, lost = len(created) - len(set(created)), len(wanted - set(created))
-    return Count(
-        writers=writers, segments=segments, objects=len(wanted), two_creators=twice, lost=lost, early=len(early)
-    )
+    made = {"writers": writers, "segments": segments, "objects": len(wanted)}
+    return Count(**made, two_creators=twice, lost=lost, early=len(early))

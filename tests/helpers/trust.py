@@ -4,8 +4,6 @@
 imports torch is killed at work and not at its imports.
 """
 
-from __future__ import annotations
-
 import errno
 import itertools
 import os
@@ -15,7 +13,7 @@ import signal
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,17 +25,8 @@ from ketchup_cache.cache.inspect import verify
 from ketchup_cache.cache.segment_bytes import MARKER, Packed
 from ketchup_cache.cli import main
 from ketchup_cache.errors import KetchupError, WriteError
-from tests.helpers.segments import (
-    add_prompts,
-    exit_code,
-    fill,
-    in_child,
-    load_all,
-    make_prompts,
-    prompts_info,
-    same,
-    unreadable,
-)
+from ketchup_cache.sharing.stores import open_store
+from tests.helpers.segments import add_prompts, exit_code, fill, in_child, load_all, make_prompts, prompts_info, same
 
 ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES, errno.EFBIG)
 
@@ -54,27 +43,24 @@ def kills() -> Count:
     return Count(kills=0, acknowledged=0, lost=0, partial=0)
 
 
-def kill_at_random(work: Callable[[], object], root: Path, count: Count, times: int, after_s: float, seed: int) -> None:
+def kill_at_random(work, root: Path | str, count: Count, times: int, after_s: float, seed: int, attempt=None) -> None:
     """Run some work that commits to the cache in `root`, kill it after a random time, look; so many kills.
 
-    Work that ends by itself before its time is not counted, and begun again.
+    Work that ends by itself before its time is not counted, and begun again. attempt: in place of `run_and_kill`.
     """
-    rng = random.Random(seed)
-    target = count.kills + times
+    rng, target = random.Random(seed), count.kills + times
     acknowledged: set[str] = set()
     loaded: set[str] = set()
     while count.kills < target:
-        ids, killed = run_and_kill(work, rng.uniform(0, after_s))
+        ids, killed = (attempt or run_and_kill)(work, rng.uniform(0, after_s))
         count.kills += killed
+        count.acknowledged += len(ids - acknowledged)
         acknowledged |= ids
-        count.acknowledged += len(ids)
-        if not (root / MARKER).exists():
-            count.lost += len(acknowledged)
-            continue
-        cache = open_cache(root)
-        visible = set(cache.segment_ids())
-        count.lost += len(acknowledged - visible)
-        count.partial += unreadable(cache, visible - loaded)
+        store = open_store(root)
+        visible = set(store.segment_ids()) if store.exists() else set()
+        count.lost += len((acknowledged | loaded) - visible)
+        if visible:
+            count.partial += unreadable(open_cache(root), visible - loaded)
         loaded |= visible
 
 
@@ -104,6 +90,17 @@ def run_and_kill(work: Callable[[], object], after_s: float) -> tuple[set[str], 
         said = set(log.read().decode().split())
     assert code != 70, "the work failed by itself"
     return said, code == -signal.SIGKILL
+
+
+def unreadable(cache: Cache, ids: Iterable[str]) -> int:
+    """How many of these segments can't be loaded."""
+    failed = 0
+    for segment_id in ids:
+        try:
+            cache.load(segment_id)
+        except KetchupError:
+            failed += 1
+    return failed
 
 
 def write_for_ever(root: Path) -> None:

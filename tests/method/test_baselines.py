@@ -1,12 +1,9 @@
 """Baselines against loops over rows and steps, and the law that they leave the expected gradient alone."""
 
-from __future__ import annotations
-
 import itertools
 
 import numpy as np
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from ketchup_cache.method.baselines import leave_one_out_baseline, mean_baseline
 

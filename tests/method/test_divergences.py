@@ -1,12 +1,9 @@
 """Divergences off the largest logits, against torch's own over full distributions; and the min-variance baseline."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from torch.nn import functional as F
 
 from ketchup_cache.method import divergences as d

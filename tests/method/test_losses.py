@@ -1,7 +1,5 @@
 """Losses and staleness against hand-computed values and the laws they estimate."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

@@ -1,38 +1,14 @@
 """k_step_returns against Algorithm 1 and Eq. 7 written out literally, and against the laws they obey."""
 
-from __future__ import annotations
-
 import timeit
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from ketchup_cache import k_step_returns
-
-
-def algorithm_1(q: list[float], m: list[float], k: int) -> list[float]:
-    """The paper's Algorithm 1 for one rollout, as it stands there, with 0-based t: the last token is T − 1."""
-    last = len(q) - 1
-    g = [0.0] * len(q)
-    for t in range(last, -1, -1):
-        if t == last:
-            g[t] = q[t]
-        elif last - t < k:
-            g[t] = (q[t] - m[t + 1]) + g[t + 1]
-        else:
-            g[t] = (q[t] - m[t + k]) + g[t + k]
-    return g
-
-
-def equation_7(q: list[float], m: list[float], k: int) -> list[float]:
-    """Eq. 7: jumps of K steps until the end is passed, where the value is zero."""
-    value = lambda t: m[t] if t < len(m) else 0.0  # noqa: E731
-    return [sum(q[i] - value(i + k) for i in range(t, len(q), k)) for t in range(len(q))]
-
-
-LITERAL = {"one-step": algorithm_1, "jump": equation_7}
+from tests.helpers.errors import refuses
+from tests.helpers.returns import LITERAL, algorithm_1
 
 
 @st.composite
@@ -183,8 +159,7 @@ def test_keeps_the_dtype_and_sums_half_precision_in_float32(dtype):
 )  # fmt: skip
 def test_refuses_what_it_cannot_use(options, message):
     arguments = {"q": np.zeros((2, 3)), "max_q": np.zeros((2, 3)), "lengths": [3, 1], "k": 2} | options
-    with pytest.raises(ValueError, match=message):
-        k_step_returns(**arguments)
+    refuses(ValueError, message, k_step_returns, **arguments)
 
 
 def test_is_at_least_8_times_as_fast_as_the_literal_algorithm():

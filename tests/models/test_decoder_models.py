@@ -1,7 +1,5 @@
 """What decoder-only families do in their own way, against a plain pass over each row alone: scores and gradients."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch
@@ -12,11 +10,10 @@ from ketchup_cache.models.head import Head
 from ketchup_cache.models.load import load_model
 from ketchup_cache.types import Ragged
 from tests.helpers import oracle
+from tests.helpers.errors import refuses
 from tests.helpers.models import VOCAB, make_decoder
 from tests.helpers.oracle import assert_same_gradients, assert_same_scores, gradients, plain_scores, random_rollouts
 from tests.helpers.scoring import teacher_of
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize("family", ["qwen2", "gpt2", "llama", "mistral-window", "granite"])
@@ -61,8 +58,7 @@ def test_what_the_model_has_no_room_for():
     model = make_decoder("gpt2", n_positions=12)
     batch = Batch(Ragged.from_rows([range(9)], np.int32), np.zeros(1, np.int64), Ragged.from_rows([[5] * 4], np.int32))
     assert len(completion_states(model, batch)) == 4  # 9 + 3: the last token is not fed
-    with pytest.raises(DataError, match="have 13 tokens"):
-        states_and_next(model, batch, np.ones(1, np.bool_))
+    refuses(DataError, "have 13 tokens", states_and_next, model, batch, np.ones(1, np.bool_))
 
 
 def test_a_model_that_looks_ahead_is_refused(tmp_path):
@@ -72,6 +68,5 @@ def test_a_model_that_looks_ahead_is_refused(tmp_path):
     shape = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
              "intermediate_size": 32, "initializer_range": 0.4}  # fmt: skip
     BertForMaskedLM(BertConfig(**shape)).save_pretrained(tmp_path)
-    with pytest.raises(ModelError, match="looks ahead"):
-        Head.of(load_model(str(tmp_path), device="cpu"), VOCAB)
+    refuses(ModelError, "looks ahead", Head.of, load_model(str(tmp_path), device="cpu"), VOCAB)
     Head.of(BertLMHeadModel(BertConfig(**shape, is_decoder=True)).eval(), VOCAB)

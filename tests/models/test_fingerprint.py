@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerFast
 
 from ketchup_cache.errors import ModelError
 from ketchup_cache.models.fingerprint import first_difference, state_fingerprint, tokenizer_info, weights_fingerprint
+from tests.helpers.errors import refuses
 from tests.helpers.models import WORDS, edit_config, make_t5, make_tokenizer
 
 
@@ -66,15 +67,10 @@ TENSORS = [
     {"a": TENSOR, "b": TENSOR}, {"a": 3}, [1],
 ]  # fmt: skip
 DAMAGED = [
-    b"",
-    b"\x01",
-    b"\x08" + bytes(7) + b"not json",
-    struct.pack("<Q", 1 << 60) + b"{}",
-    *map(safetensors_bytes, TENSORS),
-    safetensors_bytes({"a": TENSOR | {"data_offsets": [4, 12]}}, bytes(12)),
-    safetensors_bytes({"a": TENSOR}, bytes(7)),
-    safetensors_bytes({"a": TENSOR}, bytes(9)),
-]
+    b"", b"\x01", b"\x08" + bytes(7) + b"not json", struct.pack("<Q", 1 << 60) + b"{}",
+    *map(safetensors_bytes, TENSORS), safetensors_bytes({"a": TENSOR | {"data_offsets": [4, 12]}}, bytes(12)),
+    *(safetensors_bytes({"a": TENSOR}, bytes(size)) for size in (7, 9)),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("content", DAMAGED)
@@ -83,15 +79,13 @@ def test_damaged_weights_are_refused(content, tmp_path):
     (tmp_path / "model.safetensors").write_bytes(safetensors_bytes({"a": TENSOR}))
     weights_fingerprint(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(content)
-    with pytest.raises(ModelError, match=r"model\.safetensors: is damaged"):
-        weights_fingerprint(tmp_path)
+    refuses(ModelError, r"model\.safetensors: is damaged", weights_fingerprint, tmp_path)
 
 
 @pytest.mark.parametrize("shard", ["../outside.safetensors", "/etc/hosts", 3])
 def test_an_index_can_only_name_files_beside_it(shard, tmp_path):
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": shard}}))
-    with pytest.raises(ModelError, match="is not an index of weight files beside it"):
-        weights_fingerprint(tmp_path)
+    refuses(ModelError, "is not an index of weight files beside it", weights_fingerprint, tmp_path)
 
 
 # --------------------------------------------------------------------------------------------------- tokenizers

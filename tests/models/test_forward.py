@@ -7,15 +7,9 @@ import torch
 from ketchup_cache.errors import DataError, ModelError
 from ketchup_cache.models.forward import Batch, completion_states, decoder_start, states_and_next, training_states
 from ketchup_cache.types import Ragged
+from tests.helpers.errors import refuses
 from tests.helpers.models import make_model, make_t5
-from tests.helpers.oracle import (
-    assert_same_gradients,
-    gradients,
-    plain_states,
-    random_batch,
-    random_rollouts,
-    row_logits,
-)
+from tests.helpers.oracle import assert_same_gradients, gradients, plain_states, random_batch, row_logits
 
 
 @pytest.fixture(params=["t5-1.0", "t5-1.1", "qwen2", "mistral-window"])
@@ -107,23 +101,20 @@ def test_an_empty_unfinished_completion_has_only_a_next_state(model):
 
 
 def test_rows_of_a_larger_set_bring_their_prompts_along():
-    prompts, rollouts = random_rollouts(1, 8, prompts=5)
-    rows = np.array([6, 2, 3, 6])
-    batch = Batch(prompts, rollouts.prompt_index, rollouts.completions).take(rows)
-    assert len(batch.prompts) == len(set(rollouts.prompt_index[rows]))
+    whole, rows = random_batch(1, 8), np.array([6, 2, 3, 6])
+    batch = whole.take(rows)
+    assert len(batch.prompts) == len(set(whole.prompt_index[rows])) < 4
     for place, row in enumerate(rows):
-        assert batch.prompts[batch.prompt_index[place]].tolist() == prompts[rollouts.prompt_index[row]].tolist()
-        assert batch.completions[place].tolist() == rollouts.completions[row].tolist()
+        assert batch.prompts[batch.prompt_index[place]].tolist() == whole.prompts[whole.prompt_index[row]].tolist()
+        assert batch.completions[place].tolist() == whole.completions[row].tolist()
 
 
 def test_a_prompt_without_tokens_is_refused():
     batch = Batch(Ragged.from_rows([[5], []], np.int32), np.array([0, 1]), Ragged.from_rows([[3], [4]], np.int32))
-    with pytest.raises(DataError, match="prompt 1 of the batch has no tokens"):
-        completion_states(make_t5(), batch)
+    refuses(DataError, "prompt 1 of the batch has no tokens", completion_states, make_t5(), batch)
 
 
 def test_a_model_without_a_start_token_is_refused():
     model = make_t5()
     model.config.decoder_start_token_id = model.generation_config.decoder_start_token_id = None
-    with pytest.raises(ModelError, match="decoder_start_token_id"):
-        decoder_start(model)
+    refuses(ModelError, "decoder_start_token_id", decoder_start, model)

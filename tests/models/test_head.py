@@ -7,6 +7,7 @@ import transformers
 from ketchup_cache.errors import ModelError
 from ketchup_cache.models import forward
 from ketchup_cache.models.head import BLOCK, STATES_AT_ONCE, Head
+from tests.helpers.errors import refuses
 from tests.helpers.models import FAMILIES, make_decoder, make_model, make_t5
 from tests.helpers.oracle import assert_same_scores, plain_scores, random_rollouts
 from tests.helpers.scoring import teacher_of
@@ -53,8 +54,7 @@ SPOILED = {
 def test_a_head_that_cant_be_reproduced_is_refused(name):
     model = make_t5()
     model.register_forward_hook(lambda _, __, output: output.__setitem__("logits", SPOILED[name](output.logits)))
-    with pytest.raises(ModelError, match=r"T5ForConditionalGeneration: its logits can't be reproduced"):
-        Head.of(model, 60)
+    refuses(ModelError, r"T5ForConditionalGeneration: its logits can't be reproduced", Head.of, model, 60)
 
 
 def test_a_model_that_a_batch_confuses_is_refused(monkeypatch):
@@ -65,13 +65,11 @@ def test_a_model_that_a_batch_confuses_is_refused(monkeypatch):
     model.encoder.forward = lambda attention_mask, **more: encode(
         attention_mask=torch.ones_like(attention_mask), **more
     )
-    with pytest.raises(ModelError, match="padded batch"):
-        Head.of(model, 60)
+    refuses(ModelError, "padded batch", Head.of, model, 60)
 
 
 def test_a_model_smaller_than_the_tokenizer_is_refused():
-    with pytest.raises(ModelError, match="the tokenizer has 61 tokens, but T5ForConditionalGeneration only 60"):
-        Head.of(make_t5(), 61)
+    refuses(ModelError, "the tokenizer has 61 tokens, but T5ForConditionalGeneration only 60", Head.of, make_t5(), 61)
 
 
 @pytest.mark.parametrize("model", [make_t5("1.1", vocab_size=72), make_decoder("wide")], ids=["t5", "wide"])

@@ -9,6 +9,7 @@ from transformers.activations import NewGELUActivation
 from ketchup_cache.errors import ModelError
 from ketchup_cache.models.fingerprint import state_fingerprint, weights_fingerprint
 from ketchup_cache.models.load import is_encoder_decoder, load_model, load_tokenizer, pick_device, resolve_folder
+from tests.helpers.errors import refuses
 from tests.helpers.models import FAMILIES, edit_config, make_model, make_t5, make_tokenizer, save_decoder, save_model
 
 TIED = ("t5-1.0", "qwen2-tied", "gpt2", "gemma2", "cohere", "bloom-alibi")
@@ -32,10 +33,7 @@ def edit_weights(folder, change):
 
 
 def refusal(load, folder) -> str:
-    with pytest.raises(ModelError) as refused:
-        load(str(folder))
-    assert "\n" not in str(refused.value)
-    return str(refused.value)
+    return refuses(ModelError, ".", load, str(folder))
 
 
 @pytest.mark.parametrize("family", ["t5-1.0", "t5-1.1", *FAMILIES])
@@ -81,21 +79,15 @@ def test_precision_and_devices(good):
     assert load_model(str(good), device_map="cpu").device.type == "cpu"
     assert pick_device("cpu") == torch.device("cpu")
     for device in ("cuda:99", "cpu:1", "xpu", "gpu"):
-        with pytest.raises(ModelError, match="is not on this machine: use auto, or one of cpu"):
-            pick_device(device)
-
-
-NO_TOKENIZER = [
-    (lambda d: [file.unlink() for file in d.glob("tokenizer*")], "holds no tokenizer"),
-    (lambda d: (d / "tokenizer.json").write_text("{"), "tokenizer can't be loaded"),
-    (lambda d: (d / "tokenizer.json").unlink(), "tokenizer can't be loaded"),
-]
+        refuses(ModelError, "is not on this machine: use auto, or one of cpu", pick_device, device)
 
 
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        *NO_TOKENIZER,
+        (lambda d: [file.unlink() for file in d.glob("tokenizer*")], "holds no tokenizer"),
+        (lambda d: (d / "tokenizer.json").write_text("{"), "tokenizer can't be loaded"),
+        (lambda d: (d / "tokenizer.json").unlink(), "tokenizer can't be loaded"),
         (lambda d: edit_weights(d, lambda w: w.pop("encoder.final_layer_norm.weight")), "1 weights missing (first:"),
         (lambda d: edit_weights(d, lambda w: w.update(extra=torch.zeros(2))), "1 weights not part of the model"),
         (lambda d: edit_weights(d, lambda w: w.update({"lm_head.weight": torch.zeros(61, 32)})), "has shape (61, 32)"),
@@ -156,8 +148,7 @@ def test_a_missing_shard_is_named(tmp_path):
     make_t5().save_pretrained(tmp_path, max_shard_size="50KB")
     shard = sorted(tmp_path.glob("model-*.safetensors"))[1]
     shard.unlink()
-    with pytest.raises(ModelError, match=f"{shard.name}: is missing"):
-        load_model(str(tmp_path), device="cpu")
+    refuses(ModelError, f"{shard.name}: is missing", load_model, str(tmp_path), device="cpu")
 
 
 def test_a_tokenizer_with_no_end_or_one_too_many_is_refused(tmp_path):

@@ -5,18 +5,15 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
-from ketchup_cache.models import forward
-from ketchup_cache.models import shared_prompt as shared
+from ketchup_cache.models import forward, shared_prompt as shared
 from ketchup_cache.models.forward import Batch, completion_states, states_and_next
 from ketchup_cache.models.shared_prompt import SharedRows, can_share
 from ketchup_cache.types import Ragged
 from tests.helpers.models import FAMILIES, make_decoder
 
 SHARED = ("qwen2", "qwen2-tied", "qwen3", "gpt2", "llama", "cohere", "granite", "wide")
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def ragged(rows) -> Ragged:

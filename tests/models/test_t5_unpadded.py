@@ -5,11 +5,9 @@ import copy
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
-from ketchup_cache.models import forward
-from ketchup_cache.models import t5_unpadded as ragged
+from ketchup_cache.models import forward, t5_unpadded as ragged
 from ketchup_cache.models.forward import Batch, completion_states
 from ketchup_cache.models.t5_unpadded import groups_of, is_ragged
 from ketchup_cache.types import Ragged

@@ -1,7 +1,5 @@
 """Bias and variance from hand-made caches, against the definitions written out in plain Python."""
 
-from __future__ import annotations
-
 import itertools
 import json
 import math
@@ -19,6 +17,8 @@ from ketchup_cache.errors import CacheError
 from ketchup_cache.provenance import PolicyInfo, Sampling
 from ketchup_cache.report.analyze import analyze
 from ketchup_cache.types import PER_TOKEN, Prompts, Ragged, Rollouts, Scores
+from tests.helpers.errors import refuses
+from tests.helpers.returns import LITERAL
 from tests.helpers.segments import fingerprint, prompts_info, rollouts_info, scores_info
 
 OTHER = PolicyInfo(name="other", fingerprint=fingerprint("other"), step=40)
@@ -74,7 +74,7 @@ class Builder:
         tokens = Ragged.from_rows([[3, 1]] * prompts, np.int32)
         self.prompts_id = self.cache.commit_prompts(Prompts(ids, tokens), prompts_info())
 
-    def add(self, rows: list[One], cuts: tuple[int, ...] = (), *, policy=None, **sampling) -> Builder:
+    def add(self, rows: list[One], cuts: tuple[int, ...] = (), *, policy=None, **sampling):
         """A rollouts segment, and a scores segment for each piece between the cuts."""
 
         def flat(name: str, rows: list[One] = rows, dtype: type = np.float32) -> np.ndarray:
@@ -103,23 +103,12 @@ class Builder:
 
 
 def literal_return(one: One, k: int, tail: str = "one-step", normalization: str = "raw", unfinished: str = "bootstrap"):
-    """Ĝ_1 by the recursion of Algorithm 1 or Eq. 7, on normalised logits, 1-based as in the paper."""
+    """Ĝ_1 of Algorithm 1 or Eq. 7, on normalised logits."""
     offset = {"raw": [0.0] * len(one.q), "centred": one.mean_q, "logprob": one.logsumexp}[normalization]
-    q = [None] + [a - b for a, b in zip(one.q, offset, strict=True)]
-    m = [None] + [a - b for a, b in zip(one.max_q, offset, strict=True)]
-    last = len(one.q)
+    q, max_q = ([a - b for a, b in zip(logits, offset, strict=True)] for logits in (one.q, one.max_q))
     # an unfinished rollout subtracts the value of the state it was cut in, and may get it back (bootstrap)
     end = -one.final_max_q if not one.finished and unfinished == "zero" else 0.0
-
-    def estimate(t: int) -> float:
-        if t == last:
-            return q[last] + end
-        step = k if last - t >= k else 1
-        if tail == "jump" and last - t < k:
-            return q[t] + end
-        return q[t] - m[t + step] + estimate(t + step)
-
-    return estimate(1)
+    return LITERAL[tail](q, max_q, k)[0] + end
 
 
 def literal(rows: list[One], k: int, **options) -> dict[str, float]:
@@ -281,12 +270,9 @@ def test_result_is_written_as_json_and_picture(tmp_path: Path, rows: list[One]):
 
 def test_what_is_not_scored_is_refused(tmp_path: Path, rows: list[One]):
     builder = Builder(tmp_path, 6)
-    with pytest.raises(CacheError, match="no scores yet; run `ketchup-cache score"):
-        builder.analyze()
+    refuses(CacheError, "no scores yet; run `ketchup-cache score", builder.analyze)
     builder.add(rows)
-    with pytest.raises(CacheError, match="no policy `nobody`"):
-        builder.analyze(policy="nobody")
+    refuses(CacheError, "no policy `nobody`", builder.analyze, policy="nobody")
     ((id_, info),) = builder.cache.rollouts()
     builder.cache.commit_rollouts(builder.cache.load_rollouts(id_), info.model_copy(update={"policy": OTHER}))
-    with pytest.raises(CacheError, match="teacher teacher has scored no rollouts of policy other"):
-        builder.analyze(policy="other")
+    refuses(CacheError, "teacher teacher has scored no rollouts of policy other", builder.analyze, policy="other")

@@ -1,8 +1,6 @@
 """The calculator: against GSM8K's own annotations, Python's integers and whatever a model may write; and in decoding,
 against a literal reading of each text from its start, and plain forward passes."""
 
-from __future__ import annotations
-
 import json
 import re
 import timeit
@@ -12,21 +10,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from hypothesis import given, strategies as st
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, T5ForConditionalGeneration
 
 from ketchup_cache import open_cache
-from ketchup_cache.cli import main
 from ketchup_cache.errors import ModelError
 from ketchup_cache.provenance import Sampling
 from ketchup_cache.report.task_metrics import compute
 from ketchup_cache.rollouts.calculator import DEEPEST, LONGEST, LONGEST_RESULT, Calculator, ForcedResults, calculate
 from ketchup_cache.rollouts.sample import sample_completions
 from ketchup_cache.types import Ragged, Rollouts
-from tests.helpers.models import make_t5, save_model, wrap_tokenizer, write_prompts
-from tests.helpers.models import make_tokenizer as make_word_tokenizer
+from tests.helpers import gsm8k, models as tiny
+from tests.helpers.errors import fails
+from tests.helpers.learning import run
 from tests.helpers.oracle import assert_same_rollouts, plain_logits, rows_of
 
 PIECES = ["<pad>", "</s>", "<unk>", *"0123456789.-+*/=", "<<", "<", ">>", " x", " ####"]
@@ -45,7 +42,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def wrap(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
-    return wrap_tokenizer(tokenizer, pad_token="<pad>")
+    return tiny.wrap_tokenizer(tokenizer, pad_token="<pad>")
 
 
 class Fluent(T5ForConditionalGeneration):
@@ -58,7 +55,7 @@ class Fluent(T5ForConditionalGeneration):
 
 
 def make_model() -> Fluent:
-    model = make_t5("1.1", vocab_size=VOCAB, scale=0.3)
+    model = tiny.make_t5("1.1", vocab_size=VOCAB, scale=0.3)
     model.__class__ = Fluent
     habit = np.zeros((VOCAB, VOCAB), np.float32)
     digits, signs = list(range(ID["0"], ID["9"] + 1)), list(range(ID["."], ID["/"] + 1))
@@ -199,16 +196,6 @@ CORPUS = ["Tom has <<48/2=24>>24 apples and <<24*1.5=36>>36 pears, <<36-7=29>>29
 SPECIAL = ["<pad>", "</s>", "<unk>"]
 
 
-def byte_level() -> PreTrainedTokenizerFast:
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    size = {"vocab_size": 330, "special_tokens": SPECIAL, "initial_alphabet": alphabet, "show_progress": False}
-    tokenizer.train_from_iterator(CORPUS, trainers.BpeTrainer(**size))
-    return wrap(tokenizer)
-
-
 def sentencepiece(alphabet: str, *, byte_fallback: bool = False) -> PreTrainedTokenizerFast:
     """Unigram with ▁ for spaces and one before the text, as T5's; characters not in the alphabet are unknown."""
     pieces = [(piece, 0.0) for piece in SPECIAL]
@@ -226,7 +213,7 @@ def sentencepiece(alphabet: str, *, byte_fallback: bool = False) -> PreTrainedTo
 
 SIGNS = "0123456789.-+*/=>"
 FAMILIES = {
-    "byte-level": byte_level,
+    "byte-level": lambda: tiny.train_byte_level(CORPUS, 330),
     "sentencepiece": lambda: sentencepiece(SIGNS + "<"),
     "byte fallback": lambda: sentencepiece("0123456789=", byte_fallback=True),
     "no <, as T5": lambda: sentencepiece(SIGNS),
@@ -263,7 +250,7 @@ def test_results_that_would_melt_into_the_equals_sign():
 
 @pytest.mark.parametrize(
     ("tokenizer", "what"),
-    [(make_word_tokenizer(), "a number and >>"), (make_word_tokenizer(["a", "b"]), "=.* 0 1"),
+    [(tiny.make_tokenizer(), "a number and >>"), (tiny.make_tokenizer(["a", "b"]), "=.* 0 1"),
      (sentencepiece("0123456789.+*/=>"), "-")],
 )  # fmt: skip
 def test_a_tokenizer_that_can_not_write_annotations_is_refused(tokenizer, what):
@@ -274,10 +261,6 @@ def test_a_tokenizer_that_can_not_write_annotations_is_refused(tokenizer, what):
 # -------------------------------------------------------------------------------------------------- the whole tool
 
 REASON = Path(__file__).resolve().parents[2] / "data" / "reason"
-
-
-def run(*words: object) -> None:
-    assert main([str(word) for word in words]) == 0
 
 
 def test_rollout_score_learn_and_evaluate_on_the_shipped_task(tmp_path, capsys):
@@ -310,34 +293,25 @@ def test_rollout_score_learn_and_evaluate_on_the_shipped_task(tmp_path, capsys):
 
 
 def test_a_model_without_the_signs_is_one_line(tmp_path, capsys):
-    folder, data = save_model(tmp_path / "m"), write_prompts(tmp_path / "d.jsonl")
+    folder, data = tiny.save_model(tmp_path / "m"), tiny.write_prompts(tmp_path / "d.jsonl")
     for command in (["rollout", "--cache", tmp_path / "c", "--student"], ["evaluate", "--model"]):
-        assert main([str(word) for word in [*command, folder, "--data", data, "--calculator"]]) == 2
-        (error,) = capsys.readouterr().err.splitlines()
+        error = fails(capsys, *command, folder, "--data", data, "--calculator")
         assert error.startswith(f"ketchup-cache: {folder}: its tokenizer can't write")
 
 
 # ------------------------------------------------------------------------------------------------------ arithmetic
 
-GSM8K = Path(__file__).resolve().parents[3] / "shared" / "data" / "gsm8k"
-
 FLOOR_DIVISION = {"560//10=56", "180//3=60"}
 """`//` is Python's, not arithmetic: its two uses, both in the training split, are not reproduced."""
 
 
-def solutions(split: str) -> list[str]:
-    path = GSM8K / f"{split}.jsonl"
-    if not path.is_file():
-        pytest.skip(f"no GSM8K at {GSM8K}")
-    return [json.loads(line)["answer"] for line in path.read_text(encoding="utf-8").split("\n") if line]
-
-
+@gsm8k.NEEDED
 @pytest.mark.parametrize(
     ("split", "count", "as_text", "exceptions"), [("test", 4282, 4126, set()), ("train", 23716, 23047, FLOOR_DIVISION)]
 )
 def test_every_annotation_of_gsm8k(split: str, count: int, as_text: int, exceptions: set[str]):
     """All to the last digit. The spelling differs where it does not follow from the expression: 16.00, .5, 07, 3/4."""
-    annotations = [a for solution in solutions(split) for a in re.findall(r"<<(.*?)>>", solution)]
+    annotations = [a for row in gsm8k.rows(split) for a in re.findall(r"<<(.*?)>>", row["answer"])]
     assert len(annotations) == count
     pairs = {a: (calculate(a.split("=")[0]), a.split("=")[1]) for a in annotations}
     wrong = {a for a, (result, written) in pairs.items() if result is None or Fraction(result) != Fraction(written)}
@@ -347,9 +321,10 @@ def test_every_annotation_of_gsm8k(split: str, count: int, as_text: int, excepti
     assert count - len(other) - sum(a in wrong for a in annotations) == as_text
 
 
+@gsm8k.NEEDED
 @pytest.mark.parametrize("split", ["test", "train"])
 def test_solutions_of_gsm8k_score_100(split: str):
-    texts = solutions(split)
+    texts = [row["answer"] for row in gsm8k.rows(split)]
     assert compute(["gsm8k"], texts, texts) == {"gsm8k": 100}
     assert compute(["gsm8k"], texts[1:] + texts[:1], texts)["gsm8k"] < 10  # answers are compared, not found
 

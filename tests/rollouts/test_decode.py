@@ -1,7 +1,5 @@
 """The decoding loop against transformers' `generate`, and against every row alone with the numbers of its place."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch
@@ -11,8 +9,7 @@ import ketchup_cache.rollouts.sample as sample_module
 from ketchup_cache.rollouts.decode import LEAVE, can_decode
 from ketchup_cache.types import Ragged, Rollouts
 from tests.helpers.models import ENCODERS, ENDS, FAMILIES, VOCAB, make_model
-from tests.helpers.oracle import assert_same_rollouts, plain_logits, rows_of
-from tests.helpers.oracle import sample as sample_prompts
+from tests.helpers.oracle import assert_same_rollouts, plain_logits, rows_of, sample as sample_prompts
 
 PROMPTS = Ragged.from_rows([np.random.default_rng(n).integers(2, VOCAB, size=n) for n in (3, 9, 1, 5, 30, 4)], np.int32)
 SMALL = {
@@ -20,8 +17,6 @@ SMALL = {
     "pad_token_id": 0,
 }  # fmt: skip
 TOLERANCE = 3e-5
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def make(family: str, ends: list[int] = ENDS):

@@ -1,14 +1,10 @@
 """Draws against the literal inverse of the cumulative distribution in float64, and against the softmax."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch
 
 from ketchup_cache.rollouts.draw import BLOCK, FEW, draw, uniforms
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 SIZES = (1, 7, BLOCK, BLOCK + 1, FEW * BLOCK, FEW * BLOCK + 1, 5_000)
 BEFORE_ONE = float(np.nextafter(1, 0))

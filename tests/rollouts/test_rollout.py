@@ -1,7 +1,5 @@
 """The rollout driver: every prompt gets its rollouts once, whatever happens in between."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal
@@ -29,7 +27,7 @@ SMALL = {"ROLLOUTS_AT_ONCE": 4, "TOKENS_PER_SEGMENT": 50, "PROMPTS_PER_SEGMENT":
 
 
 @pytest.fixture(autouse=True)
-def small(monkeypatch, one_thread):
+def small(monkeypatch):
     for name, value in SMALL.items():
         monkeypatch.setattr(rollout_module, name, value)
 

@@ -1,7 +1,5 @@
 """Sampling against a plain forward pass of each row on its own: the law of the samples, and their log-probabilities."""
 
-from __future__ import annotations
-
 import itertools
 from collections import Counter
 from dataclasses import replace
@@ -12,11 +10,11 @@ import torch
 
 from ketchup_cache.errors import ConfigError, DataError, ModelError, NumericsError
 from ketchup_cache.types import Ragged
+from tests.helpers.errors import refuses
 from tests.helpers.models import ENDS, FAMILIES, VOCAB, make_model
 from tests.helpers.oracle import assert_same_rollouts, chi_square, plain_logits, rows_of, sample
 
 ONE_OF_EACH = pytest.mark.parametrize("family", ["t5-1.1", "qwen2"])
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def make_prompts(*lengths: int, vocab: int = VOCAB) -> list[list[int]]:
@@ -213,8 +211,7 @@ def test_end_and_start_ids_come_from_either_config():
     assert (model.config.eos_token_id, model.generation_config.decoder_start_token_id) == (1, 0)
     assert_same_rollouts(sample(model, PROMPTS, samples=30), expected)
     model.config.eos_token_id = None
-    with pytest.raises(ModelError, match="no eos_token_id"):
-        sample(model, PROMPTS)
+    refuses(ModelError, "no eos_token_id", sample, model, PROMPTS)
 
 
 @pytest.mark.parametrize(("family", "greedy"), [("t5-1.1", False), ("t5-1.1", True), ("qwen2", False)])
@@ -222,8 +219,7 @@ def test_nan_weights_are_named_with_the_token(family, greedy):
     model = make(family)
     own = model.generation_config
     model.lm_head.weight.data[7, 3] = torch.nan
-    with pytest.raises(NumericsError, match=r"^.*logits of token 1 hold a NaN or infinity.*$"):
-        sample(model, PROMPTS, greedy=greedy)
+    refuses(NumericsError, r"^.*logits of token 1 hold a NaN or infinity.*$", sample, model, PROMPTS, greedy=greedy)
     assert model.generation_config is own
 
 
@@ -240,8 +236,7 @@ def test_nan_weights_are_named_with_the_token(family, greedy):
     ],
 )  # fmt: skip
 def test_what_cant_be_sampled(family, shape, prompts, settings, error, message):
-    with pytest.raises(error, match=message):
-        sample(make(family, **shape), prompts, **settings)
+    refuses(error, message, sample, make(family, **shape), prompts, **settings)
 
 
 def test_half_precision_body():

@@ -1,7 +1,5 @@
 """Decoding steps of a T5 against the model's own forward pass over each row, alone and from its beginning."""
 
-from __future__ import annotations
-
 from unittest.mock import Mock
 
 import numpy as np
@@ -16,8 +14,6 @@ from ketchup_cache.rollouts.t5_decode import ROOM, T5Rows, can_step
 from ketchup_cache.types import Ragged
 from tests.helpers.models import make_model
 from tests.helpers.oracle import assert_same_rollouts, sample
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 LENGTHS = np.array([5, 9, 1, 4, 7])
 LONGEST = ROOM + 4

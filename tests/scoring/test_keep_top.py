@@ -1,7 +1,5 @@
 """From `score --keep-top` to `learn --method`, by the commands: what is stored, scored again, refreshed and resumed."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 from transformers import AutoModelForSeq2SeqLM
@@ -16,6 +14,7 @@ from tests.helpers.caches import make_cache
 from tests.helpers.learning import Killed, assert_same_weights, killed_before, metrics, run
 from tests.helpers.models import VOCAB, write_prompts
 from tests.helpers.oracle import plain_logits
+from tests.helpers.segments import scores_of
 
 
 def assert_top(cache, teacher, top: int, rows: int) -> None:
@@ -29,13 +28,12 @@ def assert_top(cache, teacher, top: int, rows: int) -> None:
         for row, completion in enumerate(part.rollouts.completions):
             prompt = part.prompts.tokens[part.rollouts.prompt_index[row]]
             span = slice(*part.rollouts.completions.offsets[row : row + 2])
-            logits = plain_logits(model, prompt, completion)[:, :VOCAB].double().numpy()
-            ordered = -np.sort(-logits)
-            np.testing.assert_allclose(scores.top.q[span], ordered[:, :top], atol=1e-4)
+            logits = plain_logits(model, prompt, completion)[:, :VOCAB].numpy()
+            plain = scores_of(logits, completion, np.zeros(1, np.float32), min(top, VOCAB)).top
+            np.testing.assert_allclose(scores.top.q[span], plain.q, atol=1e-4)
             at_ids = np.take_along_axis(logits, scores.top.ids[span].astype(int), 1)
             np.testing.assert_allclose(scores.top.q[span], at_ids, atol=1e-4)
-            rest = np.log(np.exp(ordered[:, top:]).sum(1)) if top < VOCAB else np.full(len(logits), -np.inf)
-            np.testing.assert_allclose(scores.top.rest_logsumexp[span], rest, atol=1e-4)
+            np.testing.assert_allclose(scores.top.rest_logsumexp[span], plain.rest_logsumexp, atol=1e-4)
             done += 1
     assert done == rows
 

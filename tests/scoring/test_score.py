@@ -15,6 +15,7 @@ from ketchup_cache.errors import CacheError, KetchupError, MismatchError, Numeri
 from ketchup_cache.scoring.score import Scorer, follow, score
 from ketchup_cache.scoring.teacher import Teacher
 from ketchup_cache.types import Ragged
+from tests.helpers.errors import refuses
 from tests.helpers.models import WORDS, make_tokenizer, save_model
 from tests.helpers.oracle import assert_same_scores, make_rollouts, plain_scores, random_rollouts
 from tests.helpers.scoring import MODELS, add_rollouts, assert_scored, options, segments
@@ -23,11 +24,6 @@ from tests.helpers.scoring import MODELS, add_rollouts, assert_scored, options, 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory):
     return save_model(tmp_path_factory.mktemp("teacher"), "1.1")
-
-
-@pytest.fixture
-def cache(tmp_path) -> Cache:
-    return open_cache(tmp_path / "cache", create=True)
 
 
 def test_scoring_a_cache_and_scoring_it_again(cache, teacher, monkeypatch):
@@ -55,8 +51,7 @@ def test_only_the_segments_that_are_asked_for(cache, teacher):
     assert scorer.ensure(cache, [second]).already == 6
     assert scorer.ensure(cache).already == 6
     assert_scored(cache, teacher, [first, second])
-    with pytest.raises(CacheError, match="has no segment"):
-        scorer.ensure(cache, ["f" * 64])
+    refuses(CacheError, "has no segment", scorer.ensure, cache, ["f" * 64])
 
 
 def test_the_same_rollout_is_computed_once(cache, teacher):
@@ -119,17 +114,15 @@ def test_another_tokenizer_is_refused_before_weights_are_loaded(cache, teacher, 
     theirs = make_tokenizer([*WORDS[:4], "hound", *WORDS[5:]])
     theirs.save_pretrained(tmp_path / "student")
     add_rollouts(cache, *random_rollouts(0, 5), tokenizer=theirs, name=str(tmp_path / "student"))
-    with pytest.raises(MismatchError) as refused:
-        score(options(cache, teacher))
-    message = str(refused.value)
+    refused = refuses(MismatchError, ".", score, options(cache, teacher))
+    message = refused
     assert message.endswith("; score with a teacher that shares the tokenizer")
     assert f"tokenizer {tmp_path / 'student'} wrote them, but that of teacher {teacher} encodes differently" in message
     assert f"id 7 is {WORDS[4]!r} in one and 'hound' in the other" in message
     assert "\n" not in message
     assert not segments(cache)
     shutil.rmtree(tmp_path / "student")
-    with pytest.raises(MismatchError, match=r"student wrote them, .* encodes differently; score"):
-        score(options(cache, teacher))
+    refuses(MismatchError, r"student wrote them, .* encodes differently; score", score, options(cache, teacher))
 
 
 def test_a_bad_number_names_its_rollouts_and_keeps_what_was_done(cache, teacher, monkeypatch):
@@ -154,8 +147,7 @@ def test_a_bad_number_names_its_rollouts_and_keeps_what_was_done(cache, teacher,
 @pytest.mark.parametrize("wrong", ["cache", "teacher"])
 def test_what_is_missing_is_named(wrong, cache, teacher, tmp_path):
     config = options(cache, teacher).model_copy(update={wrong: str(tmp_path / "nowhere")})
-    with pytest.raises(KetchupError, match=r"nowhere: no"):
-        score(config)
+    refuses(KetchupError, r"nowhere: no", score, config)
 
 
 KILLED = """
@@ -213,7 +205,7 @@ def test_following_scores_what_appears_and_loads_the_teacher_once(cache, teacher
         sleep(seconds)
 
     monkeypatch.setattr(time, "sleep", adding)
-    report = following(cache, teacher)
+    report = following(cache, teacher, until_idle=1)  # a commit may take long on a busy disk
     assert (report.computed + report.copied, report.segments, len(loaded)) == (24, 4, 1)
     assert report.copied >= 12
     assert_scored(cache, teacher, ids)

@@ -3,8 +3,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from ketchup_cache.config.options import ScoringOptions
 from ketchup_cache.errors import MismatchError, NumericsError
@@ -13,6 +12,7 @@ from ketchup_cache.models.forward import states_and_next
 from ketchup_cache.provenance import TeacherInfo, in_precision
 from ketchup_cache.scoring.teacher import Teacher
 from ketchup_cache.types import Ragged
+from tests.helpers.errors import refuses
 from tests.helpers.models import make_model, make_t5, save_model
 from tests.helpers.oracle import assert_same_scores, make_rollouts, plain_scores, random_rollouts
 from tests.helpers.scoring import MODELS, TEACHERS, TOKENIZER, teacher_of
@@ -21,13 +21,11 @@ CPU = ScoringOptions(device="cpu")
 
 tokens = st.integers(0, 59)
 prompt_rows = st.lists(st.lists(tokens, min_size=1, max_size=9), min_size=1, max_size=4)
-completion_rows = st.lists(
-    st.tuples(st.integers(0, 3), st.lists(tokens, max_size=6), tokens, st.booleans()), max_size=8
-)
+completion = st.tuples(st.integers(0, 3), st.lists(tokens, max_size=6), tokens, st.booleans())
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.sampled_from(list(MODELS)), prompt_rows, completion_rows, st.integers(1, 150))
+@given(st.sampled_from(list(MODELS)), prompt_rows, st.lists(completion, max_size=8), st.integers(1, 150))
 def test_scores_are_those_of_the_plain_pass(version, prompts, rows, budget):
     """Whatever the lengths, the batches, the row order, the token ids; the pad id 0 is a token like any other."""
     prompts = Ragged.from_rows(prompts, np.int32)
@@ -81,16 +79,14 @@ def test_a_loaded_teacher_is_who_its_files_and_its_precision_say(tmp_path):
     teacher = Teacher.load(str(folder), CPU)
     assert (teacher.info, teacher.tokenizer) == Teacher.identify(str(folder), CPU)
     half, _ = Teacher.identify(str(folder), ScoringOptions(dtype="bfloat16"))
-    made = [
-        TeacherInfo(name=str(folder), fingerprint=in_precision(weights, d), dtype=d) for d in ("float32", "bfloat16")
-    ]
+    both = {dtype: in_precision(weights, dtype) for dtype in ("float32", "bfloat16")}
+    made = [TeacherInfo(name=str(folder), fingerprint=of, dtype=dtype) for dtype, of in both.items()]
     assert [teacher.info, half] == made
     assert len({weights, *(info.fingerprint for info in made)}) == 3
     assert teacher.tokenizer.fingerprint == TOKENIZER.fingerprint
     prompts, rollouts = random_rollouts(5, 6)
-    assert_same_scores(
-        teacher.score(prompts, rollouts, batch_tokens=100), plain_scores(MODELS["1.1"], prompts, rollouts)
-    )
+    found = teacher.score(prompts, rollouts, batch_tokens=100)
+    assert_same_scores(found, plain_scores(MODELS["1.1"], prompts, rollouts))
 
 
 def test_a_bfloat16_teacher_scores_in_float32(tmp_path, monkeypatch):
@@ -117,8 +113,7 @@ def test_numbers_that_are_none_name_their_row(poison):
     with pytest.raises(NumericsError, match="rollout row 2: teacher tiny gives NaN or infinite logits; its weights"):
         teacher.score(prompts, rollouts, batch_tokens=1000)
     teacher.info = teacher.info.model_copy(update={"dtype": "bfloat16"})
-    with pytest.raises(NumericsError, match="try --dtype float32"):
-        teacher.score(prompts, rollouts, batch_tokens=1000)
+    refuses(NumericsError, "try --dtype float32", teacher.score, prompts, rollouts, batch_tokens=1000)
     teacher.score(prompts, rollouts, rows=np.array([0, 1]), batch_tokens=1000)
 
 

@@ -1,34 +1,22 @@
-"""Copies that are killed, cut off or made by many at once: nothing partial is ever seen.
+"""Copies that are killed, cut off or made by many at once: nothing partial is ever seen."""
 
-KETCHUP_SOAK=1: more kills.
-"""
-
-from __future__ import annotations
-
-import os
-import signal
 import socket
 import threading
-import time
 from contextlib import suppress
 from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
 
-from ketchup_cache import open_cache
+from benchmarks.soak import kill_copy
 from ketchup_cache.cache import segment_bytes
-from ketchup_cache.cache.inspect import verify
-from ketchup_cache.cache.segment_bytes import MARKER
-from ketchup_cache.cli import main
 from ketchup_cache.errors import KetchupError
 from ketchup_cache.sharing import remote_cache
 from ketchup_cache.sharing.stores import open_store
-from ketchup_cache.sharing.transfer import copy, merge
-from tests.helpers.segments import contents, exit_code, fill, in_child
-from tests.helpers.stores import COPY, families, start
-
-KILLS = 50 if os.environ.get("KETCHUP_SOAK") else 3
+from ketchup_cache.sharing.transfer import copy
+from tests.helpers.errors import fails, refuses
+from tests.helpers.segments import contents
+from tests.helpers.stores import families, start
 
 
 @pytest.fixture(scope="module")
@@ -37,50 +25,11 @@ def big(tmp_path_factory):
     return families(tmp_path_factory.mktemp("big") / "c")
 
 
-def killed(work, longest):
-    """Kill it after a random time, at most `longest` seconds; whether it had not ended by itself."""
-    pid = in_child(work)
-    time.sleep(np.random.default_rng().uniform(0, longest))
-    os.kill(pid, signal.SIGKILL)
-    return exit_code(pid) != 0
-
-
-def test_killed_copies_show_nothing_partial_and_go_on(big, tmp_path):
-    """There and back. Copies to and from S3: `test_trust.py`."""
-    hit, there, back = 0, tmp_path / "there", tmp_path / "back"
-    for source, target in ((big.path, there), (there, back)):
-        for _ in range(KILLS):
-            hit += killed(lambda a=source, b=target: copy(a, b), 0.06)
-            if (target / MARKER).exists():
-                assert verify(open_cache(target)).ok
-        report = copy(source, target)
-        assert report.already + sum(report.segments.values()) == 20
-    assert contents(big.path).items() <= contents(back).items()
-    assert verify(open_cache(back)).segments == 20
-    assert hit
-
-
-def test_killed_merges_lose_nothing(big, tmp_path):
-    kept, others, hit = set(fill(tmp_path / "ours")), set(fill(tmp_path / "other")), 0
-    ours, other = open_cache(tmp_path / "ours"), tmp_path / "other"
-    for round_ in range(KILLS):  # the first is killed at once: on a quick machine a merge may end before the others
-        hit += killed(lambda: merge([big.path, other], ours.path), 0.1 * (round_ > 0))
-        assert verify(open_cache(ours.path)).ok
-        assert kept <= set(open_cache(ours.path).segment_ids())
-        assert main(["verify", str(ours.path), "--clean", "--older-than", "0"]) == 0
-        assert verify(open_cache(ours.path)).leftovers == ()
-    assert main(["merge", str(big.path), str(other), "--into", str(ours.path)]) == 0
-    ours.refresh()
-    assert set(ours.segment_ids()) == kept | set(big.segment_ids()) | others
-    assert verify(ours).ok
-    assert hit
-
-
-def test_processes_that_copy_the_same_segments_to_one_folder_all_succeed(big, tmp_path):
-    processes = [start(COPY, str(big.path), str(tmp_path / "b")) for _ in range(4)]
-    assert [process.wait() for process in processes] == [0] * 4
-    assert contents(tmp_path / "b") == contents(big.path)
-    assert not list((tmp_path / "b" / "tmp").iterdir())
+@pytest.mark.parametrize("command", ["push", "merge"])
+def test_killed_copies_show_nothing_partial_and_go_on(command, tmp_path):
+    """From folder to folder. Those to and from S3: `tests/cache/test_trust.py`."""
+    count = kill_copy(tmp_path, 3, command)
+    assert (count.kills, count.lost, count.partial) == (3, 0, 0)
 
 
 READ = """
@@ -172,17 +121,14 @@ def test_a_lost_connection_is_one_line_and_the_next_push_goes_on(big, flaky, tmp
 
     monkeypatch.setattr(segment_bytes, "Packed", lost_after_ten)
     monkeypatch.setattr("ketchup_cache.sharing.stores.RETRIES", {"max_retries": 0})
-    assert main(["push", str(big.path), url]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
+    line = fails(capsys, "push", big.path, url)
     assert "can't be reached" in line
     assert "run the command again" in line
     assert "SECRET" not in line
-    with pytest.raises(KetchupError, match="can't be reached"):
-        copy(url, tmp_path / "b")
+    refuses(KetchupError, "can't be reached", copy, url, tmp_path / "b")
     relay.down = False
     monkeypatch.setattr(segment_bytes, "Packed", packed)
-    there = len(open_store(url).segment_ids())
-    assert there == 10
+    assert len(open_store(url).segment_ids()) == 10
     report = copy(big.path, url)
     assert (report.already, sum(report.segments.values())) == (10, 10)
     copy(url, tmp_path / "b")

@@ -3,8 +3,6 @@
 KETCHUP_SOAK=1: 200 machines of 50 steps; without it a short form.
 """
 
-from __future__ import annotations
-
 import os
 import tempfile
 import uuid
@@ -12,8 +10,7 @@ from functools import cache as once
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, settings, strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from ketchup_cache import open_cache

@@ -1,7 +1,5 @@
 """rollout, score, learn, analyze and info on a cache at an address: the same numbers as on a folder."""
 
-from __future__ import annotations
-
 import json
 import shutil
 
@@ -10,18 +8,9 @@ import pytest
 from ketchup_cache import open_cache
 from ketchup_cache.cli import main
 from ketchup_cache.sharing.stores import open_store
-from tests.helpers.models import save_model, write_prompts
+from tests.helpers.errors import fails
+from tests.helpers.models import write_prompts
 from tests.helpers.segments import fill
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    """Models and data."""
-    base = tmp_path_factory.mktemp("made")
-    save_model(base / "s", "1.0", seed=1)
-    save_model(base / "t", "1.1", seed=2)
-    write_prompts(base / "d.jsonl", 8)
-    return base
 
 
 def run(capsys, *words):
@@ -31,8 +20,8 @@ def run(capsys, *words):
 
 
 @pytest.mark.parametrize("url", ["memory", "s3"], indirect=True)
-def test_a_whole_run_at_an_address(made, url, tmp_path, capsys):
-    student, teacher, data = made / "s", made / "t", made / "d.jsonl"
+def test_a_whole_run_at_an_address(folders, url, tmp_path, capsys):
+    (student, teacher), data = folders, write_prompts(tmp_path / "d.jsonl", 8)
     options = ["--batch-size", 4, "--lr", 1e-3, "--unfinished", "bootstrap", "--out"]
 
     def all_of_it(cache, out):
@@ -70,9 +59,7 @@ def test_a_profile_of_aws_is_read_by_boto3(tmp_path, monkeypatch, bucket, capsys
     monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
     monkeypatch.setenv("AWS_PROFILE", "lab")
     words = ["push", str(tmp_path / "c"), f"s3://{bucket}/cache"]
-    assert main(words) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert "profile 'lab' can't be used" in line
+    assert "profile 'lab' can't be used" in fails(capsys, *words)
     (tmp_path / "credentials").write_text("[lab]\naws_access_key_id = key\naws_secret_access_key = SECRET\n")
     assert main(words) == 0
     assert len(open_store(words[2]).segment_ids()) == 3
@@ -80,8 +67,6 @@ def test_a_profile_of_aws_is_read_by_boto3(tmp_path, monkeypatch, bucket, capsys
 
 def test_a_bucket_that_is_not_there_is_one_line(tmp_path, bucket, capsys):
     fill(tmp_path / "c")
-    assert main(["push", str(tmp_path / "c"), f"s3://not-{bucket}/cache"]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert "no such bucket" in line
-    assert main(["pull", f"s3://not-{bucket}/cache", str(tmp_path / "b")]) == 2
-    assert "no cache here" in capsys.readouterr().err
+    url = f"s3://not-{bucket}/cache"
+    assert "no such bucket" in fails(capsys, "push", tmp_path / "c", url)
+    assert "no cache here" in fails(capsys, "pull", url, tmp_path / "b")

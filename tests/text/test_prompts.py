@@ -1,7 +1,5 @@
 """Prompts from files: the same examples from every format, and one line for everything that is wrong with them."""
 
-from __future__ import annotations
-
 import csv
 import gzip
 import hashlib
@@ -25,6 +23,8 @@ from ketchup_cache.errors import ConfigError, DataError
 from ketchup_cache.text import prompts as prompts_module
 from ketchup_cache.text.prompts import Example, tokenize_prompts, without_duplicates
 from ketchup_cache.text.read import data_info, read_examples
+from tests.helpers import gsm8k
+from tests.helpers.errors import refuses
 from tests.helpers.models import WORDS, make_tokenizer
 
 TEXTS = [
@@ -44,10 +44,7 @@ def options(data: object, **changes: object) -> DataOptions:
 
 
 def error_of(data: object, *, need_target: bool = False, **changes: object) -> str:
-    with pytest.raises(DataError) as caught:
-        read_examples(options(data, **changes), need_target=need_target)
-    (message,) = str(caught.value).splitlines()
-    return message
+    return refuses(DataError, ".", read_examples, options(data, **changes), need_target=need_target)
 
 
 @pytest.mark.parametrize("name", ["d.jsonl", "d.jsonl.gz", "d.csv", "D.PARQUET"])
@@ -335,30 +332,27 @@ def test_dotted_names_read_parts_of_a_column(tmp_path):
 
 # -------------------------------------------------- the paper's third task, where a copy lies beside the repository
 
-GSM8K = Path(__file__).resolve().parents[3] / "shared" / "data" / "gsm8k"
-NEEDS_GSM8K = pytest.mark.skipif(not (GSM8K / "test.jsonl").is_file(), reason=f"no GSM8K at {GSM8K}")
 PINNED_IDS = "900990d9a7f18f3381733fee5221d92e0d2019ec5cd428f7d2d2017f3378bf21"
 
 
-def gsm8k(split: str, **changes: object) -> DataOptions:
-    return DataOptions(data=str(GSM8K / f"{split}.jsonl"), prompt_field="question", target_field="answer", **changes)
+def of_gsm8k(split: str, **changes: object) -> DataOptions:
+    return options(gsm8k.FOLDER / f"{split}.jsonl", prompt_field="question", target_field="answer", **changes)
 
 
-@NEEDS_GSM8K
+@gsm8k.NEEDED
 @pytest.mark.parametrize(("split", "rows"), [("test", 1319), ("train", 7473)])
 def test_question_by_question(split, rows):
-    examples = read_examples(gsm8k(split), need_target=True)
-    lines = [json.loads(line) for line in (GSM8K / f"{split}.jsonl").read_bytes().decode().split("\n") if line]
+    examples, lines = read_examples(of_gsm8k(split), need_target=True), gsm8k.rows(split)
     assert len(examples) == rows
     assert [(e.prompt, e.target) for e in examples] == [(line["question"], line["answer"]) for line in lines]
     assert [e.id for e in examples] == [hashlib.sha256(line["question"].encode()).digest()[:16] for line in lines]
     assert all(re.search(r"#### -?[\d,.]+$", e.target) for e in examples)
 
 
-@NEEDS_GSM8K
+@gsm8k.NEEDED
 def test_ids_are_stable():
     """Pinned: rollouts in existing caches are found again by these."""
-    plain, rendered = read_examples(gsm8k("test")), read_examples(gsm8k("test", template="Q: {prompt}\nA:"))
+    plain, rendered = read_examples(of_gsm8k("test")), read_examples(of_gsm8k("test", template="Q: {prompt}\nA:"))
     assert len(without_duplicates(plain)) == len(without_duplicates(rendered)) == 1319
     assert rendered[0].id == hashlib.sha256(f"Q: {plain[0].prompt}\nA:".encode()).digest()[:16]
     assert hashlib.sha256(b"".join(e.id for e in plain)).hexdigest() == PINNED_IDS

@@ -8,8 +8,7 @@ from itertools import islice
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from benchmarks.common import made_up_cache
 from ketchup_cache.cache.cache import Cache

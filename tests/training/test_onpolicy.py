@@ -23,8 +23,7 @@ from ketchup_cache.training.optimizer import Optimizer
 from ketchup_cache.training.policy_gradient import policy_gradient_step
 from tests.helpers.learning import assert_same_weights, metrics
 from tests.helpers.models import WORDS, make_t5, make_tokenizer, save_model, write_prompts
-from tests.helpers.oracle import plain_logits
-from tests.helpers.oracle import plain_row_scores as plain_scores
+from tests.helpers.oracle import plain_logits, plain_row_scores as plain_scores
 
 VOCAB = len(WORDS) + 3
 LEARN = {
