@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 ROOMS = ["config", "method", "text", "models", "cache", "sharing", "rollouts", "scoring", "training", "report"]
 """Folders, each of which imports only from those before it, and from the root."""
-BUDGET = {"ketchup_cache": 6_395, "tests": 9_160}
+BUDGET = {"ketchup_cache": 6_200, "tests": 8_800}
 """Lines of code at most (`code_lines`)."""
 
 
