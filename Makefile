@@ -38,6 +38,7 @@ bench: .venv/.installed
 	$(BIN)/python -m benchmarks.micro_batches --short
 	$(BIN)/python -m benchmarks.rollouts --short
 	$(BIN)/python -m benchmarks.keep_top --short
+	$(BIN)/python -m benchmarks.dev_set --short
 	$(BIN)/python -m benchmarks.large_checkpoint --short
 	$(BIN)/python -m benchmarks.gpu --short
 

@@ -103,7 +103,7 @@ def pretrain(model: Path, out: Path, epochs: int, lr: float, *data: object) -> P
         *("pretrain", "--model", model, "--out", out, "--epochs", epochs, "--lr", lr, "--batch-size", 64),
         *("--warmup", 50, "--schedule", "linear", "--weight-decay", 0, "--max-new-tokens", MAX_NEW_TOKENS, *data),
     )
-    return out / "model"
+    return out / "best"
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ def pair(
     short: for seconds only, on less; such a pair has learnt to end a sentence and little else.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    made = Pair(folder / "teacher" / "model", folder / "student" / "model", folder / "student-start")
+    made = Pair(folder / "teacher" / "best", folder / "student" / "best", folder / "student-start")
     if not made.teacher.exists():
         start = untrained(folder / "teacher-start", TEACHER, SEED)
         clean, then = (2560, 2560) if short else (0, 9600)

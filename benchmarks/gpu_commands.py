@@ -89,7 +89,7 @@ def main() -> None:
             command("learn", student=start, teacher=TASK / "teacher", cache=cache, out=out, k=4, steps=chosen.steps,
                     batch_size=256, samples=8, baseline="leave-one-out", refresh_every=8, reuse=2, lr=5e-4, warmup=4,
                     precision=precision, device=where, **DECODING)  # fmt: skip
-            rows.append((name, *evaluated(out / "student", where, chosen.dev)))
+            rows.append((name, *evaluated(out / "best", where, chosen.dev)))
             print(rows[-1], file=sys.stderr, flush=True)
     print(table(("", "return on dev", "exact, %"), [(name, f"{g:.2f}", f"{exact:.1f}") for name, g, exact in rows]))
     where = torch.cuda.get_device_name(device) if device.startswith("cuda") else machine()

@@ -108,7 +108,7 @@ def refreshed(
     in_parts("rollout", student=other, cache=cache, first=1, **data, **limits)
     found = in_parts("learn", cache=cache, out=out, teacher=teacher, refresh_every=way.every, reuse=way.uses,
                      **learning)  # fmt: skip
-    return {"name": way.name, "method": way.method, **found}, out / "student"
+    return {"name": way.name, "method": way.method, **found}, out / "best"
 
 
 def offline(
@@ -124,7 +124,7 @@ def offline(
         "score": in_parts("score", cache=cache, teacher=teacher, **scoring),
         "learn": in_parts("learn", cache=cache, out=out, **learning),
     }
-    return {"name": way.name, "method": way.method, **together(*parts.values()), "parts": parts}, out / "student"
+    return {"name": way.name, "method": way.method, **together(*parts.values()), "parts": parts}, out / "best"
 
 
 def rows(runs: list[dict[str, Any]], rollouts: int) -> list[list[str]]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import io
 import json
+import os
 import sys
 import typing
 from collections.abc import Callable, Sequence
@@ -75,7 +77,8 @@ def command(
             config_file, recipe_name, as_json = (flags.pop(key) for key in ("config", "recipe", "as_json"))
             result = run(resolve(name, _config_path(config_file), flags, recipe_name))
             if as_json:
-                print(json.dumps(result.to_dict(), ensure_ascii=False, allow_nan=False))
+                plain = (sys.stdout.encoding or "").lower().replace("-", "") != "utf8"
+                print(json.dumps(result.to_dict(), ensure_ascii=plain, allow_nan=False))
             else:
                 print(result)
             if getattr(result, "ok", True) is False:
@@ -172,7 +175,9 @@ def _metavar(info: FieldInfo) -> str:
         return "|".join(["INT"] * number + [*words])
     inner = [t for t in typing.get_args(info.annotation) if t is not type(None)] or [info.annotation]
     names = {int: "INT", float: "FLOAT", str: "TEXT", Path: "PATH"}
-    return names.get(inner[0], "TEXT") if typing.get_origin(info.annotation) is not tuple else "INT,INT,…"
+    if typing.get_origin(info.annotation) is tuple:
+        return "INT,INT,…" if inner[0] is int else "NAME,NAME,…"
+    return names.get(inner[0], "TEXT")
 
 
 def _choices(annotation: Any) -> tuple[str, ...]:
@@ -216,7 +221,12 @@ def _gone(arguments: Sequence[str]) -> str | None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0, 2 for an error the user can mend, 130 for Ctrl-C."""
+    if arguments is None and sys.getfilesystemencoding() != "utf-8":  # names of files could not be given to libraries
+        os.execve(sys.executable, sys.orig_argv, {**os.environ, "PYTHONUTF8": "1"})
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal that can't show a character gets a question mark
+            stream.reconfigure(errors="replace")
     debug = "--debug" in arguments
     # accepted before or after the command
     arguments = [a for a in arguments if a != "--debug"] or ["--help"]

@@ -7,13 +7,13 @@ from .app import Result, command
 
 @command(
     examples=[
-        "ketchup-cache evaluate --model run/student --data test.jsonl --teacher google/flan-t5-xl",
-        "ketchup-cache evaluate --model run/student --data gsm8k/test.jsonl \\",
+        "ketchup-cache evaluate --model run/best --data test.jsonl --teacher google/flan-t5-xl",
+        "ketchup-cache evaluate --model run/best --data gsm8k/test.jsonl \\",
         "    --prompt-field question --target-field answer --metrics gsm8k --max-new-tokens 300",
     ]
 )
 def evaluate(config: EvaluateConfig) -> Result:
     """Decode greedily; report task metrics and the mean return."""
-    from ketchup_cache.report.evaluate import evaluate
+    from ketchup_cache.evaluation.evaluate import evaluate
 
     return evaluate(config)

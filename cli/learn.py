@@ -8,14 +8,14 @@ from .app import Result, command
 @command(
     examples=[
         "# offline, from what the cache holds; no teacher anywhere",
-        "ketchup-cache learn --student student/model --cache cache --k 4 --epochs 2 --out run",
+        "ketchup-cache learn --student student/best --cache cache --k 4 --epochs 2 --out run",
         "",
         "# on-policy: new rollouts every 8 steps, scored by the teacher",
-        "ketchup-cache learn --student student/model --cache cache --k 4 --refresh-every 8 \\",
+        "ketchup-cache learn --student student/best --cache cache --k 4 --refresh-every 8 \\",
         "    --teacher google/flan-t5-xl --dtype bfloat16 --out run",
         "",
         "# the same, scored elsewhere by `score --follow --cache s3://lab/xsum --teacher google/flan-t5-xl`",
-        "ketchup-cache learn --student student/model --cache cache --k 4 --refresh-every 8 \\",
+        "ketchup-cache learn --student student/best --cache cache --k 4 --refresh-every 8 \\",
         "    --scores-from s3://lab/xsum --out run",
     ]
 )

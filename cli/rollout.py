@@ -8,7 +8,7 @@ from .app import Result, command
 @command(
     examples=[
         "# four samples per prompt from a student",
-        "ketchup-cache rollout --student student/model --data train.jsonl --cache cache --samples 4",
+        "ketchup-cache rollout --student student/best --data train.jsonl --cache cache --samples 4",
         "",
         "# a teacher's greedy outputs are rollouts too",
         "ketchup-cache rollout --student teacher --greedy --data train.jsonl --cache sft",

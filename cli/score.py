@@ -8,7 +8,7 @@ from .app import Result, command
 @command(
     examples=[
         "ketchup-cache score --teacher google/flan-t5-xl --dtype bfloat16 --cache cache",
-        "ketchup-cache score --teacher teacher/model --cache cache --json",
+        "ketchup-cache score --teacher teacher/best --cache cache --json",
         "",
         "# the teacher stays loaded and scores what anybody's `learn --scores-from` puts there",
         "ketchup-cache score --follow --teacher google/flan-t5-xl --dtype bfloat16 --cache s3://lab/xsum",

@@ -1,7 +1,7 @@
 """Win rates of one system's outputs over another's, judged by a model behind an OpenAI-compatible endpoint (Table 2).
 
     pip install ketchup-cache openai
-    ketchup-cache evaluate --model k4/student --data test.jsonl --outputs k4.jsonl   # the same for the other system
+    ketchup-cache evaluate --model k4/best --data test.jsonl --outputs k4.jsonl   # the same for the other system
     python examples/judge.py k4.jsonl kl.jsonl --judge-model NAME --base-url http://127.0.0.1:8000/v1 --limit 500
 
 The key of the endpoint is read from OPENAI_API_KEY. Each pair is asked about four times for each aspect: both orders ×

@@ -8,13 +8,14 @@ from ketchup_cache.version import __version__
 
 if TYPE_CHECKING:
     from ketchup_cache.config.commands import EvaluateConfig, LearnConfig, PretrainConfig, RolloutConfig, ScoreConfig
+    from ketchup_cache.evaluation.evaluate import evaluate
     from ketchup_cache.method.returns import k_step_returns
-    from ketchup_cache.report.evaluate import evaluate
     from ketchup_cache.rollouts.rollout import rollout
     from ketchup_cache.scoring.score import score
     from ketchup_cache.sharing.remote_cache import open_cache
     from ketchup_cache.training.learn import learn
     from ketchup_cache.training.pretrain import pretrain
+    from ketchup_cache.training.run import Callback
 
 _HOME = {
     "open_cache": "sharing.remote_cache",
@@ -23,10 +24,12 @@ _HOME = {
     "score": "scoring.score",
     "pretrain": "training.pretrain",
     "learn": "training.learn",
-    "evaluate": "report.evaluate",
+    "Callback": "training.run",
+    "evaluate": "evaluation.evaluate",
     **{f"{name}Config": "config.commands" for name in ("Rollout", "Score", "Pretrain", "Learn", "Evaluate")},
 }
 __all__ = [
+    "Callback",
     "EvaluateConfig",
     "LearnConfig",
     "PretrainConfig",

@@ -1,6 +1,6 @@
 """What the program says: reports, warnings, printable text, sizes, and the progress of long work.
 
-Progress has a rate and the time left: a bar on a terminal, a line every half minute in a log.
+Progress has a rate and the time left: a bar on a terminal, a line a minute in a log.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from rich.filesize import decimal
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column
 
-LOG_EVERY_S = 30.0
+LOG_EVERY_S = 60.0
 
 
 size_text = decimal
@@ -72,11 +72,12 @@ def silence(*logs: Any) -> ExitStack:
 class Bar:
     """What a worker holds: `advance(n)` after n more units, `note(text)` for a figure beside the bar."""
 
-    def __init__(self, label: str, total: int | None, unit: str, shown: Progress | None = None) -> None:
+    def __init__(self, label: str, total: int | None, unit: str, shown: Progress | None = None, done: int = 0) -> None:
         """shown: the bars on the terminal; without them progress is lines in a log."""
-        self.label, self.total, self.unit, self.done, self.text, self._shown = label, total, unit, 0, "", shown
+        self.label, self.total, self.unit, self.text, self._shown = label, total, unit, "", shown
+        self.done = self._before = done
         self.began = self._logged = time.monotonic()
-        self.task = shown.add_task(label, total=total, rate="", text="") if shown else None
+        self.task = shown.add_task(label, total=total, completed=done, rate="", text="") if shown else None
 
     def advance(self, n: int = 1) -> None:
         self.done += n
@@ -84,7 +85,7 @@ class Bar:
             self._shown.update(self.task, completed=self.done, rate=self.rate, text=self.text)
         elif time.monotonic() - self._logged >= LOG_EVERY_S:
             self._logged = time.monotonic()
-            seconds = (self._logged - self.began) / max(self.done, 1)
+            seconds = (self._logged - self.began) / max(self.done - self._before, 1)
             of = f" of {self.total:,}" if self.total else ""
             left = f", {(self.total - self.done) * seconds / 60:.1f} min left" if self.total and self.done else ""
             line = f"{self.label}: {self.done:,}{of} {self.unit} ({self.rate}{left}) {self.text}"
@@ -98,7 +99,7 @@ class Bar:
     @property
     def rate(self) -> str:
         """Units a second since the start, or the seconds that one takes."""
-        each = (time.monotonic() - self.began) / max(self.done, 1e-9)
+        each = (time.monotonic() - self.began) / max(self.done - self._before, 1e-9)
         return f"{1 / max(each, 1e-9):,.0f}/s" if each <= 1 else f"{each:,.1f} s each"
 
 
@@ -106,12 +107,13 @@ _console = Console(stderr=True)
 
 
 @contextmanager
-def progress(label: str, total: int | None = None, unit: str = "tokens") -> Iterator[Bar]:
-    """Show progress on stderr while the block runs. `total`: units to do, None where that is not known."""
+def progress(label: str, total: int | None = None, unit: str = "tokens", *, done: int = 0) -> Iterator[Bar]:
+    """Show progress on stderr while the block runs. `total`: units to do, None where that is not known. `done`: units
+    that were done before; the rate is of the others."""
     if not _console.is_terminal:
-        yield Bar(label, total, unit)
+        yield Bar(label, total, unit, done=done)
         return
     text = TextColumn("{task.fields[text]}", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1))
-    columns = ("{task.description}", BarColumn(16), MofNCompleteColumn(), "{task.fields[rate]}", TimeRemainingColumn())
+    columns = ("{task.description}", BarColumn(8), MofNCompleteColumn(), "{task.fields[rate]}", TimeRemainingColumn())
     with Progress(*columns, text, console=_console, transient=True, expand=True) as shown:
-        yield Bar(label, total, unit, shown)
+        yield Bar(label, total, unit, shown, done)

@@ -40,21 +40,34 @@ def write_file(path: Path, content: bytes) -> None:
 
 @contextmanager
 def publishing(target: Path) -> Iterator[Path]:
-    """A folder to fill. It takes the name `target` only when everything in it is on the disk.
+    """A folder to fill. It takes the name `target` only when everything in it is on the disk; a folder of that name
+    stays until then. Files get the permissions that the umask gives, whatever the library that wrote them says.
 
     Raises WriteError as `write_file` does; `target` is then as it was.
     """
-    partial = target.with_name(f"{target.name}.partial")
+    partial, old = (target.with_name(f"{target.name}.{end}") for end in ("partial", "old"))
     with writing(target):
+        if old.exists() and not target.exists():  # killed between the two renames
+            old.rename(target)
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         yield partial
+        mode = partial.stat().st_mode & 0o666
         for path in [*partial.rglob("*"), partial]:
+            if path.is_file():
+                path.chmod(mode)
             sync(path)
+        shutil.rmtree(old, ignore_errors=True)
         if target.exists():
-            shutil.rmtree(target)
-        partial.rename(target)
+            target.rename(old)
+        try:
+            partial.rename(target)
+        except OSError:
+            if old.exists():
+                old.rename(target)
+            raise
         sync(target.parent)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def write_new(path: Path, content: bytes) -> None:

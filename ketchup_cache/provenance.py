@@ -38,12 +38,29 @@ class TokenizerInfo(Record):
     """Largest token id + 1: the real vocabulary, without the padding rows of a model's head."""
 
 
+class PromptForm(Record):
+    """What was made of each text before a model was given it: the options of these names."""
+
+    template: str = "{prompt}"
+    chat: bool = False
+    system: str = ""
+
+    def __str__(self) -> str:
+        return (
+            f"--template {self.template!r}"
+            + (" --chat" if self.chat else "")
+            + (f" --system {self.system!r}" if self.system else "")
+        )
+
+
 class DataInfo(Record):
     name: Name
     fingerprint: Sha256
     """Of the rendered prompt texts, in order."""
     template: str
-    """`{prompt}` where the text was used as it is."""
+    """`{prompt}` where the text was used as it is; with a chat, the whole turn."""
+    form: PromptForm | None = None
+    """The options that made the prompts; null where the writer did not record them."""
 
 
 class PolicyInfo(Record):

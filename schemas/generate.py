@@ -45,6 +45,12 @@ def metrics_schema() -> dict[str, Any]:
     return {"$schema": DIALECT} | StepMetrics.model_json_schema(schema_generator=_EveryFieldRequired)
 
 
+def dev_schema() -> dict[str, Any]:
+    from ketchup_cache.training.dev import DevRecord  # imports torch
+
+    return {"$schema": DIALECT} | DevRecord.model_json_schema(schema_generator=_EveryFieldRequired)
+
+
 RECIPE_KEYS: dict[str, Any] = {
     "extends": {"type": "string", "description": "Name of the shipped recipe that this file builds on."},
     "about": {"type": "object", "description": "What `ketchup-cache recipes` says of a recipe."},
@@ -76,6 +82,7 @@ def config_schema() -> dict[str, Any]:
 
 SCHEMAS: dict[str, Callable[[], dict[str, Any]]] = {
     "config.schema.json": config_schema,
+    "dev.schema.json": dev_schema,
     "manifest.schema.json": manifest_schema,
     "metrics.schema.json": metrics_schema,
 }

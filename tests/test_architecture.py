@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-ROOMS = ["config", "method", "text", "models", "cache", "sharing", "rollouts", "scoring", "training", "report"]
+ROOMS = "config method text models cache sharing rollouts scoring evaluation training report".split()
 """Folders, each of which imports only from those before it, and from the root."""
-BUDGET = {"ketchup_cache": 6_200, "tests": 8_800}
+BUDGET = {"ketchup_cache": 7_260, "tests": 9_580}
 """Lines of code at most (`code_lines`)."""
 
 

@@ -2,6 +2,8 @@
 
 import errno
 import io
+import os
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -40,6 +42,45 @@ def test_a_folder_is_published_whole_or_not_at_all(tmp_path, monkeypatch, at):
     assert [p.name for p in (tmp_path / "student").iterdir()] == ["three"]
 
 
+@pytest.mark.parametrize("fails", ["partial", "old"])
+def test_a_folder_that_is_replaced_is_never_lost(tmp_path, monkeypatch, fails):
+    """Whichever of the two renames fails; and after a kill between them."""
+    publish(tmp_path / "best", "one")
+    rename = Path.rename
+
+    def failing_rename(path, to):
+        if fails in (path.suffix[1:], Path(to).suffix[1:]):
+            raise OSError(errno.EIO, "Input/output error")
+        return rename(path, to)
+
+    monkeypatch.setattr(Path, "rename", failing_rename)
+    with pytest.raises(WriteError):
+        publish(tmp_path / "best", "two")
+    monkeypatch.undo()
+    if fails == "old":
+        assert [p.name for p in (tmp_path / "best").iterdir()] == ["one"]
+    else:
+        (tmp_path / "best").rename(tmp_path / "best.old")  # as a kill leaves it
+        with pytest.raises(TypeError):
+            publish(tmp_path / "best", None)
+        assert [p.name for p in (tmp_path / "best").iterdir()] == ["one"]
+    publish(tmp_path / "best", "three")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["best"]
+    assert [p.name for p in (tmp_path / "best").iterdir()] == ["three"]
+
+
+@pytest.mark.parametrize("umask", [0o002, 0o022, 0o077])
+def test_permissions_are_those_of_the_umask(tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        with files.publishing(tmp_path / "best") as partial:
+            (partial / "weights").touch(mode=0o600)  # as some libraries write
+    finally:
+        os.umask(before)
+    assert (tmp_path / "best" / "weights").stat().st_mode & 0o777 == 0o666 & ~umask
+    assert (tmp_path / "best").stat().st_mode & 0o777 == 0o777 & ~umask
+
+
 def test_an_error_inside_publishes_nothing(tmp_path):
     with pytest.raises(TypeError):
         publish(tmp_path / "student", "one", None)
@@ -66,13 +107,13 @@ def test_progress_in_a_log_is_lines_with_rate_and_time_left(monkeypatch, capsys)
     for n in (500, 5):
         with progress.progress("scoring", 8 * n) as bar:
             for _ in range(4):
-                clock[0] += 20
+                clock[0] += 40
                 bar.note("hit rate 5%")
                 bar.advance(n)
-    # at 40 s: 1,000 of 4,000 in 40 s, so 25 a second and two minutes left
+    # a line a minute; at 80 s: 1,000 of 4,000, so 12.5 a second and four minutes left
     assert capsys.readouterr().err.splitlines() == [
-        "scoring: 1,000 of 4,000 tokens (25/s, 2.0 min left) hit rate 5%",
-        "scoring: 2,000 of 4,000 tokens (25/s, 1.3 min left) hit rate 5%",
-        "scoring: 10 of 40 tokens (4.0 s each, 2.0 min left) hit rate 5%",
-        "scoring: 20 of 40 tokens (4.0 s each, 1.3 min left) hit rate 5%",
+        "scoring: 1,000 of 4,000 tokens (12/s, 4.0 min left) hit rate 5%",
+        "scoring: 2,000 of 4,000 tokens (12/s, 2.7 min left) hit rate 5%",
+        "scoring: 10 of 40 tokens (8.0 s each, 4.0 min left) hit rate 5%",
+        "scoring: 20 of 40 tokens (8.0 s each, 2.7 min left) hit rate 5%",
     ]

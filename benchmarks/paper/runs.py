@@ -97,7 +97,7 @@ def student_folder(task: Task, name: str, work: Path) -> Path:
     with _once(made) as missing:
         if missing:
             _make_student(task, STUDENTS[name], made, work)
-    return made / "model"
+    return made / "best"
 
 
 def _make_student(task: Task, student: Student, out: Path, work: Path) -> None:
@@ -224,7 +224,7 @@ def _measure(run: Run, work: Path) -> dict[str, Any]:
             "learn": learned,
             "curve": [{key: _rounded(line.get(key)) for key in CURVE} for line in lines],
         }
-        model = out / "student"
+        model = out / "best"
     # with the task's own limit, whatever limit the rollouts had
     options = {**task.decoding, **task.evaluation}
     evaluated = tool("evaluate", model=model, data=folder / f"{run.split}.jsonl", teacher=folder / "teacher", **options)

@@ -181,7 +181,7 @@ def predistil() -> None:
         ):
             if code := tool(command):
                 raise SystemExit(code)
-        shutil.copytree(out / "model", HERE / "predistilled", dirs_exist_ok=True)
+        shutil.copytree(out / "best", HERE / "predistilled", dirs_exist_ok=True)
 
 
 def main() -> None:

@@ -13,10 +13,10 @@ COMMANDS = """\
 ketchup-cache pretrain --recipe {name} --model {finetune} --data {data} --out teacher
 ketchup-cache rollout --recipe {name} --student {teacher} --greedy --cache sft
 ketchup-cache pretrain --recipe {name} --cache sft --out predistilled
-ketchup-cache rollout --recipe {name} --student predistilled/model --first 4096 --cache cache
+ketchup-cache rollout --recipe {name} --student predistilled/best --first 4096 --cache cache
 ketchup-cache score --recipe {name} --cache cache
-ketchup-cache learn --recipe {name} --student predistilled/model --cache cache --out k{k}
-ketchup-cache evaluate --recipe {name} --model k{k}/student"""
+ketchup-cache learn --recipe {name} --student predistilled/best --cache cache --out k{k}
+ketchup-cache evaluate --recipe {name} --model k{k}/best"""
 """The first is left out where no `about.finetune` names the model that becomes the teacher."""
 
 

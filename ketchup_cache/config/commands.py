@@ -12,26 +12,29 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from ketchup_cache.config import options as shared
 from ketchup_cache.config.methods import METHODS
-from ketchup_cache.config.options import Above0, CacheAddress, Config, Count, Normalization, NotNegative, Positive
+from ketchup_cache.config.options import (
+    Above0,
+    CacheAddress,
+    Config,
+    Count,
+    MetricList,
+    Normalization,
+    NotNegative,
+    Positive,
+    split_list,
+)
 
-Metric = Literal["rouge", "bleu", "chrf", "ter", "exact", "gsm8k"]
+IntList = Annotated[tuple[int, ...], BeforeValidator(split_list), Field(json_schema_extra={"metavar": "INT,INT,…"})]
 
 
-def _split(value: Any) -> Any:
-    return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
-
-
-IntList = Annotated[tuple[int, ...], BeforeValidator(_split), Field(json_schema_extra={"metavar": "INT,INT,…"})]
-MetricList = Annotated[tuple[Metric, ...], BeforeValidator(_split)]
-
-
-class PretrainConfig(shared.DataOptions, shared.StepOptions, shared.DeviceOptions):
+class PretrainConfig(shared.DevOptions, shared.DataOptions, shared.StepOptions, shared.DeviceOptions):
     """Options of `ketchup-cache pretrain`."""
 
     model: str
     """Model to train: a folder or a Hub id."""
     out: Path
-    """Folder of the run. The trained model is in model/."""
+    """Folder of the run. The trained model is in best/ and last/: the best on the dev set, and that of the last
+    step."""
     data: str = ""
     """References to learn (teacher fine-tuning): a file or dataset with prompt and target. Not with --cache."""
     cache: CacheAddress | None = None
@@ -45,7 +48,10 @@ class PretrainConfig(shared.DataOptions, shared.StepOptions, shared.DeviceOption
     lr: Above0 = 3e-5
     """Peak learning rate of AdamW."""
     max_new_tokens: Positive = 64
-    """Longest target, in tokens. Longer ones are cut."""
+    """Longest target, in tokens with EOS. Of --data: see --long-targets. It also limits the outputs on the dev set."""
+    long_targets: Literal["refuse", "truncate", "drop"] = "truncate"
+    """With --data: what happens to a longer target. refuse: an error. truncate: it loses its end and EOS, and how many
+    do is said. drop: the example is left out."""
     dropout: bool = True
     """Use the model's own dropout."""
     checkpoint_every: Count = 500
@@ -93,7 +99,12 @@ class ScoreConfig(shared.ScoringOptions):
 
 
 class LearnConfig(
-    shared.LossOptions, shared.SelectOptions, shared.SamplingOptions, shared.ScoringOptions, shared.StepOptions
+    shared.LossOptions,
+    shared.SelectOptions,
+    shared.SamplingOptions,
+    shared.ScoringOptions,
+    shared.DevOptions,
+    shared.StepOptions,
 ):
     """Options of `ketchup-cache learn`."""
 
@@ -102,7 +113,8 @@ class LearnConfig(
     cache: CacheAddress
     """Cache with scored rollouts. New rollouts of the student go there too."""
     out: Path = Path("run")
-    """Folder of the run: metrics.jsonl, config.json, checkpoints, and the trained student in student/."""
+    """Folder of the run. The trained student is in best/ and last/: the best on the dev set, and that of the last
+    step."""
     teacher: str | None = None
     """Teacher that scores new rollouts in this process: a folder or a Hub id. Without it and --scores-from, learning is
     offline: from the scores in the cache."""
@@ -167,7 +179,7 @@ class LearnConfig(
         return self
 
 
-class EvaluateConfig(shared.DataOptions, shared.ScoringOptions):
+class EvaluateConfig(shared.DataOptions, shared.GreedyOptions, shared.ScoringOptions):
     """Options of `ketchup-cache evaluate`."""
 
     model: str
@@ -175,19 +187,29 @@ class EvaluateConfig(shared.DataOptions, shared.ScoringOptions):
     split: str = "test"
     """Split of a Hugging Face dataset."""
     metrics: MetricList = ("rouge", "bleu", "chrf", "ter", "exact")
-    """Task metrics, comma-separated: rouge, bleu, chrf, ter, exact, gsm8k."""
+    """Task metrics, comma-separated: rouge (or rouge1, rouge2, rougeL), bleu, chrf, ter, exact, accuracy (final answers
+    of GSM8K), loss (cross-entropy of the references), or a function of your own as package.module:function."""
     teacher: str | None = None
     """Teacher under which the mean return of the outputs is reported too."""
     normalization: Normalization = "logprob"
     """Normalization of that return: raw, centred or logprob."""
-    max_new_tokens: Positive = 64
-    """Longest output, in tokens."""
-    rollout_batch: Positive = 64
-    """Outputs generated at once."""
-    calculator: bool = False
-    """Compute what stands between << and = (annotations of GSM8K) and write the result for the model."""
     outputs: Path | None = None
     """JSONL file that receives every prompt, output and target."""
+
+
+class CompareConfig(Config):
+    """Options of `ketchup-cache compare`."""
+
+    a: Path
+    """Outputs of one model: what `evaluate --outputs` wrote."""
+    b: Path
+    """Outputs of another model for the same data."""
+    metrics: MetricList = ("bleu", "chrf", "ter", "rouge", "exact")
+    """Task metrics, comma-separated, as those of `evaluate` that are of texts."""
+    resamples: Positive = 1000
+    """Bootstrap samples."""
+    examples: Count = 3
+    """Number of examples to show where B wins most, and where it loses most."""
 
 
 class AnalyzeConfig(shared.SelectOptions, shared.ReturnOptions):
@@ -295,7 +317,8 @@ class DemoConfig(Config):
 COMMANDS: dict[str, type[Config]] = {
     config.__name__.removesuffix("Config").lower(): config
     for config in (
-        PretrainConfig, RolloutConfig, ScoreConfig, LearnConfig, EvaluateConfig, AnalyzeConfig, InfoConfig,
+        PretrainConfig, RolloutConfig, ScoreConfig, LearnConfig, EvaluateConfig, CompareConfig, AnalyzeConfig,
+        InfoConfig,
         VerifyConfig, PushConfig, PullConfig, MergeConfig, ExportConfig, DemoConfig, RecipesConfig,
     )
 }  # fmt: skip

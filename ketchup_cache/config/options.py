@@ -5,10 +5,11 @@ Parts of the program take the group that they need, so a test or a script gives 
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from ketchup_cache.config.methods import METHODS, Method
 
@@ -16,8 +17,19 @@ Normalization = Literal["raw", "centred", "logprob"]
 Baseline = Literal["none", "mean", "min-variance", "leave-one-out"]
 
 
+METRICS = ("rouge1", "rouge2", "rougeL", "bleu", "chrf", "ter", "exact", "accuracy", "gsm8k", "rouge", "loss", "return")
+"""Names of metrics. gsm8k is accuracy by its older name; rouge is all three."""
+LOWER_IS_BETTER = ("ter", "loss")
+
+
 class Config(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    @field_validator("*")
+    @classmethod
+    def _home(cls, value: Any) -> Any:
+        """A shell replaces ~ at the start of a word only: not in a YAML file, nor in --out=~/run."""
+        return value.expanduser() if isinstance(value, Path) else value
 
 
 def _folder_or_address(value: Path | str) -> Path | str:
@@ -38,6 +50,19 @@ def _tokens_or_auto(value: Any) -> Any:
     raise ValueError("must be a whole number of 1 or more, or auto")
 
 
+def split_list(value: Any) -> Any:
+    return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+
+
+def _metric(name: str) -> str:
+    if name in METRICS or re.fullmatch(r"\w+(\.\w+)*:\w+", name):
+        return name
+    raise ValueError(f"knows no metric {name!r}: choose from {', '.join(METRICS)}, or package.module:function")
+
+
+MetricList = Annotated[tuple[Annotated[str, AfterValidator(_metric)], ...], BeforeValidator(split_list)]
+
+
 TokensOrAuto = Annotated[Positive | Literal["auto"], BeforeValidator(_tokens_or_auto)]
 
 
@@ -50,40 +75,95 @@ class DeviceOptions(Config):
     """Let a model's repository run its own Python code on this machine."""
 
 
-class DataOptions(Config):
+class PromptOptions(Config):
     """Prompts"""
 
-    data: str
-    """Prompts: a .jsonl, .csv or .parquet file, or a Hugging Face dataset (owner/name or owner/name:config)."""
-    split: str = "train"
-    """Split of a Hugging Face dataset."""
     prompt_field: str = "prompt"
     """Column of the prompts. translation.en is the part `en` of the column `translation`."""
     target_field: str = "target"
     """Column of the references."""
     template: str = "{prompt}"
     """Text given to the model. {prompt} is replaced by the prompt."""
-    skip: Count = 0
-    """Number of rows to leave out at the start."""
-    limit: Count = 0
-    """Number of rows to use. 0: all."""
     max_prompt_tokens: Positive = 1024
     """Longest prompt, in tokens."""
     long_prompts: Literal["refuse", "truncate", "drop"] = "refuse"
-    """What happens to a longer prompt. refuse: an error. truncate: it is cut at the end, EOS is kept. drop: it is left
-    out."""
+    """What happens to a longer prompt. refuse: an error. truncate: the longest text of the data in it is cut at its
+    end, the template stays. drop: it is left out."""
     chat: bool = False
     """Wrap each prompt as a user turn by the tokenizer's chat template, and open the assistant's turn."""
     system: str = ""
     """Text of a system turn before the prompt. Needs --chat."""
 
     @model_validator(mode="after")
-    def _whole_turns(self) -> DataOptions:
+    def _whole_turns(self) -> PromptOptions:
         if self.system and not self.chat:
             raise ValueError("system is a turn of a chat: set --chat too, or put the text into --template")
         if self.chat and self.long_prompts == "truncate":
             raise ValueError("chat with long_prompts truncate would cut off the end of the turn: use refuse or drop")
         return self
+
+
+class DataOptions(PromptOptions):
+    """Prompts"""
+
+    data: str
+    """Prompts: a .jsonl, .csv or .parquet file, or a Hugging Face dataset (owner/name or owner/name:config)."""
+    split: str = "train"
+    """Split of a Hugging Face dataset."""
+    skip: Count = 0
+    """Number of rows to leave out at the start."""
+    limit: Count = 0
+    """Number of rows to use. 0: all."""
+
+
+class GreedyOptions(Config):
+    """Greedy outputs"""
+
+    max_new_tokens: Positive = 64
+    """Longest output, in tokens."""
+    rollout_batch: Positive = 64
+    """Outputs generated at once."""
+    calculator: bool = False
+    """Compute what stands between << and = (annotations of GSM8K) and write the result for the model."""
+
+
+class DevOptions(PromptOptions, GreedyOptions):
+    """Dev set"""
+
+    eval_data: str = ""
+    """Dev set: a file or dataset with prompts and references. The model is evaluated on it while it trains, from the
+    start on, and the best one is kept in best/."""
+    eval_split: str = "validation"
+    """Split of the dev set, if it is a Hugging Face dataset."""
+    eval_every: Count = 0
+    """Optimizer steps between evaluations. 0: a tenth of the run."""
+    eval_limit: Count = 500
+    """Number of rows of the dev set to use. 0: all."""
+    metric: Annotated[MetricList, Field(min_length=1)] = ("bleu",)
+    """Metrics on the dev set, comma-separated; the first one chooses the best model. rouge1, rouge2, rougeL, bleu,
+    chrf, ter, exact, accuracy (final answers, GSM8K), loss (cross-entropy of the references), return (needs --teacher),
+    or a function of your own as package.module:function."""
+    patience: Count = 0
+    """Stop after this many evaluations without a better one. 0: never."""
+
+    @model_validator(mode="after")
+    def _dev_set_is_usable(self) -> DevOptions:
+        if not self.eval_data and (given := {"eval_every", "metric", "patience"} & self.model_fields_set):
+            raise ValueError(f"{min(given)} is about the dev set: give --eval-data too, or leave it out")
+        if "rouge" in self.metric:
+            raise ValueError("metric rouge is three: choose rouge1, rouge2 or rougeL")
+        if "return" in self.metric and getattr(self, "teacher", None) is None:
+            raise ValueError("metric return needs `learn --teacher`, which scores in this process: or choose another")
+        return self
+
+    @property
+    def dev_data(self) -> DataOptions | None:
+        """The dev set as `text.read` takes it; None without one."""
+        if not self.eval_data:
+            return None
+        given = PromptOptions.model_fields.keys() & self.model_fields_set
+        same = {name: getattr(self, name) for name in given}
+        return DataOptions(data=self.eval_data, split=self.eval_split, limit=self.eval_limit, **same)
 
 
 class SamplingOptions(Config):
@@ -132,7 +212,8 @@ class SelectOptions(Config):
     scored_by: str | None = None
     """Teacher whose scores are used: its name or the start of its fingerprint. Default: the only one."""
     policy: str | None = None
-    """Policy whose rollouts are used: its name or the start of its fingerprint. Default: all."""
+    """Policy whose rollouts are used: its name or the start of its fingerprint. Default: all; of `learn`, those of the
+    weights given as --student where there are any."""
 
 
 class ReturnOptions(Config):
@@ -157,10 +238,10 @@ class StepOptions(Config):
 
     lr: Above0 = 1e-5
     """Peak learning rate of AdamW."""
-    schedule: Literal["constant", "linear"] = "constant"
-    """Learning rate after the warm-up: constant, or linear to zero at the last step."""
-    warmup: Count = 0
-    """Optimizer steps of linear warm-up."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Learning rate after the warm-up: constant, or falling to zero at the last step."""
+    warmup: NotNegative = 0
+    """Optimizer steps of linear warm-up; below 1, as a share of all steps."""
     weight_decay: float = Field(default=0.01, ge=0)
     """Decoupled weight decay of AdamW."""
     max_grad_norm: Above0 = 1.0
@@ -171,6 +252,8 @@ class StepOptions(Config):
     """Precision of the body's products, by autocast. Weights, gradients, head, loss and optimizer stay in float32."""
     checkpoint_every: Count = 100
     """Optimizer steps between checkpoints. 0: none before the end."""
+    save_limit: Count = 2
+    """Number of newest checkpoints to keep, also after the end, so that the run can be lengthened. 0: none after it."""
 
 
 class LossOptions(ReturnOptions, StepOptions):

@@ -56,12 +56,14 @@ class Staleness:
         ratio: mean of ρ = π/μ; 1 on-policy, and 1 in expectation always: a drift away says noise or mismatch.
         ess: effective sample size (Σρ)² / (n Σρ²), a share of n; 1 on-policy.
         kl: mean of ρ − 1 − log ρ, nats per token: unbiased, never negative estimate of KL(μ‖π) (Schulman 2020, "k3").
+        entropy: Σ ρ (−log π) / Σρ, nats per token: self-normalised estimate of H(π), from tokens drawn from μ.
     """
 
     tokens: int = 0
     sum_ratio: float = 0.0
     sum_ratio_squared: float = 0.0
     sum_kl: float = 0.0
+    sum_surprise: float = 0.0
 
     def add(self, logprob: Tensor, behavior_logprob: Tensor) -> None:
         log_ratio = (logprob.detach() - behavior_logprob).double()
@@ -70,6 +72,7 @@ class Staleness:
         self.sum_ratio += float(ratio.sum())
         self.sum_ratio_squared += float((ratio * ratio).sum())
         self.sum_kl += float((ratio - 1 - log_ratio).sum())
+        self.sum_surprise -= float((ratio * logprob.detach().double()).sum())
 
     @property
     def ratio(self) -> float:
@@ -82,3 +85,7 @@ class Staleness:
     @property
     def kl(self) -> float:
         return self.sum_kl / max(self.tokens, 1)
+
+    @property
+    def entropy(self) -> float | None:
+        return self.sum_surprise / self.sum_ratio if self.sum_ratio else None

@@ -117,6 +117,7 @@ def _ragged_pass(model: PreTrainedModel, batch: Batch, read: NDArray[np.int64]) 
 
 def _encoder_decoder_pass(model: PreTrainedModel, batch: Batch, read: NDArray[np.int64]) -> tuple[Tensor, NDArray]:
     """By the model's own forward pass, in rows that are padded on the right."""
+    check_positions(model, int(max(batch.prompts.lengths.max(initial=0), read.max(initial=0))))
     device = input_device(model)
     input_ids, prompt_mask = padded(batch.prompts, device)
     encoded = model.get_encoder()(input_ids=input_ids, attention_mask=prompt_mask).last_hidden_state
@@ -201,11 +202,13 @@ def computes_prompts_once(model: PreTrainedModel) -> bool:
 
 
 def check_positions(model: PreTrainedModel, longest: int) -> None:
-    """Raises DataError where a row is longer than the positions that a model has learned (GPT-2). Rotary ones go on."""
+    """Raises DataError where a row is longer than the positions that a model has learned (GPT-2, BART). Rotary ones and
+    T5's go on. longest: of prompt and completion together; of an encoder-decoder, of the longer of the two."""
     config = model.config.get_text_config(decoder=True)
     known = getattr(config, "max_position_embeddings", None)
     if known is not None and getattr(config, "rope_parameters", None) is None and longest > known:
-        what = f"a prompt and its completion have {longest:,} tokens, but {model_name(model)} only {known:,} positions"
+        row = "a prompt or a completion has" if model.config.is_encoder_decoder else "a prompt and its completion have"
+        what = f"{row} {longest:,} tokens, but {model_name(model)} only {known:,} positions"
         todo = "lower --max-prompt-tokens (with --long-prompts truncate or drop) or --max-new-tokens"
         raise DataError(f"{what}: {todo}")
 

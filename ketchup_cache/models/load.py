@@ -21,7 +21,7 @@ from transformers.activations import NewGELUActivation
 from transformers.models.auto import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from ketchup_cache.console import one_line, silence
+from ketchup_cache.console import one_line, say, silence
 from ketchup_cache.errors import MismatchError, ModelError
 from ketchup_cache.models.fingerprint import PROBES, first_difference, read_json, tokenizer_info, weight_entries
 from ketchup_cache.provenance import TokenizerInfo
@@ -30,6 +30,9 @@ SNAPSHOT_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.p
 """Weights, configuration and tokenizer files; never pickles."""
 
 TOKENIZER_FILES = ["tokenizer.json", "tokenizer_config.json", "*.model", "vocab.*"]
+
+GONE_FOLDERS = ("student", "model")
+"""What `best` of a run was called by version 1."""
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
@@ -55,7 +58,12 @@ def resolve_folder(name: str) -> Path:
     Raises ModelError where there is no such folder and the Hub does not give it either.
     """
     folder = Path(name).expanduser()
+    if folder.name in GONE_FOLDERS and not folder.exists() and (folder.parent / "best").is_dir():
+        say(f"{name}: is {folder.parent / 'best'} now; a later version will not find it here")
+        folder = folder.parent / "best"
     if folder.is_dir():
+        if (folder / "report.json").is_file() and (folder / "best").is_dir():
+            raise ModelError(f"{name}: is the folder of a run; give {folder / 'best'}")
         return folder
     if folder.exists():
         raise ModelError(f"{name}: is a file; give the folder that holds config.json and the weights")

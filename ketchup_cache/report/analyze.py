@@ -9,7 +9,6 @@ Normalisation cancels in both: all rollouts of a prompt start in the same state,
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +20,7 @@ from ketchup_cache.cache.index import ScoredRef
 from ketchup_cache.config.commands import AnalyzeConfig
 from ketchup_cache.console import Bar, Report, progress
 from ketchup_cache.errors import CacheError
+from ketchup_cache.evaluation.task_metrics import spread
 from ketchup_cache.files import write_file
 from ketchup_cache.method.returns import rollout_returns
 from ketchup_cache.provenance import Sampling
@@ -178,12 +178,6 @@ def _describe(sampling: Sampling) -> str:
         return "greedy"
     options = (("temperature", sampling.temperature, 1), ("top-k", sampling.top_k, 0), ("top-p", sampling.top_p, 1))
     return ", ".join(f"{name} {value:g}" for name, value, off in options if value != off) or "plain"
-
-
-def spread(values: NDArray) -> tuple[float | None, float | None, float | None]:
-    """[n] → mean, standard deviation (unbiased, n − 1), standard error of the mean. None for too few values."""
-    sd = float(values.std(ddof=1)) if len(values) > 1 else None
-    return float(values.mean()) if len(values) else None, sd, None if sd is None else sd / math.sqrt(len(values))
 
 
 def _number(value: float | None) -> str:

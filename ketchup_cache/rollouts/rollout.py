@@ -28,6 +28,7 @@ from ketchup_cache.config.options import SamplingOptions
 from ketchup_cache.console import Report, progress
 from ketchup_cache.models.fingerprint import tokenizer_info, weights_fingerprint
 from ketchup_cache.models.load import load_model, load_tokenizer, resolve_folder
+from ketchup_cache.models.origin import prompts_as_trained
 from ketchup_cache.provenance import DataInfo, PolicyInfo, Sampling, TokenizerInfo, require_same_tokenizer
 from ketchup_cache.rollouts.calculator import Calculator
 from ketchup_cache.rollouts.sample import sample_completions
@@ -56,6 +57,8 @@ class RolloutReport(Report):
     """Prompts left out because an earlier one is the same."""
     too_long: int
     """Prompts left out by `--long-prompts drop`."""
+    cut: int
+    """Prompts that lost tokens by `--long-prompts truncate`."""
     rollouts: int
     tokens: int
     finished: int
@@ -75,7 +78,8 @@ class RolloutReport(Report):
 
     def __str__(self) -> str:
         left_out = [f"{n:,} {what}" for n, what in ((self.duplicates, "duplicates"), (self.too_long, "too long")) if n]
-        prompts = f"{self.prompts:,} prompts" + (f" (left out: {', '.join(left_out)})" if left_out else "")
+        cut = f" ({self.cut:,} of them cut at --max-prompt-tokens)" if self.cut else ""
+        prompts = f"{self.prompts:,} prompts{cut}" + (f" (left out: {', '.join(left_out)})" if left_out else "")
         new = self.rollouts - self.already_there
         there = f", {self.already_there:,} of them already there" if self.already_there else ""
         return (
@@ -90,17 +94,18 @@ def rollout(config: RolloutConfig) -> RolloutReport:
     Raises DataError (`read_examples`, `tokenize_prompts`), ModelError (`load_model`), CacheError, MismatchError for a
     cache of another tokenizer, NumericsError for a policy with NaN logits, WriteError where the disk is full.
     """
-    began = time.monotonic()
+    began, config = time.monotonic(), prompts_as_trained(config, config.student)
     given = read_examples(config)
     tokenizer = load_tokenizer(config.student, trust_remote_code=config.trust_remote_code)
     examples = without_duplicates(given)
     info = tokenizer_info(tokenizer, config.student)
-    kept, prompts = tokenize_prompts(examples, tokenizer, config)
+    kept = tokenize_prompts(examples, tokenizer, config)
+    prompts = kept.prompts
     policy = PolicyInfo(name=config.student, fingerprint=weights_fingerprint(resolve_folder(config.student)))
     calculator = Calculator(tokenizer, config.student) if config.calculator else None
 
     cache = open_cache(config.cache, create=True)
-    data = data_info(kept, config, tokenizer)
+    data = data_info(kept.examples, config, tokenizer)
     wanted: list[Range] = []
     left = config.first or len(prompts)
     for prompts_id in ensure_prompts(cache, prompts, data, info):
@@ -119,7 +124,7 @@ def rollout(config: RolloutConfig) -> RolloutReport:
         tokens += int(rollouts.completions.lengths[inside].sum())
         finished += int(rollouts.finished[inside].sum())
     duplicates, too_long, seconds = len(given) - len(examples), len(examples) - len(prompts), time.monotonic() - began
-    return RolloutReport(len(prompts), duplicates, too_long, rows, tokens, finished, rows - new, seconds)
+    return RolloutReport(len(prompts), duplicates, too_long, kept.cut, rows, tokens, finished, rows - new, seconds)
 
 
 # ----------------------------------------------------------------------------------------------------------- prompts

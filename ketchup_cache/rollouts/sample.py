@@ -65,8 +65,9 @@ def sample_completions(
         raise ModelError(f"the tokenizer has {vocab_size:,} tokens, but {model_name(model)} only {known:,}: not a pair")
     if (empty := np.flatnonzero(prompts.lengths == 0)).size:
         raise DataError(f"prompt {first_prompt + empty[0]} has no tokens; drop it or use a template that adds some")
-    if not model.config.is_encoder_decoder:
-        check_positions(model, int(prompts.lengths.max(initial=0)) + sampling.max_new_tokens)
+    longest_prompt, longest = int(prompts.lengths.max(initial=0)), sampling.max_new_tokens
+    encodes = model.config.is_encoder_decoder
+    check_positions(model, max(longest_prompt, longest) if encodes else longest_prompt + longest)
     eos, longest = eos_ids(model), sampling.max_new_tokens
     way = decode if can_decode(model) else _generate
     made: list[Rollouts] = []

@@ -6,8 +6,8 @@ import gc
 import hashlib
 import random
 import time
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -176,18 +176,27 @@ class Scorer:
             self._cache, self._seen, self._places = cache, set[ScoredRef](), dict[bytes, tuple[ScoredRef, int]]()
         parents = [cache.manifest(rollouts_id) for rollouts_id, _, _ in missing]
         total = sum(m.tokens * (b - a) // m.rows for m, (_, a, b) in zip(parents, missing, strict=True))
+        with self._unloaded_after(), progress("score", total) as bar:
+            for rollouts_id, start, stop in missing:
+                completions = cache.load_rollouts(rollouts_id).completions
+                for part in completions.ranges(start, stop, self._commit_tokens):
+                    report = report.plus(self._score_rows(cache, rollouts_id, part, bar))
+        return replace(report, seconds=time.monotonic() - began, load_s=self._load_s - loaded_s)
+
+    def scores(self, prompts: Ragged, rollouts: Rollouts) -> Scores:
+        """Of rollouts that are in no cache. Raises ModelError, MismatchError and NumericsError."""
+        with self._unloaded_after(), progress("score", len(rollouts.completions.values)) as bar:
+            return self._loaded().score(prompts, rollouts, batch_tokens=self._budget, on_batch=bar.advance)
+
+    @contextmanager
+    def _unloaded_after(self) -> Iterator[None]:
         try:
-            with progress("score", total) as bar:
-                for rollouts_id, start, stop in missing:
-                    completions = cache.load_rollouts(rollouts_id).completions
-                    for part in completions.ranges(start, stop, self._commit_tokens):
-                        report = report.plus(self._score_rows(cache, rollouts_id, part, bar))
+            yield
         finally:
             if self._teacher is not None and not self._stays:  # a loaded one has reference cycles
                 self._teacher = None
                 gc.collect()
                 torch.cuda.empty_cache()
-        return replace(report, seconds=time.monotonic() - began, load_s=self._load_s - loaded_s)
 
     def _score_rows(self, cache: Cache, rollouts_id: str, rows: range, bar: Bar) -> ScoreReport:
         """Score and commit a range of rows."""

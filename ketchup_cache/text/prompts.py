@@ -11,9 +11,10 @@ from functools import cached_property
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from ketchup_cache.config.options import DataOptions
-from ketchup_cache.console import one_line
+from ketchup_cache.config.options import DataOptions, PromptOptions
+from ketchup_cache.console import one_line, say
 from ketchup_cache.errors import ConfigError, DataError
+from ketchup_cache.provenance import PromptForm
 from ketchup_cache.types import TOKEN_DTYPE, Prompts, Ragged
 
 TOKENIZE_AT_ONCE = 4096
@@ -30,6 +31,8 @@ class Example:
     prompt: str
     target: str | None
     row: int = field(default=0, compare=False)
+    span: tuple[int, int] | None = field(default=None, compare=False)
+    """Place in `prompt` of the longest text that came from the data: what may be cut. None: all of it."""
 
     @cached_property
     def id(self) -> bytes:
@@ -84,11 +87,22 @@ def user_turn(text: str, tokenizer: PreTrainedTokenizerBase, system: str = "") -
         raise ConfigError([f"--chat: the chat template can't be used ({one_line(error)}): {hint}"]) from None
 
 
+def form_of(options: PromptOptions) -> PromptForm:
+    """The part of the options that decides what is made of a text."""
+    return PromptForm(template=options.template, chat=options.chat, system=options.system)
+
+
 # ------------------------------------------------------------------------------------------------------------ tokens
 
 
-Kept = tuple[list[Example], Prompts]
-"""Examples as the model is given them, and the token ids of their prompts, one row each."""
+@dataclass(frozen=True)
+class Kept:
+    """examples: as the model is given them. prompts: the token ids of their prompts, one row each. cut: how many of
+    them lost tokens (`long_prompts="truncate"`)."""
+
+    examples: list[Example]
+    prompts: Prompts
+    cut: int
 
 
 def tokenize_prompts(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, options: DataOptions) -> Kept:
@@ -96,14 +110,15 @@ def tokenize_prompts(examples: Sequence[Example], tokenizer: PreTrainedTokenizer
 
     With `options.chat` each prompt becomes a user turn (`user_turn`); without it, the tokenizer adds its special
     tokens. A prompt of more than `options.max_prompt_tokens` tokens is refused, cut or left out, as
-    `options.long_prompts` says.
+    `options.long_prompts` says; how many is said. What is cut is the end of the longest text that came from the data:
+    the template and the tokenizer's special tokens stay.
 
     Raises DataError for a prompt without tokens, for one that is refused, and where no prompt is left; the errors of
     `user_turn`.
     """
     if options.chat:
         examples = [replace(e, prompt=user_turn(e.prompt, tokenizer, options.system)) for e in examples]
-    limit, rows, kept = options.max_prompt_tokens, [], []
+    limit, rows, kept, cut = options.max_prompt_tokens, [], [], 0
     special = {"add_special_tokens": not options.chat, "return_attention_mask": False, "verbose": False}
     for start in range(0, len(examples), TOKENIZE_AT_ONCE):
         chunk = examples[start : start + TOKENIZE_AT_ONCE]
@@ -119,12 +134,44 @@ def tokenize_prompts(examples: Sequence[Example], tokenizer: PreTrainedTokenizer
                 if options.long_prompts == "refuse":
                     hint = "raise --max-prompt-tokens, or set --long-prompts to truncate or drop"
                     raise DataError(f"{where} prompt has {len(tokens):,} tokens, more than {limit:,}: {hint}")
-                ends = tokens[-1:] if tokens[-1] == tokenizer.eos_token_id else []
-                tokens = tokens[: limit - len(ends)] + ends
+                tokens, cut = _cut(example, tokenizer, limit, where), cut + 1
             rows.append(np.asarray(tokens, TOKEN_DTYPE))
             kept.append(example)
     if not rows:
         hint = f"all {len(examples):,} have more than {limit:,} tokens: raise --max-prompt-tokens, or set"
         raise DataError(f"{options.data}: no prompt left: {hint} --long-prompts truncate")
+    for number, what in ((cut, "are cut"), (len(examples) - len(kept), "are left out")):
+        if number:
+            say(f"{options.data}: {number:,} of {len(examples):,} prompts have more than {limit:,} tokens and {what} "
+                f"(--max-prompt-tokens, --long-prompts {options.long_prompts})")  # fmt: skip
     ids = np.frombuffer(b"".join(example.id for example in kept), np.uint8).reshape(-1, 16)
-    return kept, Prompts(ids, Ragged.from_rows(rows, TOKEN_DTYPE))
+    return Kept(kept, Prompts(ids, Ragged.from_rows(rows, TOKEN_DTYPE)), cut)
+
+
+def _cut(example: Example, tokenizer: PreTrainedTokenizerBase, limit: int, where: str) -> list[int]:
+    """Ids of the prompt without as many tokens as are too many, from the end of `example.span`."""
+    if not tokenizer.is_fast:
+        raise DataError(f"{where} prompt is too long, and this tokenizer can't say where to cut: --long-prompts drop")
+    encoded = tokenizer(example.prompt, return_offsets_mapping=True, verbose=False)
+    start, stop = example.span or (0, len(example.prompt))
+    tokens, places = encoded["input_ids"], encoded["offset_mapping"]
+    inside = [i for i, (first, last) in enumerate(places) if start <= first < last <= stop]
+    if len(inside) < (too_many := len(tokens) - limit):
+        hint = "raise --max-prompt-tokens, or shorten --template"
+        raise DataError(f"{where} template alone takes more than {limit:,} tokens: {hint}")
+    return [token for i, token in enumerate(tokens) if i not in set(inside[len(inside) - too_many :])]
+
+
+def target_ids(
+    tokenizer: PreTrainedTokenizerBase, target: str, *, limit: int | None = None, bare: bool = False
+) -> list[int]:
+    """Ids of a reference, always ending with EOS unless the limit cuts it.
+
+    bare: without what the tokenizer adds to a text. A decoder-only model is given prompt ids and target ids in one row,
+    where a BOS in the middle would be a token that it never writes. The two are tokenised apart, as they are when the
+    model writes: a token that spans the border of prompt and target can't be generated after that prompt.
+    """
+    ids = list(tokenizer(text_target=target, add_special_tokens=not bare, verbose=False)["input_ids"])
+    if not ids or ids[-1] != tokenizer.eos_token_id:
+        ids.append(tokenizer.eos_token_id)
+    return ids[:limit]

@@ -7,27 +7,26 @@ Files are streamed, so nothing is copied to a cache and a changed file is always
 
 from __future__ import annotations
 
+import difflib
 import glob
 import hashlib
 import json
 import os
 import re
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import datasets
-import huggingface_hub
 from transformers import PreTrainedTokenizerBase
 
 from ketchup_cache.config.options import DataOptions
 from ketchup_cache.console import one_line, silence
 from ketchup_cache.errors import DataError
 from ketchup_cache.provenance import DataInfo
-from ketchup_cache.text.prompts import Example, parse_template, user_turn
+from ketchup_cache.text.prompts import Example, form_of, parse_template, user_turn
 
 Record = dict[str, Any]
 """One row of the data: column → value."""
@@ -50,21 +49,28 @@ def read_examples(options: DataOptions, *, need_target: bool = False) -> list[Ex
     columns = [options.target_field, *(column for column, _ in sources.values())]
     unit = "line" if options.data.lower().endswith(JSONL) else "row"
     stop = options.skip + options.limit if options.limit else None
-    examples = []
+    examples, names = [], set[str]()
+    import datasets  # slow to import, and learning from a cache reads no data
+    import huggingface_hub
+
     with silence(datasets.logging, huggingface_hub.logging), tempfile.TemporaryDirectory() as locks:
         for row, record in islice(_records(options, columns, locks), options.skip, stop):
             where = f"{options.data}: {unit} {row}"
             texts = {name: _text(record, column, where, flag) for name, (column, flag) in sources.items()}
-            prompt = "".join(literal + (texts[name] if name else "") for literal, name in template)
-            target = _column(record, options.target_field)
-            if need_target:
+            parts = [part for literal, name in template for part in (literal, texts[name] if name else "")]
+            longest = max(range(1, len(parts), 2), key=lambda i: len(parts[i]))
+            start = sum(map(len, parts[:longest]))
+            target: str | None = None
+            found = _column(record, options.target_field)
+            if need_target or not (found is None or (isinstance(found, str) and not found.strip())):
                 target = _text(record, options.target_field, where, "--target-field")
-            elif not isinstance(target, str) or not target.strip():
-                target = None
-            examples.append(Example(prompt, target, row))
+            span = start, start + len(parts[longest])
+            examples.append(Example("".join(parts), target, row, span))
+            names |= record.keys()
     if not examples:
         after = f" after the first {options.skip:,}" if options.skip else ""
         raise DataError(f"{options.data}: holds no rows{after}")
+    _require_column(options, names, examples)
     return examples
 
 
@@ -79,7 +85,18 @@ def data_info(examples: Iterable[Example], options: DataOptions, tokenizer: PreT
         content.update(len(text).to_bytes(8, "little") + text)
     name = f"{options.data} [{options.split}]" if _is_hub_name(options.data) else options.data
     template = user_turn(options.template, tokenizer, options.system) if options.chat else options.template
-    return DataInfo(name=name, fingerprint=content.hexdigest(), template=template)
+    return DataInfo(name=name, fingerprint=content.hexdigest(), template=template, form=form_of(options))
+
+
+def _require_column(options: DataOptions, names: set[str], examples: Sequence[Example]) -> None:
+    """Raise DataError where the references are looked for in a column that is not there: it was named, or one whose
+    name is nearly the same is there."""
+    if options.target_field.partition(".")[0] in names or any(example.target is not None for example in examples):
+        return
+    close = difflib.get_close_matches(options.target_field, sorted(names), n=1)
+    if close or "target_field" in options.model_fields_set:
+        hint = f"did you mean {close[0]!r}?" if close else f"it has {', '.join(map(repr, sorted(names)))};"
+        raise DataError(f"{options.data}: no field {options.target_field!r}: {hint} set --target-field")
 
 
 # ----------------------------------------------------------------------------------------------------------- columns
@@ -99,6 +116,8 @@ def _text(record: Record, name: str, where: str, flag: str) -> str:
         raise DataError(f"{where}: no field {name!r}; it has {', '.join(map(repr, record)) or 'none'}: set {flag}")
     if value is None or (isinstance(value, str) and not value.strip()):
         raise DataError(f"{where}: {name!r} is {'null' if value is None else 'blank'}; fill it in or leave the row out")
+    if isinstance(value, int) and not isinstance(value, bool):  # an answer: there is one way to write it
+        return str(value)
     if not isinstance(value, str):
         raise DataError(f"{where}: {name!r} is of type {type(value).__name__}, not text; quote it or set {flag}")
     try:
@@ -166,6 +185,8 @@ def _parsed(text: str, where: str) -> Record:
 
 def _rows(failure: str, *source: str | None, **reading: Any) -> Iterator[Record]:
     """What `datasets.load_dataset` gives. failure: how an error of it begins."""
+    import datasets
+
     try:
         yield from datasets.load_dataset(*source, **reading)
     except Exception as error:  # the readers' errors have no common base: pandas, Arrow, gzip, HTTP, disk

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from ketchup_cache.cache.cache import Cache
 from ketchup_cache.config.commands import LearnConfig, ScoreConfig
@@ -17,32 +16,45 @@ from ketchup_cache.config.methods import METHODS
 from ketchup_cache.config.options import ScoringOptions
 from ketchup_cache.console import Report, warn
 from ketchup_cache.errors import ModelError
+from ketchup_cache.evaluation.outputs import EvalSet, one_step_returns
 from ketchup_cache.models.fingerprint import state_fingerprint, tokenizer_info, weights_fingerprint
 from ketchup_cache.models.head import Head
 from ketchup_cache.models.load import load_model, load_tokenizer
+from ketchup_cache.models.origin import Origin, prompts_as_trained, read_origin
 from ketchup_cache.provenance import require_same_tokenizer
 from ketchup_cache.rollouts.calculator import Calculator
 from ketchup_cache.sharing.remote_cache import open_cache
+from ketchup_cache.training.alarms import Alarms
+from ketchup_cache.training.dev import DevSet, MeanReturn, best_text
 from ketchup_cache.training.divergence import divergence_step
 from ketchup_cache.training.metrics import StepMetrics
 from ketchup_cache.training.optimizer import Learner, Optimizer
-from ketchup_cache.training.policy_gradient import policy_gradient_step
-from ketchup_cache.training.run import Origin, Run, read_origin, read_pins
-from ketchup_cache.training.source import Offline, OnPolicy, ScoreRollouts
-from ketchup_cache.types import Rollouts
+from ketchup_cache.training.policy_gradient import policy_gradient_step, reweighted_return
+from ketchup_cache.training.run import Callback, Run, read_pins, steps_text
+from ketchup_cache.training.source import Offline, OnPolicy, ScoreRollouts, prompt_form
+from ketchup_cache.types import Ragged, Rollouts, ScoredRollouts
 
 TIMES = ("sample_s", "score_s", "load_s", "train_s")
-OFTEN_CUT = 0.2
-"""Share of rollouts that were cut at the length limit."""
-MOSTLY_TAIL = 0.6
-"""Share of tokens in the tails from which `learn` warns."""
+FIXED_ROLLOUTS = 1024
+"""At most: those from which an offline run estimates the return of its student before and after."""
+ENOUGH_ESS = 0.3
+"""Effective sample size of whole rollouts, as a share, below which that estimate is not given."""
+SMOOTH = 10
+"""Optimizer steps that the live line is a mean of."""
+NEARLY_ONE = 0.95
+"""Effective sample size from which on it is not worth a word."""
 
 
 @dataclass(frozen=True)
 class LearnReport(Report):
-    """What a run did. `first` and `last`: metrics of the first and last optimizer step. `skipped`: steps whose
-    rollouts were all dropped. `seconds`: since it was started or went on; the other times: of all steps, as in
-    `StepMetrics`, `load_s` with reading the student."""
+    """What a run did. student: folder of the best one on the dev set; without a dev set, that of the last step.
+
+    `first` and `last`: metrics of the first and last optimizer step. `returns`: mean return of the rollouts over the
+    first and last `SMOOTH` steps, where they are the student's own. `skipped`: steps whose rollouts were all
+    dropped. `stopped`: why it ended early: patience or callback. `dev`: see `DevSet.summary`. `alarms`: all that were
+    raised. `fixed_return`: offline, [mean return, effective sample size] of the same rollouts re-weighted to the
+    student before and after (`reweighted_return`). `seconds`: since it was started or went on; the other times: of all
+    steps, as in `StepMetrics`, `load_s` with reading the student; `eval_s` of all evaluations."""
 
     student: str
     steps: int
@@ -52,45 +64,68 @@ class LearnReport(Report):
     fingerprint: str
     first: dict[str, Any]
     last: dict[str, Any]
+    returns: list[float] | None = None
+    stopped: str = ""
+    dev: dict[str, Any] | None = None
+    alarms: list[dict[str, Any]] = field(default_factory=list)
+    fixed_return: list[list[float]] | None = None
     already_done: bool = False
     sample_s: float = 0.0
     score_s: float = 0.0
     load_s: float = 0.0
     train_s: float = 0.0
+    eval_s: float = 0.0
 
     def __str__(self) -> str:
         if self.already_done:
             return f"nothing to do: the run is finished, its student is in {self.student}"
-        resumed = f" (continued from step {self.resumed_from})" if self.resumed_from else ""
-        change = " → ".join(f"{m['return_mean']:.2f}" for m in (self.first, self.last) if m["return_mean"] is not None)
         skipped = f"; {self.skipped} steps skipped, all their rollouts were dropped" if self.skipped else ""
-        loss = f"loss {self.first['loss']:.4f} → {self.last['loss']:.4f} nats per token"
-        changes = f"mean return of the rollouts {change}" if change else loss
-        return f"{self.steps} steps in {self.seconds:.0f} s{resumed}; {changes}{skipped}; student in {self.student}"
+        head = steps_text(self.steps, self.seconds, self.resumed_from, self.stopped)
+        alarms = f"; alarms: {', '.join(alarm['name'] for alarm in self.alarms)}" if self.alarms else ""
+        return f"{head}; {self._change()}{skipped}{alarms}; {best_text(self.dev, self.student)}"
+
+    def _change(self) -> str:
+        """What the student gained, as far as the run can know it."""
+        if not self.first:
+            return "nothing was learned"
+        if self.fixed_return is not None:
+            (before, _), (after, ess) = self.fixed_return
+            if ess >= ENOUGH_ESS:
+                return f"return {before:.2f} → {after:.2f} (the same rollouts re-weighted, ess {ess:.2f})"
+            return f"its return can't be told from these rollouts (ess {ess:.2f}): `ketchup-cache evaluate --teacher`"
+        if self.returns is not None:
+            return "mean return of its rollouts " + " → ".join(f"{value:.2f}" for value in self.returns)
+        return f"loss {self.first['loss']:.4f} → {self.last['loss']:.4f} nats per token"
 
 
-def learn(config: LearnConfig) -> LearnReport:
+def learn(config: LearnConfig, callbacks: Sequence[Callback] = ()) -> LearnReport:
     """Train `config.student` on the cache; with `config.teacher` or `config.scores_from`, refresh its rollouts.
 
-    Killed and run again with the same options, it goes on from its last checkpoint to the same weights.
+    Killed and run again with the same options, it goes on from its last checkpoint to the same weights; with more
+    `steps` or `epochs`, a run is lengthened.
 
     Raises ConfigError for an output folder in use or of another run, MismatchError for a cache of another tokenizer,
-    NumericsError for NaN, and what loading models and caches and scoring raise.
+    DataError for an unusable dev set, NumericsError for NaN, KeyboardInterrupt for Ctrl-C once the run is saved, and
+    what loading models and caches and scoring raise.
     """
     cache = open_cache(config.cache)
     tokenizer = load_tokenizer(config.student, trust_remote_code=config.trust_remote_code)
     info = tokenizer_info(tokenizer, config.student)
+    form = prompt_form(cache)
     for _, manifest in cache.manifests("prompts"):
         what = "holds prompts of another tokenizer; use a student with the cache's tokenizer"
         require_same_tokenizer(info, manifest.info.tokenizer, f"{cache.address}: {what}")
     if config.pin is not None:
         cache.pin(read_pins(config.pin))
-    with Run("learn", config).locked() as run:
+    with Run("learn", config, callbacks).locked() as run:
         if report := run.finished(LearnReport):
             return report
+        prompts = prompts_as_trained(config, config.student, form)
+        data = EvalSet.read(prompts.dev_data, tokenizer, config.metric) if prompts.dev_data else None
         calculator = Calculator(tokenizer, config.student) if config.calculator else None
-        refreshed = None if config.offline else (info, _scoring(config), calculator)
-        source = OnPolicy(cache, config, *refreshed) if refreshed else Offline(cache, config)
+        score, returns = (None, None) if config.offline else _scoring(config)
+        known = run.recorded
+        source = OnPolicy(cache, config, known, info, score, calculator) if score else Offline(cache, config, known)
         origin = read_origin(config.student)
         if config.scores_from is None:
             _warn_of_origin(config, origin, config.teacher or cache.select_teacher(config.scored_by).name)
@@ -98,16 +133,25 @@ def learn(config: LearnConfig) -> LearnReport:
         model = load_model(config.student, device=config.device, trust_remote_code=config.trust_remote_code)
         load_s = time.perf_counter() - began
         learner = Learner(model, Head.of(model, info.vocab_size), Optimizer(model, config, source.steps), config)
-        run.write_config({"student": state_fingerprint(model), "steps": source.steps, **source.resolved()})
-        source.restore(run.restore(learner))
+        run.describe(model, tokenizer, origin.model_copy(update={"prompts": form or origin.prompts}))
+        dev = DevSet(config, data, run.out, run.publish, source.steps, known, returns) if data else None
+        if dev is not None:
+            dev.start(model, learner.head, tokenizer)
+        resolved = {"student": state_fingerprint(model), "steps": source.steps, **source.resolved()}
+        state = run.restore(learner)
+        if dev is not None:
+            dev.restore(run.resumed)
+            resolved["eval_every"] = dev.every
+        run.write_config(resolved)
+        source.restore(state)
+        fixed = _fixed_rollouts(config, cache, source)
+        before = state.get("fixed_return") or (reweighted_return(learner, fixed) if fixed else None)
+        recent: deque[StepMetrics] = deque(maxlen=SMOOTH)
 
         def step(number: int) -> tuple[dict[str, Any], str]:
             drawn = source.batch(number, model)
-            if number == run.resumed:
-                for warning in rollout_warnings(config, drawn.rollouts.rollouts):
-                    warn(warning)
-                if isinstance(source, OnPolicy) and config.scores_from is not None:
-                    _warn_of_origin(config, origin, cache.select_teacher(source.teacher).name)
+            if number == run.resumed and isinstance(source, OnPolicy) and config.scores_from is not None:
+                _warn_of_origin(config, origin, cache.select_teacher(source.teacher).name)
             if number == run.resumed or drawn.times:
                 run.pin(cache.address, source.segments())
             began = time.perf_counter()
@@ -118,24 +162,57 @@ def learn(config: LearnConfig) -> LearnReport:
             times = drawn.times | {"train_s": time.perf_counter() - began}
             rounded = {name: round(seconds, 4) for name, seconds in times.items()}
             metrics = metrics.model_copy(update={"refreshed": bool(drawn.times), **rounded})
-            return metrics.model_dump(), _note(metrics)
+            recent.append(metrics)
+            return metrics.model_dump(), _note(recent)
 
-        lines = run.train(learner, source.steps, step, source.state)
+        def saved() -> dict[str, Any]:
+            return source.state() | ({"fixed_return": before} if before else {})
+
+        alarms = Alarms(config)
+        lines = run.train(learner, source.steps, step, saved, dev, alarms)
         times: dict[str, Any] = {name: sum(line.get(name, 0) for line in lines) for name in TIMES}
         times["load_s"] += round(load_s, 4)
         skipped = sum(line["action_tokens"] == 0 for line in lines)
-        done = run.resumed, run.seconds, state_fingerprint(model)
-        report = LearnReport(str(run.out / "student"), source.steps, skipped, *done, lines[0], lines[-1], **times)
-        run.finish("student", (model, tokenizer), report, origin)
+        done = run.done, skipped, run.resumed, run.seconds, state_fingerprint(model)
+        report = LearnReport(
+            str(run.out / "best"),
+            *done,
+            lines[0] if lines else {},
+            lines[-1] if lines else {},
+            returns=None if config.offline else _mean_returns(lines),
+            stopped=run.stopped,
+            dev=dev.summary() if dev else None,
+            alarms=[asdict(alarm) for alarm in alarms.raised.values()],
+            fixed_return=[list(before), list(reweighted_return(learner, fixed))] if fixed and before else None,
+            eval_s=round(sum(record.seconds for record in dev.records), 3) if dev else 0.0,
+            **times,
+        )
+        run.finish(report, dev)
     return report
 
 
-def _scoring(config: LearnConfig) -> ScoreRollouts:
-    """The teacher enters here and nowhere else, so that offline learning never imports it."""
+def _mean_returns(lines: Sequence[dict[str, Any]]) -> list[float] | None:
+    """Over the first and the last `SMOOTH` steps, of a short run over its halves; None where one of them has none."""
+    n = max(1, min(SMOOTH, len(lines) // 2))
+    parts = [[line["return_mean"] for line in part] for part in (lines[:n], lines[-n:])]
+    known = [[value for value in part if value is not None] for part in parts]
+    return [sum(part) / len(part) for part in known] if all(known) else None
+
+
+def _fixed_rollouts(config: LearnConfig, cache: Cache, source: Offline) -> ScoredRollouts | None:
+    """Some of the student's rollouts that an offline run learns from; None where it learns from no such."""
+    return source.some(FIXED_ROLLOUTS) if config.offline and METHODS[config.method].samples else None
+
+
+def _scoring(config: LearnConfig) -> tuple[ScoreRollouts, MeanReturn | None]:
+    """What scores new rollouts, and what gives the mean return of outputs, where the teacher is in this process.
+
+    The teacher enters here and nowhere else, so that offline learning never imports it.
+    """
     if config.scores_from is not None:
         from ketchup_cache.training.scores_from import ScoresFrom
 
-        return ScoresFrom(config)
+        return ScoresFrom(config), None
     from ketchup_cache.scoring.score import Scorer
 
     options = config.model_dump(include={"teacher", "cache", *ScoringOptions.model_fields})
@@ -144,48 +221,35 @@ def _scoring(config: LearnConfig) -> ScoreRollouts:
     def score_rollouts(cache: Cache, rollout_ids: Sequence[str], teacher: str | None) -> tuple[str, float]:
         return scorer.info.fingerprint, scorer.ensure(cache, rollout_ids).load_s
 
-    return score_rollouts
+    def mean_return(prompts: Ragged, rollouts: Rollouts) -> float:
+        return float(one_step_returns(scorer.scores(prompts, rollouts), rollouts, config.normalization).mean())
+
+    return score_rollouts, mean_return
 
 
 def _warn_of_origin(config: LearnConfig, origin: Origin, teacher: str) -> None:
     """Where the student learned another model's text than the teacher's (teacher consistency): the scores are least
     telling then. The precision that the teacher scores in does not matter."""
-    if not origin or any(policy.name == teacher for policy in origin):
+    policies = origin.pretrained_on
+    if not policies or any(policy.name == teacher for policy in policies):
         return
     with suppress(ModelError):
-        if Path(teacher).is_dir() and weights_fingerprint(Path(teacher)) in {policy.fingerprint for policy in origin}:
+        if Path(teacher).is_dir() and weights_fingerprint(Path(teacher)) in {policy.fingerprint for policy in policies}:
             return
-    names = ", ".join(f"{policy.name} ({policy.fingerprint[:12]})" for policy in origin)
+    names = ", ".join(f"{policy.name} ({policy.fingerprint[:12]})" for policy in policies)
     todo = f"pre-distil it on outputs of {teacher}, unless these are one model under two names"
     warn(f"{config.student}: was pre-distilled on the outputs of {names}, but {teacher} scored: {todo}")
 
 
-def rollout_warnings(config: LearnConfig, rollouts: Rollouts) -> Iterator[str]:
-    """What is likely to go wrong with returns of such rollouts.
+def _note(recent: Sequence[StepMetrics]) -> str:
+    """What stands beside the progress: means of the last steps. The effective sample size where it is not nearly 1."""
 
-    Most tokens have the return of LLMR whatever K says, since Algorithm 1 takes the last K of a completion one by one:
-    on the shipped task `reason` that is how a large K loses (docs/log.md). Or many rollouts are dropped because they
-    were cut; the others are the short ones, and to learn from them alone is to learn their length. On `reason`, cut at
-    20 of its 26 tokens, accuracy fell from 42 % to 14 %, with bootstrap it did not (benchmarks/results/ablations.md).
-    """
-    if METHODS[config.method].step != "policy_gradient":
-        return
-    lengths = rollouts.completions.lengths
-    tail, cut = np.minimum(lengths, config.k).sum() / max(1, lengths.sum()), 1 - rollouts.finished.mean()
-    if config.k > 1 and config.tail == "one-step" and tail >= MOSTLY_TAIL:
-        todo = "choose a smaller --k, or --tail jump"
-        among = f"{tail:.0%} of the tokens are among the last {config.k} of their completion"
-        yield f"{among}, where K = {config.k} steps one by one as K = 1 does; {todo}"
-    if config.unfinished == "drop" and cut >= OFTEN_CUT:
-        todo = "raise --max-new-tokens, or keep them with --unfinished bootstrap"
-        dropped = f"{cut:.0%} of the first rollouts were cut at --max-new-tokens and are dropped"
-        yield f"{dropped}, so the student learns from short ones alone; {todo}"
+    def mean(name: str) -> float | None:
+        values = [value for metrics in recent if (value := getattr(metrics, name)) is not None]
+        return sum(values) / len(values) if values else None
 
-
-def _note(metrics: StepMetrics) -> str:
-    if metrics.return_mean is None:
-        loss = f"loss {metrics.loss:.4f} nats per token, length {metrics.length_mean:.1f}"
-        return loss if metrics.action_tokens else "every rollout of this step was dropped"
-    returns = f"return {metrics.return_mean:.2f} ± {metrics.return_sd:.2f}"
-    ess = "" if metrics.ess is None else f", ess {metrics.ess:.2f}"
-    return f"{returns}, length {metrics.length_mean:.1f}{ess}"
+    returns, ess = mean("return_mean"), mean("ess")
+    parts = [] if returns is None else [f"return {returns:.2f}"]
+    parts += [f"loss {mean('loss'):.4g}"]
+    parts += [f"ess {ess:.2f}"] if ess is not None and ess < NEARLY_ONE else []
+    return " ".join(parts) if recent[-1].action_tokens else "every rollout of this step was dropped"

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
 from ketchup_cache.method.losses import Staleness
-from ketchup_cache.types import ScoredRollouts
+from ketchup_cache.types import Ragged, ScoredRollouts
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,13 @@ class StepMetrics(BaseModel):
     """Effective sample size of the ratios, as a share. 1 on-policy."""
     behavior_kl: float | None
     """Estimate of KL(μ‖π), nats per token: how stale the rollouts are. 0 on-policy."""
+    entropy: float | None = None
+    """Estimate of the policy's entropy, nats per token: mean of −log π(a_t) over the tokens drawn, weighted by the
+    importance ratios."""
+    repetition: float = Field(default=0.0, ge=0, le=1)
+    """Share of 4-grams that came before in the same rollout."""
+    tail: float = Field(default=0.0, ge=0, le=1)
+    """Share of tokens among the last K of their rollout."""
     loss: float
     grad_norm: float
     """Before clipping."""
@@ -78,6 +85,8 @@ class StepMetrics(BaseModel):
     """Wall time of reading the teacher's weights for it."""
     train_s: float = Field(default=0.0, ge=0)
     """Wall time of the optimizer step itself."""
+    alarms: tuple[str, ...] = ()
+    """Names of the alarms that were raised after this step (training/alarms.py)."""
 
     @classmethod
     def of(cls, batch: ScoredRollouts, signal: Signal, staleness: Staleness, **given: Any) -> StepMetrics:
@@ -90,6 +99,7 @@ class StepMetrics(BaseModel):
         figures["length_mean"] = float(rollouts.completions.lengths.mean())
         figures["unfinished"], figures["dropped"] = float(1 - rollouts.finished.mean()), float(1 - kept.mean())
         figures["teacher_kl"] = teacher_kl(batch, ~rollouts.forced)
+        figures["entropy"], figures["repetition"] = staleness.entropy, repetition(rollouts.completions)
         figures["action_tokens"] = int(signal.in_loss.sum())
         return cls(**figures | given)
 
@@ -98,6 +108,18 @@ def teacher_kl(batch: ScoredRollouts, tokens: NDArray[np.bool_]) -> float | None
     """`StepMetrics.teacher_kl` over some tokens, [N] bool; None where there are none."""
     kl = batch.rollouts.behavior_logprob - (batch.scores.q - batch.scores.logsumexp)
     return float(kl[tokens].mean(dtype=np.float64)) if tokens.any() else None
+
+
+def repetition(completions: Ragged, n: int = 4) -> float:
+    """Share of the n-grams of token ids that came before in the same completion; 0 where there are none."""
+    if len(completions.values) < n:
+        return 0.0
+    row = np.repeat(np.arange(len(completions)), completions.lengths)
+    windows = np.lib.stride_tricks.sliding_window_view(completions.values, n)
+    grams = np.column_stack([row[: len(windows)], windows])[row[: len(windows)] == row[n - 1 :]]
+    # as strings of bytes: ten times faster than np.unique by rows
+    kinds = np.unique(np.ascontiguousarray(grams, np.int64).view(f"V{8 * (n + 1)}")) if len(grams) else grams
+    return 1 - len(kinds) / max(len(grams), 1) if len(grams) else 0.0
 
 
 def _mean_sd(values: NDArray) -> tuple[float | None, float | None]:

@@ -34,12 +34,14 @@ class Optimizer:
         self._options, self._steps = options, steps
 
     def lr(self, step: int) -> float:
-        """Learning rate of optimizer step `step`, counted from 0. Linear decay reaches zero after the last step."""
-        warmup = self._options.warmup
+        """Learning rate of optimizer step `step`, counted from 0. Decay reaches zero after the last step."""
+        warmup, schedule = self._options.warmup, self._options.schedule
+        warmup = int(warmup if warmup >= 1 else warmup * self._steps)
         rate = self._options.lr * min(1.0, (step + 1) / (warmup + 1))
-        if self._options.schedule == "linear" and step >= warmup:
-            rate *= (self._steps - step) / max(self._steps - warmup, 1)
-        return rate
+        if schedule == "constant" or step < warmup:
+            return rate
+        left = (self._steps - step) / max(self._steps - warmup, 1)
+        return rate * (left if schedule == "linear" else (1 - math.cos(math.pi * left)) / 2)
 
     def step(self, step: int) -> float:
         """Apply the accumulated gradient and clear it; returns its norm before clipping.

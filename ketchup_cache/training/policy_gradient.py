@@ -77,7 +77,30 @@ def policy_gradient_step(learner: Learner[LossOptions], batch: ScoredRollouts, s
 
     loss_sum = learner.accumulate(all_rows(batch), np.flatnonzero(signal.kept), loss, step)
     norm, lr = learner.optimizer.step(step) if total else 0.0, learner.optimizer.lr(step)
-    return StepMetrics.of(batch, signal, staleness, step=step, loss=loss_sum, grad_norm=norm, lr=lr)
+    lengths = rollouts.completions.lengths
+    tail = float(np.minimum(lengths, options.k).sum() / max(1, lengths.sum()))
+    return StepMetrics.of(batch, signal, staleness, step=step, loss=loss_sum, grad_norm=norm, lr=lr, tail=tail)
+
+
+@torch.no_grad()
+def reweighted_return(learner: Learner[LossOptions], batch: ScoredRollouts) -> tuple[float, float]:
+    """Mean G_1 of the policy as it is, from rollouts of another: self-normalised importance sampling over whole
+    rollouts, w = Π_t π(a_t)/μ(a_t), Σ w G_1 / Σ w. Returns it, and the effective sample size (Σw)² / (B Σw²), a share.
+
+    The product of many ratios varies much more than one: without a high share the mean says nothing.
+    """
+    rollouts, options = batch.rollouts, learner.options
+    (one_step,) = rollout_returns(rollouts, batch.scores, (1,), **options.of_returns)
+    kept = np.flatnonzero((rollouts.finished | (options.unfinished != "drop")) & (rollouts.completions.lengths > 0))
+    log_ratio = np.zeros(len(rollouts.completions.values))
+    for places, part in learner.micro_batches(all_rows(batch), kept):
+        logprob = learner.head.log_prob(*learner.inputs(part)).double().cpu().numpy()
+        log_ratio[places] = np.where(rollouts.forced[places], 0.0, logprob - rollouts.behavior_logprob[places])
+    row = np.repeat(np.arange(len(rollouts)), rollouts.completions.lengths)
+    log_weight = np.bincount(row, log_ratio, len(rollouts))[kept]
+    weight = np.exp(log_weight - log_weight.max(initial=-np.inf))
+    ess = weight.sum() ** 2 / max(len(rollouts) * (weight * weight).sum(), 1e-300)
+    return float((weight * one_step[kept, 0]).sum() / max(weight.sum(), 1e-300)), float(ess)
 
 
 @torch.no_grad()

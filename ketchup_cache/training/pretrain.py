@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
@@ -13,49 +14,62 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ketchup_cache.config.commands import PretrainConfig
-from ketchup_cache.console import Report
-from ketchup_cache.errors import CacheError, ModelError
+from ketchup_cache.console import Report, say, warn
+from ketchup_cache.errors import CacheError, DataError, ModelError
+from ketchup_cache.evaluation.outputs import EvalSet
 from ketchup_cache.method.losses import cross_entropy_loss
 from ketchup_cache.models.fingerprint import state_fingerprint, tokenizer_info
 from ketchup_cache.models.forward import Batch
 from ketchup_cache.models.head import Head
 from ketchup_cache.models.load import is_encoder_decoder, load_model, load_tokenizer
-from ketchup_cache.provenance import TokenizerInfo, require_same_tokenizer
+from ketchup_cache.models.origin import Origin, prompts_as_trained
+from ketchup_cache.provenance import PolicyInfo, PromptForm, TokenizerInfo, require_same_tokenizer
 from ketchup_cache.rollouts.sample import eos_ids
 from ketchup_cache.sharing.remote_cache import open_cache
-from ketchup_cache.text.prompts import tokenize_prompts
+from ketchup_cache.text.prompts import form_of, target_ids, tokenize_prompts
 from ketchup_cache.text.read import read_examples
 from ketchup_cache.training.batches import seed_of
+from ketchup_cache.training.dev import DevSet, best_text
 from ketchup_cache.training.optimizer import Learner, Optimizer
-from ketchup_cache.training.run import Origin, Run
+from ketchup_cache.training.run import Callback, Run, steps_text
+from ketchup_cache.training.source import prompt_form
 from ketchup_cache.types import TOKEN_DTYPE, Ragged, concatenated
 
 
 @dataclass(frozen=True)
 class PretrainReport(Report):
-    """`loss_first` and `loss_last`: nats per target token over the first and the last epoch."""
+    """`loss_first` and `loss_last`: nats per target token over the first and the last epoch (of a run of one, over its
+    halves); None where no step was taken. model: folder of the best
+    one on the dev set; without a dev set, that of the last step. lost: what was cut or left out, and how many. dev: see
+    `DevSet.summary`."""
 
     model: str
     examples: int
     steps: int
     resumed_from: int
     seconds: float
-    loss_first: float
-    loss_last: float
+    loss_first: float | None
+    loss_last: float | None
     fingerprint: str
+    lost: dict[str, int] = field(default_factory=dict)
+    stopped: str = ""
+    dev: dict[str, Any] | None = None
     already_done: bool = False
 
     def __str__(self) -> str:
         if self.already_done:
             return f"nothing to do: the run is finished, its model is in {self.model}"
-        return (
-            f"{self.examples:,} examples, {self.steps:,} steps in {self.seconds:.0f} s; "
-            f"loss {self.loss_first:.3f} → {self.loss_last:.3f} nats/token; model in {self.model}"
-        )
+        head = steps_text(self.steps, self.seconds, self.resumed_from, self.stopped)
+        loss = "nothing was learned"
+        if self.loss_first is not None and self.loss_last is not None:
+            loss = f"loss {self.loss_first:.3f} → {self.loss_last:.3f} nats/token"
+        lost = "".join(f"; {n:,} {what}" for what, n in self.lost.items())
+        return f"{self.examples:,} examples{lost}, {head}; {loss}; {best_text(self.dev, self.model)}"
 
 
-def pretrain(config: PretrainConfig) -> PretrainReport:
-    """Train `config.model` by teacher forcing. Killed and run again, it goes on from its last checkpoint.
+def pretrain(config: PretrainConfig, callbacks: Sequence[Callback] = ()) -> PretrainReport:
+    """Train `config.model` by teacher forcing. Killed and run again, it goes on from its last checkpoint; with more
+    `epochs`, a run is lengthened.
 
     Raises ConfigError for an output folder in use or of another run, DataError and CacheError for unusable data,
     MismatchError for a cache of another tokenizer, ModelError for a model that does not stop where its tokenizer ends
@@ -63,8 +77,15 @@ def pretrain(config: PretrainConfig) -> PretrainReport:
     """
     tokenizer = load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
     info = tokenizer_info(tokenizer, config.model)
-    data, origin = _from_cache(config, info) if config.cache else (_from_references(config, tokenizer), [])
-    with Run("pretrain", config).locked() as run:
+    if config.cache:
+        given = _from_cache(config, info)
+        prompts = prompts_as_trained(config, config.model, given.form)
+    else:
+        prompts = prompts_as_trained(config, config.model)
+        given = _from_references(prompts, tokenizer)
+    data = given.batch
+    dev_data = EvalSet.read(prompts.dev_data, tokenizer, config.metric) if prompts.dev_data else None
+    with Run("pretrain", config, callbacks).locked() as run:
         if report := run.finished(PretrainReport):
             return report
         model = load_model(config.model, device=config.device, trust_remote_code=config.trust_remote_code)
@@ -77,9 +98,17 @@ def pretrain(config: PretrainConfig) -> PretrainReport:
         rows = len(data.completions)
         per_epoch = rows // (batch_size := min(config.batch_size, rows))
         steps = per_epoch * config.epochs
-        run.write_config({"model": state_fingerprint(model), "examples": rows, "steps": steps})
         learner = Learner(model, head, Optimizer(model, config, steps), config)
+        run.describe(model, tokenizer, Origin(pretrained_on=given.policies, prompts=given.form))
+        dev = DevSet(config, dev_data, run.out, run.publish, steps, run.recorded) if dev_data else None
+        if dev is not None:
+            dev.start(model, head, tokenizer)
+        resolved = {"model": state_fingerprint(model), "examples": rows, "steps": steps}
         run.restore(learner)
+        if dev is not None:
+            dev.restore(run.resumed)
+            resolved["eval_every"] = dev.every
+        run.write_config(resolved)
         model.train(config.dropout)
 
         @lru_cache(maxsize=1)
@@ -106,44 +135,59 @@ def pretrain(config: PretrainConfig) -> PretrainReport:
                 "lr": learner.optimizer.lr(number),
             }, f"loss {nats:.3f}"
 
-        losses = [line["loss"] for line in run.train(learner, steps, step)]
+        losses = [line["loss"] for line in run.train(learner, steps, step, dev=dev)]
         model.eval()
-        first, last = (float(np.mean(of_epoch)) for of_epoch in (losses[:per_epoch], losses[-per_epoch:]))
-        report = PretrainReport(
-            str(run.out / "model"), rows, steps, run.resumed, run.seconds, first, last, state_fingerprint(model)
-        )
-        run.finish("model", (model, tokenizer), report, origin)
+        n = max(1, min(per_epoch, len(losses) // 2))
+        first, last = (float(np.mean(part)) if part else None for part in (losses[:n], losses[-n:]))
+        done = str(run.out / "best"), rows, run.done, run.resumed, run.seconds, first, last, state_fingerprint(model)
+        lost = {what: n for what, n in given.lost.items() if n}
+        report = PretrainReport(*done, lost, run.stopped, dev.summary() if dev else None)
+        run.finish(report, dev)
     return report
 
 
-def _from_references(config: PretrainConfig, tokenizer: PreTrainedTokenizerBase) -> Batch:
-    examples, prompts = tokenize_prompts(read_examples(config, need_target=True), tokenizer, config)
+@dataclass(frozen=True)
+class Examples:
+    """What is learned. policies: who wrote it. form: of the prompts. lost: what was cut or left out, and how many."""
+
+    batch: Batch
+    policies: tuple[PolicyInfo, ...]
+    form: PromptForm | None
+    lost: dict[str, int]
+
+
+def _from_references(config: PretrainConfig, tokenizer: PreTrainedTokenizerBase) -> Examples:
+    """Raises DataError for targets over the limit where they are refused, and where no example is left."""
+    given = read_examples(config, need_target=True)
+    kept, limit = tokenize_prompts(given, tokenizer, config), config.max_new_tokens
     bare = not is_encoder_decoder(config.model, trust_remote_code=config.trust_remote_code)
-    references = [example.target or "" for example in examples]
-    targets = [_target_ids(tokenizer, reference, config.max_new_tokens, bare=bare) for reference in references]
-    return Batch(prompts.tokens, np.arange(len(prompts)), Ragged.from_rows(targets, TOKEN_DTYPE))
+    targets = [target_ids(tokenizer, example.target or "", bare=bare) for example in kept.examples]
+    long = np.array([len(ids) > limit for ids in targets])
+    lost = {"prompts cut": kept.cut, "prompts left out": len(given) - len(kept.examples)}
+    lost |= {f"targets {'left out' if config.long_targets == 'drop' else 'cut'}": int(long.sum())}
+    if long.any():
+        what = f"{long.sum():,} of {len(targets):,} targets have more than {limit:,} tokens (up to "
+        what += f"{max(map(len, targets)):,}, with EOS)"
+        if config.long_targets == "refuse":
+            hint = "raise --max-new-tokens, or set --long-targets to drop or truncate"
+            raise DataError(f"{config.data}: {what}: {hint}")
+        done = "left out" if config.long_targets == "drop" else "cut: they lose their end and EOS"
+        warn(f"{config.data}: {what} and are {done} (--max-new-tokens, --long-targets)")
+    rows = np.flatnonzero(~long) if config.long_targets == "drop" else np.arange(len(targets))
+    if not len(rows):
+        raise DataError(f"{config.data}: no example left: raise --max-new-tokens")
+    completions = Ragged.from_rows([targets[row][:limit] for row in rows], TOKEN_DTYPE)
+    return Examples(Batch(kept.prompts.tokens, rows, completions), (), form_of(config), lost)
 
 
-def _target_ids(tokenizer: PreTrainedTokenizerBase, target: str, limit: int, *, bare: bool = False) -> list[int]:
-    """Ids of a reference, always ending with EOS unless the limit cuts it.
-
-    bare: without what the tokenizer adds to a text. A decoder-only model is given prompt ids and target ids in one row,
-    where a BOS in the middle would be a token that it never writes. The two are tokenised apart, as they are when the
-    model writes: a token that spans the border of prompt and target can't be generated after that prompt.
-    """
-    ids = list(tokenizer(text_target=target, add_special_tokens=not bare, verbose=False)["input_ids"])
-    if not ids or ids[-1] != tokenizer.eos_token_id:
-        ids.append(tokenizer.eos_token_id)
-    return ids[:limit]
-
-
-def _from_cache(config: PretrainConfig, info: TokenizerInfo) -> tuple[Batch, Origin]:
-    """The finished rollouts of one policy, and that policy. Cut ones would teach the student not to stop."""
+def _from_cache(config: PretrainConfig, info: TokenizerInfo) -> Examples:
+    """The finished rollouts of one policy. Cut ones would teach the student not to stop."""
     assert config.cache is not None
     cache = open_cache(config.cache)
     policy = cache.select_policy(config.policy)
     prompts, indices, completions, offset = [], [], [], 0
     place: dict[str, int] = {}
+    unfinished = 0
     for id_, segment in cache.rollouts():
         what = f"{config.cache}: was encoded by another tokenizer; train a model that has it"
         require_same_tokenizer(info, segment.tokenizer, what)
@@ -155,8 +199,14 @@ def _from_cache(config: PretrainConfig, info: TokenizerInfo) -> tuple[Batch, Ori
             offset += len(prompts[-1])
         rollouts = cache.load_rollouts(id_)
         finished = np.flatnonzero(rollouts.finished)
+        unfinished += len(rollouts) - len(finished)
         indices.append(rollouts.prompt_index[finished] + place[parent])
         completions.append(rollouts.completions.take(finished))
     if not sum(map(len, completions)):
         raise CacheError(f"{config.cache}: holds no finished rollouts; make some with `ketchup-cache rollout`")
-    return Batch(concatenated(prompts), np.concatenate(indices), concatenated(completions)), [policy]
+    batch = Batch(concatenated(prompts), np.concatenate(indices), concatenated(completions))
+    if unfinished:
+        rows = len(batch.completions) + unfinished
+        say(f"{config.cache}: {unfinished:,} of {rows:,} rollouts were cut at --max-new-tokens and are left out: they "
+            "would teach not to stop; make longer ones with `ketchup-cache rollout`")  # fmt: skip
+    return Examples(batch, (policy,), prompt_form(cache), {"unfinished rollouts left out": unfinished})

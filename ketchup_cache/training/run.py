@@ -2,20 +2,25 @@
 
 OUT/config.json            what was asked for and what it resolved to (fingerprints, versions)
 OUT/metrics.jsonl          one line per optimizer step
+OUT/dev.jsonl              one line per evaluation on the dev set (training/dev.py)
 OUT/pins.json              ids of the segments that the run has read
 OUT/checkpoints/step-N/    the newest complete one is where a killed run goes on
+OUT/best/                  the best model on the dev set, with its tokenizer; without a dev set a link to last/
+OUT/last/                  the model of the last step
 OUT/report.json            written last: the run is finished
-OUT/<result>/              the trained model with its tokenizer, as `from_pretrained` reads it
 """
 
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import re
 import shutil
+import signal
+import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -23,25 +28,28 @@ from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ketchup_cache.config.commands import LearnConfig, PretrainConfig
 from ketchup_cache.config.resolve import flag
-from ketchup_cache.console import Report, progress
-from ketchup_cache.errors import ConfigError, MismatchError, ModelError, WriteError
+from ketchup_cache.console import Report, one_line, progress, say, warn
+from ketchup_cache.errors import ConfigError, MismatchError, WriteError
 from ketchup_cache.files import publishing, write_file, writing
-from ketchup_cache.models.load import quiet, resolve_folder
-from ketchup_cache.provenance import PolicyInfo
+from ketchup_cache.models import origin
+from ketchup_cache.models.load import quiet
+from ketchup_cache.models.origin import Origin
+from ketchup_cache.training.alarms import Alarm, Alarms
+from ketchup_cache.training.dev import DevRecord, DevSet, read_dev
 from ketchup_cache.training.optimizer import Learner
 from ketchup_cache.version import TOOL
 
-MAY_CHANGE = {"checkpoint_every", "trust_remote_code", "scores_timeout"}
+MAY_CHANGE = {"out", "checkpoint_every", "save_limit", "trust_remote_code", "scores_timeout"}
 """Options that a resumed run may change, since no number depends on them."""
-ORIGIN = "ketchup-cache-origin.json"
-"""Beside a pre-distilled model's weights: the policies whose text it learned."""
-Origin = Sequence[PolicyInfo]
-"""The policies whose text a model was pre-distilled on."""
+LENGTH = {"steps", "epochs", "patience"}
+"""Options by which a run is lengthened, also a finished one."""
+TENSORS = ("model.safetensors", "optimizer.safetensors")
+SEAL = "sha256_of_this"
 State = Callable[[], dict[str, Any]]
 """Returns what a checkpoint holds besides weights and optimizer."""
 Step = Callable[[int], tuple[dict[str, Any], str]]
@@ -49,13 +57,38 @@ Step = Callable[[int], tuple[dict[str, Any], str]]
 AnyReport = TypeVar("AnyReport", bound=Report)
 
 
+class Callback:
+    """What a program does while a run goes on: `learn(config, callbacks=[...])`. Override what you need.
+
+    `run.stop()` ends the run after this step as if its steps were over.
+    """
+
+    def on_step(self, run: Run, metrics: Mapping[str, Any]) -> None:
+        """After every optimizer step, with its line of metrics.jsonl."""
+
+    def on_evaluation(self, run: Run, record: Mapping[str, Any]) -> None:
+        """After every evaluation on the dev set, with its line of dev.jsonl."""
+
+    def on_end(self, run: Run, report: Mapping[str, Any]) -> None:
+        """When the run is finished, with what report.json holds."""
+
+
 class Run:
-    def __init__(self, command: str, config: LearnConfig | PretrainConfig) -> None:
-        self.out, self.command, self.config = config.out, command, config
+    def __init__(self, command: str, config: LearnConfig | PretrainConfig, callbacks: Sequence[Callback] = ()) -> None:
+        self.out, self.command, self.config, self.callbacks = config.out, command, config, callbacks
         self.metrics_path, self.pins_path = self.out / "metrics.jsonl", self.out / "pins.json"
-        self.resumed = 0
-        """Optimizer steps that were done when it was last killed."""
+        self.resumed = self.done = 0
+        """Optimizer steps that were done when it was last killed, and by now."""
+        self.stopped = ""
+        """Why it ended before its last step."""
+        self.recorded: dict[str, Any] = {}
+        """What the options resolved to when the run began; empty for a new one."""
+        self._lengthened, self._interrupted = False, 0
         self._began = time.monotonic()
+
+    def stop(self, why: str = "callback") -> None:
+        """End the run after this optimizer step as if its steps were over."""
+        self.stopped = why
 
     @contextmanager
     def locked(self) -> Iterator[Run]:
@@ -74,42 +107,140 @@ class Run:
             yield self
 
     def _match_config(self) -> None:
-        path = self.out / "config.json"
-        if not (path.exists() and self.metrics_path.exists() and self.metrics_path.stat().st_size > 0):
+        path, lines = self.out / "config.json", self._lines()
+        begun = bool(lines) or any((self.out / name).exists() for name in ("checkpoints", "report.json"))
+        if not path.exists():
+            if begun:
+                raise ConfigError([f"{self.out}: holds a run without its config.json; choose another --out"])
             return
-        before, options = _read_json(path).get("options", {}), self.config.model_dump(mode="json")
+        record, options = unsealed(path), self.config.model_dump(mode="json")
+        before = record["options"]
+        if begun or before == options:
+            self.recorded = record["resolved"]
+        if not begun:  # nothing was trained, so the folder is free for other options
+            return
+        self._lengthened = any(before.get(name, options[name]) != options[name] for name in LENGTH & options.keys())
         todo, fields = "repeat its options to continue it, or choose another --out", type(self.config).model_fields
         if problems := [
             f"{self.out} holds a run with {flag(k)} {before.get(k)}, not {options[k]}: {todo}"
-            for k in sorted(options.keys() - MAY_CHANGE)
+            for k in sorted(options.keys() - MAY_CHANGE - LENGTH)
             # an option that the run does not know came with a later version; its default does what was done before
             if before.get(k) != options[k] and (k in before or getattr(self.config, k) != fields[k].default)
         ]:
             raise ConfigError(problems)
 
     def write_config(self, resolved: dict[str, Any]) -> None:
-        """Record the options, and what they resolved to, once the run is known to be possible."""
+        """Record the options, and what they resolved to, once the run is known to be possible, and `restore` has read
+        its checkpoint. resolved: with `steps`.
+
+        Raises ConfigError where a run has taken more steps already.
+        """
+        steps, before = resolved["steps"], self.recorded.get("steps", resolved["steps"])
+        if steps < self.resumed:
+            what = f"{self.out} holds a run that has taken {self.resumed} steps, more than {steps}"
+            raise ConfigError([f"{what}: a run can be lengthened only; choose another --out"])
+        if steps != before and self.resumed and (self.config.schedule != "constant" or 0 < self.config.warmup < 1):
+            say(f"the {self.resumed} steps taken had the learning rates of a run of {before} steps")
+        (self.out / "report.json").unlink(missing_ok=True)
         versions = {"torch": torch.__version__, "transformers": version("transformers")}
         record = {"tool": TOOL, "versions": versions, "command": self.command}
         record |= {"options": self.config.model_dump(mode="json"), "resolved": resolved}
-        write_file(self.out / "config.json", _json(record))
+        write_file(self.out / "config.json", sealed(record))
 
     # -------------------------------------------------------------------------------------------------- loop
 
-    def train(self, learner: Learner, steps: int, step: Step, state: State = dict) -> list[dict[str, Any]]:
-        """Take the optimizer steps that are left, with a checkpoint now and then; returns the metrics of all."""
-        every = self.config.checkpoint_every
-        with progress(self.command, steps - self.resumed, "steps") as bar:
-            for number in range(self.resumed, steps):
-                line, note = step(number)
+    def train(
+        self,
+        learner: Learner,
+        steps: int,
+        step: Step,
+        state: State = dict,
+        dev: DevSet | None = None,
+        alarms: Alarms | None = None,
+    ) -> list[dict[str, Any]]:
+        """Take the optimizer steps that are left, with checkpoints and evaluations; returns the metrics of all.
+
+        Ctrl-C, or SIGTERM, saves after the step that is being taken, and raises KeyboardInterrupt.
+        """
+        every, self.done = self.config.checkpoint_every, self.resumed
+        with self._interruptible(), progress(self.command, steps, "steps", done=self.resumed) as bar:
+            self._know_again(dev, alarms)
+            self._evaluate(dev, alarms)
+            if dev and dev.patience_is_over and self.done < steps:
+                self.stop("patience")
+            while self.done < steps and not self.stopped:
+                line, note = step(self.done)
+                if alarms:
+                    line["alarms"] = _say(alarms.step(line))
                 with writing(self.metrics_path), self.metrics_path.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(line) + "\n")
+                for callback in self.callbacks:
+                    callback.on_step(self, line)
+                self.done += 1
                 bar.note(note)
                 bar.advance()
-                done = number + 1
-                if every and done % every == 0 and done < steps:
-                    self._save_checkpoint(done, learner, state())
-        return [json.loads(line) for line in self.metrics_path.read_text(encoding="utf-8").splitlines()]
+                better = self._evaluate(dev, alarms)
+                if dev and dev.patience_is_over and self.done < steps:
+                    self.stop("patience")
+                over = self.done == steps or self.stopped
+                if over or better or self._interrupted or (every and self.done % every == 0):
+                    self._save_checkpoint(self.done, learner, state())
+                if self._interrupted and not over:
+                    say(f"saved after step {self.done} of {steps} in {self.out}")
+                    raise KeyboardInterrupt
+        return [json.loads(line) for line in self._lines()]
+
+    def _lines(self) -> list[bytes]:
+        """Of metrics.jsonl, without one that a kill left unfinished."""
+        lines = self.metrics_path.read_bytes().splitlines(keepends=True) if self.metrics_path.exists() else []
+        return [line for line in lines if line.endswith(b"\n")]
+
+    def _written(self, step: int) -> dict[str, bytes]:
+        """What the run has written up to an optimizer step, besides its checkpoint."""
+        dev = b"".join(line for line, record in read_dev(self.out) if record is None or record["step"] <= step)
+        return {"metrics.jsonl": b"".join(self._lines()[:step]), "dev.jsonl": dev}
+
+    def _know_again(self, dev: DevSet | None, alarms: Alarms | None) -> None:
+        """Go through what happened before a run was killed, so that each alarm is raised once."""
+        records: dict[int, DevRecord] = {record.step: record for record in dev.records} if dev else {}
+        lines = self._lines() if alarms else []
+        for step in range(len(lines) + 1):
+            if alarms and step:
+                alarms.step(json.loads(lines[step - 1]))
+            if alarms and step in records:
+                alarms.dev(records[step].model_dump(mode="json"))
+
+    def _evaluate(self, dev: DevSet | None, alarms: Alarms | None) -> bool:
+        """Evaluate on the dev set where it is time to; returns whether the model is the best so far."""
+        if dev is None or not dev.due(self.done):
+            return False
+        record = dev.evaluate(self.done)
+        if alarms:
+            record = record.model_copy(update={"alarms": tuple(_say(alarms.dev(record.model_dump(mode="json"))))})
+        dev.record(record)
+        for callback in self.callbacks:
+            callback.on_evaluation(self, record.model_dump(mode="json"))
+        return record.best
+
+    @contextmanager
+    def _interruptible(self) -> Iterator[None]:
+        """Let a first Ctrl-C or SIGTERM wait for the end of a step; a second one stops at once."""
+
+        def ask(*_: Any) -> None:
+            self._interrupted += 1
+            if self._interrupted > 1:
+                raise KeyboardInterrupt
+            say("stopping after this step; Ctrl-C again stops at once")
+
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
     @property
     def seconds(self) -> float:
@@ -117,40 +248,52 @@ class Run:
         return round(time.monotonic() - self._began, 1)
 
     def _save_checkpoint(self, step: int, learner: Learner, state: dict[str, Any]) -> None:
-        """After `step` optimizer steps. The earlier checkpoints go once this one is on the disk."""
+        """After `step` optimizer steps. Earlier checkpoints over the limit go once this one is on the disk."""
         target = self.out / "checkpoints" / f"step-{step:08d}"
-        with publishing(target) as partial:
+        with _saving(target) as partial:
             save_file(_weights(learner.model), partial / "model.safetensors")
             save_file(learner.optimizer.tensors(), partial / "optimizer.safetensors")
-            (partial / "state.json").write_bytes(_json({"step": step, **state}))
-        for other in target.parent.iterdir():
-            if other != target:
-                shutil.rmtree(other, ignore_errors=True)
+            hashes = {name: _sha256((partial / name).read_bytes()) for name in TENSORS}
+            record = {"step": step, "sha256": hashes | {n: _sha256(c) for n, c in self._written(step).items()}}
+            (partial / "state.json").write_bytes(sealed({**record, "state": state}))
+        keep = max(self.config.save_limit, 1)
+        for other in sorted(target.parent.glob("step-????????"))[:-keep]:
+            shutil.rmtree(other, ignore_errors=True)
 
     def restore(self, learner: Learner) -> dict[str, Any]:
         """Load the newest checkpoint into model and optimizer; returns its state, {} where there is none.
 
         Metrics of later steps, which will be computed again, are cut off.
+
+        Raises WriteError where the checkpoint, or the metrics of its steps, are not as they were written.
         """
         found = sorted((self.out / "checkpoints").glob("step-????????"))
-        state: dict[str, Any] = {}
+        record: dict[str, Any] = {"step": 0, "state": {}}
         if found:
-            state = _read_json(found[-1] / "state.json")
+            back = f"to go on from {found[-2].name}" if len(found) > 1 else f"and choose another --out than {self.out}"
             try:
-                weights = load_file(found[-1] / "model.safetensors")
-                learner.optimizer.load_tensors(load_file(found[-1] / "optimizer.safetensors"))
+                record = unsealed(found[-1] / "state.json")
+                contents = {name: (found[-1] / name).read_bytes() for name in TENSORS}
+                if wrong := [name for name, content in contents.items() if _sha256(content) != record["sha256"][name]]:
+                    raise ValueError(f"{wrong[0]} is not as it was written")
+                weights, moments = (load(contents[name]) for name in TENSORS)
+                learner.optimizer.load_tensors(moments)
                 with torch.no_grad():
                     for name, tensor in _weights(learner.model).items():
                         tensor.copy_(weights[name])
-            except (OSError, SafetensorError, KeyError, RuntimeError) as error:
-                raise WriteError(f"{found[-1]}: damaged checkpoint ({error}); delete it to start again") from error
-        self.resumed, self._began = state.get("step", 0), time.monotonic()
+            except (OSError, SafetensorError, KeyError, ValueError, RuntimeError, ConfigError) as error:
+                what = f"{found[-1]}: damaged checkpoint ({one_line(error)}); delete it {back}"
+                raise WriteError(what) from error
+            for name, content in self._written(record["step"]).items():
+                if _sha256(content) != record["sha256"][name]:
+                    what = f"{self.out / name}: is not as it was written up to step {record['step']}"
+                    raise WriteError(f"{what}; bring it back, or choose another --out")
+        self.resumed, self._began = record["step"], time.monotonic()
         if self.metrics_path.exists():  # a line that a kill left unfinished goes too
-            lines = self.metrics_path.read_bytes().splitlines(keepends=True)
-            write_file(self.metrics_path, b"".join(lines[: self.resumed]))
+            write_file(self.metrics_path, b"".join(self._lines()[: self.resumed]))
         if not self.resumed:
             self.pins_path.unlink(missing_ok=True)
-        return state
+        return record["state"]
 
     def pin(self, cache: str, ids: Sequence[str]) -> None:
         """Write down which segments the run reads, before it learns from them. Raises WriteError."""
@@ -161,31 +304,62 @@ class Run:
     # ------------------------------------------------------------------------------------------------ result
 
     def finished(self, kind: type[AnyReport]) -> AnyReport | None:
-        """What the finished run reported; None while it is not finished."""
+        """What the finished run reported; None while it is not finished, or is to go on.
+
+        Raises ConfigError where a finished run is to go on, and its last checkpoint was not kept.
+        """
         path = self.out / "report.json"
-        return kind(**{**_read_json(path), "already_done": True}) if path.exists() else None
+        if not path.exists():
+            return None
+        if not (self.out / "best").exists():
+            raise ConfigError([f"{self.out / 'best'}: is gone from a finished run; bring it back, or use last"])
+        if not self._lengthened:
+            return kind(**{**unsealed(path), "already_done": True})
+        if not list((self.out / "checkpoints").glob("step-????????")):
+            what = "the finished run has no checkpoint to go on from (--save-limit 0, or an earlier version)"
+            raise ConfigError([f"{self.out}: {what}; choose another --out"])
+        return None
 
-    def finish(
-        self, result: str, parts: Sequence[PreTrainedModel | PreTrainedTokenizerBase], report: Report, origin: Origin
-    ) -> None:
-        """Publish the trained model and its tokenizer as OUT/result, then the report, then drop the checkpoints."""
-        with publishing(self.out / result) as partial, quiet():
-            for part in parts:
+    def describe(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, known: Origin) -> None:
+        """What `publish` writes. known: of the origin, all but command, step and metrics."""
+        self._parts, self._origin = (model, tokenizer), known
+
+    def publish(self, name: str, step: int, metrics: Mapping[str, float] | None = None) -> None:
+        """Write the model as it is, with its tokenizer and origin, as OUT/name. Raises WriteError."""
+        with _saving(self.out / name) as partial, quiet():
+            for part in self._parts:
                 part.save_pretrained(partial)
-            if origin:
-                record = {"tool": TOOL, "pretrained_on": [policy.model_dump(mode="json") for policy in origin]}
-                write_file(partial / ORIGIN, _json(record))
-        write_file(self.out / "report.json", _json(report.to_dict()))
-        shutil.rmtree(self.out / "checkpoints", ignore_errors=True)
+            now = {"tool": TOOL, "command": self.command, "step": step, "metrics": dict(metrics or {})}
+            write_file(partial / origin.FILE, _json(self._origin.model_copy(update=now).model_dump(mode="json")))
+
+    def finish(self, report: Report, dev: DevSet | None = None) -> None:
+        """Publish the trained model as OUT/last, then the report; drop checkpoints that are not to be kept."""
+        self.publish("last", self.done)
+        if dev is not None:
+            dev.check_best()
+        elif not (self.out / "best").exists():
+            with writing(self.out):
+                (self.out / "best").symlink_to("last")
+        values = report.to_dict()
+        write_file(self.out / "report.json", sealed(values))
+        if not self.config.save_limit:
+            shutil.rmtree(self.out / "checkpoints", ignore_errors=True)
+        for callback in self.callbacks:
+            callback.on_end(self, values)
 
 
-def read_origin(model: str) -> list[PolicyInfo]:
-    """The policies whose text a model was pre-distilled on; [] where that is not recorded, or not legibly."""
-    try:
-        record = json.loads((resolve_folder(model) / ORIGIN).read_text(encoding="utf-8"))
-        return [PolicyInfo.model_validate(policy) for policy in record["pretrained_on"]]
-    except (ModelError, OSError, ValueError, KeyError, TypeError):
-        return []
+def steps_text(steps: int, seconds: float, resumed: int, stopped: str) -> str:
+    """The start of a run's last line."""
+    whys = {"patience": " (stopped early, nothing better came)", "callback": " (stopped by a callback)"}
+    went_on = f" (continued from step {resumed})" if resumed else ""
+    return f"{steps:,} steps in {seconds:.0f} s{went_on}{whys.get(stopped, '')}"
+
+
+def _say(alarms: Sequence[Alarm]) -> list[str]:
+    """Their names."""
+    for alarm in alarms:
+        warn(f"step {alarm.step}: {alarm.text}")
+    return [alarm.name for alarm in alarms]
 
 
 def read_pins(path: Path) -> list[str]:
@@ -209,8 +383,32 @@ def _json(value: Any) -> bytes:
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def sealed(record: dict[str, Any]) -> bytes:
+    """As JSON, with the hash of its content."""
+    return _json({**record, SEAL: _sha256(_json(record))})
+
+
+def unsealed(path: Path) -> dict[str, Any]:
+    """Raises ConfigError for a file that is missing, damaged or without its hash."""
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
+        record = dict(json.loads(path.read_text(encoding="utf-8")))
+        if record.pop(SEAL, "") != _sha256(_json(record)):
+            raise ValueError("it is not as it was written")
+        return record
     except (OSError, ValueError) as error:
-        raise ConfigError([f"{path}: can't be read ({error}); delete the folder or choose another --out"]) from None
+        raise ConfigError([f"{path}: can't be used ({one_line(error)}); choose another --out"]) from None
+
+
+@contextmanager
+def _saving(target: Path) -> Iterator[Path]:
+    """`publishing` of files that safetensors writes: its errors are no OSError."""
+    try:
+        with publishing(target) as partial:
+            yield partial
+    except SafetensorError as error:
+        what = f"{target}: can't be written ({one_line(error)}): free space or choose another place"
+        raise WriteError(what) from error

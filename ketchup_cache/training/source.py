@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,12 +13,14 @@ from transformers import PreTrainedModel
 
 from ketchup_cache.cache.cache import Cache
 from ketchup_cache.cache.index import ScoredRef
+from ketchup_cache.cache.manifest import PromptsInfo
 from ketchup_cache.config.commands import LearnConfig
 from ketchup_cache.config.methods import METHODS
+from ketchup_cache.console import say
 from ketchup_cache.errors import CacheError
 from ketchup_cache.models.fingerprint import state_fingerprint, weights_fingerprint
 from ketchup_cache.models.load import resolve_folder
-from ketchup_cache.provenance import PolicyInfo, TokenizerInfo, in_precision
+from ketchup_cache.provenance import PolicyInfo, PromptForm, TokenizerInfo, in_precision
 from ketchup_cache.rollouts.calculator import Calculator
 from ketchup_cache.rollouts.rollout import ensure_rollouts
 from ketchup_cache.training.batches import Stream, concatenate, seed_of
@@ -50,16 +52,23 @@ class Offline:
     An epoch is one over the student's rollouts; over the teacher outputs where the method has no others.
     """
 
-    def __init__(self, cache: Cache, config: LearnConfig, rollouts: int = 0) -> None:
-        """rollouts: how many the run is to learn from; 0: those of the cache, in `config.epochs` passes.
+    def __init__(
+        self, cache: Cache, config: LearnConfig, recorded: Mapping[str, Any] | None = None, rollouts: int = 0
+    ) -> None:
+        """recorded: what the run recorded when it began (`resolved`); it reads that and no more, whatever has come into
+        the cache since. Empty for a new run. rollouts: how many it is to learn from; 0: those of the cache, in
+        `config.epochs` passes.
 
-        Raises CacheError where the cache lacks what the method learns from.
+        Raises CacheError where the cache lacks what the method learns from, or what the run has read before.
         """
         self._cache, self._config, method = cache, config, METHODS[config.method]
         # asked for first: where they are missing, they must be made before anything is scored again
         outputs = {TEACHER: scored_rollouts(cache, config, TEACHER)} if method.outputs else {}
         samples = scored_rollouts(cache, config, STUDENT) if method.samples and config.offline else []
         self._refs = ({STUDENT: samples} if method.samples else {}) | outputs
+        if (wanted := (recorded or {}).get("segments")) is not None:
+            self._refs = {kind: [ref for ref in refs if ref.scores_id in wanted] for kind, refs in self._refs.items()}
+            self._require(wanted, [ref.scores_id for refs in self._refs.values() for ref in refs])
         self._share = config.batch_size // len(self._refs)
         self._streams: dict[str, Stream] = {}
         rollouts = rollouts or sum(ref.rows for ref in next(iter(self._refs.values()))) * config.epochs
@@ -73,21 +82,30 @@ class Offline:
         from_teacher = np.repeat([kind == TEACHER for kind in self._refs], self._share)
         return Drawn(drawn, from_teacher)
 
+    def some(self, rollouts: int) -> ScoredRollouts:
+        """At most so many of the student's rollouts, the same ones at any time of the run."""
+        refs = self._refs[STUDENT]
+        size = min(rollouts, sum(ref.rows for ref in refs))
+        return next(Stream(self._cache, refs, size, self._config.seed, batches=1))
+
     def _open(self, kind: str, seed: int, skip: int, batches: int) -> None:
         self._streams[kind] = Stream(self._cache, self._refs[kind], self._share, seed, skip=skip, batches=batches)
 
-    def state(self) -> dict[str, Any]:
-        """What a checkpoint must hold so that `restore` goes on exactly here."""
-        return {"segments": [ref.scores_id for refs in self._refs.values() for ref in refs]}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """The segments of the killed run, even if the cache has grown since."""
-        if wanted := set(state.get("segments", ())):
-            self._refs = {kind: [ref for ref in refs if ref.scores_id in wanted] for kind, refs in self._refs.items()}
+    def _require(self, wanted: Sequence[str], found: Iterable[str]) -> None:
+        if lost := set(wanted) - set(found):
+            what = f"{len(lost)} segments that the run reads are not there any more (first: {min(lost)[:12]})"
+            raise CacheError(f"{self._cache.address}: {what}; bring them back, or choose another --out")
 
     def resolved(self) -> dict[str, Any]:
-        """For the run's record: what the run reads."""
-        return self.state()
+        """For the run's record, from its start: what it reads."""
+        return {"segments": [ref.scores_id for refs in self._refs.values() for ref in refs]}
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint must hold so that `restore` goes on exactly here."""
+        return {}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on where a checkpoint was taken."""
 
     def segments(self) -> list[str]:
         """Ids of the segments that the current batches come from, parents included."""
@@ -103,19 +121,37 @@ class OnPolicy(Offline):
     """
 
     def __init__(
-        self, cache: Cache, config: LearnConfig, tokenizer: TokenizerInfo, score: ScoreRollouts, by: Calculator | None
+        self,
+        cache: Cache,
+        config: LearnConfig,
+        recorded: Mapping[str, Any],
+        tokenizer: TokenizerInfo,
+        score: ScoreRollouts,
+        by: Calculator | None,
     ) -> None:
-        """tokenizer: of the student. by: what computes between << and =. Raises CacheError."""
+        """recorded: as `Offline` wants it. tokenizer: of the student. by: what computes between << and =.
+
+        Raises CacheError.
+        """
         self._tokenizer, self._score, self._calculator = tokenizer, score, by
         segments: dict[tuple[str, ...], tuple[str, int]] = {}
         for id_, manifest in cache.manifests("prompts"):  # two processes may have stored the same at once
             content = tuple(manifest.files[name].sha256 for name in sorted(manifest.files))
             segments.setdefault(content, (id_, manifest.rows))
-        self._prompt_segments = list(segments.values())
+        wanted = recorded.get("prompts", [id_ for id_, _ in segments.values()])
+        self._prompt_segments = [(id_, rows) for id_, rows in segments.values() if id_ in wanted]
         self._prompts = sum(rows for _, rows in self._prompt_segments)
         if self._prompts == 0:
             raise CacheError(f"{cache.address}: holds no prompts; put them there with `ketchup-cache rollout`")
-        super().__init__(cache, config, self._prompts * config.samples * config.epochs * config.reuse)
+        super().__init__(cache, config, recorded, self._prompts * config.samples * config.epochs * config.reuse)
+        self._require(wanted, [id_ for id_, _ in self._prompt_segments])
+        # of the files, as `rollout` takes it: a checkpoint of the Hub may hold tensors that the model does not
+        self._start = weights_fingerprint(resolve_folder(config.student))
+        held = [(id_, info) for id_, info in cache.rollouts() if info.policy.fingerprint == self._start]
+        drawn = config.greedy, config.calculator
+        same = [id_ for id_, info in held if (info.sampling.greedy, info.sampling.calculator) == drawn]
+        self._held: list[str] = recorded.get("held", same)
+        self._require(self._held, same)
         # the stream of a phase goes over its rollouts again and again, each time in another order
         self._prompts_per_phase = config.refresh_every // config.reuse * self._share // config.samples
         self._phase: int | None = None
@@ -135,11 +171,7 @@ class OnPolicy(Offline):
         """Sample and score the rollouts of a phase; returns the seconds that took."""
         self._phase, began = phase, time.perf_counter()
         if phase == 0:
-            # of the files, as `rollout` takes it: a checkpoint of the Hub may hold tensors that the model does not
-            name, fingerprint = self._config.student, weights_fingerprint(resolve_folder(self._config.student))
-            drawn = self._config.greedy, self._config.calculator
-            held = [(id_, i) for id_, i in self._cache.rollouts() if i.policy.fingerprint == fingerprint]
-            ids = [id_ for id_, i in held if (i.sampling.greedy, i.sampling.calculator) == drawn]
+            name, fingerprint, ids = self._config.student, self._start, self._held
         else:
             name, fingerprint, ids = str(self._config.out), state_fingerprint(model), []
         ids = ids or self._sample(phase, PolicyInfo(name=name, fingerprint=fingerprint, step=step), model)
@@ -173,29 +205,29 @@ class OnPolicy(Offline):
             begin, end = begin - rows, end - rows
         return ranges
 
+    def resolved(self) -> dict[str, Any]:
+        outputs = [ref.scores_id for ref in self._refs.get(TEACHER, [])]
+        return {"prompts": [id_ for id_, _ in self._prompt_segments], "held": self._held, "segments": outputs}
+
     def state(self) -> dict[str, Any]:
         rollouts = list(dict.fromkeys(ref.rollouts_id for ref in self._refs[STUDENT]))
-        return super().state() | {"phase": self._phase, "rollouts": rollouts, "teacher": self.teacher}
+        return {"phase": self._phase, "rollouts": rollouts, "teacher": self.teacher}
 
     def restore(self, state: dict[str, Any]) -> None:
-        super().restore(state)
         if state.get("phase") is not None:
             self._phase, self.teacher = state["phase"], state.get("teacher")
             self._take(state["rollouts"])
 
-    def resolved(self) -> dict[str, Any]:
-        return {"prompts": [id_ for id_, _ in self._prompt_segments]}
-
     def segments(self) -> list[str]:
-        return list(dict.fromkeys([*self.resolved()["prompts"], *super().segments()]))
+        return list(dict.fromkeys([*(id_ for id_, _ in self._prompt_segments), *super().segments()]))
 
 
 def scored_rollouts(cache: Cache, config: LearnConfig, kind: str) -> list[ScoredRef]:
     """What a method learns from: all scored rollouts of some policies, with as many logits as it needs.
 
     TEACHER: of `config.teacher_outputs`; without it, of the policy that has the teacher's weights, whatever its name
-    and the precision that the teacher scored in. STUDENT: of `config.policy`; without it, of all policies, where the
-    method learns from teacher outputs too of all others.
+    and the precision that the teacher scored in. STUDENT: of `config.policy`; without it, of the policy that has the
+    weights of `config.student`; where there is none, of all policies that are not the teacher's. Which, is said.
 
     Raises CacheError where there are none, or some with fewer logits.
     """
@@ -213,7 +245,10 @@ def scored_rollouts(cache: Cache, config: LearnConfig, kind: str) -> list[Scored
             "--greedy` and `ketchup-cache score`, or name a policy with --teacher-outputs"
         )
     else:
+        mine = {weights_fingerprint(resolve_folder(config.student))} if not config.policy else set[str]()
         wanted = {cache.select_policy(config.policy).fingerprint} if config.policy else policies - outputs
+        own = {ref.policy.fingerprint for ref in cache.scored(config.scored_by)} & mine & wanted
+        wanted = own or wanted
         what = f"of policy {config.policy!r}" if config.policy else "of a student"
         none = f"no scored rollouts {what}; make some with `rollout` and `score`"
     top = config.top_needed
@@ -223,6 +258,11 @@ def scored_rollouts(cache: Cache, config: LearnConfig, kind: str) -> list[Scored
     )
     if not selected:
         raise CacheError(f"{cache.address}: {none}")
+    if kind == STUDENT and not config.policy:
+        whose = "this student" if own else f"{len(wanted)} policies, none of them this student"
+        others = {policy.name for policy in cache.policies() if policy.fingerprint not in wanted | outputs}
+        rest = f"; those of {', '.join(sorted(others))} are left out (--policy)" if others else ""
+        say(f"learning from {sum(ref.rows for ref in selected):,} scored rollouts of {whose}{rest}")
     if missing := sum(ref.rows for ref in selected) - sum(ref.rows for ref in enough):
         raise CacheError(
             f"{cache.address}: {missing:,} of the rollouts for --method {config.method} are scored without "
@@ -230,3 +270,10 @@ def scored_rollouts(cache: Cache, config: LearnConfig, kind: str) -> list[Scored
             f"--cache {cache.address} --keep-top {top}`"
         )
     return enough
+
+
+def prompt_form(cache: Cache) -> PromptForm | None:
+    """The form of a cache's prompts; None where it is not recorded, or there are several."""
+    infos = [manifest.info for _, manifest in cache.manifests("prompts")]
+    forms = {info.data.form for info in infos if isinstance(info, PromptsInfo)}
+    return forms.pop() if len(forms) == 1 else None

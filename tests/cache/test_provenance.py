@@ -16,7 +16,7 @@ def predistilled(tmp_path_factory, folders):
     make_cache(base / "sft", teacher, teacher)
     options = ["--model", str(student), "--cache", str(base / "sft"), "--out", str(base / "pre")]
     assert main(["pretrain", *options, "--epochs", "1", "--batch-size", "4", "--device", "cpu"]) == 0
-    model = base / "pre" / "model"
+    model = base / "pre" / "best"
     make_cache(base / "cache", model, teacher)
     return student, teacher, model, base / "cache"
 

@@ -51,7 +51,7 @@ def test_recipe_is_the_papers_setting(task, variant):
     pretrain, score = from_recipe("pretrain", name, cache="c", out="o"), from_recipe("score", name, cache="c")
     evaluate = from_recipe("evaluate", name, model="m")
     assert pretrain.model == student
-    assert score.teacher == learn.teacher == evaluate.teacher == ("teacher/model" if finetuned else teacher)
+    assert score.teacher == learn.teacher == evaluate.teacher == ("teacher/best" if finetuned else teacher)
     assert load_yaml(find_recipe(name))["about"].get("finetune") == (teacher if finetuned else None)
     assert rollout.max_prompt_tokens == pretrain.max_prompt_tokens == evaluate.max_prompt_tokens == longest_in
     for config in (rollout, pretrain, learn, evaluate):
@@ -103,7 +103,7 @@ def test_commands_of_a_recipe_are_commands(name):
         needed = {str(getattr(config, key, None)) for key in ("model", "student", "teacher")}
         assert {path for path in needed if path.endswith(("/model", "/student"))} <= made | {"None"}, line
         if out := getattr(config, "out", None):
-            made |= {f"{out}/model", f"{out}/student"}
+            made |= {f"{out}/best"}
     assert [line.split()[1] for line in commands][-6:] == "rollout pretrain rollout score learn evaluate".split()
 
 
@@ -148,7 +148,7 @@ def test_list_and_one_recipe(capsys):
     shown = shown_by("recipes", "gsm8k-qwen")
     assert find_recipe("gsm8k-qwen").read_text() in shown
     assert "extends: gsm8k" in shown
-    assert shown.rstrip().splitlines()[-1] == "ketchup-cache evaluate --recipe gsm8k-qwen --model k16/student"
+    assert shown.rstrip().splitlines()[-1] == "ketchup-cache evaluate --recipe gsm8k-qwen --model k16/best"
     assert yaml.safe_load(shown.split("# Commands")[0])["learn"] == {"k": 16}
     one = json.loads(shown_by("recipes", "gsm8k-qwen", "--json"))
     assert (one["options"]["learn"]["k"], one["options"]["learn"]["epochs"]) == (16, 5)

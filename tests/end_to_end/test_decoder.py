@@ -12,8 +12,8 @@ from ketchup_cache import open_cache
 from ketchup_cache.config.commands import EvaluateConfig, PretrainConfig, RolloutConfig
 from ketchup_cache.config.options import DataOptions
 from ketchup_cache.errors import ConfigError, DataError, ModelError
+from ketchup_cache.evaluation.evaluate import evaluate
 from ketchup_cache.models.load import load_model, load_tokenizer
-from ketchup_cache.report.evaluate import evaluate
 from ketchup_cache.rollouts.rollout import rollout
 from ketchup_cache.text.prompts import tokenize_prompts
 from ketchup_cache.text.read import data_info, read_examples
@@ -40,7 +40,7 @@ def test_pretrain_rollout_score_learn_evaluate(tmp_path, capsys):
     big = save_decoder(tmp_path / "t0", initializer_range=0.1)
     narrow = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_key_value_heads": 1}
     small = save_decoder(tmp_path / "s0", seed=1, initializer_range=0.1, **narrow)
-    teacher, cache, student = tmp_path / "t" / "model", tmp_path / "cache", tmp_path / "s" / "model"
+    teacher, cache, student = tmp_path / "t" / "best", tmp_path / "cache", tmp_path / "s" / "best"
     offline, onpolicy, sampled = tmp_path / "offline", tmp_path / "onpolicy", ["--samples", 2, "--max-new-tokens", 8]
     run("pretrain", "--model", big, "--data", train, *form, "--out", tmp_path / "t", "--epochs", 20, "--lr", 5e-3,
         "--batch-size", 16)  # fmt: skip
@@ -66,7 +66,7 @@ def test_pretrain_rollout_score_learn_evaluate(tmp_path, capsys):
     assert all(m["ratio_mean"] == pytest.approx(1, abs=1e-4) for m in steps if m["refreshed"])
 
     capsys.readouterr()
-    run("evaluate", "--model", onpolicy / "student", "--data", test, *form, "--teacher", teacher, "--metrics", "exact",
+    run("evaluate", "--model", onpolicy / "best", "--data", test, *form, "--teacher", teacher, "--metrics", "exact",
         "--max-new-tokens", 8, "--outputs", tmp_path / "o.jsonl", "--json")  # fmt: skip
     result = json.loads(capsys.readouterr().out)
     written = json_lines(tmp_path / "o.jsonl")
@@ -132,7 +132,8 @@ def test_a_chat_prompt_is_one_user_turn_with_the_assistants_open(tmp_path):
     plain = read_examples(DataOptions(data=str(data)))
     for system, before in (("", ""), ("who runs", "<< system who runs >> ")):
         options = DataOptions(data=str(data), chat=True, system=system)
-        examples, prompts = tokenize_prompts(plain, tokenizer, options)
+        kept = tokenize_prompts(plain, tokenizer, options)
+        examples, prompts = kept.examples, kept.prompts
         expected = [f"<s>{before}<< user {e.prompt} >> << assistant" for e in plain]
         assert [e.prompt for e in examples] == expected
         assert [e.target for e in examples] == [e.target for e in plain]
@@ -143,7 +144,7 @@ def test_a_chat_prompt_is_one_user_turn_with_the_assistants_open(tmp_path):
         info = data_info(examples, options, tokenizer)
         assert info.template == f"<s>{before}<< user {{prompt}} >> << assistant"
         assert info.fingerprint != data_info(plain, DataOptions(data=str(data)), tokenizer).fingerprint
-    assert tokenize_prompts(plain, tokenizer, DataOptions(data=str(data)))[0] == plain
+    assert tokenize_prompts(plain, tokenizer, DataOptions(data=str(data))).examples == plain
 
 
 def test_rollout_and_evaluate_ask_in_the_same_words(tmp_path):

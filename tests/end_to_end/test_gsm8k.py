@@ -32,7 +32,7 @@ def test_rollout_score_learn_evaluate(tmp_path, capsys):
     # fine-tune the teacher on references, then learn from its scores
     run("pretrain", "--model", tmp_path / "t0", *train, "--out", tmp_path / "teacher", "--epochs", 2, "--lr", 3e-3,
         "--batch-size", 16, "--max-new-tokens", 120)  # fmt: skip
-    student, teacher, cache = tmp_path / "s0", tmp_path / "teacher" / "model", tmp_path / "cache"
+    student, teacher, cache = tmp_path / "s0", tmp_path / "teacher" / "best", tmp_path / "cache"
     sampled = ["--samples", 2, "--max-new-tokens", 12]
     run("rollout", "--student", student, *train, "--cache", cache, *sampled)
     run("score", "--teacher", teacher, "--cache", cache)

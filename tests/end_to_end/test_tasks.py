@@ -10,8 +10,8 @@ import pytest
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from ketchup_cache.config.commands import EvaluateConfig
-from ketchup_cache.report.evaluate import Evaluation, evaluate
-from ketchup_cache.report.task_metrics import final_answer
+from ketchup_cache.evaluation.evaluate import Evaluation, evaluate
+from ketchup_cache.evaluation.task_metrics import final_answer
 from ketchup_cache.rollouts.calculator import calculate
 from ketchup_cache.shipped import task
 from tests.helpers.learning import json_lines

@@ -68,7 +68,7 @@ def metrics(run: Path) -> list[dict]:
     return json_lines(run / "metrics.jsonl")
 
 
-def assert_same_weights(one: Path, other: Path, result: str = "student") -> None:
+def assert_same_weights(one: Path, other: Path, result: str = "last") -> None:
     """Of the results of two runs, bit for bit."""
     one, other = (load_file(run / result / "model.safetensors") for run in (one, other))
     for name, tensor in one.items():

@@ -16,8 +16,8 @@ from transformers import PreTrainedTokenizerFast, T5ForConditionalGeneration
 
 from ketchup_cache import open_cache
 from ketchup_cache.errors import ModelError
+from ketchup_cache.evaluation.task_metrics import compute
 from ketchup_cache.provenance import Sampling
-from ketchup_cache.report.task_metrics import compute
 from ketchup_cache.rollouts.calculator import DEEPEST, LONGEST, LONGEST_RESULT, Calculator, ForcedResults, calculate
 from ketchup_cache.rollouts.sample import sample_completions
 from ketchup_cache.types import Ragged, Rollouts

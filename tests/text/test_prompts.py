@@ -146,7 +146,7 @@ def test_template_with_a_column_that_is_not_there(tmp_path):
         ('{"prompt": ' + "1" * 9999 + "}", "not readable as JSON"), ('["a"]', "not a JSON object"),
         ('{"text": "a", "n": 1}', "no field 'prompt'; it has 'text', 'n': set --prompt-field"),
         ("{}", "no field 'prompt'; it has none"), ('{"prompt": null}', "'prompt' is null"),
-        ('{"prompt": 5}', "'prompt' is of type int, not text"),
+        ('{"prompt": 5.5}', "'prompt' is of type float, not text"),
         ('{"prompt": ["a"]}', "'prompt' is of type list, not text"), ('{"prompt": " \\n\\t"}', "'prompt' is blank"),
         ('{"prompt": "a \\ud800"}', "'prompt' holds half a character"),
     ],
@@ -189,7 +189,7 @@ def parquet(prompts: object) -> bytes:
         ("d.parquet", b"not parquet at all", ": can't be read ("),
         ("d.parquet", parquet(pa.array([], pa.string())), ": holds no rows"),
         ("d.parquet", parquet(["a", None]), ": row 2: 'prompt' is null"),
-        ("d.parquet", parquet([1, 2]), ": row 1: 'prompt' is of type int, not text"),
+        ("d.parquet", parquet([1.5, 2.5]), ": row 1: 'prompt' is of type float, not text"),
         ("d.txt", b"a\n", ": unknown kind of file; give a .jsonl, .jsonl.gz, .csv or .parquet file"),
         ("d.json", b"[]", ": unknown kind of file"),
     ],
@@ -271,8 +271,9 @@ ID = {word: i for i, word in reversed(list(enumerate(["<pad>", "</s>", "<unk>", 
 
 def tokens_of(examples, *, tokenizer=None, **changes: object) -> list[list[int]]:
     """That all examples are kept, and the token ids of each."""
-    kept, prompts = tokenize_prompts(examples, tokenizer or make_tokenizer(), options("d.jsonl", **changes))
-    assert kept == examples
+    kept = tokenize_prompts(examples, tokenizer or make_tokenizer(), options("d.jsonl", **changes))
+    prompts = kept.prompts
+    assert kept.examples == examples
     assert prompts.tokens.values.dtype == np.int32
     assert [row.tobytes() for row in prompts.ids] == [e.id for e in examples]
     return [row.tolist() for row in prompts.tokens]
@@ -304,12 +305,49 @@ def test_long_prompt_truncated_keeps_eos():
     assert tokens_of(LONG[1:2], tokenizer=tokenizer, **cut | {"max_prompt_tokens": 3}) == ids("the cat sees")
 
 
-def test_long_prompt_dropped():
+def test_what_is_cut_is_the_longest_text_of_the_data(tmp_path, capsys):
+    """The template stays, with a cue at its end, and how many were cut is said."""
+    long, short = ("the cat sees two dogs", "a bird"), ("the cat", "a dog")
+    rows = [long, ("the cat", "a bird sees the two dogs"), short]
+    data = jsonl(tmp_path / "d.jsonl", *({"prompt": p, "more": m} for p, m in rows))
+    given = options(data, template="two {more} sees {prompt} dog", max_prompt_tokens=8, long_prompts="truncate")
+    kept = tokenize_prompts(read_examples(given), make_tokenizer(), given)
+    expected = ids(
+        "two a bird sees the cat dog </s>", "two a bird sees the cat dog </s>", "two a dog sees the cat dog </s>"
+    )
+    assert [row.tolist() for row in kept.prompts.tokens] == expected
+    assert kept.cut == 2
+    assert "2 of 3 prompts have more than 8 tokens and are cut (--max-prompt-tokens, --long-" in capsys.readouterr().err
+    given = given.model_copy(update={"max_prompt_tokens": 4})
+    with pytest.raises(
+        DataError, match=r"row 1: the template alone takes more than 4 tokens: raise --max-prompt-tokens"
+    ):
+        tokenize_prompts(read_examples(given), make_tokenizer(), given)
+
+
+def test_references_in_a_column_that_is_not_there_or_is_no_text(tmp_path):
+    """A number is an answer. What can be written in several ways is refused. A nearly right name is asked about."""
+    rows = jsonl(tmp_path / "n.jsonl", {"prompt": "the cat", "target": 42}, {"prompt": "a dog", "target": -7})
+    assert [e.target for e in read_examples(options(rows))] == ["42", "-7"]
+    for value, kind in ((4.5, "float"), (["a"], "list"), (True, "bool")):
+        with pytest.raises(DataError, match=f"line 1: 'target' is of type {kind}, not text"):
+            read_examples(options(jsonl(tmp_path / "b.jsonl", {"prompt": "the cat", "target": value})))
+    named = jsonl(tmp_path / "t.jsonl", {"prompt": "the cat", "targets": "a dog"})
+    with pytest.raises(DataError, match=r"no field 'target': did you mean 'targets'\? set --target-field"):
+        read_examples(options(named))
+    bare = jsonl(tmp_path / "p.jsonl", {"prompt": "the cat", "x": "a dog"})
+    assert [e.target for e in read_examples(options(bare))] == [None]
+    with pytest.raises(DataError, match="no field 'answer': it has 'prompt', 'x'; set --target-field"):
+        read_examples(options(bare, target_field="answer"))
+
+
+def test_long_prompt_dropped(capsys):
     dropping = options("d.jsonl", max_prompt_tokens=4, long_prompts="drop")
     repeated = [*LONG, LONG[1], LONG[0]]
-    kept, prompts = tokenize_prompts(repeated, make_tokenizer(), dropping)
-    assert kept == [LONG[0], LONG[2], LONG[0]]
-    assert [row.tobytes() for row in prompts.ids] == [e.id for e in kept]
+    found = tokenize_prompts(repeated, make_tokenizer(), dropping)
+    assert (found.examples, found.cut) == ([LONG[0], LONG[2], LONG[0]], 0)
+    assert [row.tobytes() for row in found.prompts.ids] == [e.id for e in found.examples]
+    assert "d.jsonl: 2 of 5 prompts have more than 4 tokens and are left out" in capsys.readouterr().err
     with pytest.raises(DataError, match="no prompt left: all 3 have more than 2 tokens"):
         tokenize_prompts(LONG, make_tokenizer(), dropping.model_copy(update={"max_prompt_tokens": 2}))
 

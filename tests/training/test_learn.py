@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 
-import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
@@ -17,8 +16,8 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 from ketchup_cache.errors import CacheError, ConfigError, MismatchError, NumericsError, WriteError
 from ketchup_cache.models.head import Head
 from ketchup_cache.training.batches import plan_batches
-from ketchup_cache.training.learn import learn, rollout_warnings
-from ketchup_cache.types import Ragged, Rollouts
+from ketchup_cache.training.learn import learn
+from ketchup_cache.training.run import sealed, unsealed
 from tests.helpers.caches import make_cache
 from tests.helpers.learning import assert_same_weights, config, metrics, whole_batch
 from tests.helpers.models import WORDS, make_t5, make_tokenizer, save_model
@@ -63,7 +62,7 @@ def test_killed_and_resumed_gives_the_same_bits(cache, tmp_path, folders):
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert not (options.out / "student").exists()
+    assert not (options.out / "last").exists()
     resumed = learn(options)
     assert 0 < resumed.resumed_from < 40
     assert_same_weights(undisturbed.out, options.out)
@@ -73,34 +72,9 @@ def test_killed_and_resumed_gives_the_same_bits(cache, tmp_path, folders):
     assert "nothing to do" in str(again)
 
 
-CUT, SHORT = [True, False, False, True], [True] * 9 + [False]
-
-
-@pytest.mark.parametrize(
-    ("options", "lengths", "finished", "warned"),
-    [
-        ({"k": 16}, [24, 24], SHORT, ["67%"]),  # the last 16 of 24 tokens
-        ({"k": 16}, [9, 5], SHORT, ["100%"]),
-        ({"k": 4}, [24, 3], SHORT, []),  # 7 of 27
-        ({"k": 16, "tail": "jump"}, [24], SHORT, []),
-        ({"k": 1}, [24], SHORT, []),
-        ({"k": 16, "unfinished": "drop"}, [9, 5], CUT, ["100%", "50%"]),
-        ({"unfinished": "drop", "method": "llmr"}, [24], [False, True, True, True], ["25%"]),
-        ({"unfinished": "drop"}, [24], SHORT, []),
-        ({}, [24], [False] * 4, []),
-        ({"unfinished": "drop", "method": "seqkd", "teacher_outputs": "t"}, [1], [False] * 4, []),
-    ],
-)
-def test_rollouts_that_are_short_for_k_or_mostly_cut_and_dropped(tmp_path, folders, options, lengths, finished, warned):
-    completions = Ragged.from_lengths(np.zeros(sum(lengths)), lengths)
-    rollouts = Rollouts(np.array([]), completions, np.array([]), np.array([]), np.array(finished))
-    found = list(rollout_warnings(config(tmp_path, folders, **options), rollouts))
-    assert [warning.split()[0] for warning in found] == warned
-
-
 def test_each_warning_is_printed_once(cache, tmp_path, folders, capsys, monkeypatch):
     # some of the made-up student's rollouts are cut
-    monkeypatch.setattr("ketchup_cache.training.learn.OFTEN_CUT", 0.01)
+    monkeypatch.setattr("ketchup_cache.training.alarms.OFTEN_CUT", 0.01)
     learn(config(tmp_path, folders, k=50, unfinished="drop", batch_size=len(whole_batch(cache))))
     printed = capsys.readouterr().err
     assert printed.count("--tail jump") == printed.count("--unfinished bootstrap") == 1
@@ -109,8 +83,8 @@ def test_each_warning_is_printed_once(cache, tmp_path, folders, capsys, monkeypa
 def test_result_is_loadable_and_moved(cache, tmp_path, folders):
     options = config(tmp_path, folders, k=2)
     report = learn(options)
-    student = AutoModelForSeq2SeqLM.from_pretrained(options.out / "student")
-    assert AutoTokenizer.from_pretrained(options.out / "student")("the cat")["input_ids"] == [3, 5, 1]
+    student = AutoModelForSeq2SeqLM.from_pretrained(options.out / "last")
+    assert AutoTokenizer.from_pretrained(options.out / "last")("the cat")["input_ids"] == [3, 5, 1]
     before = make_t5("1.0", seed=1).state_dict()
     assert not torch.equal(student.state_dict()["shared.weight"], before["shared.weight"])
     record = json.loads((options.out / "config.json").read_text())
@@ -148,14 +122,14 @@ def test_another_runs_folder_is_refused_unless_an_earlier_version_left_new_optio
     with pytest.raises(ConfigError, match="--k 4, not 2: repeat its options"):
         learn(config(tmp_path, folders, k=2))
     written = options.out / "config.json"
-    record = json.loads(written.read_text())
+    record = unsealed(written)
     assert {record["options"].pop("reuse"), record["options"].pop("precision")} == {1, "float32"}
-    written.write_text(json.dumps(record))
+    written.write_bytes(sealed(record))
     learn(options)
     with pytest.raises(ConfigError, match="--precision None, not bfloat16"):
         learn(config(tmp_path, folders, precision="bfloat16"))
     del record["options"]["student"]  # has no default
-    written.write_text(json.dumps(record))
+    written.write_bytes(sealed(record))
     with pytest.raises(ConfigError, match="--student None"):
         learn(options)
 
@@ -177,7 +151,7 @@ def test_nan_is_refused_and_keeps_what_was_written_and_a_broken_checkpoint_is_na
     def log_prob(self, states, targets, **keywords):
         calls.append(1)
         out = original(self, states, targets, **keywords)
-        return out * float("nan") if len(calls) == 4 else out
+        return out * float("nan") if len(calls) == 5 else out  # the first is of the fixed rollouts
 
     monkeypatch.setattr(Head, "log_prob", log_prob)
     with pytest.raises(NumericsError, match="step 3: the loss is nan"):

@@ -75,7 +75,7 @@ def test_every_phase_samples_the_student_as_it_is_then(words, tmp_path, folders)
     assert len({info.sampling.seed for info in infos}) == 3
 
     assert main(flat(words | {"--steps": 3, "--out": tmp_path / "short"})) == 0
-    at_three = tmp_path / "short" / "student"
+    at_three = tmp_path / "short" / "last"
     segments = [m for _, m in cache.manifests("rollouts") if m.info.policy.step == 3]
     assert segments
     assert {m.info.policy.fingerprint for m in segments} == {weights_fingerprint(at_three)}

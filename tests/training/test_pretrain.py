@@ -12,8 +12,9 @@ from tokenizers.processors import TemplateProcessing
 from ketchup_cache.config.commands import PretrainConfig
 from ketchup_cache.config.options import StepOptions
 from ketchup_cache.errors import CacheError, DataError, KetchupError
+from ketchup_cache.text.prompts import target_ids
 from ketchup_cache.training.optimizer import Optimizer
-from ketchup_cache.training.pretrain import _target_ids, pretrain
+from ketchup_cache.training.pretrain import pretrain
 from tests.helpers.caches import make_cache
 from tests.helpers.learning import assert_same_weights, killed_before, metrics
 from tests.helpers.models import make_t5, make_tokenizer, write_prompts
@@ -96,7 +97,7 @@ def test_interrupted_run_goes_on_to_the_same_weights(tmp_path, folders):
     with killed_before(5):
         pretrain(config(tmp_path, folders, **options))
     assert pretrain(config(tmp_path, folders, **options)).resumed_from == 3
-    assert_same_weights(tmp_path / "whole", tmp_path / "run", "model")
+    assert_same_weights(tmp_path / "whole", tmp_path / "run")
     assert len(metrics(tmp_path / "run")) == 8
     assert pretrain(config(tmp_path, folders, **options)).already_done
 
@@ -107,8 +108,8 @@ def test_targets_end_with_eos_even_if_the_tokenizer_adds_none():
     plain.backend_tokenizer.post_processor = TemplateProcessing(single="$A", special_tokens=[])
     assert plain("the cat")["input_ids"] == [3, 5]
     for tokenizer in (plain, make_tokenizer()):
-        assert _target_ids(tokenizer, "the cat", 64) == [3, 5, 1]
-    assert _target_ids(plain, "the cat", 2) == [3, 5]
+        assert target_ids(tokenizer, "the cat") == [3, 5, 1]
+    assert target_ids(plain, "the cat", limit=2) == [3, 5]
 
 
 def test_schedule_by_hand():

@@ -14,8 +14,8 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from ketchup_cache.config.commands import EvaluateConfig
 from ketchup_cache.errors import DataError, MismatchError, WriteError
-from ketchup_cache.report import evaluate as module
-from ketchup_cache.report.evaluate import evaluate
+from ketchup_cache.evaluation import evaluate as module
+from ketchup_cache.evaluation.evaluate import evaluate
 from tests.helpers.models import WORDS, make_tokenizer, save_model, write_prompts
 from tests.helpers.oracle import plain_logits
 
@@ -119,7 +119,7 @@ def test_what_can_not_be_used_is_refused_before_anything_is_decoded(place: Path,
     def decoded(*args, **options):
         raise AssertionError("decoded before the mistake was found")
 
-    monkeypatch.setattr(module, "sample_completions", decoded)
+    monkeypatch.setattr(module.Outputs, "of", decoded)
     save_model(tmp_path / "teacher", "1.1")
     make_tokenizer([*WORDS[1:], WORDS[0]]).save_pretrained(tmp_path / "teacher")
     rows = records(place / "data.jsonl")

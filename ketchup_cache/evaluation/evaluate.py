@@ -4,28 +4,23 @@ from __future__ import annotations
 
 import gc
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from ketchup_cache.config.commands import EvaluateConfig
 from ketchup_cache.console import Report, progress
-from ketchup_cache.errors import DataError
+from ketchup_cache.evaluation.outputs import EvalSet, Outputs, one_step_returns, reference_loss
+from ketchup_cache.evaluation.task_metrics import Values, spread
 from ketchup_cache.files import write_file
-from ketchup_cache.method.returns import rollout_returns
 from ketchup_cache.models.fingerprint import tokenizer_info
+from ketchup_cache.models.head import Head
 from ketchup_cache.models.load import load_model, load_tokenizer, require_same_encoding
-from ketchup_cache.provenance import Sampling
-from ketchup_cache.report.analyze import spread
-from ketchup_cache.report.task_metrics import Values, check_targets, compute
-from ketchup_cache.rollouts.calculator import Calculator
-from ketchup_cache.rollouts.sample import sample_completions
+from ketchup_cache.models.origin import prompts_as_trained
 from ketchup_cache.scoring.teacher import Teacher
-from ketchup_cache.text.prompts import Example, tokenize_prompts
-from ketchup_cache.text.read import read_examples
+from ketchup_cache.text.prompts import Example
 from ketchup_cache.types import Ragged, Rollouts
 
 
@@ -52,13 +47,15 @@ class MeanReturn:
 class Evaluation(Report):
     """Metrics are in percent (`metrics.compute`), lengths in tokens with EOS, `finished` is a share.
 
-    left_out: examples over the prompt limit (`long_prompts="drop"`). metrics: None where the data has no targets.
+    left_out, cut: examples over the prompt limit (`long_prompts` drop, truncate). metrics: None where the data has no
+    targets.
     """
 
     model: str
     data: str
     examples: int
     left_out: int
+    cut: int
     metrics: Values | None
     length_mean: float
     length_sd: float | None
@@ -66,7 +63,8 @@ class Evaluation(Report):
     returns: MeanReturn | None
 
     def __str__(self) -> str:
-        left_out = f" ({self.left_out:,} left out)" if self.left_out else ""
+        lost = [f"{n:,} {what}" for n, what in ((self.left_out, "left out"), (self.cut, "with cut prompts")) if n]
+        left_out = f" ({', '.join(lost)})" if lost else ""
         metrics = {name.replace("_", " "): value for name, value in (self.metrics or {}).items()}
         rows = {name: f"{value:.2f}" for name, value in metrics.items() if not isinstance(value, str)}
         if self.metrics is None:
@@ -88,58 +86,50 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     """Decode `config.data` greedily, compute the task metrics, and the mean return where there is a teacher. Only one
     model is in memory at a time.
 
+    Prompts have the form that the model was trained with (`prompts_as_trained`), unless an option says otherwise.
+
     Raises MismatchError where the teacher's tokenizer encodes differently, DataError for unusable data or targets,
     ModelError for an unusable model, WriteError for `outputs`. All but the last before anything is decoded.
     """
+    config = prompts_as_trained(config, config.model)
     trust: Any = {"trust_remote_code": config.trust_remote_code}
     tokenizer = load_tokenizer(config.model, **trust)
-    info = tokenizer_info(tokenizer, config.model)
     if config.teacher is not None:
         _, theirs = Teacher.identify(config.teacher, config)
         what = f"teacher {config.teacher}: its tokenizer encodes differently from that of model {config.model}"
         todo = "choose a teacher that shares it, or leave --teacher out"
-        require_same_encoding(info, theirs, what, todo, download=True, **trust)
-    examples = read_examples(config)
-    kept, prompts = tokenize_prompts(examples, tokenizer, config)
-    targets = _targets(kept, config)
-    check_targets(config.metrics, targets or [])
-    calculator = Calculator(tokenizer, config.model) if config.calculator else None
-    greedy = Sampling(greedy=True, max_new_tokens=config.max_new_tokens, calculator=config.calculator)
-    with progress("decode", len(kept), "outputs") as bar:
-        how: Any = {"batch": config.rollout_batch, "calculator": calculator, "on_batch": bar.advance}
-        model = partial(load_model, config.model, device=config.device, **trust)
-        # not held longer than this call, so that student and teacher need not fit into memory together
-        rollouts = sample_completions(model(), info.vocab_size, prompts.tokens, greedy, first_prompt=0, **how)
+        ours = tokenizer_info(tokenizer, config.model)
+        require_same_encoding(ours, theirs, what, todo, download=True, **trust)
+    data = EvalSet.read(config, tokenizer, config.metrics)
+    outputs, loss = _of_model(config, data, tokenizer)
     gc.collect()
     torch.cuda.empty_cache()
-    outputs = [tokenizer.decode(row, skip_special_tokens=True) for row in rollouts.completions]
     if config.outputs is not None:
-        rows = zip(kept, outputs, rollouts.finished.tolist(), strict=True)
+        rows = zip(data.examples, outputs.texts, outputs.rollouts.finished.tolist(), strict=True)
         write_file(config.outputs, "".join(_json_line(*row) for row in rows).encode())
-    lengths = rollouts.completions.lengths
+    lengths, scores = outputs.rollouts.completions.lengths, outputs.scores(data, config.metrics)
     return Evaluation(
         model=config.model,
         data=config.data,
-        examples=len(kept),
-        left_out=len(examples) - len(kept),
-        metrics=compute(config.metrics, outputs, targets) if targets is not None else None,
+        examples=len(data.examples),
+        left_out=data.left_out,
+        cut=data.cut,
+        metrics=scores if scores is None else scores | loss,
         length_mean=float(lengths.mean()),
         length_sd=spread(lengths)[1],
-        finished=float(rollouts.finished.mean()),
-        returns=_mean_return(prompts.tokens, rollouts, config) if config.teacher is not None else None,
+        finished=float(outputs.rollouts.finished.mean()),
+        returns=_mean_return(data.prompts, outputs.rollouts, config) if config.teacher is not None else None,
     )
 
 
-def _targets(examples: Sequence[Example], config: EvaluateConfig) -> list[str] | None:
-    """The references; None where no example has one. A mean over a part of the data would pass for one over all."""
-    targets = [example.target for example in examples if example.target is not None]
-    if targets and len(targets) < len(examples):
-        row = next(example.row for example in examples if example.target is None)
-        raise DataError(
-            f"{config.data}: row {row}: no text in {config.target_field!r}, but other rows have some: "
-            "fill it in, leave the row out, or set --target-field"
-        )
-    return targets or None
+def _of_model(config: EvaluateConfig, data: EvalSet, tokenizer: PreTrainedTokenizerBase) -> tuple[Outputs, Values]:
+    """The model is not held longer than this call, so that student and teacher need not fit into memory together."""
+    model = load_model(config.model, device=config.device, trust_remote_code=config.trust_remote_code)
+    vocab_size = tokenizer_info(tokenizer, config.model).vocab_size
+    loss: Values = {}
+    if "loss" in config.metrics:
+        loss = {"loss": reference_loss(model, Head.of(model, vocab_size), data, tokenizer)}
+    return Outputs.of(model, data, tokenizer, vocab_size, config), loss
 
 
 def _mean_return(prompts: Ragged, rollouts: Rollouts, config: EvaluateConfig) -> MeanReturn:
@@ -147,10 +137,9 @@ def _mean_return(prompts: Ragged, rollouts: Rollouts, config: EvaluateConfig) ->
     teacher = Teacher.load(config.teacher, config)
     with progress("score", len(rollouts.completions.values)) as bar:
         scores = teacher.score(prompts, rollouts, batch_tokens=config.batch_tokens, on_batch=bar.advance)
-    (one_step,) = rollout_returns(rollouts, scores, [1], normalization=config.normalization, unfinished="bootstrap")
-    returns, finished = one_step[:, 0], one_step[rollouts.finished, 0]
+    returns = one_step_returns(scores, rollouts, config.normalization)
     who = (teacher.info.name, teacher.info.fingerprint, config.normalization)
-    return MeanReturn(*who, float(returns.mean()), *spread(returns)[1:], spread(finished)[0])
+    return MeanReturn(*who, float(returns.mean()), *spread(returns)[1:], spread(returns[rollouts.finished])[0])
 
 
 def _json_line(e: Example, output: str, finished: bool) -> str:

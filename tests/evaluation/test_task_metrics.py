@@ -7,7 +7,7 @@ import math
 import pytest
 
 from ketchup_cache.errors import DataError
-from ketchup_cache.report.task_metrics import compute, final_answer
+from ketchup_cache.evaluation.task_metrics import compute, final_answer
 
 MAT = "the cat sat on the mat"
 

@@ -1,0 +1,202 @@
+"""`compare`: is one model better than another on the same examples? Paired bootstrap (Koehn, 2004) of every metric."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from sacrebleu.significance import PairedTest
+
+from ketchup_cache.config.commands import CompareConfig
+from ketchup_cache.console import Report, printable
+from ketchup_cache.errors import ConfigError, DataError
+from ketchup_cache.evaluation.task_metrics import (
+    NOT_OF_TEXTS,
+    SACREBLEU,
+    check_metrics,
+    compute,
+    of_each,
+    of_texts,
+    sacrebleu_metric,
+)
+
+ALPHA = 0.05
+FEWEST = 10
+"""Examples: with fewer, resamples are too much alike for a p-value to mean anything."""
+SEED = "12345"
+"""As sacrebleu's. SACREBLEU_SEED sets both."""
+WIDEST = 160
+"""Characters of a text in an example."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One metric. p: two-sided, of the hypothesis that the models are equally good. variant: which metric it is.
+
+    low, high: 95 % interval of b − a, for metrics that are means over examples; None for those of a corpus.
+    """
+
+    metric: str
+    a: float
+    b: float
+    p: float
+    variant: str
+    low: float | None = None
+    high: float | None = None
+
+    def __str__(self) -> str:
+        interval = "" if self.low is None else f"[{self.low:+.2f}, {self.high:+.2f}]"
+        return f"  {self.metric:<12} {self.a:>8.2f} {self.b:>8.2f} {self.b - self.a:>+8.2f} {self.p:>8.4f}  {interval}"
+
+
+@dataclass(frozen=True)
+class Comparison(Report):
+    """wins, losses: the examples where b is better and worse than a by most, by `by`, with both values."""
+
+    a: str
+    b: str
+    examples: int
+    resamples: int
+    differences: tuple[Difference, ...]
+    words_a: float
+    words_b: float
+    by: str
+    wins: tuple[dict[str, Any], ...]
+    losses: tuple[dict[str, Any], ...]
+
+    @property
+    def quote(self) -> str:
+        """One line for a paper, of the first metric."""
+        d = self.differences[0]
+        gap = f"{abs(d.b - d.a):.2f} {'above' if d.b > d.a else 'below'} {d.a:.2f}"
+        gap = gap if d.p < ALPHA else f"not significantly different from {d.a:.2f}"
+        test = f"p = {d.p:.3g}, paired bootstrap, {self.resamples:,} resamples of {self.examples:,} examples"
+        return f"{d.metric} {d.b:.2f}, {gap} ({test}; {d.variant or d.metric})"
+
+    def __str__(self) -> str:
+        lines = [f"A = {self.a}", f"B = {self.b}", f"{self.examples:,} examples, {self.resamples:,} resamples", ""]
+        lines += [f"  {'':<12} {'A':>8} {'B':>8} {'B - A':>8} {'p':>8}  95 % interval", *map(str, self.differences)]
+        lines += [f"  {'words':<12} {self.words_a:>8.1f} {self.words_b:>8.1f} {self.words_b - self.words_a:>+8.1f}"]
+        for title, shown in (("B is better by most", self.wins), ("B is worse by most", self.losses)):
+            lines += ["", f"{title} ({self.by}):"] if shown else []
+            for example in shown:
+                lines.append(f"  {_cut(example['prompt'])}")
+                for name in ("target", "a", "b"):
+                    value = "" if name == "target" else f" ({example[f'{name}_value']:.1f})"
+                    lines.append(f"    {name:<6}{value:<8} {_cut(example[name])}")
+        return "\n".join([*lines, "", self.quote])
+
+
+def compare(config: CompareConfig) -> Comparison:
+    """Compare the outputs of two models.
+
+    bleu, chrf and ter are tested by sacrebleu's own paired bootstrap. For the others, examples are drawn with
+    replacement, both models on the same ones; p is the share of resamples whose difference is as far from the mean of
+    all as the one found is from 0.
+
+    Raises DataError for files that are no outputs of `evaluate`, or not of the same data with references.
+    """
+    ours, theirs = (_read(path) for path in (config.a, config.b))
+    if [(row["id"], row["target"]) for row in ours] != [(row["id"], row["target"]) for row in theirs]:
+        what = "are not outputs for the same prompts and targets in the same order"
+        raise DataError(f"{config.a} and {config.b}: {what}; make them with the same --data")
+    targets = [row["target"] for row in ours]
+    if None in targets:
+        raise DataError(f"{config.a}: example {targets.index(None) + 1} has no target to compare with")
+    a, b = ([row["output"] for row in rows] for rows in (ours, theirs))
+    metrics = of_texts(config.metrics)
+    if NOT_OF_TEXTS.intersection(config.metrics):
+        raise ConfigError(["compare knows the texts only: leave loss and return out of --metrics"])
+    check_metrics(metrics, targets)
+    if len(targets) < FEWEST:
+        raise DataError(f"{config.a}: {len(targets)} examples tell nothing; compare at least {FEWEST}")
+    if not (seed := os.environ.get("SACREBLEU_SEED", SEED)).isdecimal():
+        raise ConfigError([f"SACREBLEU_SEED must be a whole number, not {seed!r}"])
+    rng = np.random.default_rng(int(seed))
+    draws = rng.integers(0, len(targets), (config.resamples, len(targets)))
+    differences = tuple(_difference(name, a, b, targets, draws) for name in metrics)
+    by = next((name for name in metrics if of_each(name, a[:1], targets[:1])), "chrf")
+    values = [_of_each(by, outputs, targets) for outputs in (a, b)]
+    gain = np.subtract(*values[::-1])
+    order = np.argsort(gain, kind="stable")
+
+    def shown(places: NDArray) -> tuple[dict[str, Any], ...]:
+        texts = [{"prompt": ours[i]["prompt"], "target": targets[i], "a": a[i], "b": b[i]} for i in places]
+        numbers = [{"a_value": float(values[0][i]), "b_value": float(values[1][i])} for i in places]
+        return tuple(text | of_both for text, of_both in zip(texts, numbers, strict=True))
+
+    n, words = config.examples, [float(np.mean([len(text.split()) for text in texts])) for texts in (a, b)]
+    return Comparison(
+        a=str(config.a),
+        b=str(config.b),
+        examples=len(targets),
+        resamples=config.resamples,
+        differences=differences,
+        words_a=words[0],
+        words_b=words[1],
+        by=by,
+        wins=shown(order[::-1][:n][gain[order[::-1][:n]] > 0]),
+        losses=shown(order[:n][gain[order[:n]] < 0]),
+    )
+
+
+def _difference(name: str, a: list[str], b: list[str], targets: list[str], draws: NDArray) -> Difference:
+    """draws: [resamples, examples] int."""
+    values = [compute([name], outputs, targets) for outputs in (a, b)]
+    before, after = (float(of_one[name]) for of_one in values)
+    if name in SACREBLEU:
+        # the first system is the baseline, which has no p of its own
+        signatures, scores = PairedTest(
+            [("a", a), ("b", b)], {name: sacrebleu_metric(name)}, [targets], "bs", len(draws)
+        )()
+        ((key, signature),) = signatures.items()
+        # of equal outputs it says p = 1/(resamples + 1)
+        return Difference(name, before, after, 1.0 if a == b else float(scores[key][1].p_value), str(signature))
+    ours, theirs = (of_each(name, outputs, targets) for outputs in (a, b))
+    if ours is not None and theirs is not None:
+        resampled = np.subtract(theirs, ours)[draws].mean(axis=1)
+    else:  # a function of the user's, of the whole
+        resampled = np.array([_own_difference(name, a, b, targets, draw) for draw in draws])
+    far = np.abs(resampled - resampled.mean()) >= abs(after - before)
+    low, high = np.quantile(resampled, [ALPHA / 2, 1 - ALPHA / 2])
+    variant = next((text for text in values[0].values() if isinstance(text, str)), "")
+    p = float((far.sum() + 1) / (len(draws) + 1))
+    return Difference(name, before, after, p, variant, float(low), float(high))
+
+
+def _own_difference(name: str, a: list[str], b: list[str], targets: list[str], draw: NDArray) -> float:
+    picked = [targets[i] for i in draw]
+    before, after = (compute([name], [texts[i] for i in draw], picked)[name] for texts in (a, b))
+    return float(after) - float(before)
+
+
+def _of_each(name: str, outputs: list[str], targets: list[str]) -> NDArray:
+    """For choosing examples: the metric where it is a mean over examples, else chrF of each sentence."""
+    if (each := of_each(name, outputs, targets)) is not None:
+        return np.array(each)
+    chrf = sacrebleu_metric("chrf")
+    return np.array([chrf.sentence_score(o, [t]).score for o, t in zip(outputs, targets, strict=True)])
+
+
+def _cut(text: str) -> str:
+    text = printable(" ".join(text.split()))
+    return text if len(text) <= WIDEST else text[: WIDEST - 1] + "…"
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    try:
+        rows = [json.loads(line) for line in path.read_bytes().splitlines()]
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: can't be read ({error})") from None
+    kinds: dict[str, Any] = {"id": str, "prompt": str, "output": str, "target": str | None}
+    if not rows or not all(
+        isinstance(row, dict) and all(key in row and isinstance(row[key], kind) for key, kind in kinds.items())
+        for row in rows
+    ):
+        raise DataError(f"{path}: holds no outputs; make them with `ketchup-cache evaluate --outputs {path}`")
+    return rows

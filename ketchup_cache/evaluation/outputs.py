@@ -1,0 +1,120 @@
+"""What a model writes for a set of examples, and what that is worth: the core of `evaluate` and of the dev set."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ketchup_cache.config.options import DataOptions, GreedyOptions, Normalization
+from ketchup_cache.console import progress
+from ketchup_cache.errors import DataError
+from ketchup_cache.evaluation.task_metrics import Values, check_metrics, compute
+from ketchup_cache.method.returns import rollout_returns
+from ketchup_cache.models.forward import Batch, completion_states, computes_prompts_once
+from ketchup_cache.models.head import Head
+from ketchup_cache.models.load import evaluating, model_name
+from ketchup_cache.provenance import Sampling
+from ketchup_cache.rollouts.calculator import Calculator
+from ketchup_cache.rollouts.sample import sample_completions
+from ketchup_cache.text.prompts import Example, target_ids, tokenize_prompts
+from ketchup_cache.text.read import read_examples
+from ketchup_cache.types import TOKEN_DTYPE, Ragged, Rollouts, Scores
+
+LOSS_TOKENS = 16_384
+"""Of prompts and references that go through the model at once."""
+
+
+@dataclass(frozen=True)
+class EvalSet:
+    """Examples as a model is given them. prompts: their token ids. targets: the references, None where no example has
+    one. left_out, cut: examples over the prompt limit that are not here, and that lost tokens."""
+
+    data: str
+    examples: list[Example]
+    prompts: Ragged
+    targets: list[str] | None
+    left_out: int
+    cut: int
+
+    @classmethod
+    def read(cls, options: DataOptions, tokenizer: PreTrainedTokenizerBase, metrics: Sequence[str]) -> EvalSet:
+        """Raises DataError for unusable data, or targets that a metric can't use; ConfigError for an unusable template,
+        chat template or function of the user's."""
+        examples = read_examples(options)
+        kept = tokenize_prompts(examples, tokenizer, options)
+        targets = _targets(kept.examples, options)
+        check_metrics(metrics, targets or [])
+        left_out = len(examples) - len(kept.examples)
+        return cls(options.data, kept.examples, kept.prompts.tokens, targets, left_out, kept.cut)
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What a model writes for an `EvalSet`: greedy completions, and their texts."""
+
+    rollouts: Rollouts
+    texts: list[str]
+
+    @classmethod
+    def of(
+        cls,
+        model: PreTrainedModel,
+        data: EvalSet,
+        tokenizer: PreTrainedTokenizerBase,
+        vocab_size: int,
+        options: GreedyOptions,
+    ) -> Outputs:
+        """vocab_size: the tokenizer's. Raises what `sample_completions` raises."""
+        greedy = Sampling(greedy=True, max_new_tokens=options.max_new_tokens, calculator=options.calculator)
+        calculator = Calculator(tokenizer, model_name(model)) if options.calculator else None
+        with progress("decode", len(data.prompts), "outputs") as bar:
+            how: Any = {"batch": options.rollout_batch, "calculator": calculator, "on_batch": bar.advance}
+            rollouts = sample_completions(model, vocab_size, data.prompts, greedy, first_prompt=0, **how)
+        return cls(rollouts, [tokenizer.decode(row, skip_special_tokens=True) for row in rollouts.completions])
+
+    def scores(self, data: EvalSet, metrics: Sequence[str]) -> Values | None:
+        """Those of the metrics that are of texts; None where the data has no targets."""
+        return compute(metrics, self.texts, data.targets) if data.targets is not None else None
+
+
+@torch.no_grad()
+def reference_loss(model: PreTrainedModel, head: Head, data: EvalSet, tokenizer: PreTrainedTokenizerBase) -> float:
+    """Cross-entropy of the references with their EOS, by teacher forcing: nats per token, over all tokens.
+
+    Raises DataError where the data has no references.
+    """
+    if data.targets is None:
+        raise DataError(f"{data.data}: metric loss needs references: set --target-field, or choose another metric")
+    bare = not model.config.is_encoder_decoder
+    targets = Ragged.from_rows([target_ids(tokenizer, text, bare=bare) for text in data.targets], TOKEN_DTYPE)
+    rows, total = np.arange(len(targets)), 0.0
+    batch = Batch(data.prompts, rows, targets)
+    with evaluating(model):
+        for part in map(batch.take, batch.split(rows, LOSS_TOKENS, once=computes_prompts_once(model))):
+            wanted = torch.from_numpy(part.completions.values).long().to(head.device)
+            total -= float(head.log_prob(completion_states(model, part), wanted).double().sum())
+    return total / len(targets.values)
+
+
+def _targets(examples: Sequence[Example], options: DataOptions) -> list[str] | None:
+    """The references; None where no example has one. A mean over a part of the data would pass for one over all."""
+    targets = [example.target for example in examples if example.target is not None]
+    if targets and len(targets) < len(examples):
+        row = next(example.row for example in examples if example.target is None)
+        raise DataError(
+            f"{options.data}: row {row}: no text in {options.target_field!r}, but other rows have some: "
+            "fill it in, leave the row out, or set --target-field"
+        )
+    return targets or None
+
+
+def one_step_returns(scores: Scores, rollouts: Rollouts, normalization: Normalization) -> NDArray[np.float64]:
+    """[B] G_1 (Eq. 10, K = 1) of greedy outputs. One cut at the length limit counts with the gaps so far."""
+    (one_step,) = rollout_returns(rollouts, scores, [1], normalization=normalization, unfinished="bootstrap")
+    return one_step[:, 0]

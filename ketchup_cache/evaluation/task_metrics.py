@@ -1,0 +1,144 @@
+"""Task metrics: outputs against references, all in percent, so that numbers stand beside the paper's tables.
+
+Every library score comes with a text that says which variant it is, to be reported next to the number.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+import re
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from numpy.typing import NDArray
+
+from ketchup_cache.console import one_line
+from ketchup_cache.errors import ConfigError, DataError
+
+Values = dict[str, float | str]
+ROUGE = ("rouge1", "rouge2", "rougeL")
+ROUGE_VARIANT = "rouge-score, F1, Porter stemmer, rougeL over the whole text"
+SACREBLEU = ("bleu", "chrf", "ter")
+NOT_OF_TEXTS = {"loss", "return"}
+"""Metrics that need a model: the references' cross-entropy, and the outputs' return under a teacher."""
+
+GSM8K_ANSWER = re.compile(r"#### (\-?[0-9\.\,]+)")
+"""The final answer in a GSM8K solution, as the data set's authors define it (Cobbe et al., 2021)."""
+
+
+def compute(metrics: Sequence[str], outputs: Sequence[str], targets: Sequence[str]) -> Values:
+    """Scores of all outputs, one reference each. Empty outputs are wrong answers, not errors.
+
+    Returns, for the metrics asked for and in their order (`loss` and `return` are not of texts, and are passed over):
+        rouge1, rouge2, rougeL, or rouge for all three: F1, mean over examples, and rouge_variant. Letters and digits of
+            ASCII only.
+        bleu, chrf, ter: of the whole corpus by sacrebleu (Post, 2018), each with NAME_signature. Lower TER is better.
+        exact: share of the outputs that equal their target, outer white space aside.
+        accuracy, gsm8k: share whose final answer (`GSM8K_ANSWER`, commas removed) is the target's, compared as text.
+        package.module:function: what it returns for the lists of outputs and targets.
+
+    Raises:
+        ConfigError, DataError: see `check_metrics`; DataError also where a function of the user's fails.
+        ValueError: no outputs, or not as many as targets.
+    """
+    if not outputs or len(outputs) != len(targets):
+        raise ValueError(f"{len(outputs)} outputs for {len(targets)} targets")
+    check_metrics(metrics, targets)
+    values: Values = {}
+    for metric in of_texts(metrics):
+        values |= _values(metric, outputs, targets)
+    return values
+
+
+def of_texts(metrics: Sequence[str]) -> list[str]:
+    """The metrics that are of texts, with rouge as the three that it stands for."""
+    return [one for name in metrics for one in (ROUGE if name == "rouge" else [name]) if one not in NOT_OF_TEXTS]
+
+
+def check_metrics(metrics: Sequence[str], targets: Sequence[str]) -> None:
+    """Raise DataError where a metric can't use a target, ConfigError where a function of the user's can't be imported:
+    worth knowing before anything is decoded."""
+    for name in of_texts(metrics):
+        if ":" in name:
+            _own(name)
+    for row, target in enumerate(targets if {"gsm8k", "accuracy"} & set(metrics) else (), start=1):
+        if final_answer(target) is None:
+            raise DataError(
+                f"target of example {row} has no final answer `#### NUMBER`, which metric accuracy (gsm8k) needs: "
+                "check --target-field, or choose another metric"
+            )
+
+
+def final_answer(solution: str) -> str | None:
+    """`… #### 1,234` → `1234`; None where there is no such answer."""
+    match = GSM8K_ANSWER.search(solution)
+    return match.group(1).replace(",", "") if match else None
+
+
+ANSWERS: dict[str, Callable[[str], str | None]] = {
+    "exact": str.strip,
+    "accuracy": final_answer,
+    "gsm8k": final_answer,
+}
+"""Metrics that are a share of right answers → the answer in a text."""
+
+
+def of_each(metric: str, outputs: Sequence[str], targets: Sequence[str]) -> list[float] | None:
+    """The metric of every single output, in percent, where the whole is their mean; None for other metrics."""
+    if metric in ROUGE:
+        from rouge_score.rouge_scorer import RougeScorer
+
+        score = RougeScorer([metric], use_stemmer=True).score
+        return [100 * score(target, output)[metric].fmeasure for output, target in zip(outputs, targets, strict=True)]
+    if metric in ANSWERS:
+        answer = ANSWERS[metric]
+        return [100.0 * (answer(output) == answer(target)) for output, target in zip(outputs, targets, strict=True)]
+    return None
+
+
+def sacrebleu_metric(name: str) -> Any:
+    """bleu, chrf or ter with sacrebleu's defaults."""
+    from sacrebleu.metrics import BLEU, CHRF, TER
+
+    return {"bleu": BLEU, "chrf": CHRF, "ter": TER}[name]()
+
+
+def _values(name: str, outputs: Sequence[str], targets: Sequence[str]) -> Values:
+    if name in SACREBLEU:
+        metric = sacrebleu_metric(name)
+        score = metric.corpus_score(list(outputs), [list(targets)]).score
+        return {name: score, f"{name}_signature": str(metric.get_signature())}
+    if (each := of_each(name, outputs, targets)) is not None:
+        variant: Values = {"rouge_variant": ROUGE_VARIANT} if name in ROUGE else {}
+        return {name: sum(each) / len(each)} | variant
+    return {name: _own(name)(outputs, targets)}
+
+
+def _own(name: str) -> Callable[[Sequence[str], Sequence[str]], float]:
+    """A function of the user's, `package.module:function`. The folder that the program runs in is searched too."""
+    module, _, attribute = name.partition(":")
+    if "" not in sys.path:
+        sys.path.insert(0, "")
+    try:
+        function = getattr(importlib.import_module(module), attribute)
+    except Exception as error:  # whatever its module does when it is imported
+        raise ConfigError([f"metric {name}: can't be imported ({one_line(error)})"]) from error
+
+    def score(outputs: Sequence[str], targets: Sequence[str]) -> float:
+        try:
+            value = float(function(list(outputs), list(targets)))
+        except Exception as error:
+            raise DataError(f"metric {name}: {one_line(error)}") from error
+        if not math.isfinite(value):
+            raise DataError(f"metric {name}: gives {value}")
+        return value
+
+    return score
+
+
+def spread(values: NDArray) -> tuple[float | None, float | None, float | None]:
+    """[n] → mean, standard deviation (unbiased, n − 1), standard error of the mean. None for too few values."""
+    sd = float(values.std(ddof=1)) if len(values) > 1 else None
+    return float(values.mean()) if len(values) else None, sd, None if sd is None else sd / math.sqrt(len(values))

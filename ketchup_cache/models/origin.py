@@ -1,0 +1,66 @@
+"""What a trained model's folder says of it, beside the weights: whose text it learned, and in what form."""
+
+from __future__ import annotations
+
+import json
+from typing import TypeVar
+
+from pydantic import Field, ValidationError
+
+from ketchup_cache.config.options import PromptOptions
+from ketchup_cache.console import one_line, say
+from ketchup_cache.errors import ConfigError, ModelError
+from ketchup_cache.models.load import resolve_folder
+from ketchup_cache.provenance import PolicyInfo, PromptForm, Record
+
+FILE = "ketchup-cache-origin.json"
+AnyOptions = TypeVar("AnyOptions", bound=PromptOptions)
+
+
+class Origin(Record):
+    """All of it is empty for a model that was not trained here."""
+
+    tool: str = ""
+    command: str = ""
+    step: int | None = None
+    """Optimizer step after which the model was taken."""
+    metrics: dict[str, float] = Field(default_factory=dict)
+    """Its values on the dev set."""
+    pretrained_on: tuple[PolicyInfo, ...] = ()
+    """The policies whose text it was pre-distilled on."""
+    prompts: PromptForm | None = None
+    """The form of the prompts that it was trained with."""
+
+
+def read_origin(model: str) -> Origin:
+    """An empty one where the folder holds none, or none that can be read."""
+    try:
+        return Origin.model_validate(json.loads((resolve_folder(model) / FILE).read_text(encoding="utf-8")))
+    except (ModelError, OSError, ValueError, TypeError):
+        return Origin()
+
+
+def prompts_as_trained(options: AnyOptions, model: str, form: PromptForm | None = None) -> AnyOptions:
+    """The options with the form of prompts that `model` was trained with, where they don't say another.
+
+    form: of the prompts that it is to be trained on now; it comes before what the model remembers. A form that differs
+    is said.
+    """
+    remembered = read_origin(model).prompts
+    if form and remembered and form != remembered:
+        say(f"{model}: was trained with prompts of another form ({remembered}), these have {form}")
+    known = form or remembered
+    if known is None:
+        return options
+    given = {name: getattr(options, name) for name in PromptForm.model_fields if name in options.model_fields_set}
+    others = {name: value for name, value in given.items() if value != getattr(known, name)}
+    if others:
+        texts = ", ".join(f"--{name} {getattr(known, name)!r}, not {value!r}" for name, value in others.items())
+        say(f"{model}: was trained with {texts}")
+    if given:  # a template of the user's inside a remembered chat would be neither form
+        return options
+    try:
+        return type(options).model_validate(options.model_dump(exclude_unset=True) | known.model_dump())
+    except ValidationError as error:
+        why = one_line(error.errors()[0]["msg"].removeprefix("Value error, "))
+        raise ConfigError([f"{model}: was trained with {known}: {why}"]) from None
