@@ -19,7 +19,7 @@ from ketchup_cache.errors import ConfigError, DataError
 
 Values = dict[str, float | str]
 ROUGE = ("rouge1", "rouge2", "rougeL")
-ROUGE_VARIANT = "rouge-score, F1, Porter stemmer, rougeL over the whole text"
+ROUGE_VARIANT = "rouge-score, F1, Porter stemmer, letters and digits of ASCII only, rougeL over the whole text"
 SACREBLEU = ("bleu", "chrf", "ter")
 NOT_OF_TEXTS = {"loss", "return"}
 """Metrics that need a model: the references' cross-entropy, and the outputs' return under a teacher."""

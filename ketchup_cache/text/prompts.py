@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import string
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -81,10 +82,14 @@ def user_turn(text: str, tokenizer: PreTrainedTokenizerBase, system: str = "") -
     turns = [{"role": "system", "content": system}] if system else []
     turns.append({"role": "user", "content": text})
     try:
-        return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+        turn = str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
     except Exception as error:  # a template's own errors (no system turns, as Gemma's) and Jinja's
-        hint = "leave --system out" if system else "leave --chat out, or use --template"
+        wanted = "give --system TEXT, " if "system" in str(error).lower() else ""
+        hint = "leave --system out" if system else f"{wanted}leave --chat out, or use --template"
         raise ConfigError([f"--chat: the chat template can't be used ({one_line(error)}): {hint}"]) from None
+    if system.strip() not in turn:
+        raise ConfigError(["--chat: the chat template leaves the text of --system out: put it into --template"])
+    return turn
 
 
 def form_of(options: PromptOptions) -> PromptForm:
@@ -117,6 +122,10 @@ def tokenize_prompts(examples: Sequence[Example], tokenizer: PreTrainedTokenizer
     `user_turn`.
     """
     if options.chat:
+        turns = [{"role": "user", "content": "x"}]
+        with suppress(Exception):  # a template that wants more turns is refused below
+            if not user_turn("x", tokenizer)[len(tokenizer.apply_chat_template(turns, tokenize=False)) :]:
+                say("--chat: the chat template does not open the assistant's turn; the model goes on behind the user's")
         examples = [replace(e, prompt=user_turn(e.prompt, tokenizer, options.system)) for e in examples]
     limit, rows, kept, cut = options.max_prompt_tokens, [], [], 0
     special = {"add_special_tokens": not options.chat, "return_attention_mask": False, "verbose": False}

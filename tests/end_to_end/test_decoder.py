@@ -199,10 +199,20 @@ def test_what_a_template_does_not_offer_is_said_in_one_line(tmp_path):
         (None, "", "--chat: the model's tokenizer has no chat template: leave --chat out"),
         (NO_SYSTEM, "who runs", "(System role not supported): leave --system out"),
         ("{% for %}", "", "--chat: the chat template can't be used ("),
+        ("{{ messages[-1].content }} </s>", "who runs", "leaves the text of --system out: put it into --template"),
+        ("{{ raise_exception('a system turn must come first') }}", "", "must come first): give --system TEXT, leave"),
     ):
         options = DataOptions(data=data, chat=True, system=system)
         refused = refuses(ConfigError, ".", tokenize_prompts, read_examples(options), chat_tokenizer(template), options)
         assert message in refused
+
+
+def test_a_turn_that_stays_closed_is_said(tmp_path, capsys):
+    data = str(write_task(tmp_path / "d.jsonl", 2, 0))
+    options = DataOptions(data=data, chat=True)
+    for template, said in (("user {{ messages[-1].content }} </s>", 1), (CHAT, 0)):
+        tokenize_prompts(read_examples(options), chat_tokenizer(template), options)
+        assert capsys.readouterr().err.count("does not open the assistant's turn") == said
 
 
 def test_half_a_turn_is_not_an_option(tmp_path, capsys):
