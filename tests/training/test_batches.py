@@ -110,7 +110,7 @@ def test_at_most_two_segments_are_held_whatever_the_size_of_the_cache(tmp_path):
         end = tracemalloc.get_traced_memory()[0]
     finally:
         tracemalloc.stop()
-    # at the start one segment is held, later two, and what the reader has in its hands; all twenty would be nineteen more
+    # at the start one segment is held, later two, and what the reader has in its hands; all would be nineteen more
     assert end - start < 4 * segment
 
 
