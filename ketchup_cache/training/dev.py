@@ -54,6 +54,8 @@ class DevRecord(BaseModel):
     """Whether it is the best so far. Of equal ones the first is."""
     fingerprint: str | None
     """Of the weights in best/, where it is the best so far."""
+    variants: dict[str, str]
+    """Which variant of a metric it is: sacrebleu's signatures and the like."""
     length_mean: float
     """Tokens per output, with EOS."""
     finished: float = Field(ge=0, le=1)
@@ -91,7 +93,6 @@ class DevSet:
             raise DataError(f"{data.data}: has no references; set --target-field")
         self.every = config.eval_every or recorded.get("eval_every") or max(1, steps // 10)
         self.records: list[DevRecord] = []
-        self.variants: dict[str, str] = {}
         self._config, self._data, self._steps, self._returns = config, data, steps, returns
         self._publish, self._best, self._path = publish, out / "best", out / "dev.jsonl"
 
@@ -136,7 +137,6 @@ class DevSet:
         if "return" in self._config.metric:
             assert self._returns is not None
             values["return"] = self._returns(self._data.prompts, outputs.rollouts)
-        self.variants = {name: text for name, text in values.items() if isinstance(text, str)}
         metrics = {name: round(float(values[name]), 6) for name in self._config.metric}
         lengths = outputs.rollouts.completions
         entropy, kl = self._entropy_and_kl(outputs.rollouts)
@@ -151,6 +151,7 @@ class DevSet:
             metrics=metrics,
             best=best,
             fingerprint=fingerprint,
+            variants={name: text for name, text in values.items() if isinstance(text, str)},
             length_mean=float(lengths.lengths.mean()),
             finished=float(outputs.rollouts.finished.mean()),
             repetition=repetition(lengths),
@@ -166,7 +167,7 @@ class DevSet:
 
     def summary(self) -> dict[str, Any]:
         """For the report: the metric that chose, the evaluations at the start, the best and the last step, their number
-        and seconds, and which variant of each metric it is."""
+        and seconds."""
         first, last, seconds = self.records[0], self.records[-1], sum(record.seconds for record in self.records)
         named = {"start": first, "best": self.best, "last": last}
         return {
@@ -176,7 +177,6 @@ class DevSet:
             **{name: record.model_dump(mode="json") for name, record in named.items()},
             "evaluations": len(self.records),
             "seconds": round(seconds, 3),
-            "variants": self.variants,
         }
 
     def check_best(self, *, ahead: bool = False) -> None:

@@ -69,7 +69,7 @@ def test_values_are_those_of_evaluate(options, folders, data):
         assert record["metrics"] == pytest.approx(values, abs=2e-5)
         assert (record["length_mean"], record["finished"]) == pytest.approx((theirs.length_mean, theirs.finished))
     assert report.dev["start"] == first
-    assert report.dev["variants"]["chrf_signature"].startswith("nrefs:1")
+    assert report.dev["best"]["variants"]["chrf_signature"].startswith("nrefs:1")
     assert report.eval_s == pytest.approx(sum(record["seconds"] for record in records(config.out)), abs=1e-3)
 
 
