@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -15,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ketchup_cache.config.commands import PretrainConfig
 from ketchup_cache.console import Report, say, warn
-from ketchup_cache.errors import CacheError, DataError, ModelError
+from ketchup_cache.errors import CacheError, DataError, MismatchError, ModelError
 from ketchup_cache.evaluation.outputs import EvalSet
 from ketchup_cache.method.losses import cross_entropy_loss
 from ketchup_cache.models.fingerprint import state_fingerprint, tokenizer_info
@@ -77,17 +78,21 @@ def pretrain(config: PretrainConfig, callbacks: Sequence[Callback] = ()) -> Pret
     """
     tokenizer = load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
     info = tokenizer_info(tokenizer, config.model)
-    if config.cache:
-        given = _from_cache(config, info)
-        prompts = prompts_as_trained(config, config.model, given.form)
-    else:
-        prompts = prompts_as_trained(config, config.model)
-        given = _from_references(prompts, tokenizer)
-    data = given.batch
-    dev_data = EvalSet.read(prompts.dev_data, tokenizer, config.metric) if prompts.dev_data else None
     with Run("pretrain", config, callbacks).locked() as run:
         if report := run.finished(PretrainReport):
             return report
+        if config.cache:
+            given = _from_cache(config, info, run.recorded.get("segments"))
+            prompts = prompts_as_trained(config, config.model, given.form)
+        else:
+            prompts = prompts_as_trained(config, config.model)
+            given = _from_references(prompts, tokenizer)
+        data = given.batch
+        dev_data = EvalSet.read(prompts.dev_data, tokenizer, config.metric) if prompts.dev_data else None
+        digest = given.digest
+        if run.recorded.get("data", digest) != digest:
+            what = "is not the data that the run began with; bring it back, or choose another --out"
+            raise MismatchError(f"{config.data or config.cache}: {what}")
         model = load_model(config.model, device=config.device, trust_remote_code=config.trust_remote_code)
         head = Head.of(model, info.vocab_size)
         if config.data and tokenizer.eos_token_id not in eos_ids(model):
@@ -103,7 +108,8 @@ def pretrain(config: PretrainConfig, callbacks: Sequence[Callback] = ()) -> Pret
         dev = DevSet(config, dev_data, run.out, run.publish, steps, run.recorded) if dev_data else None
         if dev is not None:
             dev.start(model, head, tokenizer)
-        resolved = {"model": state_fingerprint(model), "examples": rows, "steps": steps}
+        resolved = {"model": state_fingerprint(model), "examples": rows, "steps": steps, "data": digest}
+        resolved["segments"] = given.segments
         run.restore(learner)
         if dev is not None:
             dev.restore(run.resumed)
@@ -154,6 +160,15 @@ class Examples:
     policies: tuple[PolicyInfo, ...]
     form: PromptForm | None
     lost: dict[str, int]
+    segments: list[str] = field(default_factory=list)
+    """Ids of the rollouts that they come from."""
+
+    @property
+    def digest(self) -> str:
+        """Of all token ids: a run goes on with the data that it began with."""
+        prompts, completions = self.batch.prompts, self.batch.completions
+        parts = (prompts.values, prompts.offsets, self.batch.prompt_index, completions.values, completions.offsets)
+        return hashlib.sha256(b"".join(np.ascontiguousarray(part).tobytes() for part in parts)).hexdigest()
 
 
 def _from_references(config: PretrainConfig, tokenizer: PreTrainedTokenizerBase) -> Examples:
@@ -180,19 +195,21 @@ def _from_references(config: PretrainConfig, tokenizer: PreTrainedTokenizerBase)
     return Examples(Batch(kept.prompts.tokens, rows, completions), (), form_of(config), lost)
 
 
-def _from_cache(config: PretrainConfig, info: TokenizerInfo) -> Examples:
-    """The finished rollouts of one policy. Cut ones would teach the student not to stop."""
+def _from_cache(config: PretrainConfig, info: TokenizerInfo, wanted: list[str] | None) -> Examples:
+    """The finished rollouts of one policy. Cut ones would teach the student not to stop. wanted: the segments of a run
+    that goes on, whatever has come into the cache since."""
     assert config.cache is not None
     cache = open_cache(config.cache)
     policy = cache.select_policy(config.policy)
     prompts, indices, completions, offset = [], [], [], 0
     place: dict[str, int] = {}
-    unfinished = 0
+    unfinished, segments = 0, list[str]()
     for id_, segment in cache.rollouts():
         what = f"{config.cache}: was encoded by another tokenizer; train a model that has it"
         require_same_tokenizer(info, segment.tokenizer, what)
-        if segment.policy.fingerprint != policy.fingerprint:
+        if segment.policy.fingerprint != policy.fingerprint or (wanted and id_ not in wanted):
             continue
+        segments.append(id_)
         if (parent := segment.prompts) not in place:
             place[parent] = offset
             prompts.append(cache.load_prompts(parent).tokens)
@@ -209,4 +226,4 @@ def _from_cache(config: PretrainConfig, info: TokenizerInfo) -> Examples:
         rows = len(batch.completions) + unfinished
         say(f"{config.cache}: {unfinished:,} of {rows:,} rollouts were cut at --max-new-tokens and are left out: they "
             "would teach not to stop; make longer ones with `ketchup-cache rollout`")  # fmt: skip
-    return Examples(batch, (policy,), prompt_form(cache), {"unfinished rollouts left out": unfinished})
+    return Examples(batch, (policy,), prompt_form(cache), {"unfinished rollouts left out": unfinished}, segments)

@@ -10,11 +10,12 @@ import pytest
 from safetensors import SafetensorError
 
 from ketchup_cache import open_cache
-from ketchup_cache.config.commands import LearnConfig, RolloutConfig
-from ketchup_cache.errors import CacheError, ConfigError, KetchupError, WriteError
+from ketchup_cache.config.commands import LearnConfig, PretrainConfig, RolloutConfig
+from ketchup_cache.errors import CacheError, ConfigError, KetchupError, MismatchError, WriteError
 from ketchup_cache.rollouts.rollout import rollout
 from ketchup_cache.training import run as run_module
 from ketchup_cache.training.learn import learn
+from ketchup_cache.training.pretrain import pretrain
 from tests.helpers.caches import make_cache
 from tests.helpers.learning import assert_same_weights, config, killed_before
 from tests.helpers.models import save_model, write_prompts
@@ -156,3 +157,24 @@ def test_offline_it_learns_from_its_own_rollouts_where_there_are_any(tmp_path, f
     third = save_model(tmp_path / "third", "1.0", seed=6)
     learn(config(tmp_path, (third, teacher), out=tmp_path / "third-run"))
     assert "24 scored rollouts of 2 policies, none of them this student" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("step", [0, 3])
+def test_pretrain_is_bound_to_its_data_too(tmp_path, folders, step):
+    """A cache that grows changes nothing; a file that changes is refused."""
+    cache, data = make_cache(tmp_path / "cache", *folders).path, write_prompts(tmp_path / "d.jsonl", 8)
+    given = {"model": str(folders[0]), "batch_size": 2, "epochs": 1, "checkpoint_every": 2, "device": "cpu"}
+    whole = PretrainConfig(**given, cache=cache, out=tmp_path / "whole")
+    steps = pretrain(whole).steps
+    killed = whole.model_copy(update={"out": tmp_path / "run"})
+    with killed_before(step):
+        pretrain(killed)
+    make_cache(cache, *folders, seed=7)
+    assert pretrain(killed).steps == steps
+    assert_same_weights(whole.out, killed.out)
+    killed = PretrainConfig(**given, data=str(data), out=tmp_path / "from-data")
+    with killed_before(step):
+        pretrain(killed)
+    write_prompts(data, 8, seed=9)
+    with pytest.raises(MismatchError, match=r"d\.jsonl: is not the data that the run began with"):
+        pretrain(killed)
