@@ -9,10 +9,15 @@ from .app import Result, command
     examples=[
         "ketchup-cache analyze --cache cache",
         "ketchup-cache analyze --cache cache --ks 1,2,4,8,16,32 --out figures",
+        "ketchup-cache analyze --cache cache --gradient --student student/best",
     ]
 )
 def analyze(config: AnalyzeConfig) -> Result:
-    """Variance and bias against K, from a cache alone (Figure 2)."""
+    """Variance and bias of the returns, from a cache alone (Figure 2), or of the policy gradient (--gradient)."""
+    if config.gradient:
+        from ketchup_cache.report.gradient import gradient_report
+
+        return gradient_report(config)
     from ketchup_cache.report.analyze import analyze
 
     return analyze(config)

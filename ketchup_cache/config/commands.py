@@ -212,7 +212,7 @@ class CompareConfig(Config):
     """Number of examples to show where B wins most, and where it loses most."""
 
 
-class AnalyzeConfig(shared.SelectOptions, shared.ReturnOptions):
+class AnalyzeConfig(shared.SelectOptions, shared.ReturnOptions, shared.DeviceOptions):
     """Options of `ketchup-cache analyze`."""
 
     cache: CacheAddress
@@ -220,7 +220,14 @@ class AnalyzeConfig(shared.SelectOptions, shared.ReturnOptions):
     ks: IntList = (1, 2, 4, 8, 16)
     """Values of K."""
     out: Path | None = None
-    """Folder that receives analysis.json and analysis.png."""
+    """Folder that receives analysis.json and analysis.png; with --gradient, gradient.json."""
+    gradient: bool = False
+    """Compare the gradients of --student that the estimators of `learn` give, in place of their returns: bias, noise,
+    and where each pushes the length."""
+    student: str = ""
+    """With --gradient: the policy whose rollouts are in the cache, a folder or a Hub id."""
+    batch_size: Positive = 256
+    """With --gradient: rollouts per gradient."""
 
 
 class InfoConfig(Config):

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-Method = Literal["ketchup", "llmr", "seqkd", "kl", "reverse-kl", "js", "tvd"]
+Method = Literal["ketchup", "llmr", "seqkd", "kl", "reverse-kl", "js", "tvd", "minillm"]
 
 
 @dataclass(frozen=True)
@@ -26,15 +26,25 @@ class MethodRule:
     fixed: Mapping[str, tuple[Any, str]] = field(default_factory=dict)
 
 
-_NO_RETURNS = {"baseline": ("none", "has no returns, so no baseline")}
+_NO_RETURNS = {"baseline": ("none", "has no returns, so no baseline")} | {
+    name: (value, "has no returns")
+    for name, value in (("weights", "comb"), ("cost", "gap"), ("exact", False), ("end_weight", None))
+}
 _OUTPUTS_ALONE = _NO_RETURNS | {
     "teacher": (None, "learns from teacher outputs in the cache"),
     "scores_from": (None, "learns from teacher outputs in the cache"),
     "policy": (None, "has no rollouts of a student, only those of --teacher-outputs"),
 }
+_MINILLM = {
+    "weights": ("mean", "weighs all later tokens alike"),
+    "cost": ("kl", "pays log π − log p"),
+    "exact": (True, "takes the first step in expectation"),
+}
+"""Reverse KL of whole completions, its future normalised by length, without teacher-mixed sampling (Gu et al. 2024)."""
 METHODS: dict[str, MethodRule] = {
     "ketchup": MethodRule("policy_gradient", samples=True),
-    "llmr": MethodRule("policy_gradient", samples=True, fixed={"k": (1, "is K = 1")}),
+    "llmr": MethodRule("policy_gradient", samples=True, fixed={"k": (1, "is K = 1"), "weights": ("comb", "is K = 1")}),
+    "minillm": MethodRule("policy_gradient", samples=True, top_logits=True, fixed=_MINILLM),
     "seqkd": MethodRule("divergence", outputs=True, fixed=_OUTPUTS_ALONE),
     "kl": MethodRule("divergence", outputs=True, top_logits=True, fixed=_OUTPUTS_ALONE),
     "reverse-kl": MethodRule("divergence", samples=True, top_logits=True, fixed=_NO_RETURNS),

@@ -13,7 +13,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from ketchup_cache.config.methods import METHODS, Method
 
-Normalization = Literal["raw", "centred", "logprob"]
+Normalization = Literal["raw", "centred", "logprob", "advantage"]
 Baseline = Literal["none", "mean", "min-variance", "leave-one-out"]
 
 
@@ -222,7 +222,8 @@ class ReturnOptions(Config):
     tail: Literal["one-step", "jump"] = "one-step"
     """Return of the last K tokens. one-step: step by step (Algorithm 1). jump: over the end (Eq. 7)."""
     normalization: Normalization = "logprob"
-    """Subtracted from all logits of a state. raw: nothing. centred: their mean. logprob: their logsumexp."""
+    """Subtracted from all logits of a state. raw: nothing. centred: their mean. logprob: their logsumexp. advantage:
+    the largest."""
     unfinished: Literal["drop", "bootstrap", "zero"] = "bootstrap"
     """Rollouts cut at the length limit. bootstrap: the teacher's value follows. zero: nothing follows. drop: left
     out."""
@@ -264,9 +265,21 @@ class LossOptions(ReturnOptions, StepOptions):
     teacher outputs; js and tvd from half of each."""
     k: Positive = 4
     """Steps per jump of the return. 1 is LLMR. The paper's best are 2 to 8."""
+    weights: Literal["comb", "flat", "gae", "mean"] = "comb"
+    """Weights of the costs of later tokens. comb: 1 for every K-th (the paper's). flat: --lam for each. gae: --lam to
+    the power of the distance, GAE with the teacher's max-Q as critic. mean: one over the number of later tokens."""
+    lam: float = Field(default=0.25, ge=0, le=1)
+    """λ of --weights flat and gae. 1 is LLMR; 0: no future."""
+    end_weight: float | None = Field(default=None, ge=0, le=1)
+    """Weight of the last token's cost (EOS), if it is to have one of its own."""
+    cost: Literal["gap", "centred", "kl"] = "gap"
+    """Cost of a later token. gap: max-Q minus Q (the paper's). centred: minus the batch's mean, so that going on is
+    free on average. kl: log π − log p, which makes reverse KL of whole completions the aim."""
+    exact: bool = False
+    """Take the first step in expectation over the --keep-top largest teacher logits, in place of the token drawn."""
     keep_top: Positive = 64
-    """Number of top teacher logits used per token, for `--method kl, reverse-kl, js, tvd`. The scores must hold them;
-    all other tokens count as one."""
+    """Number of top teacher logits used per token, for `--method kl, reverse-kl, js, tvd` and for --exact. The scores
+    must hold them. All other tokens count as one; with --exact, as drawn."""
     baseline: Baseline = "none"
     """Subtracted from the returns. mean, min-variance: one per time step. leave-one-out: the other samples of the
     prompt."""
@@ -280,4 +293,19 @@ class LossOptions(ReturnOptions, StepOptions):
     @property
     def top_needed(self) -> int:
         """How many of the teacher's largest logits the scores must hold."""
-        return self.keep_top if METHODS[self.method].top_logits else 0
+        return self.keep_top if METHODS[self.method].top_logits or self.exact else 0
+
+    @property
+    def of_estimate(self) -> dict[str, Any]:
+        """What `method.returns.k_step_returns` takes besides `of_returns`."""
+        return {"k": self.k, "weights": self.weights, "lam": self.lam, "end_weight": self.end_weight}
+
+    @model_validator(mode="after")
+    def _weights_have_their_options(self) -> LossOptions:
+        unused = {"lam": ("comb", "mean"), "k": ("flat", "gae", "mean"), "tail": ("flat", "gae", "mean")}
+        for name in unused.keys() & self.model_fields_set:
+            if self.weights in unused[name] and getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"weights {self.weights} has no --{name}: leave it out, or choose other --weights")
+        if self.end_weight is not None and self.weights == "comb" and self.tail == "one-step":
+            raise ValueError("tail one-step counts the end whole: with --end-weight, set --tail jump")
+        return self

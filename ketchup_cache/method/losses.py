@@ -24,6 +24,20 @@ def policy_gradient_loss(logprob: Tensor, advantage: Tensor, ratio: Tensor | Non
     return -(weight.detach() * logprob).sum() / total_tokens
 
 
+def all_action_value(logits: Tensor, top_ids: Tensor, value: Tensor, *, entropy: bool = False) -> Tensor:
+    """Σ_a π(a) v(a) over the given tokens: its gradient is Σ_a ∇π(a) v(a), the policy gradient's expectation over
+    these tokens, without the noise of a sample (all-action policy gradient; Sutton et al. 2001).
+
+    logits: [n, V] float32, carries the gradient. top_ids: [n, m] int64, distinct in a row. value: [n, m] float32.
+    entropy: v(a) − log π(a) in place of v(a), as a constant: with v = log p that is the gradient of −KL(π‖p).
+
+    Returns: [n].
+    """
+    logprob = logits.gather(1, top_ids) - logits.logsumexp(1, keepdim=True)
+    value = value - logprob if entropy else value
+    return (logprob.exp() * value.detach()).sum(1)
+
+
 def cross_entropy_loss(logprob: Tensor, total_tokens: int) -> Tensor:
     """−Σ log π_θ(y_t | y_<t) / total_tokens. Shapes: logprob [n] → scalar. Normalised as the policy gradient is."""
     return -logprob.sum() / total_tokens

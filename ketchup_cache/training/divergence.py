@@ -10,15 +10,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from ketchup_cache.config.options import LossOptions
 from ketchup_cache.method import divergences
 from ketchup_cache.method.losses import Staleness
 from ketchup_cache.method.returns import rollout_returns
 from ketchup_cache.training.metrics import Signal, StepMetrics, teacher_kl
-from ketchup_cache.training.optimizer import Learner, all_rows
-from ketchup_cache.training.policy_gradient import CHUNK
+from ketchup_cache.training.optimizer import Learner, all_rows, in_chunks
 from ketchup_cache.types import Ragged, ScoredRollouts
 
 
@@ -47,27 +45,19 @@ def divergence_step(
     def tensor(values: NDArray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(values)).to(head.device)
 
-    def terms(states: Tensor, *rest: Tensor) -> tuple[Tensor, Tensor]:
-        return token_terms(options.method, head.logits(states), *rest)
+    def terms(states: Tensor, targets: Tensor, places: NDArray) -> tuple[Tensor, Tensor]:
+        largest = [tensor(values[places]) for values in (vars(top).values() if top else ())]
+        given = targets.to(head.device), tensor(of_teacher[places]), *largest
+        values, logprob = token_terms(options.method, head.logits(states), *given)
+        return values * tensor(weight[places].astype(np.float32)), logprob.detach()
 
     def loss(places: NDArray, states: Tensor, targets: Tensor) -> Tensor:
         inside = np.flatnonzero(weight[places] > 0)
         places, chosen = places[inside], torch.from_numpy(inside).to(states.device)
-        states, targets, teacher = states[chosen], targets[chosen], of_teacher[places]
-        losses, logprobs = [states.new_zeros(0, dtype=torch.float32)], []
-        for start in range(0, len(places), CHUNK):
-            chunk = slice(start, start + CHUNK)
-            some = places[chunk]
-            # each chunk's logits are computed again in the backward pass: [n, V] is never held for the whole batch
-            largest = [tensor(values[some]) for values in (vars(top).values() if top else ())]
-            inputs = states[chunk], targets[chunk].to(head.device), tensor(teacher[chunk]), *largest
-            values, logprob = checkpoint(terms, *inputs, use_reentrant=False)
-            losses.append(values * tensor(weight[some].astype(np.float32)))
-            logprobs.append(logprob.detach())
-        if logprobs and not teacher.all():
-            mine = tensor(~teacher)
-            staleness.add(torch.cat(logprobs)[mine], tensor(rollouts.behavior_logprob[places[~teacher]]))
-        return torch.cat([values.to(losses[-1].device) for values in losses]).sum()
+        values, logprob = in_chunks(terms, states[chosen], targets[chosen], places)
+        if (mine := ~of_teacher[places]).any():
+            staleness.add(logprob[tensor(mine)], tensor(rollouts.behavior_logprob[places[mine]]))
+        return values.sum()
 
     loss_sum = learner.accumulate(all_rows(batch), np.flatnonzero(completions.lengths > 0), loss, step)
     norm, lr = learner.optimizer.step(step) if weight.any() else 0.0, learner.optimizer.lr(step)

@@ -10,6 +10,7 @@ from typing import Generic, TypeVar
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from ketchup_cache.config.options import StepOptions
@@ -18,6 +19,8 @@ from ketchup_cache.models.forward import Batch, computes_prompts_once, training_
 from ketchup_cache.models.head import Head
 from ketchup_cache.types import ScoredRollouts
 
+CHUNK = 1024
+"""States whose logits are held at once."""
 Options = TypeVar("Options", bound=StepOptions, covariant=True)
 Loss = Callable[[NDArray, Tensor, Tensor], Tensor]
 """Loss of a micro-batch, of the places of its n tokens in the batch's, the head's input [n, D], and the tokens [n]."""
@@ -72,6 +75,17 @@ class Optimizer:
             # AdamW keeps its step counter on the CPU, the moments beside the parameter
             device = "cpu" if moment == "step" else parameter.device
             self.adamw.state[parameter][moment] = value.to(device)
+
+
+def in_chunks(
+    terms: Callable[..., tuple[Tensor, ...]], states: Tensor, targets: Tensor, places: NDArray
+) -> list[Tensor]:
+    """`terms` of [n, …] states, targets and places, in parts of at most `CHUNK` rows, put together again. Each part's
+    logits are computed again in the backward pass: [n, V] is never held for the whole batch.
+    """
+    spans = [slice(start, start + CHUNK) for start in range(0, max(len(places), 1), CHUNK)]
+    parts = [checkpoint(terms, states[s], targets[s], places[s], use_reentrant=False) for s in spans]
+    return [torch.cat(values) for values in zip(*parts, strict=True)]
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,9 @@
-"""The optimizer step of KETCHUP and LLMR: K-step returns, baseline, importance ratios, policy gradient."""
+"""The optimizer step of KETCHUP, LLMR and their relatives: returns, baseline, importance ratios, policy gradient."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,52 +13,93 @@ from torch import Tensor
 from ketchup_cache.config.options import LossOptions
 from ketchup_cache.errors import CacheError, NumericsError
 from ketchup_cache.method.baselines import leave_one_out_baseline, mean_baseline, min_variance_baseline
-from ketchup_cache.method.losses import Staleness, importance_ratio, policy_gradient_loss, squared_score
+from ketchup_cache.method.divergences import FLOOR
+from ketchup_cache.method.losses import (
+    Staleness,
+    all_action_value,
+    importance_ratio,
+    policy_gradient_loss,
+    squared_score,
+)
 from ketchup_cache.method.returns import rollout_returns
 from ketchup_cache.training.metrics import Signal, StepMetrics
-from ketchup_cache.training.optimizer import Learner, all_rows
+from ketchup_cache.training.optimizer import CHUNK, Learner, all_rows, in_chunks
 from ketchup_cache.types import ScoredRollouts
 
-CHUNK = 1024
-"""States whose logits are held at once."""
 
+def learning_signal(
+    batch: ScoredRollouts, options: LossOptions, weight: NDArray | None = None, logprob: NDArray | None = None
+) -> Signal:
+    """Returns, clipping and baseline of a whole optimizer-step batch. With `exact`, the advantage is the future's part
+    alone.
 
-def learning_signal(batch: ScoredRollouts, options: LossOptions, weight: NDArray | None = None) -> Signal:
-    """K-step returns, clipping and baseline of a whole optimizer-step batch.
-
-    weight: [N] squared norms of the score (`score_weights`), for the min-variance baseline alone.
+    weight: [N] squared norms of the score, for the min-variance baseline alone. logprob: [N] log π(a_t) of the policy
+    as it is, for the cost kl alone.
     """
-    rollouts = batch.rollouts
-    lengths = rollouts.completions.lengths
-    estimate, one_step = rollout_returns(rollouts, batch.scores, (options.k, 1), **options.of_returns)
+    rollouts, scores = batch.rollouts, batch.scores
+    completions, lengths = rollouts.completions, rollouts.completions.lengths
     kept = (rollouts.finished | (options.unfinished != "drop")) & (lengths > 0)
-    forced = rollouts.completions.with_values(rollouts.forced).padded()
-    inside = np.arange(forced.shape[1]) < lengths[:, None]
+    forced = completions.with_values(rollouts.forced).padded()
+    position = np.arange(forced.shape[1])
+    inside = position < lengths[:, None]
     real = inside & kept[:, None] & ~forced
-    clipped = np.clip(estimate, -options.clip_return, options.clip_return)
+    kind: dict[str, Any] = dict(options.of_estimate)
+    if options.cost == "kl":
+        assert logprob is not None
+        own = completions.with_values(np.where(rollouts.forced, 0, logprob)).padded().astype(np.float64)
+        distance = np.where(rollouts.forced, 0, logprob - (scores.q - scores.logsumexp))
+        kind["cost"] = completions.with_values(distance).padded().astype(np.float64)
+    elif options.cost == "centred":
+        gap = completions.with_values(scores.max_q.astype(np.float64) - scores.q).padded()
+        ends = rollouts.finished[:, None] & (position == lengths[:, None] - 1)
+        middle = inside & (position > 0) & ~ends
+        price = gap[middle & kept[:, None]].mean() if (middle & kept[:, None]).any() else 0.0
+        kind["cost"] = np.where(middle, gap - price, gap)
+    now = {"weights": "flat", "lam": 0.0, "unfinished": "bootstrap"}
+    estimate, one_step, first = rollout_returns(rollouts, scores, (kind, 1, now), **options.of_returns)
+    advantage = np.clip(estimate - first if options.exact else estimate, -options.clip_return, options.clip_return)
+    if options.cost == "kl":
+        estimate = estimate - own
+        advantage = advantage if options.exact else np.clip(estimate, -options.clip_return, options.clip_return)
     if options.baseline == "mean":
-        clipped = clipped - mean_baseline(clipped, real)
+        advantage = advantage - mean_baseline(advantage, real)
     elif options.baseline == "min-variance":
         assert weight is not None
-        padded = rollouts.completions.with_values(weight).padded()
-        clipped = clipped - min_variance_baseline(clipped, real, padded)
+        advantage = advantage - min_variance_baseline(advantage, real, completions.with_values(weight).padded())
     elif options.baseline == "leave-one-out":
-        clipped = clipped - leave_one_out_baseline(clipped, real, rollouts.prompt_index)
-    return Signal(clipped[inside].astype(np.float32), real[inside], kept, estimate[:, 0], one_step[:, 0])
+        advantage = advantage - leave_one_out_baseline(advantage, real, rollouts.prompt_index)
+    return Signal(advantage[inside].astype(np.float32), real[inside], kept, estimate[:, 0], one_step[:, 0])
 
 
 def policy_gradient_step(learner: Learner[LossOptions], batch: ScoredRollouts, step: int) -> StepMetrics:
     """Accumulate the gradient of one batch over token-budget micro-batches and apply it.
 
-    The loss is normalised by the action tokens of the whole batch, so the gradient does not depend on
-    `micro_batch_tokens`. A batch with nothing in the loss (all dropped) changes nothing.
-
-    Raises CacheError where the very first batch is dropped whole, NumericsError for a return, loss or gradient that
-    is not finite; the weights are then as before.
+    Raises as `policy_gradient` does; the weights are then as before. A batch with nothing in the loss (all dropped)
+    changes nothing.
     """
-    rollouts, options = batch.rollouts, learner.options
+    signal, staleness, loss = policy_gradient(learner, batch, step)
+    norm, lr = learner.optimizer.step(step) if signal.in_loss.any() else 0.0, learner.optimizer.lr(step)
+    options, lengths = learner.options, batch.rollouts.completions.lengths
+    last = options.k if options.weights == "comb" else 0
+    tail = float(np.minimum(lengths, last).sum() / max(1, lengths.sum()))
+    return StepMetrics.of(batch, signal, staleness, step=step, loss=loss, grad_norm=norm, lr=lr, tail=tail)
+
+
+def policy_gradient(learner: Learner[LossOptions], batch: ScoredRollouts, step: int) -> tuple[Signal, Staleness, float]:
+    """Add the policy gradient of a batch to the parameters' `grad`; returns what it came from, and the loss.
+
+    The loss is normalised by the action tokens of the whole batch, so the gradient does not depend on
+    `micro_batch_tokens`. With `exact`, the first step is Σ_a π(a) v(a) over the teacher's kept logits, v(a) = q(a) − m
+    (with the cost kl: log p(a) − log π(a)), and a token outside of them counts as sampled: unbiased for every number of
+    logits kept, where the rollouts are the policy's own.
+
+    Raises CacheError where the very first batch is dropped whole, NumericsError for a return or loss that is not
+    finite.
+    """
+    rollouts, scores, options, head = batch.rollouts, batch.scores, learner.options, learner.head
     weight = score_weights(learner, batch) if options.baseline == "min-variance" else None
-    signal = learning_signal(batch, options, weight)
+    logprobs = student_logprob(learner, batch) if options.cost == "kl" else None
+    signal = learning_signal(batch, options, weight, logprobs)
     if not np.isfinite(signal.advantage[signal.in_loss]).all():
         raise NumericsError(f"step {step}: a return is not finite; check the cache with `ketchup-cache verify`")
     total = int(signal.in_loss.sum())
@@ -65,21 +109,39 @@ def policy_gradient_step(learner: Learner[LossOptions], batch: ScoredRollouts, s
             "raise --max-new-tokens, pre-distil the student for longer, or use --unfinished bootstrap"
         )
     staleness = Staleness()
+    entropy = options.cost == "kl"
+    offset = scores.logsumexp if entropy else scores.max_q
+    top = scores.with_top(min(options.top_needed, head.vocab_size)).top if options.exact else None
+
+    def tensor(values: NDArray) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(values)).to(head.device)
+
+    def exact(states: Tensor, targets: Tensor, places: NDArray) -> tuple[Tensor, Tensor, Tensor]:
+        """[n] each: log π(a_t), the kept tokens' part of the first step, the value of a_t where it is not kept."""
+        assert top is not None
+        logits, targets, ids = head.logits(states), targets.to(head.device), tensor(top.ids[places]).long()
+        value = tensor(top.q[places] - offset[places, None]).clamp(min=FLOOR)
+        logprob = logits.gather(1, targets[:, None]).squeeze(1) - logits.logsumexp(1)
+        sampled = tensor(scores.q[places] - offset[places]).clamp(min=FLOOR) - (logprob.detach() if entropy else 0)
+        outside = ~(ids == targets[:, None]).any(1)
+        return logprob, all_action_value(logits, ids, value, entropy=entropy), sampled * outside
 
     def loss(places: NDArray, states: Tensor, targets: Tensor) -> Tensor:
-        in_loss = torch.from_numpy(signal.in_loss[places]).to(states.device)
-        logprob = learner.head.log_prob(states[in_loss], targets[in_loss])
-        behavior = torch.from_numpy(rollouts.behavior_logprob[places]).to(logprob.device)[in_loss]
-        advantage = torch.from_numpy(signal.advantage[places]).to(logprob.device)[in_loss]
+        inside = np.flatnonzero(signal.in_loss[places])
+        in_loss, places = torch.from_numpy(inside).to(states.device), places[inside]
+        advantage, behavior = tensor(signal.advantage[places]), tensor(rollouts.behavior_logprob[places])
+        if options.exact:
+            logprob, first, sampled = in_chunks(exact, states[in_loss], targets[in_loss], places)
+            advantage = advantage + sampled
+        else:
+            logprob, first = head.log_prob(states[in_loss], targets[in_loss]), None
         staleness.add(logprob, behavior)
         ratio = importance_ratio(logprob, behavior, options.max_ratio) if options.importance else None
-        return policy_gradient_loss(logprob, advantage, ratio, total)
+        value = policy_gradient_loss(logprob, advantage, ratio, total)
+        return value if first is None else value - first.sum() / total
 
-    loss_sum = learner.accumulate(all_rows(batch), np.flatnonzero(signal.kept), loss, step)
-    norm, lr = learner.optimizer.step(step) if total else 0.0, learner.optimizer.lr(step)
-    lengths = rollouts.completions.lengths
-    tail = float(np.minimum(lengths, options.k).sum() / max(1, lengths.sum()))
-    return StepMetrics.of(batch, signal, staleness, step=step, loss=loss_sum, grad_norm=norm, lr=lr, tail=tail)
+    found = learner.accumulate(all_rows(batch), np.flatnonzero(signal.kept), loss, step)
+    return signal, staleness, found
 
 
 @torch.no_grad()
@@ -92,10 +154,8 @@ def reweighted_return(learner: Learner[LossOptions], batch: ScoredRollouts) -> t
     rollouts, options = batch.rollouts, learner.options
     (one_step,) = rollout_returns(rollouts, batch.scores, (1,), **options.of_returns)
     kept = np.flatnonzero((rollouts.finished | (options.unfinished != "drop")) & (rollouts.completions.lengths > 0))
-    log_ratio = np.zeros(len(rollouts.completions.values))
-    for places, part in learner.micro_batches(all_rows(batch), kept):
-        logprob = learner.head.log_prob(*learner.inputs(part)).double().cpu().numpy()
-        log_ratio[places] = np.where(rollouts.forced[places], 0.0, logprob - rollouts.behavior_logprob[places])
+    drawn = ~rollouts.forced
+    log_ratio = np.where(drawn, student_logprob(learner, batch) - rollouts.behavior_logprob.astype(np.float64), 0.0)
     row = np.repeat(np.arange(len(rollouts)), rollouts.completions.lengths)
     log_weight = np.bincount(row, log_ratio, len(rollouts))[kept]
     weight = np.exp(log_weight - log_weight.max(initial=-np.inf))
@@ -106,10 +166,26 @@ def reweighted_return(learner: Learner[LossOptions], batch: ScoredRollouts) -> t
 @torch.no_grad()
 def score_weights(learner: Learner[LossOptions], batch: ScoredRollouts) -> NDArray[np.float32]:
     """`squared_score` of every token of a batch under the policy as it is, [N]: one forward pass without gradient."""
-    completions, head = batch.rollouts.completions, learner.head
-    weight = np.zeros(len(completions.values), np.float32)
-    for places, part in learner.micro_batches(all_rows(batch), np.flatnonzero(completions.lengths > 0)):
-        pieces = zip(*(values.split(CHUNK) for values in learner.inputs(part)), strict=True)
-        found = torch.cat([squared_score(head.logits(states), targets) for states, targets in pieces])
-        weight[places] = found.cpu().numpy()
-    return weight
+
+    def squared(states: Tensor, targets: Tensor) -> Tensor:
+        pieces = zip(states.split(CHUNK), targets.split(CHUNK), strict=True)
+        return torch.cat([squared_score(learner.head.logits(some), chosen) for some, chosen in pieces])
+
+    return _each_token(learner, batch, squared)
+
+
+def student_logprob(learner: Learner[LossOptions], batch: ScoredRollouts) -> NDArray[np.float32]:
+    """log π(a_t) of every token of a batch under the policy as it is, [N]: one forward pass without gradient."""
+    return _each_token(learner, batch, learner.head.log_prob)
+
+
+@torch.no_grad()
+def _each_token(
+    learner: Learner[LossOptions], batch: ScoredRollouts, function: Callable[[Tensor, Tensor], Tensor]
+) -> NDArray[np.float32]:
+    """function: of states [n, D] and tokens [n] → [n]."""
+    lengths = batch.rollouts.completions.lengths
+    values = np.zeros(lengths.sum(), np.float32)
+    for places, part in learner.micro_batches(all_rows(batch), np.flatnonzero(lengths > 0)):
+        values[places] = function(*learner.inputs(part)).cpu().numpy()
+    return values

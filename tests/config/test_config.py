@@ -123,7 +123,13 @@ def test_every_method_has_a_row_that_says_what_it_learns_from():
 
 def test_how_many_logits_a_method_needs():
     needed = {m: LearnConfig(**LEARN, method=m, keep_top=7).top_needed for m in get_args(Method)}
-    assert needed == {"ketchup": 0, "llmr": 0, "seqkd": 0, "kl": 7, "reverse-kl": 7, "js": 7, "tvd": 7}
+    assert needed == {"ketchup": 0, "llmr": 0, "seqkd": 0, "kl": 7, "reverse-kl": 7, "js": 7, "tvd": 7, "minillm": 7}
+    assert LearnConfig(**LEARN, exact=True, keep_top=7).top_needed == 7
+
+
+def test_minillm_is_a_member_of_the_family():
+    config = LearnConfig(**LEARN, method="minillm")
+    assert (config.weights, config.cost, config.exact) == ("mean", "kl", True)
 
 
 def test_pretrain_takes_one_source():

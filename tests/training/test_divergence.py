@@ -110,7 +110,7 @@ def test_bfloat16_rounds_the_gradient(base, method):
 def test_chunks_of_states_change_nothing(base, method, monkeypatch):
     """Three states at once instead of a thousand, in one micro-batch and in several."""
     whole, metrics, _ = step_of(base, config(base, method=method))
-    monkeypatch.setattr("ketchup_cache.training.divergence.CHUNK", 3)
+    monkeypatch.setattr("ketchup_cache.training.optimizer.CHUNK", 3)
     for micro in (16384, 60):
         parts, of_parts, _ = step_of(base, config(base, method=method, micro_batch_tokens=micro))
         assert of_parts.loss == pytest.approx(metrics.loss, rel=1e-6)
