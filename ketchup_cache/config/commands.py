@@ -136,6 +136,9 @@ class LearnConfig(
     """Rollouts per optimizer step (the paper's 8 x 32)."""
     refresh_every: Positive = 16
     """With --teacher or --scores-from: optimizer steps between new rollouts of the student."""
+    refresh_below_ess: float = Field(default=0.0, ge=0, lt=1)
+    """With --teacher or --scores-from: sample new rollouts earlier, after a step whose effective sample size is below
+    this share. --refresh-every stays the upper limit. 0: never."""
     reuse: Positive = 1
     """With --teacher or --scores-from: optimizer steps that use each new rollout, in other batches each time (the
     epochs of PPO). A divisor of --refresh-every."""
@@ -168,6 +171,8 @@ class LearnConfig(
                 f"method {self.method} takes half of the {self.batch_size} rollouts from the teacher: "
                 f"make half of --batch-size a multiple of --samples {self.samples}"
             )
+        if self.refresh_below_ess and (self.offline or self.reuse > 1):
+            raise ValueError("refresh_below_ess is of new rollouts (--teacher, --scores-from) without --reuse")
         if self.reuse > 1 and self.offline:
             raise ValueError("reuse is of new rollouts (--teacher, --scores-from); from a cache alone, use --epochs")
         if self.refresh_every % self.reuse:

@@ -14,7 +14,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from ketchup_cache.config.methods import METHODS, Method
 
 Normalization = Literal["raw", "centred", "logprob", "advantage"]
-Baseline = Literal["none", "mean", "min-variance", "leave-one-out"]
+Baseline = Literal["none", "mean", "batch-mean", "min-variance", "leave-one-out"]
 
 
 METRICS = ("rouge1", "rouge2", "rougeL", "bleu", "chrf", "ter", "exact", "accuracy", "gsm8k", "rouge", "loss", "return")
@@ -281,8 +281,8 @@ class LossOptions(ReturnOptions, StepOptions):
     """Number of top teacher logits used per token, for `--method kl, reverse-kl, js, tvd` and for --exact. The scores
     must hold them. All other tokens count as one; with --exact, as drawn."""
     baseline: Baseline = "none"
-    """Subtracted from the returns. mean, min-variance: one per time step. leave-one-out: the other samples of the
-    prompt."""
+    """Subtracted from the returns. mean, min-variance: one per time step. batch-mean: one of all tokens. leave-one-out:
+    the other samples of the prompt."""
     clip_return: Above0 = 100.0
     """Returns are clipped to plus or minus this, after normalization (paper, Tables 4 and 5)."""
     max_ratio: Above0 = 2.0

@@ -20,6 +20,15 @@ def mean_baseline(returns: NDArray, real: NDArray[np.bool_]) -> NDArray:
     return np.broadcast_to(means, returns.shape).astype(returns.dtype)
 
 
+def batch_mean_baseline(returns: NDArray, real: NDArray[np.bool_]) -> NDArray:
+    """b: mean of the returns of all action tokens of the batch, one number: what the authors' program subtracts.
+
+    Shapes: returns [B, T], real [B, T] → [B, T], the same everywhere; 0 where there are none.
+    """
+    value = returns[real].mean(dtype=np.float64) if real.any() else 0.0
+    return np.full_like(returns, value)
+
+
 def min_variance_baseline(returns: NDArray, real: NDArray[np.bool_], weight: NDArray) -> NDArray:
     """b_t = Σ w G / Σ w over the batch: the constant of step t that gives the policy gradient the least variance
     (Greensmith et al. 2004).

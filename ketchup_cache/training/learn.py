@@ -162,6 +162,7 @@ def learn(config: LearnConfig, callbacks: Sequence[Callback] = ()) -> LearnRepor
             times = drawn.times | {"train_s": time.perf_counter() - began}
             rounded = {name: round(seconds, 4) for name, seconds in times.items()}
             metrics = metrics.model_copy(update={"refreshed": bool(drawn.times), **rounded})
+            source.observe(metrics.ess)
             recent.append(metrics)
             return metrics.model_dump(), _note(recent)
 

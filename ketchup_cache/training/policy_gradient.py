@@ -12,7 +12,12 @@ from torch import Tensor
 
 from ketchup_cache.config.options import LossOptions
 from ketchup_cache.errors import CacheError, NumericsError
-from ketchup_cache.method.baselines import leave_one_out_baseline, mean_baseline, min_variance_baseline
+from ketchup_cache.method.baselines import (
+    batch_mean_baseline,
+    leave_one_out_baseline,
+    mean_baseline,
+    min_variance_baseline,
+)
 from ketchup_cache.method.divergences import FLOOR
 from ketchup_cache.method.losses import (
     Staleness,
@@ -63,6 +68,8 @@ def learning_signal(
         advantage = advantage if options.exact else np.clip(estimate, -options.clip_return, options.clip_return)
     if options.baseline == "mean":
         advantage = advantage - mean_baseline(advantage, real)
+    elif options.baseline == "batch-mean":
+        advantage = advantage - batch_mean_baseline(advantage, real)
     elif options.baseline == "min-variance":
         assert weight is not None
         advantage = advantage - min_variance_baseline(advantage, real, completions.with_values(weight).padded())

@@ -82,6 +82,9 @@ class Offline:
         from_teacher = np.repeat([kind == TEACHER for kind in self._refs], self._share)
         return Drawn(drawn, from_teacher)
 
+    def observe(self, ess: float | None) -> None:
+        """The effective sample size of the last step."""
+
     def some(self, rollouts: int) -> ScoredRollouts:
         """At most so many of the student's rollouts, the same ones at any time of the run."""
         refs = self._refs[STUDENT]
@@ -154,18 +157,26 @@ class OnPolicy(Offline):
         self._require(self._held, same)
         # the stream of a phase goes over its rollouts again and again, each time in another order
         self._prompts_per_phase = config.refresh_every // config.reuse * self._share // config.samples
-        self._phase: int | None = None
+        self._phase, self._since = -1, 0
+        """The phase, and the step that it began with."""
+        self._ess: float | None = None
         self.teacher: str | None = None
 
     def batch(self, step: int, model: PreTrainedModel) -> Drawn:
-        every = self._config.refresh_every
-        phase, place = divmod(step, every)
-        times = self._refresh(phase, step, model) if phase != self._phase else {}
+        every, stale = self._config.refresh_every, (self._ess or 1.0) < self._config.refresh_below_ess
+        times = {}
+        if self._phase < 0 or step - self._since >= every or (stale and step > self._since):
+            self._since = step
+            times = self._refresh(self._phase + 1, step, model)
         if times or STUDENT not in self._streams:
             # each phase has a seed of its own; a resumed one skips the batches it has trained on
+            place = step - self._since
             left = min(every - place, self.steps - step)
-            self._open(STUDENT, seed_of(self._config.seed, phase), skip=place, batches=left)
+            self._open(STUDENT, seed_of(self._config.seed, self._phase), skip=place, batches=left)
         return replace(super().batch(step, model), times=times)
+
+    def observe(self, ess: float | None) -> None:
+        self._ess = ess
 
     def _refresh(self, phase: int, step: int, model: PreTrainedModel) -> dict[str, float]:
         """Sample and score the rollouts of a phase; returns the seconds that took."""
@@ -211,11 +222,13 @@ class OnPolicy(Offline):
 
     def state(self) -> dict[str, Any]:
         rollouts = list(dict.fromkeys(ref.rollouts_id for ref in self._refs[STUDENT]))
-        return {"phase": self._phase, "rollouts": rollouts, "teacher": self.teacher}
+        given = {"phase": self._phase, "since": self._since, "ess": self._ess}
+        return {**given, "rollouts": rollouts, "teacher": self.teacher}
 
     def restore(self, state: dict[str, Any]) -> None:
         if state.get("phase") is not None:
-            self._phase, self.teacher = state["phase"], state.get("teacher")
+            self._phase, self.teacher, self._ess = state["phase"], state.get("teacher"), state.get("ess")
+            self._since = state.get("since", self._phase * self._config.refresh_every)
             self._take(state["rollouts"])
 
     def segments(self) -> list[str]:

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 from hypothesis import given, strategies as st
 
-from ketchup_cache.method.baselines import leave_one_out_baseline, mean_baseline
+from ketchup_cache.method.baselines import batch_mean_baseline, leave_one_out_baseline, mean_baseline
 
 
 @st.composite
@@ -24,6 +24,14 @@ def test_mean_is_per_time_step(case):
     for t in range(returns.shape[1]):
         seen = returns[real[:, t], t]
         np.testing.assert_allclose(got[:, t], seen.mean() if len(seen) else 0.0, rtol=0, atol=1e-12)
+
+
+@given(batches())
+def test_the_batch_mean_is_one_number(case):
+    returns, real, _ = case
+    seen = [g for row, inside in zip(returns, real, strict=True) for g in row[inside]]
+    got = batch_mean_baseline(returns, real)
+    np.testing.assert_allclose(got, np.full(returns.shape, np.mean(seen or [0.0])), rtol=0, atol=1e-12)
 
 
 @given(batches())

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import weakref
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from ketchup_cache.cli import main
 from ketchup_cache.models.fingerprint import weights_fingerprint
 from ketchup_cache.training.optimizer import Optimizer
 from ketchup_cache.training.policy_gradient import policy_gradient_step
-from tests.helpers.learning import assert_same_weights, metrics
+from tests.helpers.learning import assert_same_weights, killed_before, metrics
 from tests.helpers.models import WORDS, make_t5, make_tokenizer, save_model, write_prompts
 from tests.helpers.oracle import plain_logits, plain_row_scores as plain_scores
 
@@ -115,6 +116,29 @@ def test_rollouts_may_be_used_several_times(words, tmp_path, monkeypatch):
         assert rounds[0] != rounds[1] != rounds[2]
     later = [m["behavior_kl"] for m in metrics(tmp_path / "run")[7:12]]
     assert min(later) > 1e-7  # and the ratio corrects for it
+
+
+def test_rollouts_are_refreshed_once_they_count_for_too_few(words, tmp_path, monkeypatch):
+    """After each step under the bound, and after N steps at the latest; also in a run that is killed in between."""
+    given = words | {"--refresh-every": 5, "--steps": 16, "--lr": 3e-3}
+    assert main(flat(given | {"--out": tmp_path / "plain"})) == 0
+    bound = sorted(m["ess"] for m in metrics(tmp_path / "plain"))[5]
+    given |= {"--refresh-below-ess": bound, "--out": tmp_path / "whole", "--cache": tmp_path / "whole-cache"}
+    assert main(flat(fill(given, tmp_path))) == 0
+    lines, since = metrics(tmp_path / "whole"), 0
+    for before, m in pairwise(lines):
+        due = before["ess"] < bound or m["step"] - since == 5
+        assert m["refreshed"] == due
+        since = m["step"] if due else since
+    early = [m["step"] for m in lines if m["refreshed"]]
+    assert len(early) < 16
+    assert early != [0, 5, 10, 15]
+
+    given |= {"--out": tmp_path / "killed", "--cache": tmp_path / "killed-cache"}
+    with killed_before(early[2]):
+        main(flat(fill(given, tmp_path)))
+    assert main(flat(given)) == 0
+    assert_same_weights(tmp_path / "whole", tmp_path / "killed")
 
 
 def test_an_epoch_over_the_prompts_has_a_step_for_each_use(words, tmp_path):
