@@ -225,7 +225,7 @@ class AnalyzeConfig(shared.SelectOptions, shared.ReturnOptions, shared.DeviceOpt
     ks: IntList = (1, 2, 4, 8, 16)
     """Values of K."""
     out: Path | None = None
-    """Folder that receives analysis.json and analysis.png; with --gradient, gradient.json."""
+    """Folder that receives analysis.json, analysis.png and weights.png; with --gradient, gradient.json."""
     gradient: bool = False
     """Compare the gradients of --student that the estimators of `learn` give, in place of their returns: bias, noise,
     and where each pushes the length."""

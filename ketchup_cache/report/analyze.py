@@ -4,6 +4,8 @@ For each policy and each K, over the rollouts of a prompt, then averaged over pr
     variance    of Ĝ_1, unbiased (n − 1), as Eq. 20
     bias        mean of Ĝ_1 − G_1, as Eq. 25; a sum of gaps that were jumped over, so never negative
 Normalisation cancels in both: all rollouts of a prompt start in the same state, whose baseline is one constant.
+The same for the weights flat and gae. The paper's theorem on the variance takes the gaps of a rollout as uncorrelated:
+    covariance  share of Var(Σ gap_t), t > 1, over a prompt's rollouts that the covariances make: 1 − Σ Var(gap_t) / it
 """
 
 from __future__ import annotations
@@ -34,8 +36,10 @@ TEXT = """{label}
   {prompts:,} prompts, {rollouts:,} rollouts ({dropped:,} dropped)
   sampling {sampling}, finished {finished:.1%}, mean length {length_mean:.1f} tokens
   return G_1 {mean} ± {sd} (s.d.), KL to the teacher {kl} nats per token{of_what}"""
+LAMBDAS = (0.9, 0.7, 0.5)
+"""Of the weights gae. Those of flat are 1/K."""
 BY_K = ("k", "variance", "variance_se", "bias", "bias_se", "short")
-TABLE_ROW = "  {:>4} {:>12} {:>10} {:>12} {:>10} {:>7}"
+TABLE_ROW = "  {:>10} {:>12} {:>10} {:>12} {:>10} {:>7}"
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,8 @@ class Analysis(Report):
     finished, length_mean: over all rollouts, dropped ones too. return_mean, return_sd: over all rollouts in use.
     kl_per_token: KL(μ‖teacher) in nats, estimated by the mean of log μ(a_t|s_t) − log p_teacher(a_t|s_t) over the
         tokens that were drawn from μ. Its expectation is exact. μ is the policy itself where `sampling` is "plain".
+    covariance: see above; None where no gap varies.
+    by_weights: the same figures, but `short`, for the weights flat and gae, with their `weights` and `lam`.
     by_k: for each K its `k`, `variance`, `variance_se`, `bias`, `bias_se`, and `short`: share of rollouts of at most K
         tokens, too short for a jump inside them. With tail "one-step" their Ĝ_1 is G_1, so variance can rise again,
         and bias fall, where K reaches the length of the completions.
@@ -68,7 +74,7 @@ class Analysis(Report):
 
 
 def analyze(config: AnalyzeConfig) -> Analysis:
-    """Analyse each policy in the cache, or the chosen one; write analysis.json and analysis.png where `out` is given.
+    """Analyse each policy in the cache, or the chosen one; write analysis.json and pictures where `out` is given.
 
     Memory grows with the number of rollouts (a few numbers each), not with their tokens.
 
@@ -96,11 +102,12 @@ def analyze(config: AnalyzeConfig) -> Analysis:
     segments = tuple(dict.fromkeys(ref.scores_id for ref in refs))
     analysis = Analysis(str(config.cache), settings, teacher.model_dump(mode="json"), segments, tuple(policies))
     if config.out:
-        from ketchup_cache.report.plots import variance_bias_figure, write_png  # slow to import
+        from ketchup_cache.report.plots import variance_bias_figure, weights_figure, write_png  # slow to import
 
         content = json.dumps(analysis.to_dict(), indent=2, ensure_ascii=False) + "\n"
         write_file(config.out / "analysis.json", content.encode())
         write_png(variance_bias_figure(analysis.to_dict()), config.out / "analysis.png")
+        write_png(weights_figure(analysis.to_dict()), config.out / "weights.png")
     return analysis
 
 
@@ -109,6 +116,8 @@ def _analyze_policy(cache: Cache, group: Group, config: AnalyzeConfig, bar: Bar)
     options: Any = config.model_dump(include={"tail", "normalization", "unfinished"})
     totals = np.zeros(6)
     used: list[tuple[NDArray, NDArray, NDArray]] = []
+    gaps: list[NDArray] = []
+    others = [{"weights": "flat", "lam": 1 / k} for k in config.ks] + [{"weights": "gae", "lam": x} for x in LAMBDAS]
     sources: dict[tuple[int, bytes], str] = {}
     for ref, way in group:
         scored = cache.load_scored(ref)
@@ -125,22 +134,27 @@ def _analyze_policy(cache: Cache, group: Group, config: AnalyzeConfig, bar: Bar)
         rows = np.flatnonzero(new & (rollouts.finished | (config.unfinished != "drop")) & (lengths > 0))
         for part in np.split(rows, range(ROWS_AT_ONCE, len(rows), ROWS_AT_ONCE)):
             taken = scored.take(part)
-            returns = rollout_returns(taken.rollouts, taken.scores, (1, *config.ks), **options)
+            returns = rollout_returns(taken.rollouts, taken.scores, (1, *config.ks, *others), **options)
+            gap = (taken.scores.max_q - taken.scores.q.astype(np.float64)).astype(np.float32)
+            gaps.append(taken.rollouts.completions.with_values(gap).padded()[:, 1:])
             used.append((ids[part], lengths[part], np.stack([g[:, :1].ravel() for g in returns], axis=1)))
         bar.advance(ref.rows)
     count, repeated, finished, tokens, drawn_count, log_ratio_sum = totals.tolist()
     ids, lengths, first_returns = map(np.concatenate, zip(*used, strict=True))
     one_step, k_step = first_returns[:, 0], first_returns[:, 1:]
     _, prompt, counts = np.unique(ids, return_inverse=True, return_counts=True)
-    several, sums = counts > 1, np.zeros((3, len(counts), len(config.ks)))
+    several, sums = counts > 1, np.zeros((3, len(counts), k_step.shape[1]))
     np.add.at(sums[0], prompt, k_step)
     np.add.at(sums[1], prompt, (k_step - (sums[0] / counts[:, None])[prompt]) ** 2)
     np.add.at(sums[2], prompt, k_step - one_step[:, None])
     variance, bias = sums[1, several] / (counts[several, None] - 1), sums[2] / counts[:, None]
-    by_k: list[dict[str, Any]] = []
-    for k, *of_prompts in zip(config.ks, variance.T, bias.T, strict=True):
-        means_and_errors = [number for values in of_prompts for number in spread(values)[::2]]
-        by_k.append(dict(zip(BY_K, (k, *means_and_errors, spread(lengths <= k)[0]), strict=True)))
+    figures = [
+        dict(zip(BY_K[1:5], (number for values in of_prompts for number in spread(values)[::2]), strict=True))
+        for of_prompts in zip(variance.T, bias.T, strict=True)
+    ]
+    of_k = zip(config.ks, figures, strict=False)
+    by_k = [{"k": k, **figure, "short": spread(lengths <= k)[0]} for k, figure in of_k]
+    by_weights = [other | figure for other, figure in zip(others, figures[len(by_k) :], strict=True)]
     return_mean, return_sd, _ = spread(one_step)
     policy, sampling = group[0][0].policy, _describe(group[0][1])
     step = [] if policy.step is None else [f"step {policy.step}"]
@@ -151,8 +165,21 @@ def _analyze_policy(cache: Cache, group: Group, config: AnalyzeConfig, bar: Bar)
         "rollouts": int(count), "repeated": int(repeated), "dropped": int(count) - len(ids),
         "finished": finished / count, "length_mean": tokens / count,
         "return_mean": return_mean, "return_sd": return_sd,
-        "kl_per_token": log_ratio_sum / drawn_count if drawn_count else None, "by_k": by_k,
+        "kl_per_token": log_ratio_sum / drawn_count if drawn_count else None,
+        "covariance": _covariance(gaps, prompt, counts), "by_k": by_k, "by_weights": by_weights,
     }  # fmt: skip
+
+
+def _covariance(gaps: list[NDArray], prompt: NDArray, counts: NDArray) -> float | None:
+    """gaps: of the rollouts in parts, [b, T] with zeros past the end. prompt: [B], whose they are. counts: of each."""
+    width = max((part.shape[1] for part in gaps), default=0)
+    values = np.concatenate([np.pad(part, ((0, 0), (0, width - part.shape[1]))) for part in gaps] or [np.zeros((0, 0))])
+    values = np.column_stack([values, values.sum(1)]).astype(np.float64)
+    means = np.zeros((len(counts), width + 1))
+    np.add.at(means, prompt, values / counts[prompt, None])
+    weight = 1 / np.maximum(counts - 1, 1) * (counts > 1)
+    variance = (weight[prompt, None] * (values - means[prompt]) ** 2).sum(0)
+    return float(1 - variance[:-1].sum() / variance[-1]) if variance[-1] else None
 
 
 def _text(policy: dict[str, Any]) -> str:
@@ -163,6 +190,11 @@ def _text(policy: dict[str, Any]) -> str:
     for point in policy["by_k"]:
         k, *numbers, short = (point[name] for name in BY_K)
         lines.append(TABLE_ROW.format(k, *map(_number, numbers), "–" if short is None else f"{short:.0%}"))
+    for other in policy["by_weights"]:
+        name = f"{other['weights']} {other['lam']:.3g}"
+        lines.append(TABLE_ROW.format(name, *(_number(other[key]) for key in BY_K[1:5]), ""))
+    if policy["covariance"] is not None:
+        lines.append(f"  covariances make {policy['covariance']:.0%} of the variance of the sum of a rollout's gaps")
     if not policy["prompts"]:
         lines.append("  no rollout in use: all were cut at the length limit; see --unfinished")
     elif not policy["prompts_with_variance"]:

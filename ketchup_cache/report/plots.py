@@ -27,6 +27,8 @@ DASHES: tuple[Any, ...] = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1
 COLOURS = ("#000000", "#E69F00", "#0072B2", "#D55E00", "#56B4E9", "#009E73", "#CC79A7")
 """Okabe and Ito's palette without its yellow, which is too pale for lines."""
 
+PANELS = 4
+
 
 # -------------------------------------------------------------------------------------------- bias and variance
 
@@ -64,6 +66,31 @@ def variance_bias_figure(analysis: Mapping[str, Any]) -> Figure:
     panels[1].set(title="Bias of the K-step return", ylabel="E[Ĝ₁ − G₁]  (logit units)")
     # the bias panel holds every policy, the variance panel may not
     _legend(figure, panels[1], "Bars: ± 1 standard error over prompts", ncols=columns)
+    return figure
+
+
+def weights_figure(analysis: Mapping[str, Any]) -> Figure:
+    """Variance of the first token's return against its bias, one panel per policy (at most `PANELS`): a line for each
+    kind of weights, from K or 1/λ = 1, without bias, on.
+
+    `analysis` is `Analysis.to_dict()`. Lower and further to the left is better.
+    """
+    policies = analysis["policies"][:PANELS]
+    figure = Figure((4.6 * max(len(policies), 1), 4.2), **FIGURE)
+    for axes, policy in zip(np.atleast_1d(figure.subplots(1, max(len(policies), 1))), policies, strict=False):
+        kinds = {"comb (paper)": [(f"K={p['k']}", p) for p in policy["by_k"]]}
+        for weights in ("flat", "gae"):
+            given = [p for p in policy["by_weights"] if p["weights"] == weights]
+            kinds[weights] = [(f"{p['lam']:.2g}", p) for p in given]
+        for i, (name, points) in enumerate(kinds.items()):
+            known = [(label, p["bias"], p["variance"]) for label, p in points if p["variance"] is not None]
+            style: Any = {"color": COLOURS[i], "marker": MARKERS[i], "linestyle": DASHES[i], "markersize": 5}
+            axes.plot([bias for _, bias, _ in known], [variance for *_, variance in known], label=name, **style)
+            for label, bias, variance in known:
+                axes.annotate(label, (bias, variance), xytext=(3, 3), textcoords="offset points", fontsize=7)
+        axes.set(title=_short(policy["label"], 44), xlabel="Bias  (logit units)", ylabel="Var[Ĝ₁]  (logit units²)")
+        axes.grid(alpha=0.3)
+        axes.legend(frameon=False, fontsize=8)
     return figure
 
 

@@ -111,11 +111,19 @@ def literal_return(one: One, k: int, tail: str = "one-step", normalization: str 
     return LITERAL[tail](q, max_q, k)[0] + end
 
 
-def literal(rows: list[One], k: int, **options) -> dict[str, float]:
-    """Variance and bias with their standard errors, by the definitions, with Python's statistics."""
+def literal(rows: list[One], k: int, weigh=None, **options) -> dict[str, float]:
+    """Variance and bias with their standard errors, by the definitions, with Python's statistics. weigh: of the gap j
+    tokens later, in place of the K-step return's weights."""
+
+    def estimate(one: One) -> float:
+        if weigh is None:
+            return literal_return(one, k, **options)
+        gaps = [m - q for m, q in zip(one.max_q, one.q, strict=True)]
+        return literal_return(one, 1, **options) + sum((1 - weigh(j)) * gaps[j] for j in range(1, len(gaps)))
+
     kept = [one for one in rows if one.finished or options.get("unfinished", "bootstrap") != "drop"]
     prompts = [[one for one in kept if one.prompt == p] for p in sorted({one.prompt for one in kept})]
-    estimates = [[literal_return(one, k, **options) for one in prompt] for prompt in prompts]
+    estimates = [[estimate(one) for one in prompt] for prompt in prompts]
     truths = [[literal_return(one, 1, **options) for one in prompt] for prompt in prompts]
     variances = [statistics.variance(e) for e in estimates if len(e) > 1]
     # the mean of differences is the difference of means
@@ -148,6 +156,11 @@ def test_equals_the_definitions(tmp_path: Path, rows: list[One], options: dict[s
         expected = literal(rows, point["k"], **options)
         for name in ("variance", "variance_se", "bias", "bias_se"):
             assert point[name] == pytest.approx(expected[name], rel=1e-9, abs=1e-9), (point["k"], name)
+    for point in policy["by_weights"]:
+        weigh = {"flat": lambda j, lam: lam, "gae": lambda j, lam: lam**j}[point["weights"]]
+        expected_other = literal(rows, 1, weigh=lambda j: weigh(j, point["lam"]), **options)  # noqa: B023
+        for name in ("variance", "variance_se", "bias", "bias_se"):
+            assert point[name] == pytest.approx(expected_other[name], rel=1e-9, abs=1e-9), (point, name)
     kept = rows if options.get("unfinished", "bootstrap") != "drop" else [one for one in rows if one.finished]
     assert [p["k"] for p in policy["by_k"]] == [1, 2, 4, 8, 16]
     assert [p["short"] for p in policy["by_k"]] == pytest.approx(
@@ -168,6 +181,17 @@ def test_a_scores_segment_may_cut_a_prompt_and_a_prompt_may_be_in_several_segmen
     spread = Builder(tmp_path / "spread", 6).add(halves[0], seed=0).add(halves[1], seed=1).analyze()
     for a, b in zip(spread.policies[0]["by_k"], whole.policies[0]["by_k"], strict=True):
         assert (a["variance"], a["bias"]) == pytest.approx((b["variance"], b["bias"]), rel=1e-12)
+
+
+def test_the_share_of_covariances_between_gaps(tmp_path: Path, rows: list[One]):
+    (policy,) = Builder(tmp_path, 6).add(rows).analyze().policies
+    prompts = [[one for one in rows if one.prompt == p] for p in range(6)]
+    gaps = [[[m - q for m, q in zip(one.max_q, one.q, strict=True)][1:] for one in prompt] for prompt in prompts]
+    of_sums = sum(statistics.variance(sum(gap) for gap in prompt) for prompt in gaps)
+    single = sum(
+        statistics.variance(column) for prompt in gaps for column in itertools.zip_longest(*prompt, fillvalue=0)
+    )
+    assert policy["covariance"] == pytest.approx(1 - single / of_sums, rel=1e-5)
 
 
 def test_laws_of_k_tail_and_normalisation(tmp_path: Path, rows: list[One]):
@@ -262,10 +286,11 @@ def test_result_is_written_as_json_and_picture(tmp_path: Path, rows: list[One]):
     assert written["settings"] == settings
     assert written["segments"] == [i for i, m in open_cache(tmp_path / "cache").manifests("scores")]
     assert written["teacher"]["name"] == "teacher"
-    assert (tmp_path / "out" / "deep" / "analysis.png").read_bytes().startswith(b"\x89PNG")
+    for name in ("analysis.png", "weights.png"):
+        assert (tmp_path / "out" / "deep" / name).read_bytes().startswith(b"\x89PNG")
     three = literal(rows, 3, normalization="raw")
-    table = [line.split() for line in str(result).splitlines()]
-    assert table[-1][:5] == ["3", *(f"{three[name]:.4g}" for name in ("variance", "variance_se", "bias", "bias_se"))]
+    (line,) = [line.split() for line in str(result).splitlines() if line.split()[:1] == ["3"]]
+    assert line[:5] == ["3", *(f"{three[name]:.4g}" for name in ("variance", "variance_se", "bias", "bias_se"))]
 
 
 def test_what_is_not_scored_is_refused(tmp_path: Path, rows: list[One]):
