@@ -105,8 +105,11 @@ def gradient_report(config: AnalyzeConfig) -> GradientReport:
     if not config.student:
         raise ConfigError(["--gradient differentiates a student: give --student, whose rollouts are in the cache"])
     cache, own = open_cache(config.cache), weights_fingerprint(resolve_folder(config.student))
-    refs = [ref for ref in cache.scored(config.scored_by) if ref.policy.fingerprint == own]
+    with_top, refs = (
+        [ref for ref in cache.scored(config.scored_by, keep_top=n) if ref.policy.fingerprint == own] for n in (1, 0)
+    )
     rows, size = sum(ref.rows for ref in refs), config.batch_size
+    refs = with_top if sum(ref.rows for ref in with_top) == rows else refs
     if (batches := rows // size // 2 * 2) < 4:
         what = f"{config.cache}: {rows:,} scored rollouts are of {config.student}, and 4 batches of {size} are needed"
         raise CacheError(f"{what}; make more with `rollout` and `score`, or lower --batch-size")
