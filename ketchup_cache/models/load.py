@@ -109,14 +109,14 @@ def require_same_encoding(
     the user's are and those in a cache are not. Where one of the tokenizers can't be loaded, or their name leads to
     another than the recorded one, the message has no difference.
     """
-    if mine.fingerprint == theirs.fingerprint:
+    if mine.encodes_as(theirs):
         return
     difference = ""
     if download or Path(theirs.name).is_dir():
         with suppress(ModelError):
             own, other = (load_tokenizer(i.name, trust_remote_code=trust_remote_code) for i in (mine, theirs))
-            if tokenizer_info(other, theirs.name).fingerprint == theirs.fingerprint:
-                difference = f": {first_difference(own, other)}"
+            if tokenizer_info(other, theirs.name).encodes_as(theirs) and (found := first_difference(own, other)):
+                difference = f": {found}"
     raise MismatchError(f"{what}{difference}; {todo}")
 
 
