@@ -63,10 +63,14 @@ def state_fingerprint(model: PreTrainedModel) -> str:
     """The same hash of weights in memory: that of the folder which `model.save_pretrained` would write."""
     import torch
     from safetensors.torch import _TYPES
-    from transformers.modeling_utils import remove_tied_weights_from_state_dict
+    from transformers.modeling_utils import remove_tied_weights_from_state_dict, revert_weight_conversion
 
     names = {dtype: name for name, dtype in _TYPES.items()}
-    state = remove_tied_weights_from_state_dict(dict(model.state_dict()), model)
+    saved = {
+        key: value for key, value in model.state_dict().items() if key not in (model._keys_to_ignore_on_save or ())
+    }
+    # under the names of the file, which are others than in memory for some architectures (GPT-NeoX)
+    state = revert_weight_conversion(model, remove_tied_weights_from_state_dict(saved, model))
 
     def tensor(name: str) -> Tensor:
         value = state[name].detach().contiguous().cpu()

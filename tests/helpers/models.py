@@ -126,6 +126,9 @@ FAMILIES = {
     "granite": ("Granite", SIZES | {"logits_scaling": 4.0, "embedding_multiplier": 3.0, "residual_multiplier": 0.5}),
     "bloom-alibi": ("Bloom", {"vocab_size": VOCAB, "hidden_size": 32, "n_layer": 2, "n_head": 4, "pad_token_id": 0,
                               "bos_token_id": 3, "eos_token_id": 1, "initializer_range": 0.4}),
+    # whose weights have other names, or other shapes, in the file than in memory
+    "neox": ("GPTNeoX", SIZES | {"tie_word_embeddings": False}),
+    "mixtral": ("Mixtral", SIZES | {"num_local_experts": 4}),
     "wide": ("Qwen2", SIZES | {"vocab_size": VOCAB + 12}),
 }  # fmt: skip
 
