@@ -179,7 +179,7 @@ class LearnConfig(
         return self
 
 
-class EvaluateConfig(shared.DataOptions, shared.GreedyOptions, shared.ScoringOptions):
+class EvaluateConfig(shared.DataOptions, shared.GreedyOptions, shared.ScoringOptions, shared.RougeOptions):
     """Options of `ketchup-cache evaluate`."""
 
     model: str
@@ -197,7 +197,7 @@ class EvaluateConfig(shared.DataOptions, shared.GreedyOptions, shared.ScoringOpt
     """JSONL file that receives every prompt, output and target."""
 
 
-class CompareConfig(Config):
+class CompareConfig(shared.RougeOptions):
     """Options of `ketchup-cache compare`."""
 
     a: Path
