@@ -12,7 +12,7 @@ from pydantic import BaseModel
 
 from ketchup_cache.cache.cache import Cache
 from ketchup_cache.cache.disk import FolderStore, delete, leftovers, weigh
-from ketchup_cache.cache.index import Index, check_parent, parent_id
+from ketchup_cache.cache.index import Index, check_parent, distinct, parent_id
 from ketchup_cache.cache.manifest import KINDS, Manifest, PromptsInfo, ScoresInfo
 from ketchup_cache.cache.segment_bytes import in_parallel, read_manifest, read_segment
 from ketchup_cache.console import Report, printable, size_text
@@ -103,7 +103,7 @@ def describe(cache: Cache) -> CacheInfo:
         completion_tokens=sum(manifests[id_].tokens for id_, _ in index.rollouts),
         policies=[p.model_dump() | {"rollouts": drawn[p.fingerprint]} for p in cache.policies()],
         teachers=[t.model_dump() | {"scored": n, "unscored": total - n} for t, n in of_teachers],
-        tokenizers=_different(m.info.tokenizer for m in manifests.values()),
+        tokenizers=[t.model_dump() for t in distinct(m.info.tokenizer for m in manifests.values())],
         data=_different(m.info.data for m in manifests.values() if isinstance(m.info, PromptsInfo)),
         sampling=_different(info.sampling for _, info in index.rollouts),
         listing=[_entry(id_, m) for id_, m in manifests.items()],
