@@ -245,6 +245,9 @@ class VerifyConfig(Config):
     """With --clean: hours. Younger files stay, since a writer may need them."""
     dry_run: bool = False
     """With --clean: only say what would be deleted."""
+    set_aside: bool = False
+    """Move damaged segments, and all that were made from them, to the folder aside of the cache, so that the others can
+    be used."""
 
 
 class CopyOptions(Config):
