@@ -24,7 +24,8 @@ def verify(config: VerifyConfig) -> Result:
     cache = open_cache(config.cache)
     report = verify(cache, deep=config.deep)
     if config.set_aside:
-        report = replace(report, aside=set_aside(cache, report.damaged))
+        set_aside(cache, report.damaged)
+        report = replace(report, aside=report.damaged)
     if config.clean:
         deleted, kept = clean(cache, hours=config.older_than, dry_run=config.dry_run)
         report = replace(report, deleted=deleted, kept=kept)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Mapping
 from functools import cached_property
-from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from ketchup_cache.cache.manifest import Info, Manifest, PromptsInfo, RolloutsInfo, ScoresInfo
@@ -110,7 +110,8 @@ class Index:
             raise CacheError(f"{self._address}: no {made} yet; {todo}")
         shown = re.search(r"\(([0-9a-f]{12,64})\)", str(selector))
         start = shown[1] if shown else str(selector)
-        named = [model for model in found if selector is None or _place(selector) == _place(model.name)]
+        place = os.path.realpath(str(selector))
+        named = [model for model in found if selector is None or os.path.realpath(model.name) == place]
         chosen = distinct(named or [model for model in found if model.fingerprint.startswith(start)])
         if len(chosen) == 1:
             return chosen[0]
@@ -156,11 +157,6 @@ def check_parent(info: Info, known: Mapping[str, Manifest], segment_id: str = ""
         raise CacheError(f"{what} covers rows {start} to {stop} of {parent_name}, which has {parent.rows}")
     todo = f"{what} and {parent_name} must share a tokenizer; use the same one"
     require_same_tokenizer(info.tokenizer, parent.info.tokenizer, todo)
-
-
-def _place(name: str) -> Path:
-    """Of a model's name, which need not be a path."""
-    return Path(name).expanduser().resolve()
 
 
 def distinct(found: Iterable[Model]) -> list[Model]:

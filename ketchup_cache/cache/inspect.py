@@ -209,16 +209,15 @@ def verify(cache: Cache, *, deep: bool = True) -> VerifyReport:
     return VerifyReport(cache.address, len(manifests), right, said_once, names, damaged=tuple(damaged))
 
 
-def set_aside(cache: Cache, ids: Iterable[str]) -> tuple[str, ...]:
-    """Move segments out of the way, to the folder `aside` of the cache, so that the others can be used; their ids.
+def set_aside(cache: Cache, ids: Iterable[str]) -> None:
+    """Move segments out of the way, to the folder `aside` of the cache, so that the others can be used.
 
     Raises CacheError for a cache at an address, WriteError.
     """
     if not isinstance(cache.store, FolderStore):
         raise CacheError(f"{cache.address}: --set-aside is for folders; pull what is whole, and use that")
-    for segment_id in (gone := tuple(ids)):
+    for segment_id in ids:
         move_aside(cache.store.path, segment_id)
-    return gone
 
 
 def clean(cache: Cache, *, hours: float = 24.0, dry_run: bool = False) -> tuple[tuple[str, ...], int]:

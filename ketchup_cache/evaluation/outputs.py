@@ -45,19 +45,15 @@ class EvalSet:
 
     @classmethod
     def read(
-        cls,
-        options: DataOptions,
-        tokenizer: PreTrainedTokenizerBase,
-        metrics: Sequence[str],
-        rouge: RougeTokenizer | None,
+        cls, options: DataOptions, tokenizer: PreTrainedTokenizerBase, metrics: Sequence[str], by: RougeTokenizer | None
     ) -> EvalSet:
-        """Raises DataError for unusable data, or targets that a metric can't use; ConfigError for an unusable template,
-        chat template or function of the user's."""
+        """by: what ROUGE counts. Raises DataError for unusable data, or targets that a metric can't use; ConfigError for
+        an unusable template, chat template or function of the user's."""
         examples = read_examples(options)
         kept = tokenize_prompts(examples, tokenizer, options)
         targets = _targets(kept.examples, options)
         check_metrics(metrics, targets or [])
-        by = rouge_tokenizer(rouge, metrics, targets or [])
+        by = rouge_tokenizer(by, metrics, targets or [])
         left_out = len(examples) - len(kept.examples)
         return cls(options.data, kept.examples, kept.prompts.tokens, targets, left_out, kept.cut, by)
 

@@ -11,6 +11,8 @@ import re
 import sys
 import unicodedata
 from collections.abc import Callable, Sequence
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 from numpy.typing import NDArray
@@ -19,6 +21,7 @@ from ketchup_cache.config.options import RougeTokenizer
 from ketchup_cache.console import one_line, say
 from ketchup_cache.errors import ConfigError, DataError
 
+Texts = Sequence[str]
 Values = dict[str, float | str]
 ROUGE = ("rouge1", "rouge2", "rougeL")
 COUNTED: dict[RougeTokenizer, str] = {
@@ -37,9 +40,7 @@ GSM8K_ANSWER = re.compile(r"#### (\-?[0-9\.\,]+)")
 """The final answer in a GSM8K solution, as the data set's authors define it (Cobbe et al., 2021)."""
 
 
-def compute(
-    metrics: Sequence[str], outputs: Sequence[str], targets: Sequence[str], rouge: RougeTokenizer = "ascii"
-) -> Values:
+def compute(metrics: Texts, outputs: Texts, targets: Texts, rouge: RougeTokenizer = "ascii") -> Values:
     """Scores of all outputs, one reference each. Empty outputs are wrong answers, not errors.
 
     Returns, for the metrics asked for and in their order (`loss` and `return` are not of texts, and are passed over):
@@ -104,15 +105,10 @@ def rouge_tokenizer(asked: RougeTokenizer | None, metrics: Sequence[str], target
     return "unicode"
 
 
-class _AnyScript:
-    """A tokenizer as rouge-score wants it. Marks (of Hindi, Thai) belong to their letters."""
-
-    def __init__(self, kind: RougeTokenizer) -> None:
-        self._kind = kind
-
-    def tokenize(self, text: str) -> list[str]:
-        kept = "".join(letter if unicodedata.category(letter)[0] in "LMN" else " " for letter in text.lower())
-        return kept.split() if self._kind == "unicode" else list(kept.replace(" ", ""))
+def _of_any_script(rouge: RougeTokenizer, text: str) -> list[str]:
+    """Marks (of Hindi, Thai) belong to their letters."""
+    kept = "".join(letter if unicodedata.category(letter)[0] in "LMN" else " " for letter in text.lower())
+    return kept.split() if rouge == "unicode" else list(kept.replace(" ", ""))
 
 
 ANSWERS: dict[str, Callable[[str], str | None]] = {
@@ -123,14 +119,12 @@ ANSWERS: dict[str, Callable[[str], str | None]] = {
 """Metrics that are a share of right answers → the answer in a text."""
 
 
-def of_each(
-    metric: str, outputs: Sequence[str], targets: Sequence[str], rouge: RougeTokenizer = "ascii"
-) -> list[float] | None:
+def of_each(metric: str, outputs: Texts, targets: Texts, rouge: RougeTokenizer = "ascii") -> list[float] | None:
     """The metric of every single output, in percent, where the whole is their mean; None for other metrics."""
     if metric in ROUGE:
         from rouge_score.rouge_scorer import RougeScorer
 
-        own = None if rouge == "ascii" else _AnyScript(rouge)
+        own: Any = None if rouge == "ascii" else SimpleNamespace(tokenize=partial(_of_any_script, rouge))
         score = RougeScorer([metric], use_stemmer=True, tokenizer=own).score
         return [100 * score(target, output)[metric].fmeasure for output, target in zip(outputs, targets, strict=True)]
     if metric in ANSWERS:

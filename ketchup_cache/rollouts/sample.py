@@ -13,6 +13,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Iterator
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -113,9 +114,7 @@ def eos_ids(model: PreTrainedModel) -> list[int]:
     raise ModelError(f"{model_name(model)}: its config has no eos_token_id")
 
 
-def _batches(
-    lengths: NDArray[np.int64], samples: int, batch: int, mixed: float
-) -> Iterator[tuple[NDArray[np.int64], slice]]:
+def _batches(lengths: NDArray, samples: int, batch: int, mixed: float) -> Iterator[tuple[NDArray[np.int64], slice]]:
     """(places of prompts, which of the samples) of every batch, the longest prompts first: what does not fit into the
     memory shows at once. A batch holds whole prompts, with all their samples; where even those of one prompt are too
     many, a part of them. mixed: as in `of_one_length`."""
@@ -127,10 +126,7 @@ def _batches(
                 yield order[start : start + at_once], slice(first, min(first + batch, samples))
 
 
-Way = Callable[[PreTrainedModel, Ragged, Decoding], tuple[Tensor, Tensor]]
-
-
-def _longest_padded(model: PreTrainedModel, way: Way, vocab_size: int, eos: list[int]) -> float:
+def _longest_padded(model: PreTrainedModel, way: Callable[..., Any], vocab_size: int, eos: list[int]) -> float:
     """0 for a model that a prompt's padding confuses, otherwise infinite. Found out once for a model that is not told
     its positions, by a short prompt alone and beside others.
 
@@ -142,7 +138,7 @@ def _longest_padded(model: PreTrainedModel, way: Way, vocab_size: int, eos: list
     if model not in _PADDED:
         halves, real = torch.full((2, 3), 0.5, dtype=torch.float64), _RealVocabulary(vocab_size)
 
-        def first(*lengths: int) -> Tensor:
+        def first(*lengths: int) -> Any:
             rows = Ragged.from_lengths(np.arange(sum(lengths)) % vocab_size, lengths)
             return way(model, rows, Decoding(1, 3, eos, halves[: len(lengths)], [real], None))[1][0]
 

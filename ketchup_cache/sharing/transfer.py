@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from ketchup_cache.cache.index import check_parent, parent_id
 from ketchup_cache.cache.manifest import KINDS, Manifest
@@ -21,6 +22,8 @@ from ketchup_cache.sharing.stores import open_existing, open_store
 Address = str | os.PathLike[str]
 Segments = dict[str, tuple[Manifest, bytes]]
 """Id → manifest, and its bytes as stored."""
+Wrong = dict[str, str]
+"""Id → what is wrong with the segment."""
 
 
 @dataclass(frozen=True)
@@ -73,18 +76,17 @@ def copy(
     began = time.monotonic()
     there = set(taker.segment_ids()) if taker.exists() else set()
     offered = giver.segment_ids() if only is None else list(only)
-    wrong: dict[str, str] = {}
+    wrong: Wrong = {}
     missing = _read(giver, offered, there, wrong)
     known = {id_: manifest for id_, (manifest, _) in missing.items()}
     for id_, (manifest, _) in missing.items():  # so that no child is ever committed without its parent
         parent = parent_id(manifest.info)
         if parent in there and parent not in known:
             known[parent] = read_manifest(taker, parent)[0]
-        try:
-            check_parent(manifest.info, known, id_)
-        except (CacheError, MismatchError) as error:
-            wrong[id_] = wrong.get(parent, str(error))
-            del known[id_]  # nor do its children fit
+        _tried(wrong, id_, check_parent, manifest.info, known, id_)
+        if id_ in wrong:  # nor do its children fit
+            wrong[id_] = wrong.get(parent, wrong[id_])
+            del known[id_]
     total = sum(manifest.data_bytes for manifest, _ in missing.values())
     if not dry_run and (missing.keys() - wrong.keys() or not wrong):
         taker.create()
@@ -114,32 +116,33 @@ def merge(sources: Iterable[Address], target: Address, *, dry_run: bool = False)
     return MergeReport(tuple(reports))
 
 
-def _read(giver: SegmentStore, ids: Iterable[str], there: set[str], wrong: dict[str, str]) -> Segments:
+def _read(giver: SegmentStore, ids: Iterable[str], there: set[str], wrong: Wrong) -> Segments:
     """Manifests of these segments and of their parents, as far as the giver has them and the taker has not: parents
     before children, older before newer. wrong: receives what is wrong with those that can't be read."""
-
-    def read(id_: str) -> tuple[Manifest, bytes] | None:
-        try:
-            return read_manifest(giver, id_)
-        except CorruptError as error:
-            wrong[id_] = str(error)
-            return None
-
     found: Segments = {}
     offered = set(giver.segment_ids())
     wanted = [id_ for id_ in ids if id_ not in there]
     while wanted:
-        found |= {id_: one for id_, one in zip(wanted, in_parallel(read, wanted), strict=True) if one}
+        read = in_parallel(lambda id_: _tried(wrong, id_, read_manifest, giver, id_), wanted)
+        found |= {id_: one for id_, one in zip(wanted, read, strict=True) if one}
         parents = dict.fromkeys(parent_id(manifest.info) for manifest, _ in found.values())
         wanted = [id_ for id_ in parents if id_ in offered and id_ not in {*found, *wrong, *there}]
     return dict(sorted(found.items(), key=lambda s: (KINDS.index(s[1][0].kind), s[1][0].created, s[0])))
 
 
-def _batches(
-    giver: SegmentStore, missing: Segments, limit: int, bar: Bar, wrong: dict[str, str]
-) -> Iterator[list[Packed]]:
-    """Segments that are committed together: one kind only, so that parents are there before their children. wrong: what
-    is wrong with those that are left out, by id."""
+def _tried(wrong: Wrong, id_: str, work: Callable[..., Any], *args: Any) -> Any:
+    """What the work on a segment returns; None where the segment is to blame, which `wrong` receives."""
+    try:
+        return work(*args)
+    except (CacheError, MismatchError) as error:
+        if type(error) is CacheError and work is not check_parent:  # the place can't be reached
+            raise
+        wrong[id_] = str(error)
+
+
+def _batches(giver: SegmentStore, missing: Segments, limit: int, bar: Bar, wrong: Wrong) -> Iterator[list[Packed]]:
+    """Segments that are committed together: one kind only, so that parents are there before their children. wrong:
+    those that are left out."""
     batch: list[Packed] = []
     held, kind = 0, ""
     for id_, (manifest, data) in missing.items():
@@ -150,11 +153,8 @@ def _batches(
             wrong.setdefault(id_, wrong[parent])
         if id_ in wrong:
             continue
-        try:
-            batch.append(read_segment(giver, id_, manifest, data, bar.advance))
-        except CorruptError as error:
-            wrong[id_] = str(error)
-            continue
-        held, kind = held + manifest.data_bytes, manifest.kind
+        if packed := _tried(wrong, id_, read_segment, giver, id_, manifest, data, bar.advance):
+            batch.append(packed)
+            held, kind = held + manifest.data_bytes, manifest.kind
     if batch:
         yield batch
