@@ -47,8 +47,8 @@ class EvalSet:
     def read(
         cls, options: DataOptions, tokenizer: PreTrainedTokenizerBase, metrics: Sequence[str], by: RougeTokenizer | None
     ) -> EvalSet:
-        """by: what ROUGE counts. Raises DataError for unusable data, or targets that a metric can't use; ConfigError for
-        an unusable template, chat template or function of the user's."""
+        """by: what ROUGE counts. Raises DataError for unusable data, or targets that a metric can't use; ConfigError
+        for an unusable template, chat template or function of the user's."""
         examples = read_examples(options)
         kept = tokenize_prompts(examples, tokenizer, options)
         targets = _targets(kept.examples, options)
