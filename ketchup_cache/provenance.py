@@ -7,7 +7,7 @@ import json
 import re
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, StringConstraints
 
 from ketchup_cache.errors import MismatchError
 
@@ -36,6 +36,11 @@ class TokenizerInfo(Record):
     """Of what it encodes (models/fingerprint.py), so that equal tokenizers from different places agree."""
     vocab_size: int = Field(ge=1)
     """Largest token id + 1: the real vocabulary, without the padding rows of a model's head."""
+    _earlier: frozenset[str] = PrivateAttr(default=frozenset())
+    """Of a loaded tokenizer, in no file: its fingerprints in earlier versions, which held the id that pads."""
+
+    def encodes_as(self, stored: TokenizerInfo) -> bool:
+        return self.vocab_size == stored.vocab_size and stored.fingerprint in {self.fingerprint, *self._earlier}
 
 
 class PromptForm(Record):
@@ -110,5 +115,5 @@ def require_same_tokenizer(mine: TokenizerInfo, theirs: TokenizerInfo, what: str
 
     what: whose they are and what to do, as "CACHE was encoded by another tokenizer; use …".
     """
-    if (mine.fingerprint, mine.vocab_size) != (theirs.fingerprint, theirs.vocab_size):
+    if not mine.encodes_as(theirs):
         raise MismatchError(f"{what}: tokenizers {mine.name} and {theirs.name} encode differently")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from ketchup_cache.cache import rules, segment_bytes, zarr_files
-from ketchup_cache.cache.index import Index, Range, ScoredRef, check_parent, distinct
+from ketchup_cache.cache.index import Index, Range, ScoredRef, check_parent, distinct, parent_id
 from ketchup_cache.cache.manifest import FORMAT, FileEntry, Info, Kind, Manifest, PromptsInfo, RolloutsInfo, ScoresInfo
 from ketchup_cache.cache.segment_bytes import Packed, SegmentStore
 from ketchup_cache.errors import CacheError, CorruptError, MismatchError, NumericsError
@@ -156,6 +156,10 @@ class Cache:
         if self.pinned is not None:
             what = f"the pinned run has no such {info.kind}: repeat it with its own options and models"
             raise MismatchError(f"{self.address}: {what}")
+        parent = self.index.manifests.get(parent_id(info))
+        if parent and info.tokenizer.encodes_as(parent.info.tokenizer):  # whose fingerprint may be an earlier version's
+            same = {"fingerprint": parent.info.tokenizer.fingerprint}
+            info = info.model_copy(update={"tokenizer": info.tokenizer.model_copy(update=same)})
         rules.check(segment, info, self._parent(info))
         arrays = rules.pack(segment, info)
         counts = dict(zip(("rows", "tokens"), rules.size(segment), strict=True))

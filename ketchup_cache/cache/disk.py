@@ -189,6 +189,18 @@ def delete(root: Path, path: Path, *, committed: bool = False) -> bool:
     return True
 
 
+def move_aside(root: Path, segment_id: str) -> None:
+    """Move what there is of a segment to aside/, the manifest first: readers see all of it or nothing."""
+    with _staging(root):
+        if (root / "aside").is_symlink():
+            raise _linked(root / "aside")
+        os.makedirs(root / "aside", exist_ok=True)
+        for path in (root / "manifests" / f"{segment_id}.json", root / "segments" / segment_id):
+            with suppress(FileNotFoundError):
+                os.rename(path, root / "aside" / path.name)
+                sync(path.parent)
+
+
 @contextmanager
 def _staging(root: Path) -> Iterator[Path]:
     """A new folder under tmp/, gone afterwards. Turns OSError into WriteError."""

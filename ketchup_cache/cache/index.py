@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Iterable, Mapping
 from functools import cached_property
 from typing import Any, NamedTuple, TypeVar
 
 from ketchup_cache.cache.manifest import Info, Manifest, PromptsInfo, RolloutsInfo, ScoresInfo
 from ketchup_cache.errors import CacheError
-from ketchup_cache.provenance import PolicyInfo, TeacherInfo, require_same_tokenizer
+from ketchup_cache.provenance import PolicyInfo, TeacherInfo, TokenizerInfo, require_same_tokenizer
 
-Model = TypeVar("Model", PolicyInfo, TeacherInfo)
+Model = TypeVar("Model", PolicyInfo, TeacherInfo, TokenizerInfo)
 Range = tuple[str, int, int]
 """Rows start..stop of the rollouts segment with this id."""
 
@@ -97,7 +99,8 @@ class Index:
         return list(dict.fromkeys(getattr(m.info, what) for m in self.manifests.values() if hasattr(m.info, what)))
 
     def select(self, what: str, selector: str | None, option: str) -> Any:
-        """The one model with this name, or whose fingerprint starts so; the only one where the selector is None.
+        """The one model with this name, however its path is spelt, or whose fingerprint starts so, or as `info` prints
+        it; the only one where the selector is None.
 
         what: teacher or policy. option: the flag that selects. Raises CacheError where there is none or more than one.
         """
@@ -105,8 +108,11 @@ class Index:
             made, command = ("scores", "score") if what == "teacher" else ("rollouts", "rollout")
             todo = f"run `ketchup-cache {command} --cache {self._address}` first"
             raise CacheError(f"{self._address}: no {made} yet; {todo}")
-        named = [model for model in found if selector in (None, model.name)]
-        chosen = distinct(named or [model for model in found if model.fingerprint.startswith(str(selector))])
+        shown = re.search(r"\(([0-9a-f]{12,64})\)", str(selector))
+        start = shown[1] if shown else str(selector)
+        place = os.path.realpath(str(selector))
+        named = [model for model in found if selector is None or os.path.realpath(model.name) == place]
+        chosen = distinct(named or [model for model in found if model.fingerprint.startswith(start)])
         if len(chosen) == 1:
             return chosen[0]
         if not chosen:

@@ -11,8 +11,8 @@ from typing import Any
 from pydantic import BaseModel
 
 from ketchup_cache.cache.cache import Cache
-from ketchup_cache.cache.disk import FolderStore, delete, leftovers, weigh
-from ketchup_cache.cache.index import Index, check_parent, parent_id
+from ketchup_cache.cache.disk import FolderStore, delete, leftovers, move_aside, weigh
+from ketchup_cache.cache.index import Index, check_parent, distinct, parent_id
 from ketchup_cache.cache.manifest import KINDS, Manifest, PromptsInfo, ScoresInfo
 from ketchup_cache.cache.segment_bytes import in_parallel, read_manifest, read_segment
 from ketchup_cache.console import Report, printable, size_text
@@ -103,7 +103,7 @@ def describe(cache: Cache) -> CacheInfo:
         completion_tokens=sum(manifests[id_].tokens for id_, _ in index.rollouts),
         policies=[p.model_dump() | {"rollouts": drawn[p.fingerprint]} for p in cache.policies()],
         teachers=[t.model_dump() | {"scored": n, "unscored": total - n} for t, n in of_teachers],
-        tokenizers=_different(m.info.tokenizer for m in manifests.values()),
+        tokenizers=[t.model_dump() for t in distinct(m.info.tokenizer for m in manifests.values())],
         data=_different(m.info.data for m in manifests.values() if isinstance(m.info, PromptsInfo)),
         sampling=_different(info.sampling for _, info in index.rollouts),
         listing=[_entry(id_, m) for id_, m in manifests.items()],
@@ -147,7 +147,8 @@ def compare(one: Cache, other: Cache) -> Difference:
 class VerifyReport(Report):
     """problems: one line each. bytes: that were read and found right. leftovers: of commits in progress or that a
     crash ended: entries of tmp/ and data without a manifest. They are harmless: readers never look at them.
-    deleted: leftovers that are gone now (`clean`); kept: those that are too young."""
+    deleted: leftovers that are gone now (`clean`); kept: those that are too young. damaged: ids of the segments with
+    problems, and of all that were made from them; aside: those that are out of the way now (`set_aside`)."""
 
     path: str
     segments: int
@@ -156,6 +157,8 @@ class VerifyReport(Report):
     leftovers: tuple[str, ...]
     deleted: tuple[str, ...] = ()
     kept: int = 0
+    damaged: tuple[str, ...] = ()
+    aside: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -166,7 +169,7 @@ class VerifyReport(Report):
         lines = [f"{self.path}: {verdict}; {self.segments:,} segments, {size_text(self.bytes)} checked", *self.problems]
         if self.leftovers:
             lines.append(f"{len(self.leftovers):,} harmless leftovers of interrupted commits (`verify --clean`)")
-        lines += [f"deleted {name}" for name in self.deleted]
+        lines += [f"deleted {name}" for name in self.deleted] + [f"set aside {id_}" for id_ in self.aside]
         if self.kept:
             lines.append(f"{self.kept:,} leftovers are too young to delete: a writer may be at work on them")
         return "\n".join(map(printable, lines))
@@ -187,6 +190,7 @@ def verify(cache: Cache, *, deep: bool = True) -> VerifyReport:
     found = dict(zip(ids, in_parallel(lambda id_: tried(read_manifest, store, id_), ids), strict=True))
     manifests = {id_: read[0] for id_, read in found.items() if not isinstance(read, str)}
     problems = [read for read in found.values() if isinstance(read, str)]
+    damaged = dict.fromkeys(id_ for id_, read in found.items() if isinstance(read, str))
     fresh, right = Cache(store, Index(manifests, cache.address)), 0
     # the children of one parent side by side, so that it is decoded once
     for id_, manifest in sorted(manifests.items(), key=lambda m: (KINDS.index(m[1].kind), parent_id(m[1].info), m[0])):
@@ -195,12 +199,25 @@ def verify(cache: Cache, *, deep: bool = True) -> VerifyReport:
             said.append(tried(read_segment, store, id_, manifest, b""))
         wrong = [text for text in said if isinstance(text, str)]
         problems += wrong
+        damaged |= {id_: None} if wrong or parent_id(manifest.info) in damaged else {}
         right += 0 if wrong else manifest.data_bytes
     parents = {parent_id(m.info) for m in manifests.values()}
     left = leftovers(store.path, parents) if isinstance(store, FolderStore) else []
     names = tuple(str(path.relative_to(cache.address)) for path in left)
     # once each: a damaged parent is found by each of its children too
-    return VerifyReport(cache.address, len(manifests), right, tuple(dict.fromkeys(problems)), names)
+    said_once = tuple(dict.fromkeys(problems))
+    return VerifyReport(cache.address, len(manifests), right, said_once, names, damaged=tuple(damaged))
+
+
+def set_aside(cache: Cache, ids: Iterable[str]) -> None:
+    """Move segments out of the way, to the folder `aside` of the cache, so that the others can be used.
+
+    Raises CacheError for a cache at an address, WriteError.
+    """
+    if not isinstance(cache.store, FolderStore):
+        raise CacheError(f"{cache.address}: --set-aside is for folders; pull what is whole, and use that")
+    for segment_id in ids:
+        move_aside(cache.store.path, segment_id)
 
 
 def clean(cache: Cache, *, hours: float = 24.0, dry_run: bool = False) -> tuple[tuple[str, ...], int]:

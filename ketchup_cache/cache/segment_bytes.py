@@ -22,7 +22,7 @@ MARKER = "ketchup-cache.json"
 MARKER_BYTES = canonical_json({"format": FORMAT, "version": FORMAT_VERSION})
 MAX_MARKER_BYTES = 2**16
 MAX_MANIFEST_BYTES = 2**22
-RESTORE = "restore it from a copy (`ketchup-cache verify` lists all damage)"
+RESTORE = "restore it from a copy (`ketchup-cache verify` lists all damage, `--set-aside` moves it out of the way)"
 AT_ONCE = 8
 """Files that travel over a network at once."""
 _MANIFEST_NAME = re.compile(r"([0-9a-f]{64})\.json")

@@ -184,7 +184,7 @@ class LearnConfig(
         return self
 
 
-class EvaluateConfig(shared.DataOptions, shared.GreedyOptions, shared.ScoringOptions):
+class EvaluateConfig(shared.DataOptions, shared.GreedyOptions, shared.ScoringOptions, shared.RougeOptions):
     """Options of `ketchup-cache evaluate`."""
 
     model: str
@@ -202,7 +202,7 @@ class EvaluateConfig(shared.DataOptions, shared.GreedyOptions, shared.ScoringOpt
     """JSONL file that receives every prompt, output and target."""
 
 
-class CompareConfig(Config):
+class CompareConfig(shared.RougeOptions):
     """Options of `ketchup-cache compare`."""
 
     a: Path
@@ -257,6 +257,9 @@ class VerifyConfig(Config):
     """With --clean: hours. Younger files stay, since a writer may need them."""
     dry_run: bool = False
     """With --clean: only say what would be deleted."""
+    set_aside: bool = False
+    """Move damaged segments, and all that were made from them, to the folder aside of the cache, so that the others can
+    be used."""
 
 
 class CopyOptions(Config):

@@ -54,6 +54,9 @@ def split_list(value: Any) -> Any:
     return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
 
 
+RougeTokenizer = Literal["ascii", "unicode", "characters"]
+
+
 def _metric(name: str) -> str:
     if name in METRICS or re.fullmatch(r"\w+(\.\w+)*:\w+", name):
         return name
@@ -127,7 +130,16 @@ class GreedyOptions(Config):
     """Compute what stands between << and = (annotations of GSM8K) and write the result for the model."""
 
 
-class DevOptions(PromptOptions, GreedyOptions):
+class RougeOptions(Config):
+    """ROUGE"""
+
+    rouge_tokenizer: RougeTokenizer | None = None
+    """What ROUGE counts: ascii (words of English, stemmed, as in papers), unicode (words of any script: runs of letters
+    and digits) or characters (single ones, for scripts without spaces). Without it, ascii where that keeps 95 % of the
+    letters of the references, otherwise unicode."""
+
+
+class DevOptions(PromptOptions, GreedyOptions, RougeOptions):
     """Dev set"""
 
     eval_data: str = ""

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from sacrebleu.significance import PairedTest
 
 from ketchup_cache.config.commands import CompareConfig
+from ketchup_cache.config.options import RougeTokenizer
 from ketchup_cache.console import Report, printable
 from ketchup_cache.errors import ConfigError, DataError
 from ketchup_cache.evaluation.task_metrics import (
@@ -22,6 +23,7 @@ from ketchup_cache.evaluation.task_metrics import (
     compute,
     of_each,
     of_texts,
+    rouge_tokenizer,
     sacrebleu_metric,
 )
 
@@ -113,15 +115,16 @@ def compare(config: CompareConfig) -> Comparison:
     if NOT_OF_TEXTS.intersection(config.metrics):
         raise ConfigError(["compare knows the texts only: leave loss and return out of --metrics"])
     check_metrics(metrics, targets)
+    rouge = rouge_tokenizer(config.rouge_tokenizer, metrics, targets)
     if len(targets) < FEWEST:
         raise DataError(f"{config.a}: {len(targets)} examples tell nothing; compare at least {FEWEST}")
     if not (seed := os.environ.get("SACREBLEU_SEED", SEED)).isdecimal():
         raise ConfigError([f"SACREBLEU_SEED must be a whole number, not {seed!r}"])
     rng = np.random.default_rng(int(seed))
     draws = rng.integers(0, len(targets), (config.resamples, len(targets)))
-    differences = tuple(_difference(name, a, b, targets, draws) for name in metrics)
+    differences = tuple(_difference(name, a, b, targets, draws, rouge) for name in metrics)
     by = next((name for name in metrics if of_each(name, a[:1], targets[:1])), "chrf")
-    values = [_of_each(by, outputs, targets) for outputs in (a, b)]
+    values = [_of_each(by, outputs, targets, rouge) for outputs in (a, b)]
     gain = np.subtract(*values[::-1])
     order = np.argsort(gain, kind="stable")
 
@@ -145,9 +148,11 @@ def compare(config: CompareConfig) -> Comparison:
     )
 
 
-def _difference(name: str, a: list[str], b: list[str], targets: list[str], draws: NDArray) -> Difference:
+def _difference(
+    name: str, a: list[str], b: list[str], targets: list[str], draws: NDArray, rouge: RougeTokenizer
+) -> Difference:
     """draws: [resamples, examples] int."""
-    values = [compute([name], outputs, targets) for outputs in (a, b)]
+    values = [compute([name], outputs, targets, rouge) for outputs in (a, b)]
     before, after = (float(of_one[name]) for of_one in values)
     if name in SACREBLEU:
         # the first system is the baseline, which has no p of its own
@@ -157,7 +162,7 @@ def _difference(name: str, a: list[str], b: list[str], targets: list[str], draws
         ((key, signature),) = signatures.items()
         # of equal outputs it says p = 1/(resamples + 1)
         return Difference(name, before, after, 1.0 if a == b else float(scores[key][1].p_value), str(signature))
-    ours, theirs = (of_each(name, outputs, targets) for outputs in (a, b))
+    ours, theirs = (of_each(name, outputs, targets, rouge) for outputs in (a, b))
     if ours is not None and theirs is not None:
         resampled = np.subtract(theirs, ours)[draws].mean(axis=1)
     else:  # a function of the user's, of the whole
@@ -175,9 +180,9 @@ def _own_difference(name: str, a: list[str], b: list[str], targets: list[str], d
     return float(after) - float(before)
 
 
-def _of_each(name: str, outputs: list[str], targets: list[str]) -> NDArray:
+def _of_each(name: str, outputs: list[str], targets: list[str], rouge: RougeTokenizer) -> NDArray:
     """For choosing examples: the metric where it is a mean over examples, else chrF of each sentence."""
-    if (each := of_each(name, outputs, targets)) is not None:
+    if (each := of_each(name, outputs, targets, rouge)) is not None:
         return np.array(each)
     chrf = sacrebleu_metric("chrf")
     return np.array([chrf.sentence_score(o, [t]).score for o, t in zip(outputs, targets, strict=True)])

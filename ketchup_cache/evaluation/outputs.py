@@ -11,10 +11,10 @@ import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ketchup_cache.config.options import DataOptions, GreedyOptions, Normalization
+from ketchup_cache.config.options import DataOptions, GreedyOptions, Normalization, RougeTokenizer
 from ketchup_cache.console import progress
 from ketchup_cache.errors import DataError
-from ketchup_cache.evaluation.task_metrics import Values, check_metrics, compute
+from ketchup_cache.evaluation.task_metrics import Values, check_metrics, compute, rouge_tokenizer
 from ketchup_cache.method.returns import rollout_returns
 from ketchup_cache.models.forward import Batch, completion_states, computes_prompts_once
 from ketchup_cache.models.head import Head
@@ -41,17 +41,21 @@ class EvalSet:
     targets: list[str] | None
     left_out: int
     cut: int
+    rouge: RougeTokenizer = "ascii"
 
     @classmethod
-    def read(cls, options: DataOptions, tokenizer: PreTrainedTokenizerBase, metrics: Sequence[str]) -> EvalSet:
-        """Raises DataError for unusable data, or targets that a metric can't use; ConfigError for an unusable template,
-        chat template or function of the user's."""
+    def read(
+        cls, options: DataOptions, tokenizer: PreTrainedTokenizerBase, metrics: Sequence[str], by: RougeTokenizer | None
+    ) -> EvalSet:
+        """by: what ROUGE counts. Raises DataError for unusable data, or targets that a metric can't use; ConfigError
+        for an unusable template, chat template or function of the user's."""
         examples = read_examples(options)
         kept = tokenize_prompts(examples, tokenizer, options)
         targets = _targets(kept.examples, options)
         check_metrics(metrics, targets or [])
+        by = rouge_tokenizer(by, metrics, targets or [])
         left_out = len(examples) - len(kept.examples)
-        return cls(options.data, kept.examples, kept.prompts.tokens, targets, left_out, kept.cut)
+        return cls(options.data, kept.examples, kept.prompts.tokens, targets, left_out, kept.cut, by)
 
 
 @dataclass(frozen=True)
@@ -80,7 +84,7 @@ class Outputs:
 
     def scores(self, data: EvalSet, metrics: Sequence[str]) -> Values | None:
         """Those of the metrics that are of texts; None where the data has no targets."""
-        return compute(metrics, self.texts, data.targets) if data.targets is not None else None
+        return compute(metrics, self.texts, data.targets, data.rouge) if data.targets is not None else None
 
 
 @torch.no_grad()

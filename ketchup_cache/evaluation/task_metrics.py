@@ -9,17 +9,29 @@ import importlib
 import math
 import re
 import sys
+import unicodedata
 from collections.abc import Callable, Sequence
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 from numpy.typing import NDArray
 
-from ketchup_cache.console import one_line
+from ketchup_cache.config.options import RougeTokenizer
+from ketchup_cache.console import one_line, say
 from ketchup_cache.errors import ConfigError, DataError
 
+Texts = Sequence[str]
 Values = dict[str, float | str]
 ROUGE = ("rouge1", "rouge2", "rougeL")
-ROUGE_VARIANT = "rouge-score, F1, Porter stemmer, letters and digits of ASCII only, rougeL over the whole text"
+COUNTED: dict[RougeTokenizer, str] = {
+    "ascii": "Porter stemmer, letters and digits of ASCII only",
+    "unicode": "runs of letters and digits of any script, no stemmer",
+    "characters": "single letters and digits of any script, no stemmer",
+}
+"""What each tokenizer of ROUGE counts, in the words of its variant."""
+MOST_LOST = 0.05
+"""Share of the references' letters that a tokenizer of ROUGE may lose."""
 SACREBLEU = ("bleu", "chrf", "ter")
 NOT_OF_TEXTS = {"loss", "return"}
 """Metrics that need a model: the references' cross-entropy, and the outputs' return under a teacher."""
@@ -28,12 +40,12 @@ GSM8K_ANSWER = re.compile(r"#### (\-?[0-9\.\,]+)")
 """The final answer in a GSM8K solution, as the data set's authors define it (Cobbe et al., 2021)."""
 
 
-def compute(metrics: Sequence[str], outputs: Sequence[str], targets: Sequence[str]) -> Values:
+def compute(metrics: Texts, outputs: Texts, targets: Texts, rouge: RougeTokenizer = "ascii") -> Values:
     """Scores of all outputs, one reference each. Empty outputs are wrong answers, not errors.
 
     Returns, for the metrics asked for and in their order (`loss` and `return` are not of texts, and are passed over):
-        rouge1, rouge2, rougeL, or rouge for all three: F1, mean over examples, and rouge_variant. Letters and digits of
-            ASCII only.
+        rouge1, rouge2, rougeL, or rouge for all three: F1, mean over examples, by the tokenizer `rouge`, and
+            rouge_variant, which names it.
         bleu, chrf, ter: of the whole corpus by sacrebleu (Post, 2018), each with NAME_signature. Lower TER is better.
         exact: share of the outputs that equal their target, outer white space aside.
         accuracy, gsm8k: share whose final answer (`GSM8K_ANSWER`, commas removed) is the target's, compared as text.
@@ -48,7 +60,7 @@ def compute(metrics: Sequence[str], outputs: Sequence[str], targets: Sequence[st
     check_metrics(metrics, targets)
     values: Values = {}
     for metric in of_texts(metrics):
-        values |= _values(metric, outputs, targets)
+        values |= _values(metric, outputs, targets, rouge)
     return values
 
 
@@ -77,6 +89,28 @@ def final_answer(solution: str) -> str | None:
     return match.group(1).replace(",", "") if match else None
 
 
+def rouge_tokenizer(asked: RougeTokenizer | None, metrics: Sequence[str], targets: Sequence[str]) -> RougeTokenizer:
+    """The one that was asked for; without any, `ascii` where it fits the references, else `unicode`, which is said.
+
+    Raises DataError where the one asked for loses more than `MOST_LOST` of their letters.
+    """
+    letters = "".join(letter for target in targets for letter in target.lower() if letter.isalnum())
+    lost = sum(not letter.isascii() for letter in letters) / max(len(letters), 1)
+    if not {"rouge", *ROUGE}.intersection(metrics) or lost <= MOST_LOST or asked not in (None, "ascii"):
+        return asked or "ascii"
+    what = f"loses {lost:.0%} of the letters of the references"
+    if asked:
+        raise DataError(f"--rouge-tokenizer ascii {what}: choose unicode or characters")
+    say(f"the English tokenizer of ROUGE {what}: --rouge-tokenizer unicode is taken")
+    return "unicode"
+
+
+def _of_any_script(rouge: RougeTokenizer, text: str) -> list[str]:
+    """Marks (of Hindi, Thai) belong to their letters."""
+    kept = "".join(letter if unicodedata.category(letter)[0] in "LMN" else " " for letter in text.lower())
+    return kept.split() if rouge == "unicode" else list(kept.replace(" ", ""))
+
+
 ANSWERS: dict[str, Callable[[str], str | None]] = {
     "exact": str.strip,
     "accuracy": final_answer,
@@ -85,12 +119,13 @@ ANSWERS: dict[str, Callable[[str], str | None]] = {
 """Metrics that are a share of right answers → the answer in a text."""
 
 
-def of_each(metric: str, outputs: Sequence[str], targets: Sequence[str]) -> list[float] | None:
+def of_each(metric: str, outputs: Texts, targets: Texts, rouge: RougeTokenizer = "ascii") -> list[float] | None:
     """The metric of every single output, in percent, where the whole is their mean; None for other metrics."""
     if metric in ROUGE:
         from rouge_score.rouge_scorer import RougeScorer
 
-        score = RougeScorer([metric], use_stemmer=True).score
+        own: Any = None if rouge == "ascii" else SimpleNamespace(tokenize=partial(_of_any_script, rouge))
+        score = RougeScorer([metric], use_stemmer=True, tokenizer=own).score
         return [100 * score(target, output)[metric].fmeasure for output, target in zip(outputs, targets, strict=True)]
     if metric in ANSWERS:
         answer = ANSWERS[metric]
@@ -105,14 +140,14 @@ def sacrebleu_metric(name: str) -> Any:
     return {"bleu": BLEU, "chrf": CHRF, "ter": TER}[name]()
 
 
-def _values(name: str, outputs: Sequence[str], targets: Sequence[str]) -> Values:
+def _values(name: str, outputs: Sequence[str], targets: Sequence[str], rouge: RougeTokenizer) -> Values:
     if name in SACREBLEU:
         metric = sacrebleu_metric(name)
         score = metric.corpus_score(list(outputs), [list(targets)]).score
         return {name: score, f"{name}_signature": str(metric.get_signature())}
-    if (each := of_each(name, outputs, targets)) is not None:
-        variant: Values = {"rouge_variant": ROUGE_VARIANT} if name in ROUGE else {}
-        return {name: sum(each) / len(each)} | variant
+    if (each := of_each(name, outputs, targets, rouge)) is not None:
+        variant = f"rouge-score, F1, {COUNTED[rouge]}, rougeL over the whole text"
+        return {name: sum(each) / len(each)} | ({"rouge_variant": variant} if name in ROUGE else {})
     return {name: _own(name)(outputs, targets)}
 
 

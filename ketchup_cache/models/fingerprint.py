@@ -63,10 +63,14 @@ def state_fingerprint(model: PreTrainedModel) -> str:
     """The same hash of weights in memory: that of the folder which `model.save_pretrained` would write."""
     import torch
     from safetensors.torch import _TYPES
-    from transformers.modeling_utils import remove_tied_weights_from_state_dict
+    from transformers.modeling_utils import remove_tied_weights_from_state_dict, revert_weight_conversion
 
     names = {dtype: name for name, dtype in _TYPES.items()}
-    state = remove_tied_weights_from_state_dict(dict(model.state_dict()), model)
+    saved = {
+        key: value for key, value in model.state_dict().items() if key not in (model._keys_to_ignore_on_save or ())
+    }
+    # under the names of the file, which are others than in memory for some architectures (GPT-NeoX)
+    state = revert_weight_conversion(model, remove_tied_weights_from_state_dict(saved, model))
 
     def tensor(name: str) -> Tensor:
         value = state[name].detach().contiguous().cpu()
@@ -164,24 +168,27 @@ PROBES = (
 )  # fmt: skip
 """Texts that normalisers, pre-tokenizers and post-processors are known to treat differently."""
 
-SPECIAL = ("eos_token_id", "pad_token_id", "unk_token_id")
-
 
 def tokenizer_info(tokenizer: PreTrainedTokenizerBase, name: str) -> TokenizerInfo:
-    """Fingerprint of what a tokenizer encodes: vocabulary, special tokens, and the ids of fixed texts.
+    """Fingerprint of what a tokenizer encodes: vocabulary, end of a text, and the ids of fixed texts.
 
     Every word of the vocabulary is one of the texts, so that a single different merge shows. Where the tokenizer came
-    from, and how it is stored, does not matter.
+    from, and how it is stored, does not matter. Nor do the names of other special tokens: nothing that is stored is
+    padded, and the ids of the texts show what a tokenizer adds.
     """
-    vocabulary = tokenizer.get_vocab()
-    content = {
-        "vocabulary": sorted(vocabulary.items()),
-        "special": [getattr(tokenizer, special) for special in SPECIAL],
-        "ids": tokenizer(_probe_texts(tokenizer), add_special_tokens=True)["input_ids"],
-    }
+    vocabulary, eos, unk = tokenizer.get_vocab(), tokenizer.eos_token_id, tokenizer.unk_token_id
     # ASCII: a vocabulary may hold lone surrogates
-    fingerprint = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-    return TokenizerInfo(name=name, fingerprint=fingerprint, vocab_size=max(vocabulary.values()) + 1)
+    ids = json.dumps(tokenizer(_probe_texts(tokenizer), add_special_tokens=True)["input_ids"])
+    words = json.dumps(sorted(vocabulary.items()))
+
+    def fingerprint(*special: int | None) -> str:
+        content = f'{{"ids": {ids}, "special": {json.dumps(special)}, "vocabulary": {words}}}'
+        return hashlib.sha256(content.encode()).hexdigest()
+
+    info = TokenizerInfo(name=name, fingerprint=fingerprint(eos), vocab_size=max(vocabulary.values()) + 1)
+    pads = {None, tokenizer.pad_token_id, eos, unk, tokenizer.bos_token_id}
+    info._earlier = frozenset(fingerprint(eos, pad, unk) for pad in pads)
+    return info
 
 
 def first_difference(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase) -> str | None:
@@ -191,11 +198,11 @@ def first_difference(one: PreTrainedTokenizerBase, other: PreTrainedTokenizerBas
         words = {i: word for word, i in tokenizer.get_vocab().items()}
         yield from map(words.get, range(size))
         yield from tokenizer(texts, add_special_tokens=True)["input_ids"]
-        yield from (getattr(tokenizer, special) for special in SPECIAL)
+        yield tokenizer.eos_token_id
 
     size = max(max(tokenizer.get_vocab().values()) for tokenizer in (one, other)) + 1
     texts = _probe_texts(one)
-    names = [*(f"id {i}" for i in range(size)), *map(repr, texts), *SPECIAL]
+    names = [*(f"id {i}" for i in range(size)), *map(repr, texts), "eos_token_id"]
     for name, mine, theirs in zip(names, described(one), described(other), strict=True):
         if mine != theirs:
             return f"{name} is {mine!r} in one and {theirs!r} in the other"

@@ -6,9 +6,12 @@ for T5. What needs logits takes them from `models/head.py`, a chunk of states at
 
 from __future__ import annotations
 
+import inspect
+import math
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, Literal, NamedTuple
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -19,7 +22,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from ketchup_cache.errors import DataError, ModelError
 from ketchup_cache.models.batching import token_budget_batches
-from ketchup_cache.models.load import input_device, model_name
+from ketchup_cache.models.load import evaluating, input_device, model_name
 from ketchup_cache.models.shared_prompt import SharedRows, can_share
 from ketchup_cache.models.t5_unpadded import int_tensor, is_ragged, t5_states
 from ketchup_cache.types import Ragged, offsets_of
@@ -76,13 +79,18 @@ def states_and_next(model: PreTrainedModel, batch: Batch, next_state: NDArray[np
     if (empty := np.flatnonzero(batch.prompts.lengths == 0)).size:
         raise DataError(f"prompt {empty[0]} of the batch has no tokens; drop it or use a template that adds some")
     lengths = batch.completions.lengths
-    if is_ragged(model):
-        pass_ = _ragged_pass
-    elif can_share(model) and len(batch.prompts) < len(batch.completions):
-        pass_ = _shared_pass
+    read, mixed = lengths + next_state, longest_mixed(model)
+    if mixed == math.inf:
+        states, starts = _pass(model, batch, read)
     else:
-        pass_ = _encoder_decoder_pass if model.config.is_encoder_decoder else _decoder_only_pass
-    states, starts = pass_(model, batch, lengths + next_state)
+        starts, found, behind = np.empty(len(lengths), np.int64), list[Tensor](), 0
+        for rows in of_one_length(batch.prompts.lengths[batch.prompt_index] + read - 1, mixed):
+            forget(model)
+            states, first = _pass(model, batch.take(rows), read[rows])
+            starts[rows] = first + behind
+            behind += len(states)
+            found.append(states)
+        states = torch.cat(found)
     within = np.arange(lengths.sum()) - np.repeat(offsets_of(lengths)[:-1], lengths)
     places = np.repeat(starts, lengths) + within, (starts + lengths)[next_state]
     chosen, after = (states[int_tensor(place, states.device)] for place in places)
@@ -103,6 +111,15 @@ def training_states(model: PreTrainedModel, batch: Batch, precision: Literal["fl
 #
 # states: [n, D]. starts: [B], the place in them of the state that predicts each completion's first token; the others
 # of a row follow it. read: [B], how many states are wanted of each completion.
+
+
+def _pass(model: PreTrainedModel, batch: Batch, read: NDArray[np.int64]) -> tuple[Tensor, NDArray]:
+    """The one that the model can do."""
+    if is_ragged(model):
+        return _ragged_pass(model, batch, read)
+    if can_share(model) and len(batch.prompts) < len(batch.completions):
+        return _shared_pass(model, batch, read)
+    return (_encoder_decoder_pass if model.config.is_encoder_decoder else _decoder_only_pass)(model, batch, read)
 
 
 def _ragged_pass(model: PreTrainedModel, batch: Batch, read: NDArray[np.int64]) -> tuple[Tensor, NDArray]:
@@ -191,6 +208,61 @@ def head_input(model: PreTrainedModel, **inputs: Any) -> Tensor:
     finally:
         hook.remove()
     raise ModelError(f"{type(model).__name__} does not use its head (get_output_embeddings) in its forward pass")
+
+
+# ------------------------------------------------------------------------------------ rows that change their neighbours
+
+
+def of_one_length(lengths: NDArray[np.int64], mixed: float) -> list[NDArray[np.int64]]:
+    """Places of rows that may stand in one batch, the longest first: those of at most `mixed` tokens together, any
+    longer ones with those of their length."""
+    keys = np.where(lengths <= mixed, 0, lengths)
+    return [np.flatnonzero(keys == key) for key in np.unique(keys)[::-1]]
+
+
+def longest_mixed(model: PreTrainedModel) -> float:
+    """Most tokens of a row that may stand beside rows of other lengths. Infinite for most models; where rotary
+    positions are scaled by the longest row of a batch (dynamic NTK, longrope), those that need no scaling.
+
+    Found out once for a model, by a row alone and beside one whose positions are far off.
+    Raises ModelError for a model that can't be brought to compute the row again as it did.
+    """
+    if (found := _MIXED.get(model)) is not None:
+        return found
+    config = model.config.get_text_config(decoder=True)
+    rope, known = getattr(config, "rope_parameters", None), getattr(config, "max_position_embeddings", None)
+    takes = inspect.signature(model.forward).parameters
+    if not rope or known is None or "position_ids" not in takes or model.config.is_encoder_decoder:
+        return _MIXED.setdefault(model, math.inf)
+    window = min([known, *_originals(config.to_dict())])
+    # attention goes by distances and weighs different tokens, so the row has both
+    near = np.linspace(0, window - 1, 8).astype(np.int64)
+    places = int_tensor(np.stack([near, near + 2 * known]), input_device(model))
+    ids = torch.arange(8, device=places.device).expand(2, -1)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "position_ids": places}
+    with evaluating(model), torch.no_grad():
+        alone, beside = (head_input(model, **{k: v[:n] for k, v in inputs.items()})[0].float() for n in (1, 2))
+        forget(model)
+        again = head_input(model, **{k: v[:1] for k, v in inputs.items()})[0].float()
+    near_enough = (1e-3 if model.dtype == torch.float32 else 0.1) * alone.abs().max()
+    if ((again - alone).abs() > near_enough).any():
+        raise ModelError(f"{model_name(model)}: computes a row otherwise after a longer one: not supported")
+    return _MIXED.setdefault(model, math.inf if ((beside - alone).abs() <= near_enough).all() else window)
+
+
+_MIXED: WeakKeyDictionary[PreTrainedModel, float] = WeakKeyDictionary()
+
+
+def _originals(config: Any) -> Iterator[int]:
+    """Positions of the training before they were stretched, wherever a config speaks of them."""
+    for key, value in config.items() if isinstance(config, dict) else ():
+        yield from [value] if key == "original_max_position_embeddings" and value else _originals(value)
+
+
+@torch.no_grad()
+def forget(model: PreTrainedModel) -> None:
+    """Read one token: what a model keeps of the longest row so far (dynamic NTK) is as before its first row."""
+    head_input(model, input_ids=torch.ones(1, 1, dtype=torch.long, device=input_device(model)))
 
 
 # ----------------------------------------------------------------------------------------------------- about a model

@@ -109,14 +109,14 @@ def require_same_encoding(
     the user's are and those in a cache are not. Where one of the tokenizers can't be loaded, or their name leads to
     another than the recorded one, the message has no difference.
     """
-    if mine.fingerprint == theirs.fingerprint:
+    if mine.encodes_as(theirs):
         return
     difference = ""
     if download or Path(theirs.name).is_dir():
         with suppress(ModelError):
             own, other = (load_tokenizer(i.name, trust_remote_code=trust_remote_code) for i in (mine, theirs))
-            if tokenizer_info(other, theirs.name).fingerprint == theirs.fingerprint:
-                difference = f": {first_difference(own, other)}"
+            if tokenizer_info(other, theirs.name).encodes_as(theirs) and (found := first_difference(own, other)):
+                difference = f": {found}"
     raise MismatchError(f"{what}{difference}; {todo}")
 
 
@@ -171,7 +171,7 @@ def load_model(
         options = {"config": config, "dtype": dtype, "device_map": device_map, "use_safetensors": True, **trust}
         model, loading = kind.from_pretrained(folder, local_files_only=True, output_loading_info=True, **options)
     _refuse_incomplete(name, model, loading)
-    _refuse_silently_tied(name, model, raw_config, {entry.name for entry in entries})
+    _refuse_silently_tied(name, model, raw_config)
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ModelError(f"{name}: does not fit on the devices (device_map {device_map!r}): use bfloat16 or more GPUs")
     fuse_gelu(model)
@@ -238,14 +238,13 @@ def _refuse_incomplete(name: str, model: PreTrainedModel, loading: dict[str, Any
         raise ModelError(f"{name}: not a complete {type(model).__name__} checkpoint: {'; '.join(problems)}")
 
 
-def _refuse_silently_tied(name: str, model: PreTrainedModel, raw_config: dict[str, Any], names: set[str]) -> None:
+def _refuse_silently_tied(name: str, model: PreTrainedModel, raw_config: dict[str, Any]) -> None:
     """transformers 5 ties T5's head whatever config.json says, unless the file has a head: without one it would run
     FLAN-T5 with its input embedding as its head, and report nothing missing."""
-    if raw_config.get("tie_word_embeddings") is not False:
-        return
     head = model.get_output_embeddings()
-    keys = [f"{key}.weight" for key, module in model.named_modules() if module is head]
-    if not names.intersection(keys):
+    tied = head is not None and head.weight is model.get_input_embeddings().weight
+    if tied and raw_config.get("tie_word_embeddings") is False:
+        keys = [f"{key}.weight" for key, module in model.named_modules() if module is head]
         raise ModelError(f"{name}: config.json says that the head is not tied, but the weights lack {keys[0]}")
 
 

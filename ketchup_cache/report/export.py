@@ -89,7 +89,10 @@ def export(config: ExportConfig) -> ExportReport:
                     bar.advance(len(some))
         if config.to == "hf-dataset":
             datasets.disable_progress_bars()
-            datasets.Dataset.from_parquet(str(file), cache_dir=str(partial / "raw")).save_to_disk(partial)
+            try:
+                datasets.Dataset.from_parquet(str(file), cache_dir=str(partial / "raw")).save_to_disk(partial)
+            except datasets.exceptions.DatasetGenerationError as error:  # around what the disk said
+                raise error.__cause__ or error from None
             file.unlink()
             shutil.rmtree(partial / "raw")
         sizes = [path.stat().st_size for path in partial.rglob("*") if path.is_file()]

@@ -10,7 +10,11 @@ another policy of it. They are set aside, and only the end-of-sequence and decod
 
 from __future__ import annotations
 
+import inspect
+import math
 from collections.abc import Callable, Iterator
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -20,7 +24,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 from transformers.generation import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from ketchup_cache.errors import ConfigError, DataError, ModelError, NumericsError
-from ketchup_cache.models.forward import check_positions, decoder_start, padded
+from ketchup_cache.models.forward import check_positions, decoder_start, forget, longest_mixed, of_one_length, padded
 from ketchup_cache.models.load import evaluating, input_device, model_name
 from ketchup_cache.provenance import Sampling
 from ketchup_cache.rollouts.calculator import Calculator, ForcedResults
@@ -53,9 +57,9 @@ def sample_completions(
     `prompt_index` of the result counts from the first of the given prompts. Greedy choices and forced tokens have log-
     probability 0.
 
-    Raises ConfigError for several greedy samples, ModelError for a model without an end-of-sequence token or
-    with fewer tokens than the tokenizer, DataError for a prompt without tokens or too long for the model's positions,
-    NumericsError for NaN or infinite logits.
+    Raises ConfigError for several greedy samples, ModelError for a model without an end-of-sequence token, with fewer
+    tokens than the tokenizer, or one that other rows confuse, DataError for a prompt without tokens or too long for the
+    model's positions, NumericsError for NaN or infinite logits.
     """
     if sampling.calculator and calculator is None:
         raise ValueError("sampling with the calculator needs the Calculator of the tokenizer")
@@ -72,7 +76,11 @@ def sample_completions(
     way = decode if can_decode(model) else _generate
     made: list[Rollouts] = []
     with evaluating(model):
-        for places, part in _batches(prompts.lengths, sampling.samples, batch):
+        mixed = longest_mixed(model)
+        beside = min(mixed - longest, _longest_padded(model, way, vocab_size, eos))
+        for places, part in _batches(prompts.lengths, sampling.samples, batch, beside):
+            if mixed < math.inf:
+                forget(model)
             forcing = ForcedResults(calculator) if calculator and sampling.calculator else None
             uniform = None
             if not sampling.greedy:
@@ -106,14 +114,43 @@ def eos_ids(model: PreTrainedModel) -> list[int]:
     raise ModelError(f"{model_name(model)}: its config has no eos_token_id")
 
 
-def _batches(lengths: NDArray[np.int64], samples: int, batch: int) -> Iterator[tuple[NDArray[np.int64], slice]]:
+def _batches(lengths: NDArray, samples: int, batch: int, mixed: float) -> Iterator[tuple[NDArray[np.int64], slice]]:
     """(places of prompts, which of the samples) of every batch, the longest prompts first: what does not fit into the
     memory shows at once. A batch holds whole prompts, with all their samples; where even those of one prompt are too
-    many, a part of them."""
-    at_once, order = max(1, batch // samples), np.argsort(-lengths, kind="stable")
-    for start in range(0, len(order), at_once):
-        for first in range(0, samples, batch):
-            yield order[start : start + at_once], slice(first, min(first + batch, samples))
+    many, a part of them. mixed: as in `of_one_length`."""
+    at_once = max(1, batch // samples)
+    for group in of_one_length(lengths, mixed):
+        order = group[np.argsort(-lengths[group], kind="stable")]
+        for start in range(0, len(order), at_once):
+            for first in range(0, samples, batch):
+                yield order[start : start + at_once], slice(first, min(first + batch, samples))
+
+
+def _longest_padded(model: PreTrainedModel, way: Callable[..., Any], vocab_size: int, eos: list[int]) -> float:
+    """0 for a model that a prompt's padding confuses, otherwise infinite. Found out once for a model that is not told
+    its positions, by a short prompt alone and beside others.
+
+    Raises ModelError where a prompt of the same length confuses it, too.
+    """
+    told = model.config.is_encoder_decoder or "position_ids" in inspect.signature(model.forward).parameters
+    if told and way is decode:
+        return math.inf
+    if model not in _PADDED:
+        halves, real = torch.full((2, 3), 0.5, dtype=torch.float64), _RealVocabulary(vocab_size)
+
+        def first(*lengths: int) -> Any:
+            rows = Ragged.from_lengths(np.arange(sum(lengths)) % vocab_size, lengths)
+            return way(model, rows, Decoding(1, 3, eos, halves[: len(lengths)], [real], None))[1][0]
+
+        alone, near = first(2), 1e-3 if model.dtype == torch.float32 else 0.1
+        same, beside = (torch.allclose(first(2, n)[: len(alone)], alone, rtol=near, atol=near) for n in (2, 10))
+        if not same:
+            raise ModelError(f"{model_name(model)}: computes other logits for a prompt beside others: not supported")
+        _PADDED[model] = math.inf if beside else 0
+    return _PADDED[model]
+
+
+_PADDED: WeakKeyDictionary[PreTrainedModel, float] = WeakKeyDictionary()
 
 
 # ------------------------------------------------------------------------------------------------- the distribution

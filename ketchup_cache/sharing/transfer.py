@@ -8,18 +8,22 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from ketchup_cache.cache.index import check_parent, parent_id
 from ketchup_cache.cache.manifest import KINDS, Manifest
 from ketchup_cache.cache.segment_bytes import Packed, SegmentStore, in_parallel, read_manifest, read_segment
 from ketchup_cache.console import Bar, Report, printable, progress, size_text
+from ketchup_cache.errors import CacheError, CorruptError, MismatchError
 from ketchup_cache.sharing.stores import open_existing, open_store
 
 Address = str | os.PathLike[str]
 Segments = dict[str, tuple[Manifest, bytes]]
 """Id → manifest, and its bytes as stored."""
+Wrong = dict[str, str]
+"""Id → what is wrong with the segment."""
 
 
 @dataclass(frozen=True)
@@ -65,27 +69,32 @@ def copy(
     """Bring all segments of `source` that `target` lacks to it; make `target` where there is none.
 
     only: ids of the segments to bring; their parents come too.
-    Raises CacheError where the source is no cache, a parent is missing or an address can't be reached;
-    CorruptError where bytes are not those a manifest promises (that segment is not committed, those before it are);
-    WriteError.
+    Raises CacheError where the source is no cache or an address can't be reached; WriteError. Damaged segments, and
+    those whose parent is missing or damaged, stop no others: CorruptError at the end, with a line for each.
     """
     giver, taker = open_existing(source), open_store(target, license_id)
     began = time.monotonic()
     there = set(taker.segment_ids()) if taker.exists() else set()
     offered = giver.segment_ids() if only is None else list(only)
-    missing = _read(giver, offered, there)
+    wrong: Wrong = {}
+    missing = _read(giver, offered, there, wrong)
     known = {id_: manifest for id_, (manifest, _) in missing.items()}
     for id_, (manifest, _) in missing.items():  # so that no child is ever committed without its parent
         parent = parent_id(manifest.info)
         if parent in there and parent not in known:
             known[parent] = read_manifest(taker, parent)[0]
-        check_parent(manifest.info, known, id_)
+        _tried(wrong, id_, check_parent, manifest.info, known, id_)
+        if id_ in wrong:  # nor do its children fit
+            wrong[id_] = wrong.get(parent, wrong[id_])
+            del known[id_]
     total = sum(manifest.data_bytes for manifest, _ in missing.values())
-    if not dry_run:
+    if not dry_run and (missing.keys() - wrong.keys() or not wrong):
         taker.create()
         with progress("copying", total, "bytes") as bar:
-            for batch in _batches(giver, missing, taker.batch_bytes, bar):
+            for batch in _batches(giver, missing, taker.batch_bytes, bar, wrong):
                 taker.put(batch)
+    if wrong:
+        raise CorruptError("\n".join(dict.fromkeys(wrong.values())))
     segments: dict[str, int] = {kind: sum(m.kind == kind for m, _ in missing.values()) for kind in KINDS}
     rows, already = sum(manifest.rows for manifest, _ in missing.values()), len(there.intersection(offered))
     took = round(time.monotonic() - began, 2)
@@ -93,35 +102,59 @@ def copy(
 
 
 def merge(sources: Iterable[Address], target: Address, *, dry_run: bool = False) -> MergeReport:
-    """Copy each source into the target, in turn. Raises the errors of `copy`."""
-    sources = list(sources)
+    """Copy each source into the target, in turn. Raises the errors of `copy`, those of damage after the last source."""
+    sources, reports, wrong = list(sources), list[TransferReport](), list[str]()
     for source in sources:
         open_existing(source)  # before anything is written
-    return MergeReport(tuple(copy(source, target, dry_run=dry_run) for source in sources))
+    for source in sources:
+        try:
+            reports.append(copy(source, target, dry_run=dry_run))
+        except CorruptError as error:
+            wrong.append(str(error))
+    if wrong:
+        raise CorruptError("\n".join(wrong))
+    return MergeReport(tuple(reports))
 
 
-def _read(giver: SegmentStore, ids: Iterable[str], there: set[str]) -> Segments:
+def _read(giver: SegmentStore, ids: Iterable[str], there: set[str], wrong: Wrong) -> Segments:
     """Manifests of these segments and of their parents, as far as the giver has them and the taker has not: parents
-    before children, older before newer."""
+    before children, older before newer. wrong: receives what is wrong with those that can't be read."""
     found: Segments = {}
     offered = set(giver.segment_ids())
     wanted = [id_ for id_ in ids if id_ not in there]
     while wanted:
-        found |= zip(wanted, in_parallel(lambda id_: read_manifest(giver, id_), wanted), strict=True)
+        read = in_parallel(lambda id_: _tried(wrong, id_, read_manifest, giver, id_), wanted)
+        found |= {id_: one for id_, one in zip(wanted, read, strict=True) if one}
         parents = dict.fromkeys(parent_id(manifest.info) for manifest, _ in found.values())
-        wanted = [id_ for id_ in parents if id_ in offered and id_ not in found and id_ not in there]
+        wanted = [id_ for id_ in parents if id_ in offered and id_ not in {*found, *wrong, *there}]
     return dict(sorted(found.items(), key=lambda s: (KINDS.index(s[1][0].kind), s[1][0].created, s[0])))
 
 
-def _batches(giver: SegmentStore, missing: Segments, limit: int, bar: Bar) -> Iterator[list[Packed]]:
-    """Segments that are committed together: one kind only, so that parents are there before their children."""
+def _tried(wrong: Wrong, id_: str, work: Callable[..., Any], *args: Any) -> Any:
+    """What the work on a segment returns; None where the segment is to blame, which `wrong` receives."""
+    try:
+        return work(*args)
+    except (CacheError, MismatchError) as error:
+        if type(error) is CacheError and work is not check_parent:  # the place can't be reached
+            raise
+        wrong[id_] = str(error)
+
+
+def _batches(giver: SegmentStore, missing: Segments, limit: int, bar: Bar, wrong: Wrong) -> Iterator[list[Packed]]:
+    """Segments that are committed together: one kind only, so that parents are there before their children. wrong:
+    those that are left out."""
     batch: list[Packed] = []
     held, kind = 0, ""
     for id_, (manifest, data) in missing.items():
         if batch and (held + manifest.data_bytes > limit or kind != manifest.kind):
             yield batch
             batch, held = [], 0
-        batch.append(read_segment(giver, id_, manifest, data, bar.advance))
-        held, kind = held + manifest.data_bytes, manifest.kind
+        if (parent := parent_id(manifest.info)) in wrong:
+            wrong.setdefault(id_, wrong[parent])
+        if id_ in wrong:
+            continue
+        if packed := _tried(wrong, id_, read_segment, giver, id_, manifest, data, bar.advance):
+            batch.append(packed)
+            held, kind = held + manifest.data_bytes, manifest.kind
     if batch:
         yield batch

@@ -121,7 +121,8 @@ def learn(config: LearnConfig, callbacks: Sequence[Callback] = ()) -> LearnRepor
         if report := run.finished(LearnReport):
             return report
         prompts = prompts_as_trained(config, config.student, form)
-        data = EvalSet.read(prompts.dev_data, tokenizer, config.metric) if prompts.dev_data else None
+        how = config.metric, config.rouge_tokenizer
+        data = EvalSet.read(prompts.dev_data, tokenizer, *how) if prompts.dev_data else None
         calculator = Calculator(tokenizer, config.student) if config.calculator else None
         score, returns = (None, None) if config.offline else _scoring(config)
         known = run.recorded

@@ -405,10 +405,13 @@ def unsealed(path: Path) -> dict[str, Any]:
 
 @contextmanager
 def _saving(target: Path) -> Iterator[Path]:
-    """`publishing` of files that safetensors writes: its errors are no OSError."""
+    """`publishing` of files that safetensors and tokenizers write: their errors are no OSError, the latter's have no
+    class of their own."""
     try:
         with publishing(target) as partial:
             yield partial
-    except SafetensorError as error:
+    except Exception as error:
+        if type(error) not in (SafetensorError, Exception):
+            raise
         what = f"{target}: can't be written ({one_line(error)}): free space or choose another place"
         raise WriteError(what) from error

@@ -122,6 +122,21 @@ def test_a_name_shared_by_two_fingerprints_is_ambiguous(family: Family) -> None:
     assert family.cache.select_teacher(made.fingerprint("other weights")[:10]) == namesake
 
 
+def test_a_model_is_chosen_by_any_spelling_of_its_path_and_as_info_prints_it(family: Family) -> None:
+    family.draw("/lab/step-10")
+    (_, line), *_ = [line.split(None, 1) for line in str(describe(family.cache)).splitlines() if "/lab/" in line]
+    for shown in (
+        "/lab/step-10/",
+        "/lab/./other/../step-10",
+        line.partition(":")[0],
+        f"({made.fingerprint('x')[:12]})",
+    ):
+        if shown[0] == "(":
+            refuses(CacheError, "no policy", family.cache.select_policy, shown)
+        else:
+            assert family.cache.select_policy(shown).name == "/lab/step-10"
+
+
 def test_policies(family: Family) -> None:
     cache = family.cache
     step_10 = family.draw("step-10")

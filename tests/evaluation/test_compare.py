@@ -78,6 +78,15 @@ def test_corpus_metrics_are_sacrebleus_own(tmp_path):
     assert found["bleu"].variant.startswith("nrefs:1|bs:1000|seed:12345")
 
 
+def test_rouge_knows_the_letters_of_the_references(tmp_path):
+    a, b = ([row | {"target": "столица", "output": text} for row in rows(1, 1)] for text in ("город", "Столица!"))
+    (found,) = run(tmp_path, a, b, metrics="rouge1", resamples=20).differences
+    assert (found.a, found.b) == (0, 100)
+    assert "of any script" in found.variant
+    with pytest.raises(DataError, match="ascii loses 100% of the letters of the references"):
+        run(tmp_path, a, b, metrics="rouge1", rouge_tokenizer="ascii")
+
+
 def test_equal_outputs_differ_in_nothing(tmp_path):
     made = run(tmp_path, rows(1, 0.5), rows(1, 0.5))
     assert {(d.p, d.b - d.a) for d in made.differences} == {(1.0, 0.0)}

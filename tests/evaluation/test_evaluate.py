@@ -87,6 +87,13 @@ def test_metrics_are_of_outputs_against_their_own_targets(place: Path, tmp_path:
     assert result.metrics["exact"] == pytest.approx(100 * 8 / 12)
 
 
+def test_rouge_knows_the_letters_of_the_references(place: Path, tmp_path: Path):
+    data = write_data(tmp_path / "d.jsonl", [{"prompt": "the cat", "target": "Москва"}])
+    assert "of any script" in run(place, data=data, metrics="rouge1").metrics["rouge_variant"]
+    with pytest.raises(DataError, match="ascii loses 100% of the letters"):
+        run(place, data=data, metrics="rouge", rouge_tokenizer="ascii")
+
+
 def one_step_return(model, prompt: list[int], completion: list[int]) -> float:
     """Σ r_t of Eq. 10 on log-probabilities; a cut output keeps the value of the state it was cut in."""
     logprob = plain_logits(model, prompt, completion)[:, :VOCABULARY].double().log_softmax(-1)

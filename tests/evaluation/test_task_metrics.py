@@ -7,7 +7,8 @@ import math
 import pytest
 
 from ketchup_cache.errors import DataError
-from ketchup_cache.evaluation.task_metrics import compute, final_answer
+from ketchup_cache.evaluation.task_metrics import compute, final_answer, rouge_tokenizer
+from tests.helpers.errors import refuses
 
 MAT = "the cat sat on the mat"
 
@@ -25,6 +26,35 @@ def test_rouge_is_a_mean_over_examples_of_stemmed_lower_case_words():
     # the first is perfect after stemming; in the second 1 of 1 and of 3 words agree: F1 = 2/4
     values = compute(["rouge"], ["Running dogs", "bird"], ["runs DOG", "a bird sees"])
     assert values["rouge1"] == pytest.approx(100 * (1 + 1 / 2) / 2)
+
+
+@pytest.mark.parametrize(
+    ("output", "target", "tokenizer", "rouge1"),
+    [
+        ("Москва город", "москва столица", "unicode", 50),
+        ("日本", "日本国", "unicode", 0),
+        ("日本", "日本国。", "characters", 80),  # 2 of 2 and of 3
+        ("हिन्दी", "हिन्दी भाषा", "unicode", 100 * 2 / 3),  # its marks are no letters to Python
+        ("dogs run_2", "dogs run 2", "unicode", 100),
+        ("dogs", "dog", "unicode", 0),
+    ],
+)
+def test_rouge_of_any_script_by_hand(output, target, tokenizer, rouge1):
+    values = compute(["rouge1"], [output], [target], tokenizer)
+    assert values["rouge1"] == pytest.approx(rouge1)
+    assert "of any script" in values["rouge_variant"]
+
+
+def test_a_rouge_that_loses_letters_is_refused_or_another_is_taken(capsys):
+    """Of 40 letters 2 are lost, which is 5 %, or 3."""
+    few, many = ["é" * n + "a" * (40 - n) + " -" for n in (2, 3)]
+    assert rouge_tokenizer(None, ["rouge1"], [few]) == rouge_tokenizer("ascii", ["rouge1"], [few]) == "ascii"
+    assert rouge_tokenizer("ascii", ["bleu"], [many]) == rouge_tokenizer(None, ["rouge"], []) == "ascii"
+    assert not capsys.readouterr().err
+    assert rouge_tokenizer(None, ["rouge"], [many]) == "unicode"
+    assert "loses 8% of the letters of the references: --rouge-tokenizer unicode is taken" in capsys.readouterr().err
+    assert rouge_tokenizer("characters", ["rouge"], [many]) == "characters"
+    refuses(DataError, "--rouge-tokenizer ascii loses 8% .*: choose uni", rouge_tokenizer, "ascii", ["rougeL"], [many])
 
 
 def test_bleu_by_hand():

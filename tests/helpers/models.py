@@ -126,17 +126,31 @@ FAMILIES = {
     "granite": ("Granite", SIZES | {"logits_scaling": 4.0, "embedding_multiplier": 3.0, "residual_multiplier": 0.5}),
     "bloom-alibi": ("Bloom", {"vocab_size": VOCAB, "hidden_size": 32, "n_layer": 2, "n_head": 4, "pad_token_id": 0,
                               "bos_token_id": 3, "eos_token_id": 1, "initializer_range": 0.4}),
+    # whose weights have other names, or other shapes, in the file than in memory
+    "neox": ("GPTNeoX", SIZES | {"tie_word_embeddings": False}),
+    "mixtral": ("Mixtral", SIZES | {"num_local_experts": 4}),
     "wide": ("Qwen2", SIZES | {"vocab_size": VOCAB + 12}),
 }  # fmt: skip
+
+ROPE = {"rope_theta": 100.0, "factor": 4.0}
+LONGROPE = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [1.5, 4.0, 8.0, 16.0]}
+STRETCHED = {
+    "llama-dynamic": (
+        "Llama",
+        SIZES | {"max_position_embeddings": 16, "rope_parameters": ROPE | {"rope_type": "dynamic"}},
+    ),
+    "phi3-longrope": ("Phi3", SIZES | {"original_max_position_embeddings": 16, "rope_parameters": ROPE | LONGROPE}),
+}
+"""In which a row of more than 16 tokens stretches the positions of its whole batch."""
 
 
 def make_decoder(family: str, *, seed: int = 0, attention: str | None = None, **options):
     """Random weights, wide enough that the distribution is far from uniform."""
-    return _of_config(*FAMILIES[family], transformers.AutoModelForCausalLM, seed, attention, options)
+    return _of_config(*(FAMILIES | STRETCHED)[family], transformers.AutoModelForCausalLM, seed, attention, options)
 
 
 def make_model(family: str, *, ends: list[int] | None = None, **options):
-    """Of ENCODERS, FAMILIES, or "t5-1.0" and "t5-1.1". ends: the ids that end its completions."""
+    """Of ENCODERS, FAMILIES, STRETCHED, or "t5-1.0" and "t5-1.1". ends: the ids that end its completions."""
     if family in ENCODERS:
         model = _of_config(*ENCODERS[family], transformers.AutoModelForSeq2SeqLM, 0, None, options)
     else:

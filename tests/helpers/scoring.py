@@ -10,7 +10,7 @@ from ketchup_cache.cache.manifest import PromptsInfo, RolloutsInfo
 from ketchup_cache.config.commands import ScoreConfig
 from ketchup_cache.config.options import ScoringOptions
 from ketchup_cache.models.fingerprint import tokenizer_info
-from ketchup_cache.provenance import DataInfo, PolicyInfo, Sampling, TeacherInfo
+from ketchup_cache.provenance import DataInfo, PolicyInfo, Sampling, TeacherInfo, TokenizerInfo
 from ketchup_cache.scoring.teacher import Teacher
 from ketchup_cache.types import Prompts, Ragged, Rollouts
 from tests.helpers.models import make_t5, make_tokenizer
@@ -28,7 +28,7 @@ TEACHERS = {version: teacher_of(model) for version, model in MODELS.items()}
 
 
 def add_rollouts(cache: Cache, prompts: Ragged, rollouts: Rollouts, *, policy: int = 0, tokenizer=None, name="student"):
-    info = tokenizer_info(tokenizer or make_tokenizer(), name)
+    info = tokenizer if isinstance(tokenizer, TokenizerInfo) else tokenizer_info(tokenizer or make_tokenizer(), name)
     ids = np.random.default_rng(0).integers(0, 256, (len(prompts), 16)).astype(np.uint8)
     data = DataInfo(name="made up", fingerprint="d" * 64, template="{prompt}")
     prompts_id = cache.commit_prompts(Prompts(ids, prompts), PromptsInfo(tokenizer=info, data=data, start=0))

@@ -139,8 +139,15 @@ def test_whatever_encodes_differently_is_different(other):
 
 def test_a_word_or_a_special_token_makes_a_difference_and_is_named():
     own, special, words = make_tokenizer(), make_tokenizer(), make_tokenizer([*WORDS[:4], "hound", *WORDS[5:]])
-    special.pad_token = "</s>"
+    special.eos_token = "<unk>"
     assert len({fingerprint(tokenizer) for tokenizer in (own, special, words)}) == 3
     assert first_difference(own, words) == f"id 7 is {WORDS[4]!r} in one and 'hound' in the other"
-    assert first_difference(own, special) == "pad_token_id is 0 in one and 1 in the other"
+    assert first_difference(own, special) == "eos_token_id is 1 in one and 2 in the other"
     assert tokenizer_info(own, "x").vocab_size == 60  # the largest id and one
+
+
+def test_names_of_tokens_that_are_in_no_text_make_no_difference():
+    own, other = make_tokenizer(), make_tokenizer()
+    other.pad_token, other.unk_token, other.bos_token = "</s>", None, "<pad>"
+    assert fingerprint(own) == fingerprint(other)
+    assert first_difference(own, other) is None

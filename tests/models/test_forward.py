@@ -1,3 +1,4 @@
+import math
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -5,10 +6,11 @@ import pytest
 import torch
 
 from ketchup_cache.errors import DataError, ModelError
+from ketchup_cache.models import forward
 from ketchup_cache.models.forward import Batch, completion_states, decoder_start, states_and_next, training_states
 from ketchup_cache.types import Ragged
 from tests.helpers.errors import refuses
-from tests.helpers.models import make_model, make_t5
+from tests.helpers.models import STRETCHED, make_model, make_t5
 from tests.helpers.oracle import assert_same_gradients, gradients, plain_states, random_batch, row_logits
 
 
@@ -26,6 +28,27 @@ def test_states_are_those_of_each_row_alone(model):
     torch.testing.assert_close(states, torch.cat([row[:-1] for row in plain]), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(next_states, torch.stack([plain[i][-1] for i in (0, 3, 6)]), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(completion_states(model, batch), states, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", STRETCHED)
+def test_a_long_row_changes_no_neighbour(family):
+    """Each row by a model of its own, which has read nothing before. Longest rows first, or last, and twice."""
+    model = make_model(family)
+    assert [forward.longest_mixed(make_model(name)) for name in (family, "llama", "t5-1.0")] == [16, math.inf, math.inf]
+    prompts, completions = [[*range(3, 3 + n)] for n in (3, 30, 14)], [[5, 6, 7], [8] * 9, [9, 10], [11] * 5, [12]]
+    for owners in ([0, 1, 2, 0, 1], [1, 0, 0, 2, 2]):
+        batch = Batch(*(Ragged.from_rows(prompts, np.int32), np.array(owners), Ragged.from_rows(completions, np.int32)))
+        for _ in range(2):
+            states, after = states_and_next(model, batch, np.ones(5, np.bool_))
+            plain = [plain_states(make_model(family), batch.take(np.array([i])))[0] for i in range(5)]
+            torch.testing.assert_close(states, torch.cat([row[:-1] for row in plain]), rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(after, torch.stack([row[-1] for row in plain]), rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_that_cant_forget_a_long_row_is_refused():
+    model = make_model("llama-dynamic")
+    model.model.rotary_emb.original_max_seq_len = 0
+    refuses(ModelError, "computes a row otherwise after a longer one: not supported", forward.longest_mixed, model)
 
 
 def test_a_state_predicts_its_token_and_has_not_seen_it(model):

@@ -7,11 +7,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+import transformers
 
 from ketchup_cache.errors import ConfigError, DataError, ModelError, NumericsError
 from ketchup_cache.types import Ragged
 from tests.helpers.errors import refuses
-from tests.helpers.models import ENDS, FAMILIES, VOCAB, make_model
+from tests.helpers.models import ENDS, FAMILIES, STRETCHED, VOCAB, make_model
 from tests.helpers.oracle import assert_same_rollouts, chi_square, plain_logits, rows_of, sample
 
 ONE_OF_EACH = pytest.mark.parametrize("family", ["t5-1.1", "qwen2"])
@@ -74,6 +75,37 @@ def test_samples_follow_the_law_of_the_policy():
 
     (chi, limit), (other_chi, _) = statistic(1.0), statistic(1.1)
     assert chi < limit < other_chi / 2  # and the test would notice a policy that is only a little different
+
+
+@pytest.mark.parametrize("family", STRETCHED)
+def test_a_long_prompt_changes_no_neighbours_rollouts(family):
+    """Each prompt by a model of its own, which has read nothing before."""
+    prompts = Ragged.from_rows([np.arange(3, 3 + n) for n in (4, 30, 12, 4, 17)], np.int32)
+    rollouts = sample(make(family), prompts, samples=3)
+    alone = [sample(make(family), prompts.slice(i, i + 1), samples=3, first_prompt=i) for i in range(5)]
+    for i, own in enumerate(alone):
+        assert_same_rollouts(rollouts.rows(3 * i, 3 * i + 3), replace(own, prompt_index=own.prompt_index + i), 1e-5)
+
+
+def make_causal(name: str, **shape):
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}Config")(vocab_size=VOCAB, bos_token_id=0, eos_token_id=1, **shape)
+    model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, 0, 0.4)
+    return model
+
+
+def test_a_model_that_padding_confuses_samples_without():
+    """It counts positions from the row's start, padding or not."""
+    sizes = {"d_model": 32, "decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 48}
+    model = make_causal("Bart", **sizes, is_decoder=True, is_encoder_decoder=False, forced_eos_token_id=None)
+    assert_logprobs_are_plain(model, PROMPTS, rows_of(sample(model, PROMPTS, samples=2)))
+
+
+def test_a_model_that_any_neighbour_confuses_is_refused():
+    model = make_causal("Rwkv", hidden_size=32, num_hidden_layers=2, attention_hidden_size=32)
+    refuses(ModelError, "computes other logits for a prompt beside others: not supported", sample, model, PROMPTS)
 
 
 @pytest.mark.parametrize("family", ["t5-1.1", *FAMILIES])

@@ -1,3 +1,5 @@
+import hashlib
+import json
 import os
 import shutil
 import signal
@@ -12,6 +14,9 @@ from ketchup_cache import open_cache
 from ketchup_cache.cache.cache import Cache
 from ketchup_cache.cache.inspect import verify
 from ketchup_cache.errors import CacheError, KetchupError, MismatchError, NumericsError
+from ketchup_cache.models import fingerprint
+from ketchup_cache.models.fingerprint import tokenizer_info
+from ketchup_cache.provenance import TokenizerInfo
 from ketchup_cache.scoring.score import Scorer, follow, score
 from ketchup_cache.scoring.teacher import Teacher
 from ketchup_cache.types import Ragged
@@ -123,6 +128,25 @@ def test_another_tokenizer_is_refused_before_weights_are_loaded(cache, teacher, 
     assert not segments(cache)
     shutil.rmtree(tmp_path / "student")
     refuses(MismatchError, r"student wrote them, .* encodes differently; score", score, options(cache, teacher))
+
+
+@pytest.mark.parametrize("pad", [None, "</s>", "<pad>"])
+@pytest.mark.parametrize("earlier", [False, True])
+def test_another_pad_token_is_the_same_tokenizer(pad, earlier, cache, teacher):
+    """earlier: the cache is of a version whose fingerprints of tokenizers held the ids of <pad> and <unk>."""
+    (theirs := make_tokenizer()).pad_token = pad
+    info = tokenizer_info(theirs, "student")
+    if earlier:
+        special = [theirs.eos_token_id, theirs.pad_token_id, theirs.unk_token_id]
+        ids = theirs(fingerprint._probe_texts(theirs), add_special_tokens=True)["input_ids"]
+        parts = {"vocabulary": sorted(theirs.get_vocab().items()), "special": special, "ids": ids}
+        digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+        assert digest != info.fingerprint
+        info = TokenizerInfo(name="student", fingerprint=digest, vocab_size=60)
+    rollouts_id = add_rollouts(cache, *random_rollouts(0, 5), tokenizer=info)
+    score(options(cache, teacher))
+    assert_scored(cache, teacher, [rollouts_id])
+    assert verify(open_cache(cache.path)).ok
 
 
 def test_a_bad_number_names_its_rollouts_and_keeps_what_was_done(cache, teacher, monkeypatch):

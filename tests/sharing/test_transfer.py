@@ -96,6 +96,29 @@ def test_a_tampered_manifest_is_refused_and_a_child_without_its_parent_does_not_
     assert not (tmp_path / "b").exists()
 
 
+def test_damage_stops_no_other_segments_and_can_be_set_aside(cache, tmp_path, capsys):
+    """A file of one family's rollouts, and the manifest of another's scores."""
+    whole, good, second = contents(cache.path), tmp_path / "good", fill(cache, seed=5)
+    (_, rollouts, _), first = second[:3], cache.segment_ids()
+    data = cache.path / "segments" / rollouts / "arrays.zip"
+    data.write_bytes(data.read_bytes()[:-1] + b"x")
+    (cache.path / "manifests" / f"{first[2]}.json").write_bytes(b"{}")
+    with pytest.raises(CorruptError) as caught:
+        copy(cache.path, good)
+    assert [any(id_ in line for line in str(caught.value).splitlines()) for id_ in (rollouts, first[2])] == [True] * 2
+    kept = {*first[:2], second[0]}
+    assert set(open_cache(good).segment_ids()) == kept
+    assert main(["verify", str(cache.path), "--set-aside"]) == 2
+    assert capsys.readouterr().out.count("set aside") == len(first) - 3
+    assert set(open_cache(cache.path).segment_ids()) == kept
+    assert main(["verify", str(cache.path), "--deep"]) == 0
+    assert whole.keys() - contents(cache.path).keys() == {f"{k}/{first[2]}{end}" for k, end in ASIDE}
+    assert (cache.path / "aside" / rollouts / "arrays.zip").exists()
+
+
+ASIDE = ("manifests", ".json"), ("segments", "/arrays.zip")
+
+
 @pytest.mark.parametrize("url", ["s3"], indirect=True)
 def test_eight_writers_of_the_same_keys(tmp_path, url):
     """Every object has one creator, and all eight pushes succeed."""

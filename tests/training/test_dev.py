@@ -309,6 +309,11 @@ def test_a_metric_that_can_not_be_had_is_one_line(options, metric, error, messag
     assert metrics(options().out) == [] if (options().out / "metrics.jsonl").exists() else True
 
 
+def test_the_tokenizer_of_rouge_is_the_one_asked_for(options):
+    report = learn(options(metric="rouge1", rouge_tokenizer="characters", steps=1))
+    assert "single letters" in report.dev["best"]["variants"]["rouge_variant"]
+
+
 def raises(outputs, targets):
     raise RuntimeError("not today")
 
