@@ -25,8 +25,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from benchmarks.real import models
 from benchmarks.real.settings import (
+    COMPARED,
     DECODING,
     DEV,
     DEV_SEEDS,
@@ -43,6 +46,7 @@ from benchmarks.real.settings import (
     TEACHER,
     Options,
     Task,
+    rows,
 )
 
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "real"
@@ -93,13 +97,17 @@ def locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
         yield True
 
 
-def tool(command: str, **options: Any) -> dict[str, Any]:
-    """One of the program's commands, with `--json`. Raises Stopped where it was interrupted, RuntimeError where it
-    fails."""
+def tool(command: str, *arguments: Any, **options: Any) -> dict[str, Any]:
+    """One of the program's commands, with `--json`. An option that is None is left out.
+
+    Raises Stopped where it was interrupted, RuntimeError where it fails.
+    """
     from ketchup_cache.cli import main
 
-    words = [command]
+    words = [command, *map(str, arguments)]
     for name, value in options.items():
+        if value is None:
+            continue
         flag = name.replace("_", "-")
         words += [f"--{'' if value else 'no-'}{flag}"] if isinstance(value, bool) else [f"--{flag}", str(value)]
     print("$ ketchup-cache", *words, file=sys.stderr, flush=True)
@@ -169,11 +177,54 @@ def begun(place: Place, seed: int) -> dict[str, Any]:
     return tool("rollout", student=place / f"starts/{seed}/best", cache=place / f"begun/{seed}", **given)
 
 
+def continued(place: Place, name: str, seed: int, outputs: int) -> dict[str, Any]:
+    """SeqKD from a start for as many completions as `learn` trains on: on the outputs it has, and on `outputs` more."""
+    cache, best = place / f"{name}-cache", place / "teacher/best"
+    if not cache.exists():
+        shutil.copytree(place / "outputs", cache)
+    began = time.monotonic()
+    if outputs:
+        given = {"greedy": True, "data": place / "unlabelled.jsonl", "first": outputs, "limit": outputs, **DECODING}
+        tool("rollout", student=best, cache=cache, **given)
+    epochs = max(1, round(LEARN["steps"] * LEARN["batch_size"] / (LABELLED + outputs)))
+    given = {"cache": cache, "seed": seed, "lr": 1e-3, "epochs": epochs, **PRETRAIN, **DEV, "batch_size": 192}
+    given |= {"eval_data": place / "dev.jsonl", "out": place / name, "max_new_tokens": 64, "rollout_batch": 256}
+    record = {"learn": tool("pretrain", model=place / f"starts/{seed}/best", **given)}
+    record["seconds"] = round(time.monotonic() - began, 1)
+    shutil.rmtree(cache)
+    return {"outputs": outputs, "seed": seed, **record, **evaluated(place, name)}
+
+
+def affordable(done: dict[str, Any]) -> int:
+    """Teacher outputs that cost as many teacher seconds as the scoring of the paper's best row did, on average."""
+    label = done["chosen"]["paper"]["label"]
+    scoring = [done[f"dev/paper/{label}/{seed}"]["learn"]["score_s"] for seed in DEV_SEEDS]
+    made = done["outputs"]["rollout"]
+    return round(sum(scoring) / len(scoring) * made["rollouts"] / made["seconds"])
+
+
+def chosen(done: dict[str, Any]) -> dict[str, Any]:
+    """Of each group, and of each method of the group kl, the setting with the highest mean dev BLEU."""
+    found = {}
+    for group, settings in GROUPS.items():
+        kinds = {group: settings}
+        if group == "kl":
+            kinds |= {f"method {m}": {k: o for k, o in settings.items() if o["method"] == m}
+                      for m in ("reverse-kl", "minillm")}  # fmt: skip
+        for kind, given in kinds.items():
+            mean = {k: sum(dev_best(done[f"dev/{group}/{k}/{s}"]["learn"]) for s in DEV_SEEDS) for k in given}
+            label = max(mean, key=lambda k: mean[k])
+            found[kind] = {"label": label, "dev_bleu": mean[label] / len(DEV_SEEDS), "options": dict(given[label])}
+    return found
+
+
 def run(place: Place, name: str, options: Options, seed: int, *, test: bool) -> dict[str, Any]:
     """`learn` from a start, in a copy of its cache; on the test split only where settings are not being chosen."""
     out, cache = place / name, place / f"{name}-cache"
     if not cache.exists():
         shutil.copytree(place / f"begun/{seed}", cache)
+    if options.get("method") in ("js", "tvd"):
+        tool("merge", cache, place / "outputs", into=cache)
     best = place / "teacher/best"
     given = {"teacher": best, **LEARN, **options, "seed": seed, "eval_data": place / "dev.jsonl", "out": out}
     began = time.monotonic()
@@ -219,6 +270,28 @@ def jobs(place: Place) -> Iterator[tuple[str, Callable[[], Any]]]:
                 name = f"dev/{group}/{label}/{seed}"
                 if f"begun/{seed}" in done:
                     yield name, lambda n=name, o=options, s=seed: run(place, n, o, s, test=False)
+    wanted = [f"dev/{group}/{label}/{s}" for s in DEV_SEEDS for group, given in GROUPS.items() for label in given]
+    if any(name not in done for name in wanted):
+        return
+    yield "chosen", lambda: chosen(done)
+    if "chosen" not in done:
+        return
+    table = rows({kind: won["options"] for kind, won in done["chosen"].items()})
+    for seed in SEEDS:
+        if f"begun/{seed}" not in done:
+            continue
+        yield f"run/start/{seed}", lambda s=seed: {"seed": s, **evaluated(place, f"starts/{s}")}
+        for label, more in (("SeqKD continued", 0), ("SeqKD, new outputs", affordable(done))):
+            name = f"run/{label}/{seed}"
+            yield name, lambda n=name, s=seed, m=more: continued(place, n, s, m)
+        for label, options in table.items():
+            name = f"run/{label}/{seed}"
+            yield name, lambda n=name, o=options, s=seed: run(place, n, o, s, test=True)
+    for one, other in COMPARED:
+        name = f"compared/{one}/{other}"
+        rows_ = [winner(done, group) for group in (one, other)]
+        if all(f"run/{row}/{seed}" in done for row in rows_ for seed in SEEDS):
+            yield name, lambda r=rows_: bootstrap(place, *r)
 
 
 def grid_name(lr: float, times: int, seed: int) -> str:
@@ -231,6 +304,45 @@ def dev_best(record: dict[str, Any]) -> float:
 
 def best_rate(done: dict[str, Any]) -> float:
     return max(RATES, key=lambda lr: dev_best(done[grid_name(lr, 1, 5)]))
+
+
+def winner(done: dict[str, Any], group: str) -> str:
+    """The row of the table that a group's winner is; a row's own name stays."""
+    if group not in GROUPS:
+        return group
+    options = done["chosen"][group]["options"]
+    table = rows({kind: won["options"] for kind, won in done["chosen"].items()})
+    return next(label for label, given in table.items() if dict(given) == options)
+
+
+def bootstrap(place: Place, one: str, other: str, samples: int = 1000) -> dict[str, Any]:
+    """BLEU of one row less that of the other on the test split, starts and sentences drawn anew together, in pairs.
+
+    p: twice the smaller share of differences on one side of zero.
+    """
+    from sacrebleu.metrics.bleu import BLEU
+
+    def statistics(row: str, seed: int) -> np.ndarray:
+        folder = f"starts/{seed}" if row == "start" else f"run/{row}/{seed}"
+        lines = (place / f"{folder}/test-outputs.jsonl").read_text(encoding="utf-8").splitlines()
+        pairs = [json.loads(line) for line in lines]
+        bleu = BLEU()
+        refs = [[pair["target"] for pair in pairs]]
+        return np.array(bleu._extract_corpus_statistics([pair["output"] for pair in pairs], refs))
+
+    stats = np.stack([[statistics(row, seed) for seed in SEEDS] for row in (one, other)])
+    rng, found = np.random.default_rng(0), []
+    for sample in range(samples + 1):
+        starts = rng.integers(len(SEEDS), size=len(SEEDS)) if sample else np.arange(len(SEEDS))
+        sentences = rng.integers(stats.shape[2], size=stats.shape[2]) if sample else np.arange(stats.shape[2])
+        drawn = stats[:, starts][:, :, sentences].sum(2)
+        scores = [[BLEU()._compute_score_from_stats(list(map(int, row))).score for row in side] for side in drawn]
+        found.append(float(np.mean(scores[0]) - np.mean(scores[1])))
+    whole, resampled = found[0], np.array(found[1:])
+    low, high = np.quantile(resampled, [0.025, 0.975])
+    p = 2 * min((resampled <= 0).mean(), (resampled >= 0).mean())
+    return {"one": one, "other": other, "difference": whole, "low": float(low), "high": float(high),
+            "p": float(max(p, 1 / samples))}  # fmt: skip
 
 
 def work(place: Place, until: float) -> int:

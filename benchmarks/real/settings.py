@@ -68,3 +68,44 @@ GROUPS: dict[str, dict[str, Options]] = {
     },
 }
 """Each has 16 runs on the dev set: eight settings on two starts."""
+
+GROUP_OF = {"LLMR": "llmr", "K =": "paper", "reverse KL": "kl", "MiniLLM": "kl"}
+AS_RELEASED = {
+    "method": "ketchup", "greedy": True, "normalization": "centred", "tail": "jump", "end_weight": 1.0,
+    "clip_return": 50.0, "baseline": "batch-mean",
+}  # fmt: skip
+"""What the authors' program does and the paper's text does not: greedy rollouts whose importance ratio is π itself,
+logits less their mean, a last jump that lands on the last token, a narrower clip, one number for a baseline. Its start,
+trained by KL, its batch of 8 and its 200 epochs are not in it."""
+TURNED_BACK = {
+    "sampled": {"greedy": False},
+    "logprob": {"normalization": "logprob"},
+    "no end weight": {"end_weight": None},
+    "clip 100": {"clip_return": 100.0},
+    "baseline mean": {"baseline": "mean"},
+}
+COMPARED = (("paper", "llmr"), ("new", "start"), ("new", "SeqKD, new outputs"))
+"""The three comparisons that are tested, by group or row; all else is descriptive."""
+
+
+def rows(chosen: Mapping[str, Options]) -> dict[str, Options]:
+    """Those of `learn` in the table. chosen: of each group, the options that won on the dev set."""
+    llmr, paper, new = (dict(chosen[group]) for group in ("llmr", "paper", "new"))
+    rate = {method: {"lr": options["lr"]} for method, options in chosen.items() if method.startswith("method ")}
+    outputs = {"keep_top": KEEP_TOP, "baseline": "none"}
+    table: dict[str, Options] = {
+        "LLMR": llmr | {"baseline": "none"},
+        "LLMR + mean": llmr | {"baseline": "mean"},
+        "LLMR + min-variance": llmr | {"baseline": "min-variance"},
+        **{f"K = {k}": paper | {"k": k} for k in (2, 4, 8, 16)},
+        "as released": {**AS_RELEASED, "k": paper["k"], "lr": paper["lr"]},
+        **{f"as released, {name}": {**AS_RELEASED, "k": paper["k"], "lr": paper["lr"], **back}
+           for name, back in TURNED_BACK.items()},
+        "JS": {"method": "js", **outputs, **rate["method reverse-kl"]},
+        "TVD": {"method": "tvd", **outputs, **rate["method reverse-kl"]},
+        "reverse KL": REVERSE_KL | rate["method reverse-kl"],
+        "reverse KL, fresh": REVERSE_KL | rate["method reverse-kl"] | {"refresh_every": 1},
+        "MiniLLM": {"method": "minillm", "keep_top": KEEP_TOP, **rate["method minillm"]},
+        **{name: options | {"lr": new["lr"]} for name, options in NEW.items()},
+    }  # fmt: skip
+    return table
