@@ -6,7 +6,7 @@ OUT ?= demo-run
 # Python of an environment with TRL, for `make bench`; none: TRL is left out
 TRL ?=
 
-.PHONY: demo test lint format bench soak paper-table schemas clean
+.PHONY: demo test lint format bench soak paper-table real-table schemas clean
 
 demo: .venv/.installed
 	$(BIN)/ketchup-cache demo --out $(OUT)
@@ -49,6 +49,11 @@ soak: .venv/.installed
 # hours; stopped at any moment, it goes on
 paper-table: .venv/.installed
 	$(BIN)/python -m benchmarks.paper run
+
+# ten minutes of many hours; run it again to go on. Two at once share the work. MULTI30K: folder with train, dev and test.jsonl
+MULTI30K ?= multi30k
+real-table: .venv/.installed
+	$(BIN)/python -m benchmarks.real --data "$(MULTI30K)" --minutes 10
 
 schemas: .venv/.installed
 	$(BIN)/python -m ketchup_cache.schemas.generate
