@@ -41,8 +41,8 @@ class Task:
 TASKS = {"ende": Task("ende", "prompt", "target"), "deen": Task("deen", "target", "prompt")}
 TEACHER = {
     "epochs": 12, "batch_size": 64, "lr": 2e-3, "schedule": "linear", "warmup": 200, "weight_decay": 0.1,
-    "dropout": False, "precision": "bfloat16", "eval_limit": 300, "eval_every": 453, "metric": "bleu,loss", "max_new_tokens": 64,
-    "checkpoint_every": 200,
+    "dropout": False, "precision": "bfloat16", "eval_limit": 300, "eval_every": 453, "metric": "bleu,loss",
+    "max_new_tokens": 64, "checkpoint_every": 200,
 }  # fmt: skip
 K = {"method": "ketchup", "tail": "jump"}
 FLAT, EXACT = {"weights": "flat"}, {"exact": True, "keep_top": KEEP_TOP}

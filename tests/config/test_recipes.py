@@ -72,6 +72,15 @@ def test_recipe_is_the_papers_setting(task, variant):
         assert getattr(rollout, field) == getattr(other, field), field  # and what the teacher is fine-tuned on
 
 
+def test_the_authors_program_differs_from_the_paper_where_it_is_known_to():
+    name = "europarl-as-released"
+    paper, program = (from_recipe("learn", n, student="s", cache="c", eval_data="d") for n in ("europarl", name))
+    fields = {"greedy", "normalization", "tail", "end_weight", "clip_return", "baseline", "schedule", "batch_size"}
+    fields |= {"epochs"}
+    assert {f for f in type(paper).model_fields if getattr(paper, f) != getattr(program, f)} == fields
+    assert from_recipe("rollout", name, student="s", cache="c").greedy
+
+
 def test_test_examples_are_none_of_the_training_examples():
     for name in recipe_names():
         rollout = from_recipe("rollout", name, student="s", cache="c")
@@ -138,7 +147,7 @@ def test_list_and_one_recipe(capsys):
         return shown.err if code else shown.out
 
     shown = shown_by("recipes")
-    assert recipe_names() == sorted(task + variant for task, variant in ALL)
+    assert recipe_names() == sorted([*(task + variant for task, variant in ALL), "europarl-as-released"])
     assert all(f"{name} " in shown for name in recipe_names())
     assert "FLAN-T5-XL (3B) → T5-large (800M)" in shown
     assert [r["name"] for r in json.loads(shown_by("recipes", "--json"))["recipes"]] == recipe_names()
