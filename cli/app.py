@@ -20,7 +20,7 @@ from pydantic_core import PydanticUndefined
 from ketchup_cache.config.commands import COMMANDS
 from ketchup_cache.config.options import Config, Positive
 from ketchup_cache.config.resolve import flag, resolve
-from ketchup_cache.errors import KetchupError
+from ketchup_cache.errors import ConfigError, KetchupError
 from ketchup_cache.shipped import recipe
 from ketchup_cache.version import __version__
 
@@ -75,7 +75,13 @@ def command(
 
         def invoke(**flags: Any) -> None:
             config_file, recipe_name, as_json = (flags.pop(key) for key in ("config", "recipe", "as_json"))
-            result = run(resolve(name, _config_path(config_file), flags, recipe_name))
+            try:
+                config = resolve(name, _config_path(config_file), flags, recipe_name)
+            except ConfigError as error:  # an argument is typed without a name
+                words = {flag(key): key.upper() for key in positional}
+                parts = (problem.split(" ", 1) for problem in error.problems)
+                raise ConfigError([" ".join([words.get(first, first), *rest]) for first, *rest in parts]) from None
+            result = run(config)
             if as_json:
                 plain = (sys.stdout.encoding or "").lower().replace("-", "") != "utf8"
                 print(json.dumps(result.to_dict(), ensure_ascii=plain, allow_nan=False))

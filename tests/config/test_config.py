@@ -6,6 +6,7 @@ from typing import get_args
 
 import pytest
 
+from ketchup_cache.cli import main
 from ketchup_cache.config.commands import COMMANDS, LearnConfig
 from ketchup_cache.config.methods import METHODS, Method
 from ketchup_cache.config.resolve import resolve
@@ -198,3 +199,14 @@ def test_errors_are_lines_with_exit_code_2():
         assert all(line.startswith("ketchup-cache: ") for line in done.stderr.splitlines())
         assert "Traceback" not in done.stderr
     assert "Traceback" in run("--debug", "learn", "--k", "0").stderr
+
+
+def test_a_message_names_an_argument_as_it_is_typed(capsys):
+    for words, message in {
+        ("export", "cache", "--to", "parquet"): "OUT is missing: new folder for the files",
+        ("compare", "a"): "B is missing: outputs of another model for the same data",
+        ("pull",): "URL is missing: source",
+        ("export", "cache", "out"): "--to is missing",
+    }.items():
+        assert main([*words]) == 2
+        assert message in capsys.readouterr().err
