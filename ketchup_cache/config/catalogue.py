@@ -27,7 +27,7 @@ class Catalogue(Report):
     recipes: tuple[dict[str, str], ...]
 
     def __str__(self) -> str:
-        lines = ["{name:<18} {task:<27} {teacher} → {student}, {source}".format(**recipe) for recipe in self.recipes]
+        lines = ["{name:<20} {task:<27} {teacher} → {student}, {source}".format(**recipe) for recipe in self.recipes]
         return "\n".join([*lines, "", "`ketchup-cache recipes NAME` prints one with the commands to run."])
 
 
