@@ -44,6 +44,7 @@ from benchmarks.real.settings import (
     SEEDS,
     TASKS,
     TEACHER,
+    TEACHER_AGAIN,
     Options,
     Task,
     rows,
@@ -76,9 +77,10 @@ class Place:
         return json.loads(self.results.read_text(encoding="utf-8")) if self.results.exists() else {}
 
     def add(self, name: str, record: Any) -> None:
-        """Into the results, with those of other processes."""
+        """Into the results, with those of other processes. Paths are those in the folder of the work."""
+        known = json.loads(json.dumps(record, ensure_ascii=False).replace(f"{self.work / self.task.name}/", ""))
         with locked(self / "results"):
-            records = dict(sorted({**self.records(), name: record}.items()))
+            records = dict(sorted({**self.records(), name: known}.items()))
             self.results.parent.mkdir(parents=True, exist_ok=True)
             partial = self.results.with_suffix(".part")
             partial.write_text(json.dumps(records, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -140,10 +142,13 @@ def data(place: Place) -> dict[str, Any]:
 
 
 def teacher(place: Place) -> dict[str, Any]:
+    """In two stages: dropout from the start keeps a model of this size from learning which word belongs to which."""
     models.make_t5("teacher", 0, place / "tokenizer", place / "teacher-untrained")
-    given = {"data": place / "train.jsonl", "eval_data": place / "dev.jsonl", **TEACHER}
-    report = tool("pretrain", model=place / "teacher-untrained", out=place / "teacher", **given)
-    return {"pretrain": report, **evaluated(place, "teacher")}
+    given = {"data": place / "train.jsonl", "eval_data": place / "dev.jsonl"}
+    first = tool("pretrain", model=place / "teacher-untrained", out=place / "teacher-begun", **given, **TEACHER)
+    again = TEACHER | TEACHER_AGAIN
+    report = tool("pretrain", model=place / "teacher-begun/best", out=place / "teacher", **given, **again)
+    return {"begun": first, "pretrain": report, **evaluated(place, "teacher")}
 
 
 def evaluated(place: Place, model: str) -> dict[str, Any]:

@@ -44,6 +44,8 @@ TEACHER = {
     "dropout": False, "precision": "bfloat16", "eval_limit": 300, "eval_every": 453, "metric": "bleu,loss",
     "max_new_tokens": 64, "checkpoint_every": 200,
 }  # fmt: skip
+TEACHER_AGAIN = {"dropout": True, "lr": 1e-3, "epochs": 10}
+"""What is different in its second stage."""
 K = {"method": "ketchup", "tail": "jump"}
 FLAT, EXACT = {"weights": "flat"}, {"exact": True, "keep_top": KEEP_TOP}
 REVERSE_KL = {"method": "reverse-kl", "keep_top": KEEP_TOP, "baseline": "none"}

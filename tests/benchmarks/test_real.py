@@ -54,6 +54,14 @@ def test_what_won_on_dev_is_a_row_of_the_table():
     assert real.affordable(done) == 3000  # 30 s of scoring, at 100 outputs a second
 
 
+def test_records_of_several_processes_are_kept_and_name_no_place(tmp_path, monkeypatch):
+    monkeypatch.setattr(real, "RESULTS", tmp_path / "results")
+    place = real.Place(TASKS["ende"], tmp_path / "work", tmp_path)
+    place.add("b", {"model": str(place / "starts/0/best")})
+    place.add("a", {"bleu": 1.0})
+    assert list(place.records().items()) == [("a", {"bleu": 1.0}), ("b", {"model": "starts/0/best"})]
+
+
 def test_the_bootstrap_is_of_the_means_of_corpus_bleu_over_starts(tmp_path):
     place, rng = real.Place(TASKS["ende"], tmp_path, tmp_path), np.random.default_rng(0)
     words = "ein mann geht mit dem hund in den park und lacht".split()
