@@ -24,7 +24,12 @@ from ketchup_cache.shipped import task
 RunCommand = Callable[[Sequence[str]], int]
 """The command line: takes its words, returns the exit code."""
 
-KS = (1, 4)
+RUNS: dict[str, tuple[object, ...]] = {
+    "K = 1": ("--k", 1),
+    "K = 4": ("--k", 4),
+    "exact first step": ("--weights", "flat", "--lam", 0, "--exact", "--keep-top", 64),
+}
+"""Rows of the table, and what `learn` is told."""
 LABELLED = 1_500
 """Sentences of prompts.jsonl that the student was pre-distilled on. Learning uses the others, nobody's translations."""
 LEARNING = {"refresh_every": 4, "batch_size": 512, "samples": 8, "baseline": "leave-one-out", "lr": 5e-4, "warmup": 20,
@@ -60,7 +65,7 @@ class DemoReport(Report):
 
 
 def demo(config: DemoConfig, run: RunCommand) -> DemoReport:
-    """Score a student's rollouts, learn with K = 1 and K > 1, evaluate. `run`: the command line.
+    """Score a student's rollouts, learn in three ways, evaluate. `run`: the command line.
 
     Raises KetchupError where a command fails.
     """
@@ -97,11 +102,11 @@ def demo(config: DemoConfig, run: RunCommand) -> DemoReport:
     shell("info", cache)
     shell("analyze", "--cache", cache, "--policy", student, "--out", out / "analysis")
 
-    _title("3. Learning: K = 1 (LLMR) and K = 4 (KETCHUP) from the same cache, with fresh rollouts every 4 steps")
-    runs = {f"K = {k}": out / f"k{k}" for k in KS}
+    _title("3. Learning: K = 1 (LLMR), K = 4 (KETCHUP), and an exact first step, with fresh rollouts every 4 steps")
+    runs = {name: out / name.split(" f")[0].replace(" = ", "").lower() for name in RUNS}
     learning = [part for name, value in LEARNING.items() for part in (flag(name), value)]
-    for k, folder in zip(KS, runs.values(), strict=True):
-        shell("learn", "--student", student, "--cache", cache, "--k", k, "--teacher", teacher, "--steps", 120,
+    for name, folder in runs.items():
+        shell("learn", "--student", student, "--cache", cache, *RUNS[name], "--teacher", teacher, "--steps", 120,
               *learning, *decoding, "--out", folder)  # fmt: skip
 
     _title("4. Evaluation on sentences nobody has seen")
@@ -115,7 +120,7 @@ def demo(config: DemoConfig, run: RunCommand) -> DemoReport:
     curves = out / "learning-curves.png"
     lines = {name: (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines() for name, folder in runs.items()}
     metrics = {name: [json.loads(line) for line in of_run] for name, of_run in lines.items()}
-    title = "The demo's two runs, from the same student and cache"
+    title = "The demo's runs, from the same student and cache"
     write_png(learning_curves_figure(metrics, CURVES, window=5, title=title), curves)
     _title("Result")
     return DemoReport(rows, (str(curves), str(out / "analysis" / "analysis.png")), round(time.monotonic() - began, 1))

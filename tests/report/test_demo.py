@@ -30,8 +30,8 @@ def run(tmp_path_factory):
 def test_demo_runs_every_phase_and_reports_what_its_commands_found(run):
     report, commands = run
     names = [words[0] for words in commands]
-    assert names == ["rollout", "score", "score", "info", "analyze", "learn", "learn", *["evaluate"] * 4]
-    assert list(report.rows) == ["student before", "K = 1", "K = 4", "teacher"]
+    assert names == ["rollout", "score", "score", "info", "analyze", *["learn"] * 3, *["evaluate"] * 5]
+    assert list(report.rows) == ["student before", "K = 1", "K = 4", "exact first step", "teacher"]
     table = str(report).splitlines()
     for name, row in report.rows.items():
         (line,) = [line for line in table if line.startswith(name)]
