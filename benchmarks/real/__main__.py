@@ -226,12 +226,20 @@ def chosen(done: dict[str, Any]) -> dict[str, Any]:
 def run(place: Place, name: str, options: Options, seed: int, *, test: bool) -> dict[str, Any]:
     """`learn` from a start, in a copy of its cache; on the test split only where settings are not being chosen."""
     out, cache = place / name, place / f"{name}-cache"
+    alone = options.get("method") == "kl"  # it learns from the teacher's outputs, without the teacher
     if not cache.exists():
-        shutil.copytree(place / f"begun/{seed}", cache)
+        shutil.copytree(place / ("outputs" if alone else f"begun/{seed}"), cache)
     if options.get("method") in ("js", "tvd"):
         tool("merge", cache, place / "outputs", into=cache)
     best = place / "teacher/best"
-    given = {"teacher": best, **LEARN, **options, "seed": seed, "eval_data": place / "dev.jsonl", "out": out}
+    given = {
+        "teacher": None if alone else best,
+        **LEARN,
+        **options,
+        "seed": seed,
+        "eval_data": place / "dev.jsonl",
+        "out": out,
+    }
     began = time.monotonic()
     record = {"learn": tool("learn", student=place / f"starts/{seed}/best", cache=cache, **given)}
     record["seconds"] = round(time.monotonic() - began, 1)

@@ -104,6 +104,7 @@ def rows(chosen: Mapping[str, Options]) -> dict[str, Options]:
         "as released": {**AS_RELEASED, "k": paper["k"], "lr": paper["lr"]},
         **{f"as released, {name}": {**AS_RELEASED, "k": paper["k"], "lr": paper["lr"], **back}
            for name, back in TURNED_BACK.items()},
+        "KL": {"method": "kl", **outputs, **rate["method reverse-kl"]},
         "JS": {"method": "js", **outputs, **rate["method reverse-kl"]},
         "TVD": {"method": "tvd", **outputs, **rate["method reverse-kl"]},
         "reverse KL": REVERSE_KL | rate["method reverse-kl"],
