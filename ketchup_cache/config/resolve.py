@@ -66,7 +66,10 @@ def _unused(values: dict[str, Any], flags: dict[str, Any]) -> set[str]:
     rule = METHODS.get(str(values.get("method")))
     both = values.get("scores_from") is not None and values.get("teacher") is not None
     other = "scores_from" if flags.get("teacher") is not None else "teacher"
-    return set(rule.fixed if rule else ()) | ({other} if both else set())
+    fixed = dict(rule.fixed if rule else {})
+    weights, _ = fixed.get("weights", (values.get("weights") or "comb", ""))
+    lacks = {"comb": {"lam"}, "mean": {"k", "tail", "lam"}}.get(str(weights), {"k", "tail"})
+    return fixed.keys() | lacks | ({other} if both else set())
 
 
 def find_recipe(name: str) -> Path:

@@ -201,6 +201,21 @@ def test_errors_are_lines_with_exit_code_2():
     assert "Traceback" in run("--debug", "learn", "--k", "0").stderr
 
 
+@pytest.mark.parametrize(
+    ("flags", "found"),
+    [
+        ({"weights": "flat"}, {"weights": "flat", "lam": 0.25, "k": 4}),
+        ({"method": "minillm"}, {"weights": "mean", "k": 4}),
+        ({}, {"weights": "comb", "k": 8}),
+    ],
+)
+def test_a_recipes_k_is_none_of_other_weights(flags, found):
+    config = resolve("learn", None, LEARN | flags, "europarl")
+    assert {name: getattr(config, name) for name in found} == found
+    with pytest.raises(ConfigError, match="has no --k"):
+        resolve("learn", None, LEARN | {"weights": "flat", "k": 8}, "europarl")
+
+
 def test_a_message_names_an_argument_as_it_is_typed(capsys):
     for words, message in {
         ("export", "cache", "--to", "parquet"): "OUT is missing: new folder for the files",
