@@ -61,8 +61,10 @@ def learning_signal(
         price = gap[middle & kept[:, None]].mean() if (middle & kept[:, None]).any() else 0.0
         kind["cost"] = np.where(middle, gap - price, gap)
     now = {"weights": "flat", "lam": 0.0, "unfinished": "bootstrap"}
-    estimate, one_step, first = rollout_returns(rollouts, scores, (kind, 1, now), **options.of_returns)
-    advantage = np.clip(estimate - first if options.exact else estimate, -options.clip_return, options.clip_return)
+    kinds = (kind, 1, now) if options.exact else (kind, 1)
+    estimate, one_step, *first = rollout_returns(rollouts, scores, kinds, **options.of_returns)
+    future = estimate - first[0] if first else estimate
+    advantage = np.clip(future, -options.clip_return, options.clip_return)
     if options.cost == "kl":
         estimate = estimate - own
         advantage = advantage if options.exact else np.clip(estimate, -options.clip_return, options.clip_return)
