@@ -85,7 +85,8 @@ class ScoreConfig(shared.ScoringOptions):
     cache: CacheAddress
     """Cache whose rollouts are scored."""
     keep_top: Count = 0
-    """Number of top teacher logits stored per token, for `learn --method kl, reverse-kl, js, tvd`. 0: none."""
+    """Number of top teacher logits stored per token, for `learn --method kl, reverse-kl, js, tvd, minillm` and
+    `learn --exact`. 0: none."""
     storage: Literal["float32", "float16"] = "float32"
     """Precision of the stored scores. float16 takes about half the space."""
     commit_tokens: Positive = 262144

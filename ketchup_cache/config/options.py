@@ -273,8 +273,8 @@ class LossOptions(ReturnOptions, StepOptions):
     """Method"""
 
     method: Method = "ketchup"
-    """ketchup (K-step returns), llmr (K = 1) and reverse-kl learn from rollouts of the student; seqkd and kl from
-    teacher outputs; js and tvd from half of each."""
+    """ketchup (K-step returns), llmr (K = 1), reverse-kl and minillm (reverse KL of whole completions) learn from
+    rollouts of the student; seqkd and kl from teacher outputs; js and tvd from half of each."""
     k: Positive = 4
     """Steps per jump of the return. 1 is LLMR. The paper's best are 2 to 8."""
     weights: Literal["comb", "flat", "gae", "mean"] = "comb"
@@ -290,8 +290,8 @@ class LossOptions(ReturnOptions, StepOptions):
     exact: bool = False
     """Take the first step in expectation over the --keep-top largest teacher logits, in place of the token drawn."""
     keep_top: Positive = 64
-    """Number of top teacher logits used per token, for `--method kl, reverse-kl, js, tvd` and for --exact. The scores
-    must hold them. All other tokens count as one; with --exact, as drawn."""
+    """Number of top teacher logits used per token, for `--method kl, reverse-kl, js, tvd, minillm` and for --exact.
+    The scores must hold them. All other tokens count as one; with --exact and minillm, as drawn."""
     baseline: Baseline = "none"
     """Subtracted from the returns. mean, min-variance: one per time step. batch-mean: one of all tokens. leave-one-out:
     the other samples of the prompt."""
