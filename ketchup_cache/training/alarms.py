@@ -106,7 +106,7 @@ class Alarms:
         if len(self._lines) == 1 and METHODS[config.method].step == "policy_gradient":
             if config.unfinished == "drop" and line["unfinished"] >= OFTEN_CUT:
                 yield "dropped", {"share": line["unfinished"]}
-            if config.k > 1 and config.tail == "one-step" and line["tail"] >= MOSTLY_TAIL:  # 0 for other weights
+            if config.k > 1 and config.tail == "one-step" and line["tail"] >= MOSTLY_TAIL:
                 yield "tails", {"share": line["tail"], "k": config.k}
         if len(self._lines) < WINDOW:
             return

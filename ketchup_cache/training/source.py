@@ -163,7 +163,8 @@ class OnPolicy(Offline):
         self.teacher: str | None = None
 
     def batch(self, step: int, model: PreTrainedModel) -> Drawn:
-        every, stale = self._config.refresh_every, (self._ess or 1.0) < self._config.refresh_below_ess
+        every = self._config.refresh_every
+        stale = self._ess is not None and self._ess < self._config.refresh_below_ess
         times = {}
         if self._phase < 0 or step - self._since >= every or (stale and step > self._since):
             self._since = step
