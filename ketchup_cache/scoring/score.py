@@ -127,7 +127,8 @@ def follow(cache: Cache, scorer: Scorer) -> ScoreReport:
 
 
 class Scorer:
-    """A teacher by name. Its files say at once who it is; its weights are in memory only while they compute.
+    """A teacher by name. Its files say at once who it is; its weights are in memory only while they compute, or where
+    they are small beside what is free.
 
     info, tokenizer: what its scores are filed under. keep_top: how many of the largest logits they keep.
     """
@@ -248,7 +249,8 @@ class Scorer:
     def _loaded(self) -> Teacher:
         if self._teacher is None:
             began = time.monotonic()
-            self._teacher = Teacher.load(self.config.teacher, self.config)
+            self._teacher = Teacher.load(self.config.teacher, self.config, (self.info, self.tokenizer))
+            self._stays |= self._teacher.small
             self._load_s += time.monotonic() - began
         return self._teacher
 

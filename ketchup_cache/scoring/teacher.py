@@ -16,13 +16,16 @@ from ketchup_cache.models.fingerprint import tokenizer_info, weights_fingerprint
 from ketchup_cache.models.forward import Batch, computes_prompts_once, states_and_next
 from ketchup_cache.models.head import Head
 from ketchup_cache.models.load import load_model, load_tokenizer, resolve_folder
-from ketchup_cache.models.memory import TokenBudget, out_of_memory
+from ketchup_cache.models.memory import MOST, TokenBudget, free, out_of_memory
 from ketchup_cache.provenance import TeacherInfo, TokenizerInfo, in_precision
 from ketchup_cache.types import TOKEN_DTYPE, Ragged, Rollouts, Scores, TopLogits
 
+SMALL = 0.02
+"""Of the memory that is free: a teacher whose weights take less of it may stay while a student learns."""
+
 
 class Teacher:
-    """info: what scores by this teacher are filed under. tokenizer: what its token ids mean."""
+    """info: what scores by this teacher are filed under. tokenizer: what its token ids mean. small: by SMALL."""
 
     def __init__(self, model: PreTrainedModel, info: TeacherInfo, tokenizer: TokenizerInfo) -> None:
         """Raises ModelError where the model's logits can't be reproduced (`Head.of`)."""
@@ -30,11 +33,15 @@ class Teacher:
         self._model = model.eval()
         self._head = Head.of(model, tokenizer.vocab_size)
         self._devices = {parameter.device for parameter in model.parameters()}
+        size = sum(parameter.nbytes for parameter in model.parameters())
+        self.small = all(device.type in MOST and size < SMALL * free(device) for device in self._devices)
 
     @classmethod
-    def load(cls, name: str, options: ScoringOptions) -> Teacher:
-        """Raises ModelError (`load_model`, `Head.of`)."""
-        info, tokenizer = cls.identify(name, options)
+    def load(
+        cls, name: str, options: ScoringOptions, known: tuple[TeacherInfo, TokenizerInfo] | None = None
+    ) -> Teacher:
+        """known: what `identify` found, where it was asked before. Raises ModelError (`load_model`, `Head.of`)."""
+        info, tokenizer = known or cls.identify(name, options)
         placed = options.model_dump(include={"dtype", "device", "device_map", "trust_remote_code"})
         return cls(load_model(name, **placed), info, tokenizer)
 
