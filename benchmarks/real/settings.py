@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 Options = Mapping[str, Any]
 LABELLED = 4000
 """Prompts whose teacher outputs the students are pre-distilled on; the others of the training split have none."""
 SEEDS = (0, 1, 2, 3, 4)
-"""Starts of the table, each of its own initialisation and order."""
+"""Starts of the rows that are compared, each of its own initialisation and order."""
+OTHER_SEEDS = SEEDS[:3]
+"""Starts of the other rows, which describe."""
 DEV_SEEDS = (5, 6)
 """Starts on which settings are chosen."""
 RATES = (1e-3, 2e-3, 4e-3, 8e-3)
@@ -18,7 +20,7 @@ RATES = (1e-3, 2e-3, 4e-3, 8e-3)
 EPOCHS = 40
 """Of pre-distillation; the grid has twice as many too."""
 KEEP_TOP = 256
-STEPS, BATCH, REFRESH = 80, 192, 4
+STEPS, BATCH, REFRESH = 60, 128, 4
 DECODING = {"max_new_tokens": 64, "rollout_batch": 256}
 PRETRAIN = {"batch_size": 64, "schedule": "linear", "warmup": 50, "weight_decay": 0.0}
 DEV = {"eval_limit": 500, "metric": "bleu,chrf"}
@@ -50,10 +52,10 @@ K = {"method": "ketchup", "tail": "jump"}
 FLAT, EXACT = {"weights": "flat"}, {"exact": True, "keep_top": KEEP_TOP}
 REVERSE_KL = {"method": "reverse-kl", "keep_top": KEEP_TOP, "baseline": "none"}
 NEW = {
-    "flat 1/4": FLAT | {"lam": 0.25},
-    "flat 1/4, centred": FLAT | {"lam": 0.25, "cost": "centred"},
+    "flat 0.25": FLAT | {"lam": 0.25},
+    "flat 0.25, centred": FLAT | {"lam": 0.25, "cost": "centred"},
     "exact": EXACT | FLAT | {"lam": 0.0},
-    "exact, flat 1/4, centred": EXACT | FLAT | {"lam": 0.25, "cost": "centred"},
+    "exact, flat 0.25, centred": EXACT | FLAT | {"lam": 0.25, "cost": "centred"},
 }
 GROUPS: dict[str, dict[str, Options]] = {
     "llmr": {
@@ -89,27 +91,53 @@ TURNED_BACK = {
 }
 COMPARED = (("paper", "llmr"), ("new", "start"), ("new", "SeqKD, new outputs"))
 """The three comparisons that are tested, by group or row; all else is descriptive."""
+FRESH = "reverse KL, fresh"
+MARGIN = 0.3
+"""BLEU by which the best policy gradient may be worse than FRESH (a one-sided test)."""
+SEQKD_RATES = (3e-4, 1e-3, 2e-3, 4e-3)
+LONGER = 4
+"""How many times as long the longer of the rows of SeqKD on new outputs is."""
 
 
-def rows(chosen: Mapping[str, Options]) -> dict[str, Options]:
+@dataclass(frozen=True)
+class Row:
+    """options: of `learn`, beside LEARN. source: what it learns from: rollouts of its own, refreshed, that begin with
+    those in the cache; the teacher's outputs; own rollouts of the start alone; or those of another start."""
+
+    options: Options
+    source: Literal["refreshed", "outputs", "offline", "another's"] = "refreshed"
+
+
+def rows(chosen: Mapping[str, Options]) -> dict[str, Row]:
     """Those of `learn` in the table. chosen: of each group, the options that won on the dev set."""
     llmr, paper, new = (dict(chosen[group]) for group in ("llmr", "paper", "new"))
-    rate = {method: {"lr": options["lr"]} for method, options in chosen.items() if method.startswith("method ")}
-    outputs = {"keep_top": KEEP_TOP, "baseline": "none"}
-    table: dict[str, Options] = {
-        "LLMR": llmr | {"baseline": "none"},
-        "LLMR + mean": llmr | {"baseline": "mean"},
-        "LLMR + min-variance": llmr | {"baseline": "min-variance"},
-        **{f"K = {k}": paper | {"k": k} for k in (2, 4, 8, 16)},
-        "as released": {**AS_RELEASED, "k": paper["k"], "lr": paper["lr"]},
-        **{f"as released, {name}": {**AS_RELEASED, "k": paper["k"], "lr": paper["lr"], **back}
-           for name, back in TURNED_BACK.items()},
-        "KL": {"method": "kl", **outputs, **rate["method reverse-kl"]},
-        "JS": {"method": "js", **outputs, **rate["method reverse-kl"]},
-        "TVD": {"method": "tvd", **outputs, **rate["method reverse-kl"]},
-        "reverse KL": REVERSE_KL | rate["method reverse-kl"],
-        "reverse KL, fresh": REVERSE_KL | rate["method reverse-kl"] | {"refresh_every": 1},
-        "MiniLLM": {"method": "minillm", "keep_top": KEEP_TOP, **rate["method minillm"]},
-        **{name: options | {"lr": new["lr"]} for name, options in NEW.items()},
-    }  # fmt: skip
-    return table
+    rate = {method: {"lr": chosen[method]["lr"]} for method in ("reverse-kl", "minillm")}
+    reverse_kl, outputs = REVERSE_KL | rate["reverse-kl"], {"keep_top": KEEP_TOP, "baseline": "none"}
+    released = AS_RELEASED | {"k": paper["k"], "lr": paper["lr"]}
+    table = {
+        "LLMR": Row(llmr | {"baseline": "none"}),
+        "LLMR + mean": Row(llmr | {"baseline": "mean"}),
+        "LLMR + min-variance": Row(llmr | {"baseline": "min-variance"}),
+        **{f"K = {k}": Row(paper | {"k": k}) for k in (2, 4, 8, 16)},
+        **{name: Row(options | {"lr": new["lr"]}) for name, options in NEW.items()},
+        "reverse KL": Row(reverse_kl),
+        FRESH: Row(reverse_kl | {"refresh_every": 1}),
+        "MiniLLM": Row({"method": "minillm", "keep_top": KEEP_TOP, **rate["minillm"]}),
+        "KL": Row({"method": "kl", **outputs, **rate["reverse-kl"]}, "outputs"),
+        "JS": Row({"method": "js", **outputs, **rate["reverse-kl"]}),
+        "TVD": Row({"method": "tvd", **outputs, **rate["reverse-kl"]}),
+        "as released": Row(released),
+        **{f"as released, {name}": Row(released | back) for name, back in TURNED_BACK.items()},
+    }
+    return table | cache_rows({"LLMR": llmr, "paper": paper, "new": new, "reverse KL": reverse_kl})
+
+
+def cache_rows(methods: Mapping[str, Options]) -> dict[str, Row]:
+    """What rarer refreshes, none at all, and a colleague's cache cost (experiment F)."""
+    found = {}
+    for name, options in methods.items():
+        found[f"{name}, every 16"] = Row({**options, "refresh_every": 16})
+        found[f"{name}, by ess"] = Row({**options, "refresh_every": 16, "refresh_below_ess": 0.5})
+        alone = {**options, "refresh_every": None}
+        found |= {f"{name}, offline": Row(alone, "offline"), f"{name}, another's": Row(alone, "another's")}
+    return found

@@ -1,4 +1,4 @@
-"""The tables on real text: that every setting can run, that what won is a row, and the test between two rows."""
+"""The tables on real text: that every setting can run, that what won is a row, the tests, and what the docs say."""
 
 import json
 
@@ -6,27 +6,55 @@ import numpy as np
 import pytest
 import sacrebleu
 
-from benchmarks.real import __main__ as real
-from benchmarks.real.settings import COMPARED, DEV_SEEDS, GROUPS, LEARN, SEEDS, TASKS, rows
+from benchmarks.real import __main__ as real, choices, tables
+from benchmarks.real.place import Place
+from benchmarks.real.settings import (
+    BATCH,
+    COMPARED,
+    DEV_SEEDS,
+    GROUPS,
+    LEARN,
+    OTHER_SEEDS,
+    RATES,
+    SEEDS,
+    SEQKD_RATES,
+    STEPS,
+    TASKS,
+)
 from ketchup_cache.config.commands import LearnConfig
 
-PLACES = {"student": "s", "cache": "c", "teacher": "t", "eval_data": "d"}
+PLACES = {"student": "s", "cache": "c", "eval_data": "d"}
 
 
-def options_of(given):
-    return {name: value for name, value in {**LEARN, **given}.items() if value is not None}
+def options_of(given, teacher="t"):
+    options = {**LEARN, **given, "teacher": teacher, "out": "o"}
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def trained(bleu: float, **more) -> dict:
+    """A run that had `bleu` on dev after 12 of 24 steps, and less at the end."""
+    curve = [
+        {"step": step, "best": score == bleu, "bleu": score, "length_mean": 15.0, "tokens": 100 * step}
+        for step, score in ((0, 10.0), (12, bleu), (24, bleu - 1))
+    ]
+    return {"tokens": 2400, "score_s": 30.0, "curve": curve, **more}
 
 
 def finished(best: str = "K = 4, 0.001") -> dict:
     """Records of the runs on dev, where `best`, and the first of every other group, are better than the rest."""
-    done = {}
-    for group, settings in GROUPS.items():
+    done = {"outputs": {"rollout": {"rollouts": 4000, "seconds": 40.0}}, "data": {}}
+    split = {"bleu": 33.0, "chrf": 55.0, "return": -0.1, "length_mean": 16.0, "finished": 1.0}
+    done["teacher"] = {"dev": split, "test": split}
+    for place, lr in enumerate(RATES):
+        done[f"grid/{lr:g}"] = trained(20.0 - place)
+    done |= {f"starts/{seed}": trained(20.0) for seed in (*DEV_SEEDS, *SEEDS)}
+    done |= {f"begun/{seed}": {} for seed in (*DEV_SEEDS, *SEEDS)}
+    done |= {f"doubled/{seed}": trained(20.0 + seed / 10) for seed in choices.CONVERGED}
+    groups = {**GROUPS, "seqkd": {f"{lr:g}": {} for lr in SEQKD_RATES}}
+    for group, settings in groups.items():
         for place, label in enumerate(settings):
-            bleu = 30.0 if label == best else 20.0 - place
             for seed in DEV_SEEDS:
-                record = {"dev": {"best": {"metrics": {"bleu": bleu}}}, "score_s": 30.0}
-                done[f"dev/{group}/{label}/{seed}"] = {"learn": record}
-    done["outputs"] = {"rollout": {"rollouts": 4000, "seconds": 40.0}}
+                done[f"dev/{group}/{label}/{seed}"] = {"learn": trained(30.0 if label == best else 20.0 - place)}
     return done
 
 
@@ -38,33 +66,99 @@ def test_every_group_has_the_same_number_of_runs_and_every_setting_is_one_that_l
 
 def test_what_won_on_dev_is_a_row_of_the_table():
     done = finished()
-    done["chosen"] = real.chosen(done)
-    assert done["chosen"]["paper"] == {
-        "label": "K = 4, 0.001",
-        "dev_bleu": 30.0,
-        "options": {**GROUPS["paper"]["K = 4, 0.001"]},
-    }
-    table = rows({group: won["options"] for group, won in done["chosen"].items()})
-    assert len(table) == 23
-    for given in table.values():
-        alone = {"teacher": None} if given.get("method") == "kl" else {}
-        LearnConfig(**PLACES | alone, **options_of(given))
-    assert real.winner(done, "paper") == "K = 4"
-    assert real.winner(done, "llmr") == "LLMR + mean"
-    assert {real.winner(done, name) for pair in COMPARED for name in pair} <= {*table, "start", "SeqKD, new outputs"}
-    assert real.affordable(done) == 3000  # 30 s of scoring, at 100 outputs a second
+    done["chosen"] = choices.chosen(done)
+    won = {"label": "K = 4, 0.001", "dev_bleu": 30.0, "options": {**GROUPS["paper"]["K = 4, 0.001"]}}
+    assert done["chosen"]["paper"] == won
+    assert done["chosen"]["seqkd"]["options"] == {"lr": SEQKD_RATES[0]}
+    table = choices.table_rows(done)
+    assert len(table) == 23 + 16
+    for row in table.values():
+        LearnConfig(**PLACES, **options_of(row.options, "t" if row.source == "refreshed" else None))
+    assert choices.winner(done, "paper") == "K = 4"
+    assert choices.winner(done, "llmr") == "LLMR + mean"
+    assert {choices.winner(done, name) for pair in COMPARED for name in pair} <= {*table, "start", "SeqKD, new outputs"}
+    assert choices.best_gradient(done) == "K = 4"
+    assert choices.affordable(done) == 3000  # 30 s of scoring, at 100 outputs a second
+    assert choices.gain_of_doubling(done) == pytest.approx([0.5, 0.6, 0.0])
+
+
+def work_through(place: Place, monkeypatch) -> list[str]:
+    """The names of all jobs that are left, in the order in which they are done, when each writes a made-up record."""
+    monkeypatch.setattr(real, "bootstrap", lambda *_: {"difference": 1, "low": 0.5, "high": 1.5, "p": 0.01})
+    test = {"bleu": 25.0, "chrf": 50.0, "return": -1.0, "length_mean": 15.2, "finished": 0.99}
+    names = []
+    while left := [name for name, _ in real.order(place) if name not in place.records()]:
+        name = left[0]
+        kind, *rest = name.split("/")
+        record = {"learn": trained(22.0), "test": test, "dev": test, "source": "refreshed", "seed": 0}
+        if kind == "chosen":
+            record = choices.chosen(place.records())
+        elif kind == "compared":
+            given = {"difference": 1.0, "low": 0.5, "high": 1.5, "p": 0.01, "low_95": 0.6}
+            record = {"one": rest[0], "other": rest[1], **given}
+        place.add(name, record)
+        names.append(name)
+    return names
+
+
+def test_every_job_comes_once_and_the_page_has_every_row(tmp_path, monkeypatch):
+    monkeypatch.setattr("benchmarks.real.place.RESULTS", tmp_path)
+    place = Place(TASKS["ende"], tmp_path / "work", tmp_path)
+    for name, record in finished().items():
+        place.add(name, record)
+    names = work_through(place, monkeypatch)
+    assert names[0] == "chosen"
+    assert len(names) == len(set(names))
+    done = place.records()
+    compared = {row for pair in choices.comparisons(done) for row in pair}
+    rows = ["start", *tables.SEQKD, *choices.table_rows(done)]
+    runs = [name for name in names if name.startswith("run/")]
+    assert len(runs) == sum(len(SEEDS if row in compared else OTHER_SEEDS) for row in rows)
+    assert {name.split("/")[1] for name in runs[: len(SEEDS) * len(compared)]} == compared
+    assert [name for name in names if name.startswith("offline/")] == [f"offline/{seed}" for seed in OTHER_SEEDS]
+    text = tables.page("ende", done)
+    assert f"Every row trains on {STEPS * BATCH:,} completions" in text
+    for row in rows:
+        line = next(line for line in text.splitlines() if line.startswith(f"| {row} | 25.0"))
+        starts = 5 if row in compared else 3
+        if row != "start":
+            figures = "-1.00 ± 0.00 | 0.950 ± 0.000 | 99.0 % | 25.0 ± 0.0 | +0.0 | 2k | 2k | 0k | 0.0 MB | 0 |"
+            assert figures in line
+        assert line.endswith(f"| {starts} |")
+    assert "| K = 4 − LLMR + mean | +1.00 | +0.50 to +1.50 | 0.030 |  |" in text
+    assert "| +0.60 > −0.3 |" in text
+
+
+def test_holm_multiplies_the_smallest_by_all_and_never_falls():
+    assert choices.holm([0.01, 0.04, 0.03]) == pytest.approx(
+        [0.03, 0.06, 0.06]
+    )  # R: p.adjust(c(.01, .04, .03), "holm")
+    assert choices.holm([0.5, 0.9]) == pytest.approx([1.0, 1.0])
+
+
+def test_the_cost_to_reach_counts_from_where_the_score_stays():
+    def run(*scores):
+        return {"learn": {"curve": [{"bleu": s, "tokens": 100 * i} for i, s in enumerate(scores)]}}
+
+    done = {f"run/old/{seed}": run(10, 11, 12, 11) for seed in SEEDS}
+    done |= {f"run/new/{seed}": run(10, 12, 13, 12.5) for seed in SEEDS}
+    assert choices.cost_to_reach(done, "new", "old") == {"ratio": 0.5, "high": 0.5}
+    done["run/new/3"] = run(10, 12, 11, 12)  # has it, loses it, and has it again
+    assert choices.cost_to_reach(done, "new", "old")["ratio"] == pytest.approx((4 * 0.5 + 1.5) / 5)
+    done["run/new/3"] = run(10, 12, 13, 11)
+    assert choices.cost_to_reach(done, "new", "old") == {"ratio": None, "high": None}
 
 
 def test_records_of_several_processes_are_kept_and_name_no_place(tmp_path, monkeypatch):
-    monkeypatch.setattr(real, "RESULTS", tmp_path / "results")
-    place = real.Place(TASKS["ende"], tmp_path / "work", tmp_path)
+    monkeypatch.setattr("benchmarks.real.place.RESULTS", tmp_path / "results")
+    place = Place(TASKS["ende"], tmp_path / "work", tmp_path)
     place.add("b", {"model": str(place / "starts/0/best")})
     place.add("a", {"bleu": 1.0})
     assert list(place.records().items()) == [("a", {"bleu": 1.0}), ("b", {"model": "starts/0/best"})]
 
 
 def test_the_bootstrap_is_of_the_means_of_corpus_bleu_over_starts(tmp_path):
-    place, rng = real.Place(TASKS["ende"], tmp_path, tmp_path), np.random.default_rng(0)
+    place, rng = Place(TASKS["ende"], tmp_path, tmp_path), np.random.default_rng(0)
     words = "ein mann geht mit dem hund in den park und lacht".split()
     targets = [" ".join(rng.choice(words, 8)) for _ in range(60)]
     means = {}
@@ -78,10 +172,15 @@ def test_the_bootstrap_is_of_the_means_of_corpus_bleu_over_starts(tmp_path):
             file.write_text("".join(json.dumps({"output": o, "target": t}) + "\n" for o, t in lines))
             scores.append(sacrebleu.corpus_bleu(outputs, [targets]).score)
         means[row] = np.mean(scores)
-    found = real.bootstrap(place, "good", "bad", samples=200)
+    found = choices.bootstrap(place, "good", "bad", samples=200)
     assert found["difference"] == pytest.approx(means["good"] - means["bad"])
-    assert 0 < found["low"] < found["difference"] < found["high"]
+    assert 0 < found["low"] < found["low_95"] < found["difference"] < found["high"]
     assert found["p"] == 1 / 200
-    none = real.bootstrap(place, "good", "good", samples=50)
+    none = choices.bootstrap(place, "good", "good", samples=50)
     assert (none["difference"], none["low"], none["high"]) == (0, 0, 0)
-    assert none["p"] > 1
+    assert none["p"] == 1
+
+
+def test_every_table_in_the_docs_is_the_one_that_the_results_give():
+    for file, text in tables.pages().items():
+        assert file.read_text(encoding="utf-8") == text, f"{file}: run `python -m benchmarks.real --write`"

@@ -1,0 +1,160 @@
+"""What is chosen on the dev set, and what is tested on the test split."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from benchmarks.real.place import Place
+from benchmarks.real.settings import (
+    COMPARED,
+    DEV_SEEDS,
+    FRESH,
+    GROUPS,
+    MARGIN,
+    OTHER_SEEDS,
+    RATES,
+    SEEDS,
+    SEQKD_RATES,
+    Row,
+    rows,
+)
+
+Records = Mapping[str, Any]
+CONVERGED = (5, 6, 0)
+"""Starts on which twice the epochs are tried."""
+
+
+def best(record: Records, metric: str = "bleu") -> float:
+    """Of a run, at the evaluation on the dev set that was kept."""
+    return [line[metric] for line in record["curve"] if line["best"]][-1]
+
+
+def grid_name(lr: float) -> str:
+    return f"grid/{lr:g}"
+
+
+def best_rate(done: Records) -> float:
+    """Of pre-distillation."""
+    return max(RATES, key=lambda lr: best(done[grid_name(lr)]))
+
+
+def gain_of_doubling(done: Records) -> list[float]:
+    """Dev BLEU that twice the epochs add to each start of CONVERGED."""
+    return [best(done[f"doubled/{seed}"]) - best(done[f"starts/{seed}"]) for seed in CONVERGED]
+
+
+def chosen_of(done: Records, group: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The setting with the highest mean dev BLEU over the starts that settings are chosen on."""
+    mean = {k: np.mean([best(done[f"dev/{group}/{k}/{s}"]["learn"]) for s in DEV_SEEDS]) for k in settings}
+    label = max(mean, key=lambda k: mean[k])
+    return {"label": label, "dev_bleu": float(mean[label]), "options": dict(settings[label])}
+
+
+def chosen(done: Records) -> dict[str, Any]:
+    """Of each group, of each method of the group kl, and of SeqKD on new outputs."""
+    found = {group: chosen_of(done, group, settings) for group, settings in GROUPS.items()}
+    for method in ("reverse-kl", "minillm"):
+        found[method] = chosen_of(done, "kl", {k: o for k, o in GROUPS["kl"].items() if o["method"] == method})
+    found["seqkd"] = chosen_of(done, "seqkd", {f"{lr:g}": {"lr": lr} for lr in SEQKD_RATES})
+    return found
+
+
+def affordable(done: Records) -> int:
+    """Teacher outputs that cost as many teacher seconds as the scoring did in the paper's best row, on average."""
+    label = chosen_of(done, "paper", GROUPS["paper"])["label"]
+    scoring = [done[f"dev/paper/{label}/{seed}"]["learn"]["score_s"] for seed in DEV_SEEDS]
+    made = done["outputs"]["rollout"]
+    return round(float(np.mean(scoring)) * made["rollouts"] / made["seconds"])
+
+
+def table_rows(done: Records) -> dict[str, Row]:
+    return rows({kind: won["options"] for kind, won in done["chosen"].items()})
+
+
+def winner(done: Records, group: str) -> str:
+    """The row of the table that a group's winner is; a row's own name stays."""
+    if group not in GROUPS:
+        return group
+    options = done["chosen"][group]["options"]
+    return next(label for label, row in table_rows(done).items() if dict(row.options) == options)
+
+
+def best_gradient(done: Records) -> str:
+    """The row of the policy gradient that is best on the dev set."""
+    return winner(done, max(("llmr", "paper", "new"), key=lambda group: done["chosen"][group]["dev_bleu"]))
+
+
+def comparisons(done: Records) -> list[tuple[str, str]]:
+    """Pairs of rows: the three that are tested together, then the best policy gradient against reverse KL."""
+    return [(winner(done, one), winner(done, other)) for one, other in COMPARED] + [(best_gradient(done), FRESH)]
+
+
+def seeds_of(done: Records, label: str) -> Sequence[int]:
+    return SEEDS if label in {row for pair in comparisons(done) for row in pair} else OTHER_SEEDS
+
+
+# ----------------------------------------------------------------------------------------------------------- tests
+
+
+def bootstrap(place: Place, one: str, other: str, samples: int = 1000) -> dict[str, Any]:
+    """BLEU of one row less that of the other on the test split, starts and sentences drawn anew together, in pairs.
+
+    p: twice the smaller share of differences on one side of zero. low_95: the lower end of a one-sided interval.
+    """
+    from sacrebleu.metrics.bleu import BLEU
+
+    def statistics(row: str, seed: int) -> NDArray:
+        folder = f"starts/{seed}" if row == "start" else f"run/{row}/{seed}"
+        lines = (place / f"{folder}/test-outputs.jsonl").read_text(encoding="utf-8").splitlines()
+        pairs = [json.loads(line) for line in lines]
+        bleu = BLEU()
+        refs = [[pair["target"] for pair in pairs]]
+        return np.array(bleu._extract_corpus_statistics([pair["output"] for pair in pairs], refs))
+
+    stats = np.stack([[statistics(row, seed) for seed in SEEDS] for row in (one, other)])
+    rng, found = np.random.default_rng(0), []
+    for sample in range(samples + 1):
+        starts = rng.integers(len(SEEDS), size=len(SEEDS)) if sample else np.arange(len(SEEDS))
+        sentences = rng.integers(stats.shape[2], size=stats.shape[2]) if sample else np.arange(stats.shape[2])
+        drawn = stats[:, starts][:, :, sentences].sum(2)
+        scores = [[BLEU()._compute_score_from_stats(list(map(int, row))).score for row in side] for side in drawn]
+        found.append(float(np.mean(scores[0]) - np.mean(scores[1])))
+    whole, resampled = found[0], np.array(found[1:])
+    low, high = np.quantile(resampled, [0.025, 0.975])
+    p = min(1.0, max(1 / samples, 2 * min((resampled <= 0).mean(), (resampled >= 0).mean())))
+    result = {"one": one, "other": other, "difference": whole, "low": float(low), "high": float(high), "p": float(p)}
+    return result | {"low_95": float(np.quantile(resampled, 0.05)), "margin": MARGIN}
+
+
+def holm(p: Sequence[float]) -> list[float]:
+    """Holm's correction: each p-value as it counts among all of them."""
+    order, corrected, highest = np.argsort(p), np.empty(len(p)), 0.0
+    for place, index in enumerate(order):
+        highest = max(highest, min(1.0, (len(p) - place) * p[index]))
+        corrected[index] = highest
+    return corrected.tolist()
+
+
+def cost_to_reach(done: Records, new: str, old: str, samples: int = 1000) -> dict[str, float | None]:
+    """Tokens until `new` has the best dev BLEU of `old` and keeps it, over those until `old` has it: mean over starts.
+
+    Tokens: those that the student was trained on; the teacher scored as many. None: some start never gets there.
+    high: the upper end of a 95 % interval, starts drawn anew.
+    """
+    ratios = []
+    for seed in SEEDS:
+        curves = {row: done[f"run/{row}/{seed}"]["learn"]["curve"] for row in (new, old)}
+        goal = max(curves[old], key=lambda line: line["bleu"])
+        below = [place for place, line in enumerate(curves[new]) if line["bleu"] < goal["bleu"]]
+        first = below[-1] + 1 if below else 0
+        if first == len(curves[new]) or not goal["tokens"]:
+            return {"ratio": None, "high": None}
+        ratios.append(curves[new][first]["tokens"] / goal["tokens"])
+    rng = np.random.default_rng(0)
+    means = [np.mean(rng.choice(ratios, len(ratios))) for _ in range(samples)]
+    return {"ratio": float(np.mean(ratios)), "high": float(np.quantile(means, 0.975))}

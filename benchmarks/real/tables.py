@@ -1,0 +1,200 @@
+"""The tables of what was measured on real text, as Markdown, and where they stand in the docs."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.real.choices import (
+    Records,
+    affordable,
+    best,
+    best_rate,
+    comparisons,
+    cost_to_reach,
+    gain_of_doubling,
+    grid_name,
+    holm,
+    table_rows,
+    winner,
+)
+from benchmarks.real.place import RESULTS
+from benchmarks.real.settings import BATCH, COMPARED, EPOCHS, FRESH, GROUPS, MARGIN, RATES, REFRESH, STEPS, TASKS
+
+ROOT = Path(__file__).resolve().parents[2]
+SEQKD = ("SeqKD continued", "SeqKD, new outputs", "SeqKD, new outputs, longer")
+SHORT = ("start", *SEQKD[1:], "KL", "reverse KL", FRESH, "MiniLLM", "LLMR", "LLMR + mean", "K = 4")
+"""Rows of the README's table, beside the winners."""
+
+
+def mean_se(values: Sequence[float], digits: int = 1) -> str:
+    """Over starts."""
+    if len(values) < 2:
+        return f"{values[0]:.{digits}f}"
+    return f"{np.mean(values):.{digits}f} ± {np.std(values, ddof=1) / len(values) ** 0.5:.{digits}f}"
+
+
+def runs(done: Records, label: str) -> list[dict[str, Any]]:
+    """Of a row, by start."""
+    names = (name.rsplit("/", 1) for name in done)
+    return [done[f"{row}/{seed}"] for row, seed in sorted(n for n in names if len(n) == 2) if row == f"run/{label}"]
+
+
+def labels(done: Records) -> list[str]:
+    return [label for label in ("start", *SEQKD, *table_rows(done)) if runs(done, label)]
+
+
+def columns(done: Records) -> dict[str, Callable[[list[dict[str, Any]]], str]]:
+    teacher = done["teacher"]["test"]
+
+    def per_run(run: Mapping[str, Any], name: str) -> float:
+        return run["learn"].get(name, 0) if "learn" in run else 0
+
+    def scored(run: Mapping[str, Any]) -> float:
+        return per_run(run, "tokens") if run.get("source") == "refreshed" else 0
+
+    return {
+        "BLEU": lambda found: mean_se([run["test"]["bleu"] for run in found]),
+        "chrF": lambda found: mean_se([run["test"]["chrf"] for run in found]),
+        "return": lambda found: mean_se([run["test"]["return"] for run in found], 2),
+        "length / teacher's": lambda found: mean_se(
+            [run["test"]["length_mean"] / teacher["length_mean"] for run in found], 3
+        ),
+        "finished": lambda found: f"{100 * np.mean([run['test']['finished'] for run in found]):.1f} %",
+        "last BLEU": lambda found: mean_se([run.get("last", run["test"])["bleu"] for run in found]),
+        "dev − test": lambda found: f"{np.mean([run['dev']['bleu'] - run['test']['bleu'] for run in found]):+.1f}",
+        "student tokens": lambda found: f"{np.mean([per_run(run, 'tokens') for run in found]) / 1000:,.0f}k",
+        "scored": lambda found: f"{np.mean([scored(run) for run in found]) / 1000:,.0f}k",
+        "generated": lambda found: f"{np.mean([run.get('generated', 0) for run in found]) / 1000:,.0f}k",
+        "cache": lambda found: f"{np.mean([run.get('bytes', 0) for run in found]) / 1e6:.1f} MB",
+        "seconds": lambda found: f"{np.mean([run.get('seconds', 0) for run in found]):.0f}",
+        "starts": lambda found: str(len(found)),
+    }
+
+
+def markdown(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *body]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def rows_table(done: Records, wanted: Sequence[str], names: Sequence[str] | None = None) -> str:
+    """Of the test split. names: of the columns; None for all."""
+    shown = {name: of for name, of in columns(done).items() if names is None or name in names}
+    body = [[label, *(of(runs(done, label)) for of in shown.values())] for label in wanted if runs(done, label)]
+    best_of = done["teacher"]["test"]
+    given = {"BLEU": f"{best_of['bleu']:.1f}", "chrF": f"{best_of['chrf']:.1f}", "return": f"{best_of['return']:.2f}"}
+    given |= {"length / teacher's": "1", "finished": f"{100 * best_of['finished']:.1f} %"}
+    teacher = ["teacher", *(given.get(name, "") for name in shown)]
+    return markdown(["", *shown], [*body, teacher])
+
+
+def comparisons_table(done: Records) -> str:
+    """The tests that are made by now."""
+    pairs = comparisons(done)
+    found = [done.get(f"compared/{one}/{other}") for one, other in pairs]
+    tested = [record for record in found[: len(COMPARED)] if record]
+    corrected = iter(holm([record["p"] for record in tested]) if len(tested) == len(COMPARED) else [])
+    body = []
+    for place, record in enumerate(found):
+        if record:
+            interval = f"{record['low']:+.2f} to {record['high']:+.2f}"
+            p = f"{next(corrected, float('nan')):.3f}" if place < len(COMPARED) else ""
+            holds = f"{record['low_95']:+.2f} {'>' if record['low_95'] > -MARGIN else '≤'} −{MARGIN}"
+            last = holds if place == len(COMPARED) else ""
+            body.append([f"{record['one']} − {record['other']}", f"{record['difference']:+.2f}", interval, p, last])
+    return markdown(["BLEU, test", "difference", "95 % interval", "p (Holm)", "one-sided, against the margin"], body)
+
+
+def dev_table(done: Records) -> str:
+    """What was chosen, and from what."""
+    body = []
+    for group, settings in {**GROUPS, "seqkd": None}.items():
+        tried = settings or sorted({name.split("/")[2] for name in done if name.startswith("dev/seqkd/")})
+        for label in tried:
+            found = [record["learn"] for name, record in done.items() if name.startswith(f"dev/{group}/{label}/")]
+            if found:
+                won = "chosen" in done and done["chosen"][group]["label"] == label
+                scores = ", ".join(f"{best(record):.2f}" for record in found)
+                alone = f"{np.mean([best(record) for record in found]):.2f}"
+                body.append([group, label, alone, scores, "**chosen**" if won else ""])
+    return markdown(["group", "setting", "dev BLEU, mean", "by start", ""], body)
+
+
+def starts_text(done: Records) -> str:
+    teacher = done["teacher"]
+    grid = ", ".join(f"{lr:g}: {best(done[grid_name(lr)]):.2f}" for lr in RATES)
+    text = f"Teacher: {teacher['dev']['bleu']:.1f} BLEU on dev, {teacher['test']['bleu']:.1f} on test, greedy.\n"
+    text += f"Dev BLEU of a start by its learning rate ({EPOCHS} epochs): {grid}.\n"
+    if all(f"doubled/{seed}" in done for seed in (5, 6, 0)):
+        gains = gain_of_doubling(done)
+        each = ", ".join(f"{gain:+.2f}" for gain in gains)
+        text += f"Twice the epochs at {best_rate(done):g} change it by {np.mean(gains):+.2f} ({each}).\n"
+    return (
+        text
+        + f"Every row trains on {STEPS * BATCH:,} completions; rollouts are {REFRESH} steps old at most, unless said.\n"
+    )
+
+
+def page(name: str, done: Records) -> str:
+    """All that is known of a task."""
+    parts = [f"# Multi30k, {name}\n", "Written by `python -m benchmarks.real --write` from the results beside it.\n"]
+    parts.append(starts_text(done))
+    if any(key.startswith("dev/") for key in done):
+        parts += ["## Chosen on the dev set\n", dev_table(done)]
+    if "chosen" in done:
+        parts += ["## Test split\n", rows_table(done, labels(done))]
+        parts.append(
+            f"SeqKD's new outputs: {affordable(done):,}, as many as cost the teacher seconds of the scoring.\n"
+        )
+        if any(key.startswith("compared/") for key in done):
+            parts += ["## Compared\n", comparisons_table(done)]
+        new, paper = winner(done, "new"), winner(done, "paper")
+        if len(runs(done, new)) == len(runs(done, paper)) == 5:
+            cost = cost_to_reach(done, new, paper)
+            ratio = "some start never does"
+            if cost["ratio"] is not None:
+                ratio = f"{cost['ratio']:.2f} (up to {cost['high']:.2f})"
+            what = f"Tokens until {new} has the best dev BLEU of {paper} and keeps it, over those of {paper}"
+            parts.append(f"{what}: {ratio}.\n")
+    return "\n".join(parts)
+
+
+def short_table(done: Records) -> str:
+    """For the README: the winners among a few rows."""
+    won = [winner(done, group) for group in ("llmr", "paper", "new")]
+    wanted = [label for label in labels(done) if label in {*SHORT, *won}]
+    return rows_table(done, wanted, ("BLEU", "chrF", "return", "length / teacher's", "cache", "starts"))
+
+
+def blocks(text: str, tables: Mapping[str, str]) -> str:
+    """`text` with each table between the marks `<!-- NAME -->` and `<!-- end of NAME -->`."""
+    for name, table in tables.items():
+        text = re.sub(
+            rf"(<!-- {name} -->\n).*?(\n<!-- end of {name} -->)", lambda m, t=table: m[1] + t + m[2], text, flags=re.S
+        )
+    return text
+
+
+def pages() -> dict[Path, str]:
+    """Every file that holds tables of the results, as it ought to be."""
+    found, tables = {}, {}
+    for name in TASKS:
+        file = RESULTS / f"{name}.json"
+        if file.exists() and "teacher" in (done := json.loads(file.read_text(encoding="utf-8"))):
+            found[file.with_suffix(".md")] = page(name, done)
+            if "chosen" in done:
+                tables[f"real table of {name}"] = short_table(done)
+    for file in (ROOT / "README.md", ROOT / "docs/results.md"):
+        found[file] = blocks(file.read_text(encoding="utf-8"), tables)
+    return found
+
+
+def write() -> None:
+    for file, text in pages().items():
+        file.write_text(text, encoding="utf-8")
+        print(file.relative_to(ROOT))
