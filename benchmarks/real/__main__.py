@@ -62,8 +62,10 @@ def order(place: Place) -> Iterator[Job]:
     lr = best_rate(done)
     yield f"starts/{DEV_SEEDS[0]}", lambda: jobs.copied(place, grid_name(lr), f"starts/{DEV_SEEDS[0]}")
     yield from starts(place, done, lr, DEV_SEEDS)
+    yield from diagnosed(place, done, DEV_SEEDS[:1])
     yield from on_dev(place, done)
     yield from starts(place, done, lr, SEEDS)
+    yield from diagnosed(place, done, OTHER_SEEDS)
     if "chosen" in done:
         yield from table(place, done)
 
@@ -76,6 +78,16 @@ def starts(place: Place, done: dict[str, Any], lr: float, seeds: Sequence[int]) 
             yield f"begun/{seed}", lambda s=seed: jobs.begun(place, s)
         if seed in CONVERGED:
             yield twice, lambda s=seed, n=twice: jobs.start(place, s, lr, 2 * EPOCHS, n)
+
+
+def diagnosed(place: Place, done: dict[str, Any], seeds: Sequence[int]) -> Iterator[Job]:
+    """Experiment A, before settings are chosen, and the figures of bias and variance."""
+    for seed in seeds:
+        if f"starts/{seed}" in done:
+            yield f"offline/{seed}", lambda s=seed: jobs.offline(place, s)
+            yield f"variance/{seed}", lambda s=seed: jobs.variance(place, s)
+        if f"offline/{seed}" in done:
+            yield f"gradient/{seed}", lambda s=seed: jobs.gradient(place, s)
 
 
 def on_dev(place: Place, done: dict[str, Any]) -> Iterator[Job]:
@@ -117,9 +129,6 @@ def table(place: Place, done: dict[str, Any]) -> Iterator[Job]:
             yield name, lambda n=name, s=seed, g=seqkd[label]: jobs.continued(place, n, s, **g)
         elif rows[label].source in ("refreshed", "outputs") or all(f"offline/{s}" in done for s in OTHER_SEEDS):
             yield name, lambda n=name, r=rows[label], s=seed: jobs.run(place, n, r, s, test=True)
-        else:
-            for other in OTHER_SEEDS:
-                yield f"offline/{other}", lambda s=other: jobs.offline(place, s)
     for one, other in comparisons(done):
         if all(f"run/{row}/{seed}" in done for row in (one, other) for seed in SEEDS):
             yield f"compared/{one}/{other}", lambda pair=(one, other): bootstrap(place, *pair)

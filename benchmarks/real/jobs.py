@@ -15,6 +15,7 @@ from benchmarks.real.settings import (
     BATCH,
     DECODING,
     DEV,
+    GRADIENT_BATCH,
     KEEP_TOP,
     LABELLED,
     LEARN,
@@ -116,6 +117,27 @@ def offline(place: Place, seed: int) -> dict[str, Any]:
     given = {"data": place / "unlabelled.jsonl", "first": n, "limit": n, "seed": seed, **DECODING}
     made = tool("rollout", student=place / f"starts/{seed}/best", cache=cache, **given)
     return {"rollout": made, "score": tool("score", teacher=place / "teacher/best", cache=cache, keep_top=KEEP_TOP)}
+
+
+def gradient(place: Place, seed: int) -> list[dict[str, Any]]:
+    """Experiment A: the estimators on a start's own rollouts."""
+    given = {"student": place / f"starts/{seed}/best", "cache": place / f"offline/{seed}", "tail": "jump"}
+    report = tool("analyze", gradient=True, batch_size=GRADIENT_BATCH, **given)
+    kept = ("name", "cosine", "agreement", "norm", "snr", "length")
+    return [{name: one[name] for name in kept} for one in report["estimators"]]
+
+
+def variance(place: Place, seed: int) -> dict[str, Any]:
+    """Bias and variance of the return of a start's first token (the paper's Figure 2), by K and the other weights."""
+    cache = place / f"variance/{seed}"
+    given = {"data": place / "unlabelled.jsonl", "limit": 64, "samples": 32, "seed": seed, **DECODING}
+    tool("rollout", student=place / f"starts/{seed}/best", cache=cache, **given)
+    tool("score", teacher=place / "teacher/best", cache=cache)
+    (found,) = tool("analyze", cache=cache, tail="jump")["policies"]
+    kept = ("variance", "variance_se", "bias", "bias_se")
+    by_k = [{name: one[name] for name in ("k", *kept)} for one in found["by_k"]]
+    by_weights = [{name: one[name] for name in ("weights", "lam", *kept)} for one in found["by_weights"]]
+    return {"covariance": found["covariance"], "by_k": by_k, "by_weights": by_weights}
 
 
 def continued(place: Place, name: str, seed: int, *, lr: float, outputs: int, times: int = 1, test: bool) -> Any:

@@ -21,6 +21,7 @@ EPOCHS = 40
 """Of pre-distillation; the grid has twice as many too."""
 KEEP_TOP = 256
 STEPS, BATCH, REFRESH = 60, 128, 4
+GRADIENT_BATCH = 256
 DECODING = {"max_new_tokens": 64, "rollout_batch": 256}
 PRETRAIN = {"batch_size": 64, "schedule": "linear", "warmup": 50, "weight_decay": 0.0}
 DEV = {"eval_limit": 500, "metric": "bleu,chrf"}
