@@ -34,7 +34,6 @@ from benchmarks.real.choices import (
 from benchmarks.real.place import Place, Stopped, locked
 from benchmarks.real.settings import (
     DEV_SEEDS,
-    EPOCHS,
     GROUPS,
     LONGER,
     OTHER_SEEDS,
@@ -56,7 +55,7 @@ def order(place: Place) -> Iterator[Job]:
         if name not in done:
             return
     for lr in RATES:
-        yield grid_name(lr), lambda lr=lr: jobs.start(place, DEV_SEEDS[0], lr, EPOCHS, grid_name(lr))
+        yield grid_name(lr), lambda lr=lr: jobs.start(place, DEV_SEEDS[0], lr, place.task.epochs, grid_name(lr))
     if any(grid_name(lr) not in done for lr in RATES):
         return
     lr = best_rate(done)
@@ -73,11 +72,11 @@ def order(place: Place) -> Iterator[Job]:
 def starts(place: Place, done: dict[str, Any], lr: float, seeds: Sequence[int]) -> Iterator[Job]:
     for seed in seeds:
         name, twice = f"starts/{seed}", f"doubled/{seed}"
-        yield name, lambda s=seed, n=name: jobs.start(place, s, lr, EPOCHS, n)
+        yield name, lambda s=seed, n=name: jobs.start(place, s, lr, place.task.epochs, n)
         if name in done:
             yield f"begun/{seed}", lambda s=seed: jobs.begun(place, s)
         if seed in CONVERGED:
-            yield twice, lambda s=seed, n=twice: jobs.start(place, s, lr, 2 * EPOCHS, n)
+            yield twice, lambda s=seed, n=twice: jobs.start(place, s, lr, 2 * place.task.epochs, n)
 
 
 def diagnosed(place: Place, done: dict[str, Any], seeds: Sequence[int]) -> Iterator[Job]:

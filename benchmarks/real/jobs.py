@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
+from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,12 @@ from benchmarks.real.settings import (
     DEV,
     GRADIENT_BATCH,
     KEEP_TOP,
-    LABELLED,
     LEARN,
     OTHER_SEEDS,
     PRETRAIN,
     REFRESH,
     STEPS,
+    TASKS,
     TEACHER,
     TEACHER_AGAIN,
     Row,
@@ -39,7 +40,8 @@ def data(place: Place) -> dict[str, Any]:
         lines = (place.source / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()
         read = [json.loads(line) for line in lines]
         rows[split] = [{"prompt": row[place.task.prompt], "target": row[place.task.target]} for row in read]
-    rows |= {"labelled": rows["train"][:LABELLED], "unlabelled": rows["train"][LABELLED:]}
+    few = place.task.labelled
+    rows |= {"labelled": rows["train"][:few], "unlabelled": rows["train"][few:] if few else rows["train"]}
     for name, part in rows.items():
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in part)
         (place / f"{name}.jsonl").parent.mkdir(parents=True, exist_ok=True)
@@ -49,7 +51,16 @@ def data(place: Place) -> dict[str, Any]:
 
 
 def teacher(place: Place) -> dict[str, Any]:
-    """In two stages: dropout from the start keeps a model of this size from learning which word belongs to which."""
+    """In two stages: dropout from the start keeps a model of this size from learning which word belongs to which.
+
+    Raises RuntimeError where a task has that of another, which is not made yet.
+    """
+    if place.task.base:
+        base = replace(place, task=TASKS[place.task.base])
+        if "teacher" not in base.records():
+            raise RuntimeError(f"{place.task.name} has the teacher of {base.task.name}: make that with --task first")
+        shutil.copytree(base / "teacher", place / "teacher", symlinks=True, dirs_exist_ok=True)
+        return base.records()["teacher"]
     models.make_t5("teacher", 0, place / "tokenizer", place / "teacher-untrained")
     given = {"data": place / "train.jsonl", "eval_data": place / "dev.jsonl"}
     first = tool("pretrain", model=place / "teacher-untrained", out=place / "teacher-begun", **given, **TEACHER)
@@ -143,20 +154,22 @@ def variance(place: Place, seed: int) -> dict[str, Any]:
 def continued(place: Place, name: str, seed: int, *, lr: float, outputs: int, times: int = 1, test: bool) -> Any:
     """SeqKD from a start for as many completions as `learn` trains on: on the outputs it has, and on `outputs` more.
 
-    times: how many times as many completions.
+    New outputs are greedy for prompts that have none, and samples where all have one. times: how many times as many
+    completions.
     """
     cache, best = place / f"{name}-cache", place / "teacher/best"
     if not cache.exists():
         shutil.copytree(place / "outputs", cache)
     began, made = time.monotonic(), {}
     if outputs:
-        given = {"greedy": True, "data": place / "unlabelled.jsonl", "first": outputs, "limit": outputs, **DECODING}
-        made = tool("rollout", student=best, cache=cache, **given)
-    epochs = max(1, round(times * STEPS * BATCH / (LABELLED + outputs)))
+        given = {"data": place / "unlabelled.jsonl", "first": outputs, "limit": outputs, "seed": seed, **DECODING}
+        made = tool("rollout", student=best, cache=cache, greedy=place.task.labelled is not None, **given)
+    known = place.records()["outputs"]["rollout"]
+    epochs = max(1, round(times * STEPS * BATCH / (known["rollouts"] + outputs)))
     given = {"cache": cache, "seed": seed, "lr": lr, "epochs": epochs, **PRETRAIN, **DEV, "batch_size": BATCH}
     given |= {"eval_data": place / "dev.jsonl", "out": place / name, "max_new_tokens": 64, "rollout_batch": 256}
     report = trained(place / name, tool("pretrain", model=place / f"starts/{seed}/best", **given))
-    report["tokens"] = epochs * (place.records()["outputs"]["rollout"]["tokens"] + made.get("tokens", 0))
+    report["tokens"] = epochs * (known["tokens"] + made.get("tokens", 0))
     seconds, size = round(time.monotonic() - began, 1), bytes_of(cache)
     shutil.rmtree(cache)
     kept = {"outputs": outputs, "epochs": epochs, "lr": lr, "seed": seed, "learn": report, "seconds": seconds}

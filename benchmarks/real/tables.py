@@ -24,7 +24,7 @@ from benchmarks.real.choices import (
     winner,
 )
 from benchmarks.real.place import RESULTS
-from benchmarks.real.settings import BATCH, COMPARED, EPOCHS, FRESH, GROUPS, MARGIN, RATES, REFRESH, STEPS, TASKS
+from benchmarks.real.settings import BATCH, COMPARED, FRESH, GROUPS, MARGIN, RATES, REFRESH, STEPS, TASKS
 
 ROOT = Path(__file__).resolve().parents[2]
 SEQKD = ("SeqKD continued", "SeqKD, new outputs", "SeqKD, new outputs, longer")
@@ -125,11 +125,11 @@ def dev_table(done: Records) -> str:
     return markdown(["group", "setting", "dev BLEU, mean", "by start", ""], body)
 
 
-def starts_text(done: Records) -> str:
+def starts_text(name: str, done: Records) -> str:
     teacher = done["teacher"]
     grid = ", ".join(f"{lr:g}: {best(done[grid_name(lr)]):.2f}" for lr in RATES)
     text = f"Teacher: {teacher['dev']['bleu']:.1f} BLEU on dev, {teacher['test']['bleu']:.1f} on test, greedy.\n"
-    text += f"Dev BLEU of a start by its learning rate ({EPOCHS} epochs): {grid}.\n"
+    text += f"Dev BLEU of a start by its learning rate ({TASKS[name].epochs} epochs): {grid}.\n"
     if all(f"doubled/{seed}" in done for seed in (5, 6, 0)):
         gains = gain_of_doubling(done)
         each = ", ".join(f"{gain:+.2f}" for gain in gains)
@@ -143,7 +143,7 @@ def starts_text(done: Records) -> str:
 def page(name: str, done: Records) -> str:
     """All that is known of a task."""
     parts = [f"# Multi30k, {name}\n", "Written by `python -m benchmarks.real --write` from the results beside it.\n"]
-    parts.append(starts_text(done))
+    parts.append(starts_text(name, done))
     if any(key.startswith("dev/") for key in done):
         parts += ["## Chosen on the dev set\n", dev_table(done)]
     if "chosen" in done:
