@@ -28,7 +28,7 @@ from benchmarks.real.choices import (
     chosen,
     comparisons,
     grid_name,
-    seeds_of,
+    seeds_by_row,
     table_rows,
 )
 from benchmarks.real.place import Place, Stopped, locked
@@ -50,16 +50,15 @@ Job = tuple[str, Callable[[], Any]]
 def order(place: Place) -> Iterator[Job]:
     """Names and what to do, in order. A job comes once those that it needs are done: ask again after each."""
     done = place.records()
-    for name, of in ("data", jobs.data), ("teacher", jobs.teacher), ("outputs", jobs.outputs):
+    for name, of in ("data", jobs.data), ("teacher", jobs.teacher), ("outputs", jobs.outputs), ("base", jobs.base):
         yield name, lambda of=of: of(place)
         if name not in done:
             return
     for lr in RATES:
-        yield grid_name(lr), lambda lr=lr: jobs.start(place, DEV_SEEDS[0], lr, place.task.epochs, grid_name(lr))
+        yield grid_name(lr), lambda lr=lr: jobs.start(place, DEV_SEEDS[0], lr, place.task.epochs // 2, grid_name(lr))
     if any(grid_name(lr) not in done for lr in RATES):
         return
     lr = best_rate(done)
-    yield f"starts/{DEV_SEEDS[0]}", lambda: jobs.copied(place, grid_name(lr), f"starts/{DEV_SEEDS[0]}")
     yield from starts(place, done, lr, DEV_SEEDS)
     yield from diagnosed(place, done, DEV_SEEDS[:1])
     yield from on_dev(place, done)
@@ -117,8 +116,9 @@ def table(place: Place, done: dict[str, Any]) -> Iterator[Job]:
         "SeqKD, new outputs, longer": given | {"outputs": more, "times": LONGER},
     }
     rows = table_rows(done)
-    todo = [(label, seed) for label in ("start", *seqkd, *rows) for seed in seeds_of(done, label)]
-    for label, seed in sorted(todo, key=lambda one: (seeds_of(done, one[0]) != SEEDS, one[1])):
+    seeds = seeds_by_row(done, ("start", *seqkd, *rows))
+    todo = [(label, seed) for label, given in seeds.items() for seed in given]
+    for label, seed in sorted(todo, key=lambda one: (seeds[one[0]] != SEEDS, one[1])):
         name = f"run/{label}/{seed}"
         if f"begun/{seed}" not in done:
             continue
@@ -137,8 +137,9 @@ def work(place: Place, until: float) -> int:
     """Do jobs until the time is over; returns how many were finished."""
     finished = 0
     while time.time() < until:
+        known = place.records()
         for name, job in order(place):
-            if name in place.records():
+            if name in known:
                 continue
             with locked(place / f"locks/{name.replace('/', '+')}", wait=False) as mine:
                 if not mine or name in place.records():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -80,8 +80,8 @@ def winner(done: Records, group: str) -> str:
     """The row of the table that a group's winner is; a row's own name stays."""
     if group not in GROUPS:
         return group
-    options = done["chosen"][group]["options"]
-    return next(label for label, row in table_rows(done).items() if dict(row.options) == options)
+    options, table = done["chosen"][group]["options"], table_rows(done)
+    return next(label for label, row in table.items() if dict(row.options) == options)
 
 
 def best_gradient(done: Records) -> str:
@@ -94,8 +94,11 @@ def comparisons(done: Records) -> list[tuple[str, str]]:
     return [(winner(done, one), winner(done, other)) for one, other in COMPARED] + [(best_gradient(done), FRESH)]
 
 
-def seeds_of(done: Records, label: str) -> Sequence[int]:
-    return SEEDS if label in {row for pair in comparisons(done) for row in pair} else OTHER_SEEDS
+def seeds_by_row(done: Records, labels: Iterable[str]) -> dict[str, Sequence[int]]:
+    """The compared rows come first."""
+    compared = {row for pair in comparisons(done) for row in pair}
+    found = {label: SEEDS if label in compared else OTHER_SEEDS for label in labels}
+    return dict(sorted(found.items(), key=lambda item: item[1] != SEEDS))
 
 
 # ----------------------------------------------------------------------------------------------------------- tests

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 import time
 from dataclasses import replace
@@ -13,6 +14,7 @@ from typing import Any
 from benchmarks.real import models
 from benchmarks.real.place import Place, tool
 from benchmarks.real.settings import (
+    BASE,
     BATCH,
     DECODING,
     DEV,
@@ -48,6 +50,20 @@ def data(place: Place) -> dict[str, Any]:
         (place / f"{name}.jsonl").write_text(text, encoding="utf-8")
     models.make_tokenizer([place / "train.jsonl"], place / "tokenizer")
     return {name: len(part) for name, part in rows.items()}
+
+
+def base(place: Place) -> dict[str, Any]:
+    """What all students begin with, as a pre-trained model: it has learned to take noise out of the sentences of both
+    languages, and has seen no translation."""
+    rng = random.Random(0)
+    with (place / "noise.jsonl").open("w", encoding="utf-8") as file:
+        for row in map(json.loads, (place / "train.jsonl").read_text(encoding="utf-8").splitlines()):
+            for text in (row["prompt"], row["target"]):
+                pair = {"prompt": models.noised(text, rng), "target": text}
+                file.write(json.dumps(pair, ensure_ascii=False) + "\n")
+    models.make_t5("student", 0, place / "tokenizer", place / "untrained")
+    report = tool("pretrain", model=place / "untrained", data=place / "noise.jsonl", out=place / "base", **BASE)
+    return {name: report[name] for name in KEPT if name in report}
 
 
 def teacher(place: Place) -> dict[str, Any]:
@@ -103,17 +119,10 @@ def outputs(place: Place) -> dict[str, Any]:
 
 
 def start(place: Place, seed: int, lr: float, epochs: int, name: str) -> dict[str, Any]:
-    """A student of its own initialisation, pre-distilled on the teacher's outputs."""
-    models.make_t5("student", seed, place / "tokenizer", place / f"untrained/{seed}")
+    """The base, pre-distilled on the teacher's outputs in an order of its own."""
     given = {"cache": place / "outputs", "seed": seed, "lr": lr, "epochs": epochs, **PRETRAIN, **DEV}
     given |= {"eval_data": place / "dev.jsonl", "out": place / name, "max_new_tokens": 64, "rollout_batch": 256}
-    return trained(place / name, tool("pretrain", model=place / f"untrained/{seed}", **given))
-
-
-def copied(place: Place, name: str, to: str) -> dict[str, Any]:
-    """A start that the search for a rate has made already."""
-    shutil.copytree(place / name, place / to, symlinks=True, dirs_exist_ok=True)
-    return place.records()[name]
+    return trained(place / name, tool("pretrain", model=place / "base/best", **given))
 
 
 def begun(place: Place, seed: int) -> dict[str, Any]:

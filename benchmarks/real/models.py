@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 VOCABULARY = 3000
 """Byte-pair units, of both languages together."""
+
+DROPPED, MOVED = 0.15, 3
+"""Of the noise that the students' base learns to take out: share of words, and places that one moves by."""
 
 SIZES: dict[str, Mapping[str, Any]] = {
     "teacher": {"d_model": 192, "d_kv": 48, "d_ff": 512, "num_layers": 3, "num_heads": 4, "dropout_rate": 0.15},
@@ -43,6 +47,13 @@ def make_tokenizer(files: list[Path], out: Path) -> None:
     PreTrainedTokenizerFast(
         tokenizer_object=bpe, pad_token="<pad>", eos_token="</s>", clean_up_tokenization_spaces=False
     ).save_pretrained(out)
+
+
+def noised(text: str, rng: random.Random) -> str:
+    """Words left out, and the others a little out of order."""
+    words = [word for word in text.split() if rng.random() > DROPPED]
+    places = sorted(range(len(words)), key=lambda place: place + rng.uniform(0, MOVED))
+    return " ".join(words[place] for place in places)
 
 
 def make_t5(size: str, seed: int, tokenizer: Path, out: Path) -> None:

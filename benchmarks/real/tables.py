@@ -28,6 +28,9 @@ from benchmarks.real.settings import BATCH, COMPARED, FRESH, GROUPS, MARGIN, RAT
 
 ROOT = Path(__file__).resolve().parents[2]
 SEQKD = ("SeqKD continued", "SeqKD, new outputs", "SeqKD, new outputs, longer")
+GRADIENT = """`analyze --gradient` on rollouts of the starts. Cosine with the unbiased gradient; agreement of halves;
+norm over that of the reference; signal over noise of a batch of 256; how hard it pushes the length, K = 1 at −1.
+"""
 SHORT = ("start", *SEQKD[1:], "KL", "reverse KL", FRESH, "MiniLLM", "LLMR", "LLMR + mean", "K = 4")
 """Rows of the README's table, beside the winners."""
 
@@ -128,22 +131,50 @@ def dev_table(done: Records) -> str:
 def starts_text(name: str, done: Records) -> str:
     teacher = done["teacher"]
     grid = ", ".join(f"{lr:g}: {best(done[grid_name(lr)]):.2f}" for lr in RATES)
+    epochs = TASKS[name].epochs
     text = f"Teacher: {teacher['dev']['bleu']:.1f} BLEU on dev, {teacher['test']['bleu']:.1f} on test, greedy.\n"
-    text += f"Dev BLEU of a start by its learning rate ({TASKS[name].epochs} epochs): {grid}.\n"
+    text += f"Dev BLEU of a start by its learning rate ({epochs // 2} epochs): {grid}.\n"
     if all(f"doubled/{seed}" in done for seed in (5, 6, 0)):
         gains = gain_of_doubling(done)
         each = ", ".join(f"{gain:+.2f}" for gain in gains)
-        text += f"Twice the epochs at {best_rate(done):g} change it by {np.mean(gains):+.2f} ({each}).\n"
-    return (
-        text
-        + f"Every row trains on {STEPS * BATCH:,} completions; rollouts are {REFRESH} steps old at most, unless said.\n"
-    )
+        what = f"Starts have {epochs} epochs at {best_rate(done):g}. Twice as many change their dev BLEU by"
+        text += f"{what} {np.mean(gains):+.2f} ({each}).\n"
+    return text + f"A row trains on {STEPS * BATCH:,} completions, and refreshes its rollouts every {REFRESH} steps.\n"
+
+
+def gradient_table(done: Records) -> str:
+    """Experiment A: means over the starts that it was made on."""
+    found = [record for name, record in done.items() if name.startswith("gradient/")]
+    names = ("cosine", "agreement", "norm", "snr", "length")
+    body = []
+    for estimators in zip(*found, strict=True):
+        values = ([one[name] for one in estimators if one[name] is not None] for name in names)
+        body.append([estimators[0]["name"], *(f"{np.mean(known):.2f}" if known else "–" for known in values)])
+    return markdown([f"{len(found)} starts", *names], body)
+
+
+def variance_table(done: Records) -> str:
+    """The paper's Figure 2 in numbers: means over starts."""
+    found = [record for name, record in done.items() if name.startswith("variance/")]
+    body = []
+    for kind in ("by_k", "by_weights"):
+        for estimators in zip(*(record[kind] for record in found), strict=True):
+            first = estimators[0]
+            name = f"K = {first['k']}" if kind == "by_k" else f"{first['weights']} {first['lam']:.3g}"
+            body.append([name, *(mean_se([one[of] for one in estimators]) for of in ("variance", "bias"))])
+    return markdown([f"{len(found)} starts", "variance", "bias"], body)
 
 
 def page(name: str, done: Records) -> str:
     """All that is known of a task."""
     parts = [f"# Multi30k, {name}\n", "Written by `python -m benchmarks.real --write` from the results beside it.\n"]
     parts.append(starts_text(name, done))
+    if any(key.startswith("gradient/") for key in done):
+        parts += ["## The gradient diagnostic, before anything was trained\n", GRADIENT, gradient_table(done)]
+    if any(key.startswith("variance/") for key in done):
+        covariance = np.mean([record["covariance"] for key, record in done.items() if key.startswith("variance/")])
+        parts += ["## Bias and variance of the return of the first token\n", variance_table(done)]
+        parts.append(f"Covariances make {covariance:.0%} of the variance of the sum of a rollout's gaps.\n")
     if any(key.startswith("dev/") for key in done):
         parts += ["## Chosen on the dev set\n", dev_table(done)]
     if "chosen" in done:

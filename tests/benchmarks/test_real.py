@@ -42,16 +42,21 @@ def trained(bleu: float, **more) -> dict:
 
 def finished(best: str = "K = 4, 0.001") -> dict:
     """Records of the runs on dev, where `best`, and the first of every other group, are better than the rest."""
-    done = {"outputs": {"rollout": {"rollouts": 4000, "seconds": 40.0}}, "data": {}}
+    done = {"outputs": {"rollout": {"rollouts": 4000, "seconds": 40.0}}, "data": {}, "base": {}}
     split = {"bleu": 33.0, "chrf": 55.0, "return": -0.1, "length_mean": 16.0, "finished": 1.0}
     done["teacher"] = {"dev": split, "test": split}
     for place, lr in enumerate(RATES):
         done[f"grid/{lr:g}"] = trained(20.0 - place)
     done |= {f"starts/{seed}": trained(20.0) for seed in (*DEV_SEEDS, *SEEDS)}
     done |= {f"begun/{seed}": {} for seed in (*DEV_SEEDS, *SEEDS)}
-    done |= {
-        f"{job}/{seed}": {} for seed in (DEV_SEEDS[0], *OTHER_SEEDS) for job in ("offline", "variance", "gradient")
-    }
+    for seed in (DEV_SEEDS[0], *OTHER_SEEDS):
+        cosines = {"K = 1 (LLMR)": 1.0, "MiniLLM": 0.5 + seed / 10}
+        others = {"agreement": 0.8, "norm": 1.0, "snr": 2.0, "length": None}
+        figures = {"variance": 10.0 + seed, "bias": 1.0}
+        done[f"offline/{seed}"] = {}
+        done[f"gradient/{seed}"] = [{"name": name, "cosine": cosine, **others} for name, cosine in cosines.items()]
+        by_weights = [{"weights": "flat", "lam": 0.25, **figures}]
+        done[f"variance/{seed}"] = {"covariance": 0.6, "by_k": [{"k": 2, **figures}], "by_weights": by_weights}
     done |= {f"doubled/{seed}": trained(20.0 + seed / 10) for seed in choices.CONVERGED}
     groups = {**GROUPS, "seqkd": {f"{lr:g}": {} for lr in SEQKD_RATES}}
     for group, settings in groups.items():
@@ -90,8 +95,10 @@ def work_through(place: Place, monkeypatch) -> list[str]:
     monkeypatch.setattr(real, "bootstrap", lambda *_: {"difference": 1, "low": 0.5, "high": 1.5, "p": 0.01})
     test = {"bleu": 25.0, "chrf": 50.0, "return": -1.0, "length_mean": 15.2, "finished": 0.99}
     names = []
-    while left := [name for name, _ in real.order(place) if name not in place.records()]:
-        name = left[0]
+    while True:
+        done = place.records()
+        if (name := next((name for name, _ in real.order(place) if name not in done), None)) is None:
+            return names
         kind, *rest = name.split("/")
         record = {"learn": trained(22.0), "test": test, "dev": test, "source": "refreshed", "seed": 0}
         if kind == "chosen":
@@ -101,7 +108,6 @@ def work_through(place: Place, monkeypatch) -> list[str]:
             record = {"one": rest[0], "other": rest[1], **given}
         place.add(name, record)
         names.append(name)
-    return names
 
 
 def test_every_job_comes_once_and_the_page_has_every_row(tmp_path, monkeypatch):
@@ -119,7 +125,7 @@ def test_every_job_comes_once_and_the_page_has_every_row(tmp_path, monkeypatch):
     assert len(runs) == sum(len(SEEDS if row in compared else OTHER_SEEDS) for row in rows)
     assert {name.split("/")[1] for name in runs[: len(SEEDS) * len(compared)]} == compared
     text = tables.page("ende", done)
-    assert f"Every row trains on {STEPS * BATCH:,} completions" in text
+    assert f"A row trains on {STEPS * BATCH:,} completions" in text
     for row in rows:
         line = next(line for line in text.splitlines() if line.startswith(f"| {row} | 25.0"))
         starts = 5 if row in compared else 3
@@ -127,6 +133,9 @@ def test_every_job_comes_once_and_the_page_has_every_row(tmp_path, monkeypatch):
             figures = "-1.00 ± 0.00 | 0.950 ± 0.000 | 99.0 % | 25.0 ± 0.0 | +0.0 | 2k | 2k | 0k | 0.0 MB | 0 |"
             assert figures in line
         assert line.endswith(f"| {starts} |")
+    assert "| MiniLLM | 0.70 | 0.80 | 1.00 | 2.00 | – |" in text  # seeds 5, 0, 1, 2
+    assert "| K = 2 | 12.0 ± 1.1 | 1.0 ± 0.0 |\n| flat 0.25 | 12.0 ± 1.1 |" in text
+    assert "Covariances make 60% of the variance" in text
     assert "| K = 4 − LLMR + mean | +1.00 | +0.50 to +1.50 | 0.030 |  |" in text
     assert "| +0.60 > −0.3 |" in text
 
