@@ -63,6 +63,9 @@ def order(place: Place) -> Iterator[Job]:
     yield from diagnosed(place, done, DEV_SEEDS[:1])
     yield from on_dev(place, done)
     yield from starts(place, done, lr, SEEDS)
+    for seed in CONVERGED:
+        name = f"doubled/{seed}"
+        yield name, lambda s=seed, n=name: jobs.start(place, s, lr, 2 * place.task.epochs, n)
     yield from diagnosed(place, done, OTHER_SEEDS)
     if "chosen" in done:
         yield from table(place, done)
@@ -70,12 +73,10 @@ def order(place: Place) -> Iterator[Job]:
 
 def starts(place: Place, done: dict[str, Any], lr: float, seeds: Sequence[int]) -> Iterator[Job]:
     for seed in seeds:
-        name, twice = f"starts/{seed}", f"doubled/{seed}"
+        name = f"starts/{seed}"
         yield name, lambda s=seed, n=name: jobs.start(place, s, lr, place.task.epochs, n)
         if name in done:
             yield f"begun/{seed}", lambda s=seed: jobs.begun(place, s)
-        if seed in CONVERGED:
-            yield twice, lambda s=seed, n=twice: jobs.start(place, s, lr, 2 * place.task.epochs, n)
 
 
 def diagnosed(place: Place, done: dict[str, Any], seeds: Sequence[int]) -> Iterator[Job]:
