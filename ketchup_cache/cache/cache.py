@@ -104,7 +104,7 @@ class Cache:
 
     def select_teacher(self, selector: str | None) -> TeacherInfo:
         """By name or start of fingerprint; None: the only one. Raises CacheError where that is not exactly one."""
-        return self.index.select("teacher", selector, "--scored-by")
+        return self.index.select("teacher", selector, "--scored-by").alone_in(self.index.models("teacher"))
 
     def select_policy(self, selector: str | None, option: str = "--policy") -> PolicyInfo:
         """As `select_teacher`, of the policies that have rollouts here."""

@@ -129,7 +129,8 @@ def learn(config: LearnConfig, callbacks: Sequence[Callback] = ()) -> LearnRepor
         source = OnPolicy(cache, config, known, info, score, calculator) if score else Offline(cache, config, known)
         origin = read_origin(config.student)
         if config.scores_from is None:
-            _warn_of_origin(config, origin, config.teacher or cache.select_teacher(config.scored_by).name)
+            teacher = config.teacher_name or config.teacher or cache.select_teacher(config.scored_by).name
+            _warn_of_origin(config, origin, teacher)
         began = time.perf_counter()
         model = load_model(config.student, device=config.device, trust_remote_code=config.trust_remote_code)
         load_s = time.perf_counter() - began
@@ -217,11 +218,13 @@ def _scoring(config: LearnConfig) -> tuple[ScoreRollouts, MeanReturn | None]:
         return ScoresFrom(config), None
     from ketchup_cache.scoring.score import Scorer
 
-    options = config.model_dump(include={"teacher", "cache", *ScoringOptions.model_fields})
-    scorer = Scorer(ScoreConfig(keep_top=config.top_needed, **options))
+    options = config.model_dump(include={"cache", *ScoringOptions.model_fields})
+    scorer = Scorer(ScoreConfig(teacher=config.teacher or config.student, keep_top=config.top_needed, **options))
+    scorer.info.require_known(config.normalization, config.unfinished)
 
     def score_rollouts(cache: Cache, rollout_ids: Sequence[str], teacher: str | None) -> tuple[str, float]:
-        return scorer.info.fingerprint, scorer.ensure(cache, rollout_ids).load_s
+        load_s = scorer.ensure(cache, rollout_ids).load_s
+        return scorer.info.fingerprint, load_s
 
     def mean_return(prompts: Ragged, rollouts: Rollouts) -> float:
         return float(one_step_returns(scorer.scores(prompts, rollouts), rollouts, config.normalization).mean())
