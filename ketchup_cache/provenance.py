@@ -127,13 +127,14 @@ class TeacherInfo(Record):
         return {name: value for name, value in dump(self).items() if name != "served" or value is not None}
 
     def answers_as(self, other: TeacherInfo) -> bool:
-        """Whether the probe finds one model. True where both ran in the process: their fingerprints are of weights."""
+        """Whether both are behind servers, and the probe finds one model."""
         mine, theirs = (info.served.probe if info.served else () for info in (self, other))
-        return len(mine) == len(theirs) and all(abs(a - b) <= SAME_ANSWERS for a, b in zip(mine, theirs, strict=True))
+        near = [abs(a - b) <= SAME_ANSWERS for a, b in zip(mine, theirs, strict=False)]
+        return len(mine) == len(theirs) == sum(near) > 0
 
     def known_in(self, others: Iterable[TeacherInfo]) -> TeacherInfo:
         """This served teacher under the fingerprint that a cache has for its name and answers, if it has one."""
-        same = (o.fingerprint for o in others if o.served and o.name == self.name and self.answers_as(o))
+        same = (other.fingerprint for other in others if other.name == self.name and self.answers_as(other))
         return self.model_copy(update={"fingerprint": next(same, self.fingerprint)})
 
     def alone_in(self, others: Iterable[TeacherInfo]) -> TeacherInfo:

@@ -172,8 +172,9 @@ class Scorer:
 
         Raises MismatchError where another model behind a server has scored under its name.
         """
-        known = cache.index.models("teacher")
-        self.info = self.info.known_in(known).alone_in(known)
+        if self.info.served:
+            known = cache.index.models("teacher")
+            self.info = self.info.known_in(known).alone_in(known)
         return cache.unscored(self.info.fingerprint, keep_top=self.keep_top)
 
     def ensure(self, cache: Cache, rollout_ids: Iterable[str] | None = None) -> ScoreReport:

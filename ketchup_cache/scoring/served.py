@@ -38,12 +38,14 @@ MALFORMED = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError
 """What reading an answer of another form raises."""
 ENTRY_BYTES = 1024
 """Of one log-probability in an answer, at most: a number, a rank, and a token's text."""
+Form = Literal["prompt_logprobs", "echo"]
+FORMS: tuple[Form, ...] = ("prompt_logprobs", "echo")
 PROBE_TOKENS = 48
 REPLICAS = "send all requests to one replica, or serve in a higher precision"
 HOW = {
     "asked again": (0.0, 1, REPLICAS),
     "at another temperature": (2.0, 1, "have it give raw log-probabilities (vLLM: --logprobs-mode raw_logprobs)"),
-    "among others": (0.0, 16, REPLICAS),
+    "among others": (0.0, 8, REPLICAS),
 }
 """Ways to ask for a row in the self-test: temperature, requests at once, and what to do where the answer differs."""
 
@@ -63,7 +65,7 @@ class ServedTeacher:
         otherwise; ServerError where it can't be reached.
         """
         self._config, self._url = config, config.teacher_url.rstrip("/")
-        self._form: Literal["prompt_logprobs", "echo"] = "prompt_logprobs"
+        self._form: Form
         self._key, self._said = os.environ.get(KEY, ""), 0.0
         if not (self._key.isascii() and self._key.isprintable()):
             raise ModelError(f"{KEY}: holds characters that no header may have; set it again")
@@ -83,14 +85,7 @@ class ServedTeacher:
         self.info = self._self_test(tokenizer)
 
     def score(
-        self,
-        prompts: Ragged,
-        rollouts: Rollouts,
-        *,
-        keep_top: int = 0,
-        rows: Any = None,
-        on_batch: Any = None,
-        **_: Any,
+        self, prompts: Ragged, rollouts: Rollouts, keep_top: int = 0, rows: Any = None, on_batch: Any = None, **_: Any
     ) -> Scores:
         """As `Teacher.score`: one request a row, `in_flight` at once. Log-probabilities in place of logits; mean_q is
         −log(vocabulary), above which the mean of log-probabilities can't be.
@@ -249,22 +244,17 @@ class ServedTeacher:
                 raise MismatchError(f"{what}: its tokenizer is not that of {self.tokenizer.name}; set --teacher")
 
     def _find_form(self, ids: list[int]) -> None:
-        """Ask by `prompt_logprobs`, or else by `echo`. Raises ModelError where the server does not give enough."""
-        top = min(self._config.keep_top, self.tokenizer.vocab_size)
-        try:
-            self._ask(ids, top)
-            return
-        except _Refused as error:
-            problem = str(error)
-        if top:
-            what = f"{self._url}: does not give the {top} largest log-probabilities of a token by its id ({problem})"
-            raise ModelError(f"{what}: lower --keep-top, or start a vLLM with --max-logprobs {top}")
-        self._form = "echo"
-        try:
-            self._ask(ids)
-        except _Refused as error:
-            what = f"{self._url}: gives no log-probabilities of a prompt"
-            raise ModelError(f"{what}, by prompt_logprobs ({problem}) or by echo ({error})") from None
+        """Ask by `prompt_logprobs`, or else by `echo`, which has no ids. Raises ModelError where that is not enough."""
+        top, problems = min(self._config.keep_top, self.tokenizer.vocab_size), []
+        for self._form in FORMS[: 1 if top else 2]:
+            try:
+                self._ask(ids, top)
+                return
+            except _Refused as error:
+                problems.append(str(error))
+        todo = f"lower --keep-top, or start a vLLM with --max-logprobs {top}" if top else "serve it by vLLM"
+        what = f"{self._url}: does not give the {max(top, 1)} largest log-probabilities of a prompt's tokens by id"
+        raise ModelError(f"{what} ({'; by echo: '.join(problems)}): {todo}")
 
     def _self_test(self, tokenizer: Any) -> TeacherInfo:
         """Ask for the same rows in all ways. Raises ModelError where the answers differ by more than the limit."""

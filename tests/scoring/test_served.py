@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -217,8 +218,8 @@ def replica(logprob, body, state=[0]):  # noqa: B006
          "at another temperature, its answer to a row differs by .* nats .*--logprobs-mode raw_logprobs", {}),
         ({"bends": replica}, "asked again, its answer to a row differs by .*--max-disagreement 0.01: send all", {}),
         ({"most": 4}, "does not give the 5 largest log-probabilities.*--max-logprobs 5", {"keep_top": 5}),
-        ({"old": True}, "5 largest log-probabilities of a token by its id .*lower --keep-top", {"keep_top": 5}),
-        ({"old": True, "changes": lambda a: a | {"choices": [{}]}}, "gives no log-probabilities of a prompt", {}),
+        ({"old": True}, "the 5 largest log-probabilities of .* by id .*lower --keep-top", {"keep_top": 5}),
+        ({"old": True, "changes": lambda a: a | {"choices": [{}]}}, "the 1 largest .*by echo: .*serve it by vLLM", {}),
         ({"name": "other"}, "has no model tiny; it has other: set --teacher-name", {}),
         ({"tokenizer": make_decoder_tokenizer(["x", "The", "cat"])}, "its tokenizer is not that of", {}),
         ({"tokenizes": False, "tokenizer": lambda text, **_: {"input_ids": [3, 4]}}, "tokenizer is not that of", {}),
@@ -406,6 +407,9 @@ def test_learn_and_evaluate_by_a_server(cache, teacher, server, url, tmp_path):
         EvaluateConfig(model=str(student), data=str(data), normalization="centred", **there),
     )
     analyze(AnalyzeConfig(**own))
+    assert main(["export", str(own["cache"]), str(tmp_path / "rows"), "--to", "parquet"]) == 0
+    rows = pq.read_table(tmp_path / "rows" / "rows.parquet").to_pydict()
+    assert set(rows["mean_q"]) == {None} != set(map(bool, rows["q"]))
 
 
 def test_follow_waits_for_its_server(cache, teacher, server, url, rollouts):
