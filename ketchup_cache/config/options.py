@@ -226,9 +226,9 @@ class ScoringOptions(DeviceOptions):
     max_disagreement: Above0 = 0.01
     """With --teacher-url: how far, in nats (root mean square), the server's answers to a row may differ from each
     other."""
-    idle_timeout: Above0 = 120.0
+    idle_timeout: Above0 = 300.0
     """With --teacher-url: seconds without a byte after which a request is sent again."""
-    retry_for: Above0 = 600.0
+    retry_for: Above0 = 900.0
     """With --teacher-url: seconds that a row may take, tries included."""
 
     @model_validator(mode="after")

@@ -70,8 +70,9 @@ class ServedTeacher:
         if not (self._key.isascii() and self._key.isprintable()):
             raise ModelError(f"{KEY}: holds characters that no header may have; set it again")
         limits = httpx2.Limits(max_connections=config.in_flight, max_keepalive_connections=config.in_flight)
-        self._client = httpx2.Client(limits=limits, timeout=httpx2.Timeout(config.idle_timeout, pool=None))
-        self._client.headers |= {"authorization": f"Bearer {self._key}"} if self._key else {}
+        head = {"accept-encoding": "identity"} | ({"authorization": f"Bearer {self._key}"} if self._key else {})
+        timeout = httpx2.Timeout(config.idle_timeout, pool=None)
+        self._client = httpx2.Client(headers=head, limits=limits, timeout=timeout)
         name, trust = config.teacher, config.trust_remote_code
         tokenizer: Any = load_tokenizer(name, trust_remote_code=trust)
         known = (resolve_folder(name) / "config.json").is_file()
@@ -183,7 +184,7 @@ class ServedTeacher:
             text, after = bytearray(), ""
             try:
                 with self._client.stream("POST" if body else "GET", url, json=body) as answer:
-                    for chunk in answer.iter_bytes():
+                    for chunk in answer.iter_raw():  # a few packed bytes could become many
                         text += chunk
                         if len(text) > most_bytes:
                             raise _Refused(f"{url}: an answer has more than {most_bytes:,} bytes")
@@ -238,7 +239,8 @@ class ServedTeacher:
             except (_Refused, *MALFORMED):
                 ours = len(tokenizer(text)["input_ids"])
                 answer = self._send(f"{self._url}/completions", asked | {"max_tokens": 1})
-                theirs = answer["usage"]["prompt_tokens"] if "usage" in answer else None
+                theirs = answer.get("usage") if isinstance(answer, dict) else None
+                theirs = theirs.get("prompt_tokens") if isinstance(theirs, dict) else None
             if ours != theirs:
                 what = f"{self._url}: encodes {text!r} as {self._clean(theirs)}, not as {one_line(ours)}"
                 raise MismatchError(f"{what}: its tokenizer is not that of {self.tokenizer.name}; set --teacher")

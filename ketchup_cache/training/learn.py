@@ -15,7 +15,7 @@ from ketchup_cache.config.commands import LearnConfig, ScoreConfig
 from ketchup_cache.config.methods import METHODS
 from ketchup_cache.config.options import ScoringOptions
 from ketchup_cache.console import Report, warn
-from ketchup_cache.errors import ModelError
+from ketchup_cache.errors import MismatchError, ModelError
 from ketchup_cache.evaluation.outputs import EvalSet, one_step_returns
 from ketchup_cache.models.fingerprint import state_fingerprint, tokenizer_info, weights_fingerprint
 from ketchup_cache.models.head import Head
@@ -223,6 +223,10 @@ def _scoring(config: LearnConfig) -> tuple[ScoreRollouts, MeanReturn | None]:
     scorer.info.require_known(config.normalization, config.unfinished)
 
     def score_rollouts(cache: Cache, rollout_ids: Sequence[str], teacher: str | None) -> tuple[str, float]:
+        scorer.unscored(cache)  # one behind a server finds the fingerprint that it has here
+        if teacher not in (None, scorer.info.fingerprint):
+            what = f"{config.out}: has learned from teacher {teacher:.12}, and {scorer} is another"
+            raise MismatchError(f"{what}; bring it back, or choose another --out")
         load_s = scorer.ensure(cache, rollout_ids).load_s
         return scorer.info.fingerprint, load_s
 

@@ -386,6 +386,9 @@ def test_learn_and_evaluate_by_a_server(cache, teacher, server, url, tmp_path):
         assert mine == pytest.approx(theirs, abs=1e-4)
     assert evaluated.returns.teacher == "tiny"
     message = "teacher tiny was behind a server, which gives log-probabilities: --{} needs .*; use --"
+    server.model = make_decoder("qwen2", seed=5)
+    given |= {"steps": 6}
+    refuses(MismatchError, "run-server: has learned from teacher .* is another", learn, LearnConfig(**given, **how))
     own, base = {"cache": tmp_path / "server"}, {"student": str(student), "batch_size": 4, "device": "cpu"}
     for options_, word in (
         ({"normalization": "centred"}, "normalization centred"),
