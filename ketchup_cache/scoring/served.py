@@ -78,8 +78,9 @@ class ServedTeacher:
         known = (resolve_folder(name) / "config.json").is_file()
         ends = tokenizer("a")["input_ids"][-1:] == [tokenizer.eos_token_id]
         if is_encoder_decoder(name, trust_remote_code=trust) if known else ends:
-            what = f"{name}: an encoder-decoder model, but servers give log-probabilities of decoder-only ones"
-            raise ModelError(f"{what}: score in this process, without --teacher-url")
+            raise ModelError(
+                f"{name}: servers give no log-probabilities of an encoder-decoder; leave --teacher-url out"
+            )
         self.tokenizer = tokenizer_info(tokenizer, name)
         self._longest = self._meet()
         self._compare_tokenizers(tokenizer)
@@ -193,8 +194,7 @@ class ServedTeacher:
                 status, after = answer.status_code, answer.headers.get("retry-after", "")
                 if status == 200:
                     return json.loads(text)
-                moved = f"sends on to {answer.headers['location']}" if answer.has_redirect_location else ""
-                said = moved or text.decode(errors="replace") or "no text"
+                said = answer.headers.get("location") or text.decode(errors="replace") or "no text"
                 problem = f"status {status} ({self._clean(said)})" + f"; set {KEY}" * (status in (401, 403))
                 if status != 429 and status < 500:
                     raise _Refused(f"{url}: {problem}")

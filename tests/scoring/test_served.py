@@ -153,7 +153,7 @@ def test_an_outage_is_waited_for(cache, teacher, server, url, rollouts, fault):
         ((200, {}, "[" * 20_000), None, "an answer is no JSON"),
         ((200, {}, " " * 2_000_000), None, "an answer has more than .* bytes"),
         ((401, {}, "no"), None, rf"status 401 \(no\); set {served.KEY}"),
-        ((307, {"location": "http://elsewhere/v1"}, ""), None, r"status 307 \(sends on to http://elsewhere/v1\)"),
+        ((307, {"location": "http://elsewhere/v1"}, ""), None, r"status 307 \(http://elsewhere/v1\)"),
         ((200, {}, "[1]"), None, "an answer is not as asked"),
         (None, lambda answer: {}, "not as asked"),
         (None, lambda answer: {**answer, "choices": answer["choices"] * 2}, "not as asked"),
@@ -263,7 +263,7 @@ def test_dead_gone_and_wrong_addresses_are_one_line(cache, teacher, rollouts, tm
     refuses(ConfigError, "go together", resolve, "score", None, {"cache": "c", "teacher_url": "http://h/v1"})
     refuses(ConfigError, "--teacher is missing: frozen model", resolve, "score", None, {"cache": "c"})
     t5 = save_model(tmp_path / "t5")
-    refuses(ModelError, "an encoder-decoder model, but servers", score, asked(cache, t5, "http://127.0.0.1:1/v1"))
+    refuses(ModelError, "no log-probabilities of an encoder-decoder", score, asked(cache, t5, "http://127.0.0.1:1/v1"))
     refuses(CacheError, "tokenizer of its rollouts is not here; give --teacher", score, asked(cache, "", "http://h"))
 
 
