@@ -6,7 +6,7 @@ OUT ?= demo-run
 # Python of an environment with TRL, for `make bench`; none: TRL is left out
 TRL ?=
 
-.PHONY: demo test lint format bench soak paper-table real-table schemas clean
+.PHONY: demo test lint format bench soak paper-table real-table served-test schemas clean
 
 demo: .venv/.installed
 	$(BIN)/ketchup-cache demo --out $(OUT)
@@ -54,6 +54,11 @@ paper-table: .venv/.installed
 MULTI30K ?= multi30k
 real-table: .venv/.installed
 	$(BIN)/python -m benchmarks.real --data "$(MULTI30K)" --minutes 10
+
+# a teacher behind a real vLLM on a CPU, which is installed into VLLM (3.5 GB); a quarter of an hour after that
+VLLM ?= ../ketchup-served
+served-test: .venv/.installed
+	$(BIN)/python -m benchmarks.served --folder "$(VLLM)"
 
 schemas: .venv/.installed
 	$(BIN)/python -m ketchup_cache.schemas.generate

@@ -6,6 +6,8 @@ A message says what is wrong, where (path, row, key) and what to do.
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class KetchupError(Exception):
     """Base of all errors this package raises on purpose."""
@@ -44,6 +46,16 @@ class MismatchError(KetchupError):
 
 class NumericsError(KetchupError):
     """Raised when a NaN or infinity appears in logits, returns, loss or gradient."""
+
+
+class ServerError(KetchupError):
+    """Raised when a teacher's server does not answer, or answers what can't be. What it had scored by then is kept.
+
+    places, scores: the rows that were done, and their scores.
+    """
+
+    places: Any = None
+    scores: Any = None
 
 
 class WriteError(KetchupError):

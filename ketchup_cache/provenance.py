@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from typing import Annotated, Any
+from collections.abc import Iterable
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, StringConstraints
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, StringConstraints, model_serializer
+from pydantic_core.core_schema import SerializerFunctionWrapHandler
 
 from ketchup_cache.errors import MismatchError
 
@@ -92,12 +94,65 @@ class Sampling(Record):
     """What stands between `<<` and `=` was computed, and its tokens forced."""
 
 
+SAME_ANSWERS = 0.02
+"""Nats by which the answers of one served model to the probe may differ from one day, or one replica, to another."""
+
+
+class Served(Record):
+    """What a server answered to the rows that are the same for everybody with its tokenizer (scoring/served.py)."""
+
+    form: Literal["prompt_logprobs", "echo"]
+    """How it was asked for log-probabilities."""
+    disagreement: float = Field(ge=0, allow_inf_nan=False)
+    """Root mean square difference, in nats, between its answers to a row: twice alone, among others, at another
+    temperature. Of the worst row."""
+    probe: tuple[float, ...]
+    """Nats: mean log-probability of the tokens of each row, then of the likeliest tokens of each."""
+
+
 class TeacherInfo(Record):
     name: Name
     fingerprint: Sha256
-    """Of the weights, the architecture and the precision they ran in: the same fingerprint, the same numbers."""
+    """Of the weights, the architecture and the precision they ran in: the same fingerprint, the same numbers. Of a
+    served teacher: of its name, its tokenizer and its answers in whole nats, or what the cache had it under."""
     dtype: str
-    """Precision of the body. The head and its reductions always run in float32."""
+    """Precision of the body: `served` where only the server knows. The head and its reductions always run in float32.
+    """
+    served: Served | None = None
+    """Of a teacher behind a server: its logits are log-probabilities, so their mean is not known. Left out for one that
+    ran in the process."""
+
+    @model_serializer(mode="wrap")
+    def _without_nothing(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {name: value for name, value in dump(self).items() if name != "served" or value is not None}
+
+    def answers_as(self, other: TeacherInfo) -> bool:
+        """Whether both are behind servers, and the probe finds one model."""
+        mine, theirs = (info.served.probe if info.served else () for info in (self, other))
+        near = [abs(a - b) <= SAME_ANSWERS for a, b in zip(mine, theirs, strict=False)]
+        return len(mine) == len(theirs) == sum(near) > 0
+
+    def known_in(self, others: Iterable[TeacherInfo]) -> TeacherInfo:
+        """This served teacher under the fingerprint that a cache has for its name and answers, if it has one."""
+        same = (other.fingerprint for other in others if other.name == self.name and self.answers_as(other))
+        return self.model_copy(update={"fingerprint": next(same, self.fingerprint)})
+
+    def alone_in(self, others: Iterable[TeacherInfo]) -> TeacherInfo:
+        """The same. Raises MismatchError where scores of another served model are filed under its fingerprint."""
+        if any(other.fingerprint == self.fingerprint and not self.answers_as(other) for other in others):
+            what = f"teacher {self.name} ({self.fingerprint[:12]}): two models have scored under this name"
+            raise MismatchError(f"{what}; serve one under another name, and score into another cache")
+        return self
+
+    def require_known(self, normalization: str, unfinished: str = "bootstrap") -> None:
+        """Raise MismatchError for returns of logits, where only log-probabilities are known."""
+        lacking = {"centred": "the mean of all logits", "raw": "logits as they are"}.get(normalization)
+        option, todo = f"--normalization {normalization}", "--normalization logprob"
+        if unfinished == "zero":
+            lacking, option, todo = "the logits after the cut", "--unfinished zero", "--unfinished bootstrap"
+        if self.served and lacking:
+            what = f"teacher {self.name} was behind a server, which gives log-probabilities"
+            raise MismatchError(f"{what}: {option} needs {lacking}; use {todo}")
 
 
 def in_precision(fingerprint: str, dtype: str) -> str:

@@ -190,6 +190,7 @@ class Scores:
     final_max_q: [B] largest logit in the state after the last token of an unfinished rollout; 0 for finished ones.
     top: the largest logits of each state, where they were kept.
     Maximum, logsumexp and mean are over the real vocabulary (the tokenizer's), not over padding rows of the head.
+    Of a teacher behind a server, all are of log-probabilities: logsumexp is 0, and mean_q an upper bound.
     """
 
     q: NDArray[np.float32]

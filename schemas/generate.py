@@ -25,8 +25,8 @@ class _EveryFieldRequired(GenerateJsonSchema):
 
 def manifest_schema() -> dict[str, Any]:
     schema = {"$schema": DIALECT} | Manifest.model_json_schema(schema_generator=_EveryFieldRequired)
-    rollouts = schema["$defs"]["RolloutsInfo"]
-    for record, key in ((schema, "author"), (rollouts, "finished")):
+    rollouts, teacher = schema["$defs"]["RolloutsInfo"], schema["$defs"]["TeacherInfo"]
+    for record, key in ((schema, "author"), (rollouts, "finished"), (teacher, "served")):
         record["required"].remove(key)
         del record["properties"][key]["default"]  # it stands for a key that is not there
     return schema

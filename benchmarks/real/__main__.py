@@ -55,7 +55,7 @@ def order(place: Place) -> Iterator[Job]:
         if name not in done:
             return
     for lr in RATES:
-        yield grid_name(lr), lambda lr=lr: jobs.start(place, DEV_SEEDS[0], lr, place.task.epochs // 2, grid_name(lr))
+        yield grid_name(lr), lambda lr=lr: jobs.start(place, DEV_SEEDS[0], lr, place.task.epochs, grid_name(lr))
     if any(grid_name(lr) not in done for lr in RATES):
         return
     lr = best_rate(done)

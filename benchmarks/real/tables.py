@@ -133,11 +133,11 @@ def starts_text(name: str, done: Records) -> str:
     grid = ", ".join(f"{lr:g}: {best(done[grid_name(lr)]):.2f}" for lr in RATES)
     epochs = TASKS[name].epochs
     text = f"Teacher: {teacher['dev']['bleu']:.1f} BLEU on dev, {teacher['test']['bleu']:.1f} on test, greedy.\n"
-    text += f"Dev BLEU of a start by its learning rate ({epochs // 2} epochs): {grid}.\n"
+    text += f"Dev BLEU of a start by its learning rate ({epochs} epochs): {grid}.\n"
     if all(f"doubled/{seed}" in done for seed in (5, 6, 0)):
         gains = gain_of_doubling(done)
         each = ", ".join(f"{gain:+.2f}" for gain in gains)
-        what = f"Starts have {epochs} epochs at {best_rate(done):g}. Twice as many change their dev BLEU by"
+        what = f"Twice the epochs at {best_rate(done):g} change the dev BLEU of starts by"
         text += f"{what} {np.mean(gains):+.2f} ({each}).\n"
     return text + f"A row trains on {STEPS * BATCH:,} completions, and refreshes its rollouts every {REFRESH} steps.\n"
 

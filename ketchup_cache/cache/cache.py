@@ -104,7 +104,8 @@ class Cache:
 
     def select_teacher(self, selector: str | None) -> TeacherInfo:
         """By name or start of fingerprint; None: the only one. Raises CacheError where that is not exactly one."""
-        return self.index.select("teacher", selector, "--scored-by")
+        found: TeacherInfo = self.index.select("teacher", selector, "--scored-by")
+        return found.alone_in(self.index.models("teacher")) if found.served else found
 
     def select_policy(self, selector: str | None, option: str = "--policy") -> PolicyInfo:
         """As `select_teacher`, of the policies that have rollouts here."""

@@ -80,8 +80,9 @@ class RolloutConfig(shared.SamplingOptions, shared.DataOptions, shared.DeviceOpt
 class ScoreConfig(shared.ScoringOptions):
     """Options of `ketchup-cache score`."""
 
-    teacher: str
-    """Frozen model whose logits are the Q-values: a folder or a Hub id."""
+    teacher: str = ""
+    """Frozen model whose logits are the Q-values: a folder or a Hub id. With --teacher-url: where its tokenizer is, if
+    not where the cache says."""
     cache: CacheAddress
     """Cache whose rollouts are scored."""
     keep_top: Count = 0
@@ -97,6 +98,12 @@ class ScoreConfig(shared.ScoringOptions):
     """With --follow: seconds between two looks for new rollouts."""
     until_idle: NotNegative = 0.0
     """With --follow: stop when there was nothing to score for this many seconds. 0: never."""
+
+    @model_validator(mode="after")
+    def _a_teacher(self) -> ScoreConfig:
+        if not self.teacher and not self.teacher_url:
+            raise ValueError("--teacher is missing: frozen model whose logits are the Q-values; or give --teacher-url")
+        return self
 
 
 class LearnConfig(
@@ -147,7 +154,7 @@ class LearnConfig(
     @property
     def offline(self) -> bool:
         """Whether all rollouts come from the cache as it is."""
-        return self.teacher is None and self.scores_from is None
+        return self.teacher is None and not self.teacher_url and self.scores_from is None
 
     @model_validator(mode="before")
     @classmethod
@@ -165,7 +172,7 @@ class LearnConfig(
     @model_validator(mode="after")
     def _batches_fit(self) -> LearnConfig:
         rule = METHODS[self.method]
-        if self.teacher is not None and self.scores_from is not None:
+        if (self.teacher is not None or self.teacher_url) and self.scores_from is not None:
             raise ValueError("with --scores-from, leave --teacher out, and choose one with --scored-by")
         if rule.samples and rule.outputs and self.batch_size // 2 % self.samples + self.batch_size % 2:
             raise ValueError(

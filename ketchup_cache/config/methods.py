@@ -32,6 +32,7 @@ _NO_RETURNS = {"baseline": ("none", "has no returns, so no baseline")} | {
 }
 _OUTPUTS_ALONE = _NO_RETURNS | {
     "teacher": (None, "learns from teacher outputs in the cache"),
+    "teacher_url": ("", "learns from teacher outputs in the cache"),
     "scores_from": (None, "learns from teacher outputs in the cache"),
     "policy": (None, "has no rollouts of a student, only those of --teacher-outputs"),
 }

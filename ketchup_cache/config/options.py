@@ -164,7 +164,7 @@ class DevOptions(PromptOptions, GreedyOptions, RougeOptions):
             raise ValueError(f"{min(given)} is about the dev set: give --eval-data too, or leave it out")
         if "rouge" in self.metric:
             raise ValueError("metric rouge is three: choose rouge1, rouge2 or rougeL")
-        if "return" in self.metric and getattr(self, "teacher", None) is None:
+        if "return" in self.metric and not (getattr(self, "teacher", None) or getattr(self, "teacher_url", "")):
             raise ValueError("metric return needs `learn --teacher`, which scores in this process: or choose another")
         return self
 
@@ -216,6 +216,28 @@ class ScoringOptions(DeviceOptions):
     """Largest batch of the teacher, in tokens of prompts (each once) and completions. auto: what fits into memory."""
     device_map: str | None = None
     """Spread a large teacher over devices: auto, balanced or sequential (by accelerate)."""
+    teacher_url: str = ""
+    """Teacher behind a server: address of an OpenAI-compatible API, as http://host:8000/v1 (vLLM and others). The
+    options above do not apply. A key is read from the environment variable KETCHUP_CACHE_API_KEY."""
+    teacher_name: str = ""
+    """With --teacher-url: the name that the server has for the model."""
+    in_flight: Positive = 32
+    """With --teacher-url: requests at once."""
+    max_disagreement: Above0 = 0.01
+    """With --teacher-url: how far, in nats (root mean square), the server's answers to a row may differ from each
+    other."""
+    idle_timeout: Above0 = 300.0
+    """With --teacher-url: seconds without a byte after which a request is sent again."""
+    retry_for: Above0 = 900.0
+    """With --teacher-url: seconds that a row may take, tries included."""
+
+    @model_validator(mode="after")
+    def _server_is_named(self) -> ScoringOptions:
+        if bool(self.teacher_url) != bool(self.teacher_name):
+            raise ValueError("teacher_url and teacher_name go together: the address of a server, and its model")
+        if self.teacher_url and not re.fullmatch(r"https?://[^/?#@\s]+(/[^?#@\s]*)?", self.teacher_url):
+            raise ValueError("teacher_url must be like http://host:8000/v1, without a user, a password or a query")
+        return self
 
 
 class SelectOptions(Config):

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from ketchup_cache.config.commands import EvaluateConfig
-from ketchup_cache.console import Report, progress
+from ketchup_cache.config.commands import EvaluateConfig, ScoreConfig
+from ketchup_cache.config.options import Normalization, ScoringOptions
+from ketchup_cache.console import Report
 from ketchup_cache.evaluation.outputs import EvalSet, Outputs, one_step_returns, reference_loss
 from ketchup_cache.evaluation.task_metrics import Values, spread
 from ketchup_cache.files import write_file
@@ -19,7 +20,7 @@ from ketchup_cache.models.fingerprint import tokenizer_info
 from ketchup_cache.models.head import Head
 from ketchup_cache.models.load import load_model, load_tokenizer, require_same_encoding
 from ketchup_cache.models.origin import prompts_as_trained
-from ketchup_cache.scoring.teacher import Teacher
+from ketchup_cache.scoring.score import Scorer
 from ketchup_cache.text.prompts import Example
 from ketchup_cache.types import Ragged, Rollouts
 
@@ -94,12 +95,15 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     config = prompts_as_trained(config, config.model)
     trust: Any = {"trust_remote_code": config.trust_remote_code}
     tokenizer = load_tokenizer(config.model, **trust)
-    if config.teacher is not None:
-        _, theirs = Teacher.identify(config.teacher, config)
-        what = f"teacher {config.teacher}: its tokenizer encodes differently from that of model {config.model}"
+    scorer = None
+    if config.teacher is not None or config.teacher_url:
+        scoring = config.model_dump(include=set(ScoringOptions.model_fields))
+        scorer = Scorer(ScoreConfig(teacher=config.teacher or config.model, cache="", **scoring))
+        scorer.info.require_known(config.normalization)
+        what = f"teacher {scorer.info.name}: its tokenizer encodes differently from that of model {config.model}"
         todo = "choose a teacher that shares it, or leave --teacher out"
         ours = tokenizer_info(tokenizer, config.model)
-        require_same_encoding(ours, theirs, what, todo, download=True, **trust)
+        require_same_encoding(ours, scorer.tokenizer, what, todo, download=True, **trust)
     data = EvalSet.read(config, tokenizer, config.metrics, config.rouge_tokenizer)
     outputs, loss = _of_model(config, data, tokenizer)
     gc.collect()
@@ -118,7 +122,7 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
         length_mean=float(lengths.mean()),
         length_sd=spread(lengths)[1],
         finished=float(outputs.rollouts.finished.mean()),
-        returns=_mean_return(data.prompts, outputs.rollouts, config) if config.teacher is not None else None,
+        returns=_mean_return(data.prompts, outputs.rollouts, scorer, config.normalization) if scorer else None,
     )
 
 
@@ -132,13 +136,9 @@ def _of_model(config: EvaluateConfig, data: EvalSet, tokenizer: PreTrainedTokeni
     return Outputs.of(model, data, tokenizer, vocab_size, config), loss
 
 
-def _mean_return(prompts: Ragged, rollouts: Rollouts, config: EvaluateConfig) -> MeanReturn:
-    assert config.teacher is not None
-    teacher = Teacher.load(config.teacher, config)
-    with progress("score", len(rollouts.completions.values)) as bar:
-        scores = teacher.score(prompts, rollouts, batch_tokens=config.batch_tokens, on_batch=bar.advance)
-    returns = one_step_returns(scores, rollouts, config.normalization)
-    who = (teacher.info.name, teacher.info.fingerprint, config.normalization)
+def _mean_return(prompts: Ragged, rollouts: Rollouts, scorer: Scorer, normalization: Normalization) -> MeanReturn:
+    returns = one_step_returns(scorer.scores(prompts, rollouts), rollouts, normalization)
+    who = (scorer.info.name, scorer.info.fingerprint, normalization)
     return MeanReturn(*who, float(returns.mean()), *spread(returns)[1:], spread(returns[rollouts.finished])[0])
 
 

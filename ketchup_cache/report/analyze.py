@@ -82,6 +82,7 @@ def analyze(config: AnalyzeConfig) -> Analysis:
     """
     cache = open_cache(config.cache)
     teacher = cache.select_teacher(config.scored_by)
+    teacher.require_known(config.normalization, config.unfinished)
     refs = cache.scored(teacher.fingerprint, config.policy)
     if not refs:
         what = f"{config.cache}: teacher {teacher.name} has scored no rollouts of policy {config.policy}"

@@ -125,6 +125,7 @@ def _rows(cache: Cache, part: Part, keep_top: int) -> Iterator[list[dict[str, An
     joined = ScoredRollouts(cache.load_prompts(prompts), rollouts, scores)
     shared = {"policy_fingerprint": policy.fingerprint, "policy_step": policy.step, "rollouts_segment": id_}
     shared |= {"teacher_fingerprint": ref.teacher.fingerprint} if ref else dict.fromkeys(OF_SCORES)
+    shared |= {"mean_q": None} if ref and ref.teacher.served else {}
 
     def columns(i: int) -> dict[str, Any]:
         row = vars(Row.of(joined, i, policy.name, ref.teacher.name if ref else "")) | shared | {"row": start + i}

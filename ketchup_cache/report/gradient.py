@@ -108,6 +108,7 @@ def gradient_report(config: AnalyzeConfig) -> GradientReport:
     with_top, refs = (
         [ref for ref in cache.scored(config.scored_by, keep_top=n) if ref.policy.fingerprint == own] for n in (1, 0)
     )
+    cache.select_teacher(config.scored_by).require_known(config.normalization, config.unfinished)
     rows, size = sum(ref.rows for ref in refs), config.batch_size
     refs = with_top if sum(ref.rows for ref in with_top) == rows else refs
     if (batches := rows // size // 2 * 2) < 4:

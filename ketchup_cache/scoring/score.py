@@ -9,19 +9,29 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 from ketchup_cache.cache.cache import Cache
-from ketchup_cache.cache.index import ScoredRef, parent_id
+from ketchup_cache.cache.index import ScoredRef, gaps, parent_id
 from ketchup_cache.cache.manifest import ScoresInfo, Storage
 from ketchup_cache.config.commands import ScoreConfig
 from ketchup_cache.console import Bar, Report, progress, say
-from ketchup_cache.errors import CacheError, CorruptError, MismatchError, ModelError, NumericsError, WriteError
+from ketchup_cache.errors import (
+    CacheError,
+    CorruptError,
+    MismatchError,
+    ModelError,
+    NumericsError,
+    ServerError,
+    WriteError,
+)
 from ketchup_cache.models.load import require_same_encoding
 from ketchup_cache.models.memory import TokenBudget
+from ketchup_cache.scoring.served import ServedTeacher
 from ketchup_cache.scoring.teacher import Teacher
 from ketchup_cache.sharing.remote_cache import open_cache
 from ketchup_cache.types import Ragged, Rollouts, Scores
@@ -87,9 +97,10 @@ class ScoreReport(Report):
 def score(config: ScoreConfig) -> ScoreReport:
     """Score every rollout in the cache that this teacher has not scored. Killed and run again, it goes on where it was.
 
-    Raises CacheError, ModelError, MismatchError (tokenizers), NumericsError, WriteError.
+    Raises CacheError, ModelError, MismatchError (tokenizers), NumericsError, ServerError, WriteError.
     """
-    cache, scorer = open_cache(config.cache, create=config.follow), Scorer(config)
+    cache = open_cache(config.cache, create=config.follow)
+    scorer = Scorer(config if config.teacher else config.model_copy(update={"teacher": _tokenizer_of(cache)}))
     return follow(cache, scorer) if config.follow else scorer.ensure(cache)
 
 
@@ -119,7 +130,7 @@ def follow(cache: Cache, scorer: Scorer) -> ScoreReport:
                     idle_since = time.monotonic()
                 else:
                     pause = config.poll
-            except (CacheError, WriteError) as error:
+            except (CacheError, WriteError, ServerError) as error:
                 pause, idle_since = min(2 * max(pause, config.poll), LONGEST_PAUSE_S), time.monotonic()
                 say(f"{error}; trying again in {pause:.0f} s")
             time.sleep(pause)
@@ -128,19 +139,23 @@ def follow(cache: Cache, scorer: Scorer) -> ScoreReport:
 
 class Scorer:
     """A teacher by name. Its files say at once who it is; its weights are in memory only while they compute, or where
-    they are small beside what is free.
+    they are small beside what is free. One behind a server says so itself, and is tested first.
 
     info, tokenizer: what its scores are filed under. keep_top: how many of the largest logits they keep.
     """
 
     def __init__(self, config: ScoreConfig) -> None:
-        """Raises ModelError where the teacher's files are missing or damaged."""
+        """Raises ModelError where the teacher's files are missing or damaged; what `ServedTeacher` raises."""
         self.config, self._budget = config, TokenBudget(config.batch_tokens)
         self._storage: Storage = "compact" if config.storage == "float16" else "lossless"
         self._cache: Cache | None = None
-        self._teacher: Teacher | None = None
-        self._stays, self._load_s = False, 0.0
-        self.info, self.tokenizer = Teacher.identify(config.teacher, config)
+        self._teacher: Teacher | ServedTeacher | None = None
+        self._stays, self._load_s = bool(config.teacher_url), 0.0
+        if config.teacher_url:
+            self._teacher = ServedTeacher(config)
+            self.info, self.tokenizer = self._teacher.info, self._teacher.tokenizer
+        else:
+            self.info, self.tokenizer = Teacher.identify(config.teacher, config)
         self.keep_top = min(config.keep_top, self.tokenizer.vocab_size)
         fitting = TOP_BYTES // (self.keep_top * TOP_ITEM_BYTES) if self.keep_top else config.commit_tokens
         self._commit_tokens = max(1, min(config.commit_tokens, fitting))
@@ -153,14 +168,21 @@ class Scorer:
         self._stays = self._loaded() is not None
 
     def unscored(self, cache: Cache) -> list[tuple[str, int, int]]:
-        """(rollouts id, row_start, row_stop) of all rows without scores by this teacher."""
+        """(rollouts id, row_start, row_stop) of all rows without scores by this teacher.
+
+        Raises MismatchError where another model behind a server has scored under its name.
+        """
+        if self.info.served:
+            known = cache.index.models("teacher")
+            self.info = self.info.known_in(known).alone_in(known)
         return cache.unscored(self.info.fingerprint, keep_top=self.keep_top)
 
     def ensure(self, cache: Cache, rollout_ids: Iterable[str] | None = None) -> ScoreReport:
         """Score every row of these rollouts segments (None: of the whole cache) that has no scores by this teacher.
 
         Raises MismatchError, before any weights are loaded, where the rollouts were written with another tokenizer;
-        CacheError for an unknown id; ModelError, NumericsError and WriteError. What was committed before stays.
+        CacheError for an unknown id; ModelError, NumericsError, ServerError and WriteError. What was committed before
+        stays, and of a server all that it has answered.
         """
         began, loaded_s = time.monotonic(), self._load_s
         ids = {i for i, _ in cache.rollouts()} if rollout_ids is None else set(rollout_ids)
@@ -185,7 +207,7 @@ class Scorer:
         return replace(report, seconds=time.monotonic() - began, load_s=self._load_s - loaded_s)
 
     def scores(self, prompts: Ragged, rollouts: Rollouts) -> Scores:
-        """Of rollouts that are in no cache. Raises ModelError, MismatchError and NumericsError."""
+        """Of rollouts that are in no cache. Raises ModelError, MismatchError, NumericsError and ServerError."""
         with self._unloaded_after(), progress("score", len(rollouts.completions.values)) as bar:
             return self._loaded().score(prompts, rollouts, batch_tokens=self._budget, on_batch=bar.advance)
 
@@ -206,7 +228,7 @@ class Scorer:
         found = self._known(cache, keys)
         # the first row of each key that is not known
         new = {key: row for row, key in reversed(list(zip(rows, keys, strict=True))) if key not in found}
-        tokens = 0
+        tokens, failed = 0, None
         if new:
             places = np.sort(np.fromiter(new.values(), np.int64))
             how: dict[str, Any] = {"batch_tokens": self._budget, "keep_top": self.keep_top, "on_batch": bar.advance}
@@ -214,15 +236,22 @@ class Scorer:
                 scores = self._loaded().score(prompts, rollouts, rows=places, **how)
             except (MismatchError, NumericsError) as error:
                 raise type(error)(f"{cache.address}, rollouts {rollouts_id[:12]}: {error}") from None
+            except ServerError as error:
+                failed, places, scores = error, places[error.places], error.scores
             tokens = len(scores.q)
             completions = rollouts.completions.take(places)
             found |= {keys[row - rows.start]: scores.rows(completions, i, i + 1) for i, row in enumerate(places)}
         bar.advance(int(rollouts.completions.lengths[rows.start : rows.stop].sum()) - tokens)
         made: dict[str, Any] = {"teacher": self.info, "tokenizer": self.tokenizer}
         made |= {"keep_top": self.keep_top, "storage": self._storage}
-        info = ScoresInfo(rollouts=rollouts_id, row_start=rows.start, row_stop=rows.stop, **made)
-        cache.commit_scores(Scores.concatenate([found[key] for key in keys]), info)
-        copied, batch = len(rows) - len(new), self._budget.tokens if new else None
+        missing = [(row, row + 1) for row, key in zip(rows, keys, strict=True) if key not in found]
+        for start, stop in gaps(rows.start, rows.stop, missing):
+            info = ScoresInfo(rollouts=rollouts_id, row_start=start, row_stop=stop, **made)
+            done = keys[start - rows.start : stop - rows.start]
+            cache.commit_scores(Scores.concatenate([found[key] for key in done]), info)
+        if failed:
+            raise failed
+        copied, batch = len(rows) - len(new), self._budget.tokens if new and not self.info.served else None
         return ScoreReport(str(self), 0, len(new), tokens, copied, segments=1, batch_tokens=batch)
 
     def _known(self, cache: Cache, keys: Iterable[bytes]) -> dict[bytes, Scores]:
@@ -246,13 +275,21 @@ class Scorer:
             found |= {key: scores.rows(part.rollouts.completions, place, place + 1) for key, place in wanted.items()}
         return found
 
-    def _loaded(self) -> Teacher:
+    def _loaded(self) -> Teacher | ServedTeacher:
         if self._teacher is None:
             began = time.monotonic()
-            self._teacher = Teacher.load(self.config.teacher, self.config, (self.info, self.tokenizer))
-            self._stays |= self._teacher.small
+            loaded = Teacher.load(self.config.teacher, self.config, (self.info, self.tokenizer))
+            self._teacher, self._stays = loaded, self._stays or loaded.small
             self._load_s += time.monotonic() - began
         return self._teacher
+
+
+def _tokenizer_of(cache: Cache) -> str:
+    """Folder of the tokenizer that wrote the rollouts. Raises CacheError where it is not here."""
+    for name in {info.tokenizer.name: None for _, info in cache.rollouts()}:
+        if Path(name).is_dir():
+            return name
+    raise CacheError(f"{cache.address}: the tokenizer of its rollouts is not here; give --teacher, where it is")
 
 
 def _load(cache: Cache, rollouts_id: str) -> tuple[Rollouts, Ragged]:

@@ -15,7 +15,7 @@ from ketchup_cache.config.commands import LearnConfig, ScoreConfig
 from ketchup_cache.config.methods import METHODS
 from ketchup_cache.config.options import ScoringOptions
 from ketchup_cache.console import Report, warn
-from ketchup_cache.errors import ModelError
+from ketchup_cache.errors import MismatchError, ModelError
 from ketchup_cache.evaluation.outputs import EvalSet, one_step_returns
 from ketchup_cache.models.fingerprint import state_fingerprint, tokenizer_info, weights_fingerprint
 from ketchup_cache.models.head import Head
@@ -129,7 +129,8 @@ def learn(config: LearnConfig, callbacks: Sequence[Callback] = ()) -> LearnRepor
         source = OnPolicy(cache, config, known, info, score, calculator) if score else Offline(cache, config, known)
         origin = read_origin(config.student)
         if config.scores_from is None:
-            _warn_of_origin(config, origin, config.teacher or cache.select_teacher(config.scored_by).name)
+            teacher = config.teacher_name or config.teacher or cache.select_teacher(config.scored_by).name
+            _warn_of_origin(config, origin, teacher)
         began = time.perf_counter()
         model = load_model(config.student, device=config.device, trust_remote_code=config.trust_remote_code)
         load_s = time.perf_counter() - began
@@ -217,11 +218,17 @@ def _scoring(config: LearnConfig) -> tuple[ScoreRollouts, MeanReturn | None]:
         return ScoresFrom(config), None
     from ketchup_cache.scoring.score import Scorer
 
-    options = config.model_dump(include={"teacher", "cache", *ScoringOptions.model_fields})
-    scorer = Scorer(ScoreConfig(keep_top=config.top_needed, **options))
+    options = config.model_dump(include={"cache", *ScoringOptions.model_fields})
+    scorer = Scorer(ScoreConfig(teacher=config.teacher or config.student, keep_top=config.top_needed, **options))
+    scorer.info.require_known(config.normalization, config.unfinished)
 
     def score_rollouts(cache: Cache, rollout_ids: Sequence[str], teacher: str | None) -> tuple[str, float]:
-        return scorer.info.fingerprint, scorer.ensure(cache, rollout_ids).load_s
+        scorer.unscored(cache)  # one behind a server finds the fingerprint that it has here
+        if teacher not in (None, scorer.info.fingerprint):
+            what = f"{config.out}: has learned from teacher {teacher:.12}, and {scorer} is another"
+            raise MismatchError(f"{what}; bring it back, or choose another --out")
+        load_s = scorer.ensure(cache, rollout_ids).load_s
+        return scorer.info.fingerprint, load_s
 
     def mean_return(prompts: Ragged, rollouts: Rollouts) -> float:
         return float(one_step_returns(scorer.scores(prompts, rollouts), rollouts, config.normalization).mean())

@@ -45,6 +45,7 @@ from ketchup_cache.training.optimizer import Learner
 from ketchup_cache.version import TOOL
 
 MAY_CHANGE = {"out", "checkpoint_every", "save_limit", "trust_remote_code", "scores_timeout"}
+MAY_CHANGE |= {"teacher_url", "in_flight", "idle_timeout", "retry_for", "max_disagreement"}
 """Options that a resumed run may change, since no number depends on them."""
 LENGTH = {"steps", "epochs", "patience"}
 """Options by which a run is lengthened, also a finished one."""

@@ -201,6 +201,7 @@ class OnPolicy(Offline):
     def _take(self, rollout_ids: Sequence[str]) -> float:
         """Have these rollouts scored, and learn from them; returns the seconds that reading the teacher took."""
         self.teacher, load_s = self._score(self._cache, rollout_ids, self.teacher)
+        self._cache.select_teacher(self.teacher).require_known(self._config.normalization, self._config.unfinished)
         place = {id_: i for i, id_ in enumerate(rollout_ids)}
         refs = [r for r in self._cache.scored(self.teacher, keep_top=self._config.top_needed) if r.rollouts_id in place]
         self._refs[STUDENT] = sorted(refs, key=lambda ref: (place[ref.rollouts_id], ref.row_start))
@@ -246,6 +247,7 @@ def scored_rollouts(cache: Cache, config: LearnConfig, kind: str) -> list[Scored
     Raises CacheError where there are none, or some with fewer logits.
     """
     teacher, method = cache.select_teacher(config.scored_by), METHODS[config.method]
+    teacher.require_known(config.normalization, config.unfinished)
     policies, outputs = {policy.fingerprint for policy in cache.policies()}, set[str]()
     if method.outputs and config.teacher_outputs is not None:
         outputs = {cache.select_policy(config.teacher_outputs, "--teacher-outputs").fingerprint}

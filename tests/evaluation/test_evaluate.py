@@ -16,6 +16,7 @@ from ketchup_cache.config.commands import EvaluateConfig
 from ketchup_cache.errors import DataError, MismatchError, WriteError
 from ketchup_cache.evaluation import evaluate as module
 from ketchup_cache.evaluation.evaluate import evaluate
+from ketchup_cache.scoring.teacher import Teacher
 from tests.helpers.models import WORDS, make_tokenizer, save_model, write_prompts
 from tests.helpers.oracle import plain_logits
 
@@ -145,7 +146,7 @@ def test_what_can_not_be_used_is_refused_before_anything_is_decoded(place: Path,
 
 def test_the_student_is_gone_before_the_teacher_is_loaded(place: Path, monkeypatch: pytest.MonkeyPatch):
     students, alive = [], []
-    load_model, load_teacher = module.load_model, module.Teacher.load
+    load_model, load_teacher = module.load_model, Teacher.load
 
     def watch(*args, **options):
         model = load_model(*args, **options)
@@ -157,7 +158,7 @@ def test_the_student_is_gone_before_the_teacher_is_loaded(place: Path, monkeypat
         return load_teacher(*args, **options)
 
     monkeypatch.setattr(module, "load_model", watch)
-    monkeypatch.setattr(module.Teacher, "load", check)
+    monkeypatch.setattr(Teacher, "load", check)
     gc.disable()  # it must not be luck
     try:
         run(place, teacher=str(place / "teacher"))
