@@ -239,7 +239,7 @@ def run(place: Place, name: str, options: Options, seed: int, *, test: bool) -> 
         "seed": seed,
         "eval_data": place / "dev.jsonl",
         "out": out,
-    }
+    } | ({"refresh_every": None} if alone else {})
     began = time.monotonic()
     record = {"learn": tool("learn", student=place / f"starts/{seed}/best", cache=cache, **given)}
     record["seconds"] = round(time.monotonic() - began, 1)

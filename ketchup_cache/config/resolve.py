@@ -10,7 +10,7 @@ import yaml
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from ketchup_cache.config.commands import COMMANDS
+from ketchup_cache.config.commands import COMMANDS, OF_NEW_ROLLOUTS
 from ketchup_cache.config.methods import METHODS
 from ketchup_cache.config.options import Config
 from ketchup_cache.errors import ConfigError
@@ -66,10 +66,11 @@ def _unused(values: dict[str, Any], flags: dict[str, Any]) -> set[str]:
     rule = METHODS.get(str(values.get("method")))
     both = values.get("scores_from") is not None and values.get("teacher") is not None
     other = "scores_from" if flags.get("teacher") is not None else "teacher"
+    offline = values.get("scores_from") is None and values.get("teacher") is None
     fixed = dict(rule.fixed if rule else {})
     weights, _ = fixed.get("weights", (values.get("weights") or "comb", ""))
     lacks = {"comb": {"lam"}, "mean": {"k", "tail", "lam"}}.get(str(weights), {"k", "tail"})
-    return fixed.keys() | lacks | ({other} if both else set())
+    return fixed.keys() | lacks | ({other} if both else OF_NEW_ROLLOUTS if offline else set())
 
 
 def find_recipe(name: str) -> Path:

@@ -34,6 +34,9 @@ TOKENIZER_FILES = ["tokenizer.json", "tokenizer_config.json", "*.model", "vocab.
 GONE_FOLDERS = ("student", "model")
 """What `best` of a run was called by version 1."""
 
+RUN_FILES = (".lock", "metrics.jsonl", "report.json")
+"""What the folder of a run has, and that of a model has not."""
+
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
@@ -62,8 +65,10 @@ def resolve_folder(name: str) -> Path:
         say(f"{name}: is {folder.parent / 'best'} now; a later version will not find it here")
         folder = folder.parent / "best"
     if folder.is_dir():
-        if (folder / "report.json").is_file() and (folder / "best").is_dir():
-            raise ModelError(f"{name}: is the folder of a run; give {folder / 'best'}")
+        if any((folder / file).exists() for file in RUN_FILES) and not any(folder.glob("*.safetensors")):
+            best = folder / "best"
+            which = f"its model is {best}" if best.is_dir() else "without a model yet; run its command again"
+            raise ModelError(f"{name}: is the folder of a run of `pretrain` or `learn`; {which}")
         return folder
     if folder.exists():
         raise ModelError(f"{name}: is a file; give the folder that holds config.json and the weights")

@@ -134,7 +134,7 @@ def learn(config: LearnConfig, callbacks: Sequence[Callback] = ()) -> LearnRepor
         model = load_model(config.student, device=config.device, trust_remote_code=config.trust_remote_code)
         load_s = time.perf_counter() - began
         learner = Learner(model, Head.of(model, info.vocab_size), Optimizer(model, config, source.steps), config)
-        run.describe(model, tokenizer, origin.model_copy(update={"prompts": form or origin.prompts}))
+        run.describe(model, tokenizer, origin.model_copy(update={"prompts": form or origin.prompts, "tokenizer": info}))
         dev = DevSet(config, data, run.out, run.publish, source.steps, known, returns) if data else None
         if dev is not None:
             dev.start(model, learner.head, tokenizer)

@@ -105,7 +105,7 @@ def pretrain(config: PretrainConfig, callbacks: Sequence[Callback] = ()) -> Pret
         per_epoch = rows // (batch_size := min(config.batch_size, rows))
         steps = per_epoch * config.epochs
         learner = Learner(model, head, Optimizer(model, config, steps), config)
-        run.describe(model, tokenizer, Origin(pretrained_on=given.policies, prompts=given.form))
+        run.describe(model, tokenizer, Origin(pretrained_on=given.policies, prompts=given.form, tokenizer=info))
         dev = DevSet(config, dev_data, run.out, run.publish, steps, run.recorded) if dev_data else None
         if dev is not None:
             dev.start(model, head, tokenizer)

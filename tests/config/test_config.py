@@ -40,6 +40,8 @@ def test_one_file_serves_a_whole_experiment(tmp_path):
     learn, score = resolve("learn", file, {}), resolve("score", file, {})
     assert (learn.teacher, learn.k, learn.samples, str(learn.cache)) == ("T", 2, 2, "shared")
     assert (score.teacher, score.batch_tokens) == ("T", 99)
+    offline = yaml(tmp_path, sections)  # a file serves runs with and without new rollouts
+    assert "refresh_every" not in resolve("learn", offline, {"cache": "c"}).model_fields_set
 
 
 def test_all_problems_at_once_each_with_its_fix(tmp_path):
@@ -58,7 +60,10 @@ def test_all_problems_at_once_each_with_its_fix(tmp_path):
     [
         ({"refresh_every": "0"}, "--refresh-every must be 1 or more"), ({"k": "2.5"}, "--k must be a whole number"),
         ({"teacher": "t", "refresh_every": "6", "reuse": "4"}, "refresh_every 6 must be a multiple of reuse 4"),
-        ({"reuse": "2"}, "from a cache alone, use --epochs"),
+        ({"reuse": "2"}, "reuse is of new rollouts (--teacher, --scores-from); from a cache alone, use --epochs"),
+        ({"refresh_every": "16"}, "refresh_every is of new rollouts (--teacher, --scores-from)"),
+        ({"refresh_below_ess": "0.5"}, "refresh_below_ess is of new rollouts"),
+        ({"teacher": "t", "refresh_below_ess": "0.5", "reuse": "4"}, "each used once: leave --reuse out"),
         ({"teacher": "t", "refresh_every": "2", "baseline": "leave-one-out"}, "set --samples to 2 or more"),
         ({"batch_size": "10", "samples": "4"}, "must be a multiple of samples 4"),
         ({"temperature": "0"}, "--temperature must be greater than 0"), ({"method": "ppo"}, "--method must be one of"),
