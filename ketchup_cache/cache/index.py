@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import Any, NamedTuple, TypeVar
 
 from ketchup_cache.cache.manifest import Info, Manifest, PromptsInfo, RolloutsInfo, ScoresInfo
-from ketchup_cache.errors import CacheError
+from ketchup_cache.errors import CacheError, CorruptError
 from ketchup_cache.provenance import PolicyInfo, TeacherInfo, TokenizerInfo, require_same_tokenizer
 
 Model = TypeVar("Model", PolicyInfo, TeacherInfo, TokenizerInfo)
@@ -140,7 +140,7 @@ def parent_id(info: Info) -> str:
 def check_parent(info: Info, known: Mapping[str, Manifest], segment_id: str = "") -> None:
     """That a segment's parent is among known ones and fits. `segment_id` is empty for a segment still to be committed.
 
-    Raises CacheError where it is missing, of the wrong kind or too short; MismatchError where its tokenizer is another.
+    Raises CorruptError where it is missing, of the wrong kind or too short, MismatchError for another tokenizer.
     """
     if isinstance(info, PromptsInfo):
         return
@@ -150,11 +150,11 @@ def check_parent(info: Info, known: Mapping[str, Manifest], segment_id: str = ""
         kind, start, stop = "prompts", info.prompt_start, info.prompt_stop
     what, parent_name = f"{info.kind} {segment_id[:12] or '(new)'}", f"{kind} {parent_id(info)[:12]}"
     if not (parent := known.get(parent_id(info))):
-        raise CacheError(f"{what} needs {parent_name}, which is not in this cache; copy that segment too")
+        raise CorruptError(f"{what} needs {parent_name}, which is not in this cache; copy that segment too")
     if parent.kind != kind:
-        raise CacheError(f"{what} needs {parent_name}, but that is a segment of {parent.kind}")
+        raise CorruptError(f"{what} needs {parent_name}, but that is a segment of {parent.kind}")
     if not start <= stop <= parent.rows:
-        raise CacheError(f"{what} covers rows {start} to {stop} of {parent_name}, which has {parent.rows}")
+        raise CorruptError(f"{what} covers rows {start} to {stop} of {parent_name}, which has {parent.rows}")
     todo = f"{what} and {parent_name} must share a tokenizer; use the same one"
     require_same_tokenizer(info.tokenizer, parent.info.tokenizer, todo)
 

@@ -78,7 +78,8 @@ RETRIES = {"max_retries": 2, "retry_timeout": timedelta(seconds=60)}
 """Of the client, for one request; `persistently` comes on top of it."""
 MAX_LISTING_BYTES = 2**26
 _LINK = re.compile(rb"""href\s*=\s*["']?(?:[^"'\s>]*/)?([0-9a-f]{64}\.json)["'\s>]""", re.IGNORECASE)
-_LISTING = re.compile(rb"index of|directory listing", re.IGNORECASE)
+_LISTING = re.compile(rb"<title>\s*(?:index of|directory listing)[^<]*manifests/?\s*</title>", re.IGNORECASE)
+"""Of a folder without files."""
 
 
 class ObjectStore(KeyedStore):
@@ -99,11 +100,18 @@ class ObjectStore(KeyedStore):
     def segment_ids(self) -> list[str]:
         if self._web:
             return segment_bytes.ids_among(self._linked())
-        found: list[str] = []
-        with suppress(FileNotFoundError):
-            listed = persistently(self.address, lambda: _plain(lambda: self._client.list_with_delimiter("manifests")))
-            found = [entry["path"].rpartition("/")[2] for entry in listed["objects"]]
+        # a page that is no listing can read as one of nothing; a listing of the cache has the marker
+        if not (found := self._listed("manifests")) and MARKER not in self._listed(None):
+            raise CacheError(
+                f"{self.address}: is not listed; what answers there is no object store, or hides its names"
+            )
         return segment_bytes.ids_among(found)
+
+    def _listed(self, folder: str | None) -> list[str]:
+        with suppress(FileNotFoundError):
+            listed = persistently(self.address, lambda: _plain(lambda: self._client.list_with_delimiter(folder)))
+            return [entry["path"].rpartition("/")[2] for entry in listed["objects"]]
+        return []
 
     def put(self, batch: Sequence[Packed]) -> None:
         if self._web:

@@ -10,7 +10,7 @@ import pytest
 from ketchup_cache import open_cache
 from ketchup_cache.cache import zarr_files
 from ketchup_cache.cache.cache import Cache
-from ketchup_cache.cache.inspect import clean, verify
+from ketchup_cache.cache.inspect import clean, set_aside, verify
 from ketchup_cache.errors import CacheError, CorruptError, KetchupError, MismatchError
 from tests.helpers import hostile, segments
 from tests.helpers.errors import refuses
@@ -110,16 +110,35 @@ def test_files_that_no_manifest_names_change_nothing(cache: Cache) -> None:
     assert (report.ok, report.leftovers) == (True, (f"segments/{'0' * 64}",))
 
 
-def test_a_lost_manifest_is_reported_and_its_data_stays(cache: Cache) -> None:
-    """A child names it, so it is no leftover: it comes back with a copy of its manifest."""
-    _, rollouts_id, _ = fill(cache)
-    manifest = cache.path / "manifests" / f"{rollouts_id}.json"
+@pytest.mark.parametrize("kind", [0, 1, 2])
+def test_a_lost_manifest_is_reported_and_its_data_stays(cache: Cache, kind: int) -> None:
+    """Also that of scores, which no child names: it comes back with a copy of its manifest."""
+    segment_id = fill(cache)[kind]
+    manifest = cache.path / "manifests" / f"{segment_id}.json"
     lost = manifest.read_bytes()
     manifest.unlink()
-    refused(cache.path, CacheError, "needs rollouts")
+    (problem, *_) = (p for p in verify(open_cache(cache.path), deep=False).problems if "its manifest is lost" in p)
+    assert str(cache.path / "segments" / segment_id) in problem
     assert clean(open_cache(cache.path), hours=0) == ((), 0)
     manifest.write_bytes(lost)
     load_all(cache.path)
+    manifest.unlink()
+    set_aside(cache, verify(open_cache(cache.path)).damaged)
+    assert verify(open_cache(cache.path)).ok
+    assert (cache.path / "aside" / "segments" / segment_id / ARCHIVE).exists()
+
+
+def test_a_commit_that_was_cut_short_is_no_lost_manifest(cache: Cache, monkeypatch) -> None:
+    def dying() -> None:
+        real = os.rename
+        monkeypatch.setattr(os, "rename", lambda a, b: os._exit(0) if "manifests" in str(b) else real(a, b))
+        fill(cache)
+
+    assert segments.exit_code(segments.in_child(dying)) == 0
+    report = verify(open_cache(cache.path))
+    assert report.ok
+    assert sorted(left.partition("/")[0] for left in report.leftovers) == ["segments", "tmp"]
+    assert len(clean(open_cache(cache.path), hours=0)[0]) == 2
 
 
 def test_verify_lists_every_problem(cache: Cache) -> None:

@@ -26,6 +26,7 @@ from ketchup_cache.cache.segment_bytes import MARKER, Packed
 from ketchup_cache.cli import main
 from ketchup_cache.errors import KetchupError, WriteError
 from ketchup_cache.sharing.stores import open_store
+from tests.helpers import segments
 from tests.helpers.segments import add_prompts, exit_code, fill, in_child, load_all, make_prompts, prompts_info, same
 
 ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES, errno.EFBIG)
@@ -138,9 +139,10 @@ def kill_clean(root: Path, times: int, leftovers: int = 40, seed: int = 0) -> Co
     whole_s = 0.0
     while count.kills < times:
         for name in range(leftovers):
-            for place in ("segments", "tmp"):
-                copied = root / place / f"{name:064x}"
-                shutil.copytree(root / "segments" / kept[0], copied, dirs_exist_ok=True)
+            segment = segments.fingerprint(str(name))  # of a manifest with these bytes
+            shutil.copytree(root / "segments" / kept[0], root / "segments" / segment, dirs_exist_ok=True)
+            (root / "tmp" / segment).mkdir(exist_ok=True)
+            (root / "tmp" / segment / "manifest.json").write_text(str(name))
         began = time.monotonic()
         _, killed = run_and_kill(lambda: run(words), rng.uniform(0, 0.9 * whole_s) if whole_s else 600)
         whole_s = whole_s or time.monotonic() - began
@@ -223,7 +225,7 @@ def count_steps(cache: Cache, patch_with) -> int:
 
 def fail_every_step(folder: Path, patch_with, errors: tuple[int, ...] = ERRORS, every: int = 1) -> Count:
     """Each of the errors at each step of a commit, or at every so manieth. A failed commit says so in
-    one line, leaves nothing in `tmp/`, and is seen only where its rename is done; run again, it succeeds.
+    one line, leaves no data in `tmp/`, and is seen only where its rename is done; run again, it succeeds.
 
     unclear: errors that are not one line with the folder, the reason and what to do.
     """
@@ -246,7 +248,7 @@ def fail_every_step(folder: Path, patch_with, errors: tuple[int, ...] = ERRORS, 
                     count.unclear += "\n" in text or not said
                 else:
                     count.false_acknowledgements += 1
-            count.unclear += bool(os.listdir(root / "tmp"))
+            count.unclear += any((stage / "data").exists() for stage in (root / "tmp").iterdir())
             # the last three steps sync a rename that is done
             assert set(open_cache(root).segment_ids()) == before or at >= steps - 3
     assert same(cache.load_prompts(cache.commit_prompts(*NEW)), NEW[0])
