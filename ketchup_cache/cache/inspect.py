@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 from pydantic import BaseModel
 
+from ketchup_cache.cache import rules
 from ketchup_cache.cache.cache import Cache
 from ketchup_cache.cache.disk import FolderStore, delete, move_aside, orphans, weigh
 from ketchup_cache.cache.index import Index, check_parent, distinct, parent_id
@@ -201,6 +203,8 @@ def verify(cache: Cache, *, deep: bool = True) -> VerifyReport:
         problems += wrong
         damaged |= {id_: None} if wrong or parent_id(manifest.info) in damaged else {}
         right += 0 if wrong else manifest.data_bytes
+    said = tried(lambda: list(_disputes(fresh, set(manifests) - damaged.keys())))
+    problems += said if isinstance(said, list) else []
     parents = {parent_id(m.info) for m in manifests.values()}
     left, lost = orphans(store.path, parents) if isinstance(store, FolderStore) else ([], [])
     todo = "bring it back from a copy, or `ketchup-cache verify --set-aside`"
@@ -210,6 +214,38 @@ def verify(cache: Cache, *, deep: bool = True) -> VerifyReport:
     # once each: a damaged parent is found by each of its children too
     said_once = tuple(dict.fromkeys(problems))
     return VerifyReport(cache.address, len(manifests), right, said_once, names, damaged=tuple(damaged))
+
+
+def _disputes(cache: Cache, whole: set[str]) -> Iterator[str]:
+    """A line for each two scores segments that disagree about the same rows of one teacher, with who wrote them."""
+
+    def who(segment_id: str) -> str:
+        by = cache.manifest(segment_id).author
+        with suppress(AttributeError, OSError, KeyError):  # at an address, files have no owner
+            by = by or (cache.path / "manifests" / f"{segment_id}.json").owner()
+        return f"{segment_id[:12]} of {cache.manifest(segment_id).created}" + f" by {by}" * bool(by)
+
+    earlier: dict[tuple[str, str], list[tuple[str, ScoresInfo]]] = {}
+    for id_, manifest in cache.manifests("scores"):
+        if id_ not in whole or not isinstance(info := manifest.info, ScoresInfo):
+            continue
+        others = earlier.setdefault((cache.index.original[info.rollouts], info.teacher.fingerprint), [])
+        for other, theirs in others:
+            start, stop = max(info.row_start, theirs.row_start), min(info.row_stop, theirs.row_stop)
+            if start >= stop:
+                continue
+            completions, cut = cache.load_rollouts(info.rollouts).completions, []
+            for name, of in ((other, theirs), (id_, info)):
+                own = completions.slice(of.row_start, of.row_stop)
+                cut.append(cache.load_scores(name).rows(own, start - of.row_start, stop - of.row_start))
+            count, most = rules.apart(*cut, info.teacher.dtype)
+            if count:
+                what = (
+                    f"{count:,} numbers of rows {start} to {stop} of rollouts {info.rollouts[:12]}, by up to {most:.3g}"
+                )
+                who_wrote = f"scores {who(other)}, and {who(id_)}, of teacher {info.teacher.name}"
+                yield f"{who_wrote}, disagree about {what}; use ids that you trust (`learn --pin`)"
+        others.append((id_, info))
 
 
 def set_aside(cache: Cache, ids: Iterable[str]) -> None:

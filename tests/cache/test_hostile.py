@@ -1,7 +1,9 @@
 """Damaged and hostile caches: a typed error that names the file, quickly, and never wrong numbers or foreign code."""
 
+import getpass
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +17,7 @@ from ketchup_cache.errors import CacheError, CorruptError, KetchupError, Mismatc
 from tests.helpers import hostile, segments
 from tests.helpers.errors import refuses
 from tests.helpers.hostile import HOSTILE, altered, forge, refused, removed, said
-from tests.helpers.segments import add_prompts, fill, load_all
+from tests.helpers.segments import add_prompts, fill, load_all, make_scores, scores_info
 
 ARCHIVE = zarr_files.ARCHIVE
 
@@ -331,3 +333,31 @@ def test_a_segment_id_can_not_name_a_path(cache: Cache) -> None:
     fill(cache)
     for segment_id in ("../marker", "", "/etc/passwd", "0" * 64, "*"):
         refuses(CacheError, "has no segment", cache.load_prompts, segment_id)
+
+
+# ----------------------------------------------------------------------------------------------------- who scored
+
+
+@pytest.mark.parametrize("storage", ["lossless", "compact"])
+def test_scores_of_one_teacher_that_disagree_are_told_with_who_wrote_them(cache: Cache, storage: str) -> None:
+    """An honest second scorer is no dispute: rounding, float16, another teacher. A forged, earlier segment is."""
+    _, rollouts_id, first = fill(cache, sizes=((3, 1, 4), (5, 2, 7), ((0, 3),)), top=4)
+    rollouts, honest = cache.load_rollouts(rollouts_id), cache.load_scores(first)
+    again = replace(honest, q=honest.q - np.float32(1e-5) * np.abs(honest.q))
+    info = scores_info(rollouts_id, 0, 3, keep_top=4, storage=storage)
+    second = cache.commit_scores(again, info)
+    other = make_scores(rollouts, 0, 3, seed=7)
+    cache.commit_scores(other, scores_info(rollouts_id, 0, 3, by="another teacher"))
+    assert verify(cache, deep=False).ok
+    part = honest.rows(rollouts.completions, 1, 3)
+    forged = cache.commit_scores(replace(part, q=part.q - 1, top=None), scores_info(rollouts_id, 1, 3, storage=storage))
+    early = forge(cache, forged, said(created="2020-01-01T00:00:00.000000Z"))
+    for deep in (False, True):
+        problems = verify(open_cache(cache.path), deep=deep).problems
+        assert len(problems) == 2  # with each honest one
+        for problem, theirs in zip(problems, (first, second), strict=True):
+            assert (
+                f"scores {early[:12]} of 2020-01-01T00:00:00.000000Z by {getpass.getuser()}, and {theirs[:12]}"
+                in problem
+            )
+            assert f"of rows 1 to 3 of rollouts {rollouts_id[:12]}, by up to 1; use ids" in problem
