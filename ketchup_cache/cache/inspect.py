@@ -238,7 +238,7 @@ def _disputes(cache: Cache, whole: set[str]) -> Iterator[str]:
             for name, of in ((other, theirs), (id_, info)):
                 own = completions.slice(of.row_start, of.row_stop)
                 cut.append(cache.load_scores(name).rows(own, start - of.row_start, stop - of.row_start))
-            count, most = rules.apart(*cut, info.teacher.dtype)
+            count, most = rules.apart(info.teacher.dtype, *cut)
             if count:
                 what = (
                     f"{count:,} numbers of rows {start} to {stop} of rollouts {info.rollouts[:12]}, by up to {most:.3g}"

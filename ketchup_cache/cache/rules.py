@@ -214,7 +214,7 @@ def _check_pair(scores: Scores, info: ScoresInfo, rollouts: Rollouts) -> None:
         _refuse("top_q", differs, "is not q where top_ids is the token")
 
 
-def apart(one: Scores, other: Scores, dtype: str) -> tuple[int, float]:
+def apart(dtype: str, one: Scores, other: Scores) -> tuple[int, float]:
     """Of two scores of the same rows by one teacher, whose body ran in `dtype`: how many numbers differ by more than
     rounding on two machines makes them (`APART`), and the largest difference."""
     size = np.maximum(1, np.abs([one.q, one.max_q, one.mean_q]).max(axis=0))
