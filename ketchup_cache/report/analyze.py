@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from ketchup_cache.cache.cache import Cache
 from ketchup_cache.cache.index import ScoredRef
 from ketchup_cache.config.commands import AnalyzeConfig
-from ketchup_cache.console import Bar, Report, progress
+from ketchup_cache.console import Bar, Report, printable, progress
 from ketchup_cache.errors import CacheError
 from ketchup_cache.evaluation.task_metrics import spread
 from ketchup_cache.files import write_file
@@ -70,7 +70,7 @@ class Analysis(Report):
 
     def __str__(self) -> str:
         head = "teacher {}; normalization {normalization}, tail {tail}, unfinished {unfinished}"
-        return "\n\n".join([head.format(self.teacher["name"], **self.settings), *map(_text, self.policies)])
+        return "\n\n".join([head.format(printable(self.teacher["name"]), **self.settings), *map(_text, self.policies)])
 
 
 def analyze(config: AnalyzeConfig) -> Analysis:

@@ -97,7 +97,7 @@ def copy(
             for batch in _batches(_Arriving(giver, taker, known, missing), missing, bar, wrong):
                 taker.put(batch)
     if wrong:
-        raise CorruptError("\n".join(dict.fromkeys(wrong.values())))
+        raise CorruptError(*dict.fromkeys(wrong.values()))
     segments: dict[str, int] = {kind: sum(m.kind == kind for m, _ in missing.values()) for kind in KINDS}
     rows, already = sum(manifest.rows for manifest, _ in missing.values()), len(there.intersection(offered))
     took = round(time.monotonic() - began, 2)
@@ -113,9 +113,9 @@ def merge(sources: Iterable[Address], target: Address, *, dry_run: bool = False)
         try:
             reports.append(copy(source, target, dry_run=dry_run))
         except CorruptError as error:
-            wrong.append(str(error))
+            wrong += error.args
     if wrong:
-        raise CorruptError("\n".join(wrong))
+        raise CorruptError(*wrong)
     return MergeReport(tuple(reports))
 
 

@@ -1,6 +1,7 @@
 """Damaged and hostile caches: a typed error that names the file, quickly, and never wrong numbers or foreign code."""
 
 import getpass
+import json
 import os
 import shutil
 from dataclasses import replace
@@ -13,10 +14,11 @@ from ketchup_cache import open_cache
 from ketchup_cache.cache import zarr_files
 from ketchup_cache.cache.cache import Cache
 from ketchup_cache.cache.inspect import clean, set_aside, verify
+from ketchup_cache.cli import main
 from ketchup_cache.errors import CacheError, CorruptError, KetchupError, MismatchError
 from tests.helpers import hostile, segments
 from tests.helpers.errors import refuses
-from tests.helpers.hostile import HOSTILE, altered, forge, refused, removed, said
+from tests.helpers.hostile import HOSTILE, altered, both, forge, refused, removed, said
 from tests.helpers.segments import add_prompts, fill, load_all, make_scores, scores_info
 
 ARCHIVE = zarr_files.ARCHIVE
@@ -361,3 +363,26 @@ def test_scores_of_one_teacher_that_disagree_are_told_with_who_wrote_them(cache:
                 in problem
             )
             assert f"of rows 1 to 3 of rollouts {rollouts_id[:12]}, by up to 1; use ids" in problem
+
+
+@pytest.mark.parametrize(
+    "evil", ["\x1b[2J\x1b]0;owned\x07", "\nketchup-cache: all right", "\x9b2J", "\u202etxt", "a\rb", "a\x85b"]
+)
+def test_names_print_no_control_characters_and_no_line_of_ours(cache: Cache, capsys, tmp_path: Path, evil: str) -> None:
+    """In reports and in errors: names of everything a manifest names."""
+    _, _, scores = fill(cache)
+    manifest = json.loads((cache.path / "manifests" / f"{scores}.json").read_text())
+    tokenizer = manifest["info"]["tokenizer"] | {"name": evil}
+    who = {"name": evil, "fingerprint": "e" * 64, "dtype": evil}
+    forge(cache, scores, both(said(tool=evil, created=evil), said("info", teacher=who, tokenizer=tokenizer)), keep=True)
+    root = str(cache.path)
+    for words in (
+        ["info", root], ["verify", root, "--deep"], ["info", root, str(tmp_path / "none")],
+        ["export", root, str(tmp_path / "o"), "--to", "parquet"], ["analyze", "--cache", root],
+        ["analyze", "--cache", root, "--scored-by", evil], ["evaluate", "--model", evil, "--data", evil],
+    ):  # fmt: skip
+        main(words)
+        shown = "".join(capsys.readouterr())
+        assert "�" in shown or words[0] != "info" or len(words) > 2
+        assert all(c.isprintable() or c == "\n" for c in shown), words
+        assert "\nketchup-cache: all right" not in shown

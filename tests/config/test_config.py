@@ -1,7 +1,9 @@
 """Options from flags and YAML, and what is said when they are wrong."""
 
+import os
 import subprocess
 import sys
+import time
 from typing import get_args
 
 import pytest
@@ -230,3 +232,24 @@ def test_a_message_names_an_argument_as_it_is_typed(capsys):
     }.items():
         assert main([*words]) == 2
         assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: &a [x, x]\nb: &b [*a, *a]\nc: [*b, *b]\n", "an alias"),
+        ("k: " + "[" * 5_000 + "]" * 5_000, "recursion"),
+        ("{" * 5_000, "not valid YAML"),
+        ("k: 1\n" * 50_000, "more than 131,072 bytes"),
+        ("k: " + "9" * 50_000, "not valid YAML"),
+        ("k: 2026-99-99", "not valid YAML"),
+        ("k: !!python/object/apply:os.system [ls]", "not valid YAML"),
+        (None, "not a regular file"),
+    ],
+)
+def test_hostile_files_are_one_line_at_once(tmp_path, text, message, capsys):
+    file = tmp_path / "c.yaml"
+    os.mkfifo(file) if text is None else file.write_text(text)
+    began = time.monotonic()
+    assert message in fails(capsys, "learn", "--config", file)
+    assert time.monotonic() - began < 5

@@ -5,7 +5,9 @@ import http.server
 import os
 import shutil
 import threading
+import time
 import uuid
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -354,3 +356,42 @@ def test_two_copies_of_one_segment_at_the_same_moment(cache, tmp_path, monkeypat
     copy(cache.path, tmp_path / "b")
     assert len(late) == 3
     assert contents(tmp_path / "b") == contents(cache.path)
+
+
+class Trap(http.server.SimpleHTTPRequestHandler):
+    """A server that leads elsewhere, or sends a byte now and then."""
+
+    to = ""
+
+    def log_message(self, *_):
+        """Not beside what the command says."""
+
+    def do_GET(self):
+        if self.to:
+            self.send_response(302)
+            self.send_header("Location", self.to + self.path)
+            return self.end_headers()
+        self.send_response(200)
+        self.end_headers()
+        with suppress(OSError):
+            while True:
+                self.wfile.write(b" ")
+                time.sleep(0.01)
+
+
+def test_redirects_stay_on_the_host_and_a_slow_server_has_a_deadline(web, tmp_path, monkeypatch, capsys):
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Trap)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_port}/c"
+    monkeypatch.setattr(stores, "REQUEST_S", 0.1)
+    try:
+        for to, message in ((web, "leads to another host"), ("file://", "not allowed"), ("", "took more than")):
+            monkeypatch.setattr(Trap, "to", to)
+            assert message in fails(capsys, "pull", url, tmp_path / "b")
+        monkeypatch.setattr(stores, "DEADLINE_S", 0)  # no second try
+        began = time.monotonic()
+        fails(capsys, "info", url)
+        assert time.monotonic() - began < 3
+    finally:
+        server.shutdown()
+        server.server_close()
