@@ -122,7 +122,7 @@ def test_progress_in_a_log_is_lines_with_rate_and_time_left(monkeypatch, capsys)
 
 
 def test_a_second_process_on_one_output_folder_is_refused(tmp_path, capsys):
-    """Of `learn` and `pretrain`: `tests/training/test_run_folder.py`."""
+    """Of `learn` and `pretrain`: `tests/training/test_learn.py`."""
     fill(tmp_path / "c")
     out = tmp_path / "out"
     for words, held in (

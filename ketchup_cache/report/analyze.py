@@ -186,7 +186,8 @@ def _text(policy: dict[str, Any]) -> str:
     mean, sd, kl = (_number(policy[name]) for name in ("return_mean", "return_sd", "kl_per_token"))
     of_what = "" if policy["sampling"] == "plain" else " (of the sampling distribution)"
     head = TABLE_ROW.format("K", "variance", "± s.e.", "bias", "± s.e.", "T ≤ K")
-    lines = [TEXT.format(**policy, mean=mean, sd=sd, kl=kl, of_what=of_what), head]
+    shown = policy | {"label": printable(policy["label"])}
+    lines = [TEXT.format(**shown, mean=mean, sd=sd, kl=kl, of_what=of_what), head]
     for point in policy["by_k"]:
         k, *numbers, short = (point[name] for name in BY_K)
         lines.append(TABLE_ROW.format(k, *map(_number, numbers), "–" if short is None else f"{short:.0%}"))
