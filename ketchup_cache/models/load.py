@@ -37,6 +37,8 @@ GONE_FOLDERS = ("student", "model")
 RUN_FILES = (".lock", "metrics.jsonl", "report.json")
 """What the folder of a run has, and that of a model has not."""
 
+LAYERS = ("num_hidden_layers", "num_layers", "num_decoder_layers", "encoder_layers", "decoder_layers")
+
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
@@ -167,6 +169,9 @@ def load_model(
     with _loading(name):
         config = AutoConfig.from_pretrained(folder, local_files_only=True, **trust)
         kind = _kind(name, config)
+        layers = max(int(getattr(config, key, None) or 0) for key in LAYERS)
+        if layers > len(entries):  # each has a weight; to build them would take for ever
+            raise ModelError(f"{name}: config.json says {layers:,} layers, but there are {len(entries):,} weights")
         with torch.device("meta"):
             shapes = {key: tuple(value.shape) for key, value in kind.from_config(config, **trust).state_dict().items()}
         # before loading: what transformers says of a head of another shape does not name it

@@ -115,7 +115,7 @@ def write_for_ever(root: Path) -> None:
         fill(cache, sizes=((3, 1, 4), lengths, ((0, 1), (1, 3))), seed=seed)
 
 
-def kill_writers(folder: Path, times: int) -> Count:
+def kill_writers(folder: Path, times: int, seed: int = 0) -> Count:
     count = kills()
     for _ in range(2):  # the first time is slower
         began = time.monotonic()
@@ -125,7 +125,9 @@ def kill_writers(folder: Path, times: int) -> Count:
     for at in range(0, times, per_cache):
         root = folder / f"writer {at}"
         open_cache(root, create=True)
-        kill_at_random(lambda root=root: write_for_ever(root), root, count, min(per_cache, times - at), after_s, at)
+        kill_at_random(
+            lambda root=root: write_for_ever(root), root, count, min(per_cache, times - at), after_s, seed + at
+        )
         assert verify(open_cache(root)).ok
         shutil.rmtree(root)
     return count
