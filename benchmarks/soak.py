@@ -132,7 +132,13 @@ def kill_training(folder: Path, times: int, seed: int, command: str, *more: str)
     def result() -> str:
         return json.loads((out / "report.json").read_text())["fingerprint"]
 
-    return kill_command(words, root, reset, times, seed, others(folder, root), result)
+    add = others(folder, root)
+
+    def grow(number: int) -> None:
+        if (out / "config.json").exists():  # else the run has not begun, and may read all that is there
+            add(number)
+
+    return kill_command(words, root, reset, times, seed, grow, result)
 
 
 def kill_rollout(folder: Path, times: int, seed: int) -> Count:

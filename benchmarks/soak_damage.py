@@ -68,13 +68,16 @@ def run_folders(folder: Path, cases: int, seed: int) -> Count:
     return count
 
 
-NONSENSE: dict[str, tuple[int, tuple[str, ...], tuple[float, ...]]] = {
-    "rollouts": (1, ("completion_tokens", "completion_offsets", "prompt_index"), (2**15, -(2**15))),
-    "log-probabilities": (1, ("behavior_logprob",), (np.nan, np.inf, -np.inf, 5.0)),
-    "scores": (2, ("q", "max_q", "logsumexp", "mean_q", "final_max_q"), (np.nan, np.inf, -np.inf)),
-    "prompts": (0, ("tokens", "offsets"), (2**15, -(2**15))),
-}
-"""Member of a family of segments, arrays, and numbers that none of them may hold."""
+NONSENSE = (
+    (0, ("tokens", "offsets")),
+    (1, ("completion_tokens", "completion_offsets", "prompt_index", "behavior_logprob")),
+    (2, ("q", "max_q", "logsumexp", "mean_q", "final_max_q")),
+)
+"""Member of a family of segments, and arrays of it in which neither an infinity nor the largest integer may be."""
+
+
+def nonsense(array: np.ndarray) -> Any:
+    return np.inf if array.dtype.kind == "f" else np.iinfo(array.dtype).max
 
 
 def forged(folder: Path, cases: int, seed: int) -> Count:
@@ -88,9 +91,8 @@ def forged(folder: Path, cases: int, seed: int) -> Count:
         if case < cases // 2 and known:
             member, change, version = known.pop()
         else:
-            member, names, values = rng.choice(list(NONSENSE.values()))
-            place, version = rng.randrange(3), rng.choice((1, 2))
-            change = altered(rng.choice(names), place, rng.choice(values))
+            member, names = rng.choice(NONSENSE)
+            change, version = altered(rng.choice(names), rng.randrange(3), nonsense), rng.choice((1, 2))
         forge(open_cache(root), ids[member], change, version=version)
         began = time.monotonic()
         count.cases += 1
