@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 from ketchup_cache.config.commands import AnalyzeConfig
+from ketchup_cache.files import holding
 
 from .app import Result, command
 
@@ -14,10 +17,11 @@ from .app import Result, command
 )
 def analyze(config: AnalyzeConfig) -> Result:
     """Variance and bias of the returns, from a cache alone (Figure 2), or of the policy gradient (--gradient)."""
-    if config.gradient:
-        from ketchup_cache.report.gradient import gradient_report
+    with holding(config.out) if config.out else nullcontext():
+        if config.gradient:
+            from ketchup_cache.report.gradient import gradient_report
 
-        return gradient_report(config)
-    from ketchup_cache.report.analyze import analyze
+            return gradient_report(config)
+        from ketchup_cache.report.analyze import analyze
 
-    return analyze(config)
+        return analyze(config)

@@ -10,7 +10,7 @@ import sys
 import typing
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol, TextIO
 
 import typer
 import typer.core
@@ -20,7 +20,7 @@ from pydantic_core import PydanticUndefined
 from ketchup_cache.config.commands import COMMANDS
 from ketchup_cache.config.options import Config, Positive
 from ketchup_cache.config.resolve import flag, resolve
-from ketchup_cache.errors import ConfigError, KetchupError
+from ketchup_cache.errors import ConfigError, KetchupError, printable
 from ketchup_cache.shipped import recipe
 from ketchup_cache.version import __version__
 
@@ -86,7 +86,7 @@ def command(
                 plain = (sys.stdout.encoding or "").lower().replace("-", "") != "utf8"
                 print(json.dumps(result.to_dict(), ensure_ascii=plain, allow_nan=False))
             else:
-                print(result)
+                _print(str(result), sys.stdout)
             if getattr(result, "ok", True) is False:
                 raise typer.Exit(2)
 
@@ -244,11 +244,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KetchupError as error:
         if debug:
             raise
-        for line in str(error).splitlines():
-            print(f"ketchup-cache: {line}", file=sys.stderr)
+        for line in str(error).split("\n"):
+            _print(f"ketchup-cache: {line}")
         return 2
     except _UsageError as error:
-        print(f"ketchup-cache: {error.format_message()}", file=sys.stderr)  # type: ignore[attr-defined]
+        _print(f"ketchup-cache: {error.format_message()}")  # type: ignore[attr-defined]
         return 2
     except (KeyboardInterrupt, typer.Abort):
         print("ketchup-cache: stopped; run the same command again to continue", file=sys.stderr)
@@ -259,8 +259,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # A failing disk can show up anywhere. A bug in this program is not an OSError and keeps its traceback.
         if debug:
             raise
-        print(f"ketchup-cache: {error}", file=sys.stderr)
+        _print(f"ketchup-cache: {' '.join(str(error).split())}")
         return 2
+
+
+def _print(text: str, stream: TextIO | None = None) -> None:
+    """Lines for people, without control characters, whoever wrote what is in them. stream: stderr if not given."""
+    print("\n".join(map(printable, text.split("\n"))), file=stream or sys.stderr)
 
 
 __all__ = ["Config", "Result", "app", "command", "main"]

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from ketchup_cache.config.commands import DemoConfig
+from ketchup_cache.files import holding
 
 from .app import Result, command, main
 
@@ -10,4 +11,5 @@ def demo(config: DemoConfig) -> Result:
     """Distil a shipped teacher into a small student, from start to end."""
     from ketchup_cache.report.demo import demo
 
-    return demo(config, main)
+    with holding(config.out):
+        return demo(config, main)

@@ -17,6 +17,8 @@ from rich.filesize import decimal
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column
 
+from ketchup_cache.errors import printable as printable
+
 LOG_EVERY_S = 60.0
 
 
@@ -44,14 +46,9 @@ def warn(text: str) -> None:
 
 
 def one_line(error: object, longest: int = 200) -> str:
-    """An error's text without line breaks; its type where it says nothing."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    """An error's text without line breaks and control characters; its type where it says nothing."""
+    text = printable(" ".join(str(error).split())) or type(error).__name__
     return text if len(text) <= longest else text[: longest - 1] + "…"
-
-
-def printable(text: str) -> str:
-    """Without control characters: names in files that others wrote must not steer the terminal."""
-    return "".join(c if c.isprintable() else "�" for c in text)
 
 
 def silence(*logs: Any) -> ExitStack:

@@ -9,8 +9,16 @@ from __future__ import annotations
 from typing import Any
 
 
+def printable(text: str) -> str:
+    """Without control characters: names in files of others must not steer the terminal, or add lines of ours."""
+    return "".join(c if c.isprintable() else "�" for c in text)
+
+
 class KetchupError(Exception):
-    """Base of all errors this package raises on purpose."""
+    """Base of all errors this package raises on purpose. Its text has a line for each argument."""
+
+    def __str__(self) -> str:
+        return "\n".join(printable(str(problem)) for problem in self.args)
 
 
 class ConfigError(KetchupError):
@@ -21,7 +29,7 @@ class ConfigError(KetchupError):
 
     def __init__(self, problems: list[str]) -> None:
         self.problems = problems
-        super().__init__("\n".join(problems))
+        super().__init__(*problems)
 
 
 class DataError(KetchupError):

@@ -9,8 +9,10 @@ import pytest
 from rich.console import Console
 
 from ketchup_cache import console as progress, files
+from ketchup_cache.cli import main
 from ketchup_cache.errors import WriteError
-from tests.helpers.errors import refuses
+from tests.helpers.errors import fails, refuses
+from tests.helpers.segments import fill
 from tests.helpers.trust import Interrupted, failing, stand_in
 
 
@@ -117,3 +119,21 @@ def test_progress_in_a_log_is_lines_with_rate_and_time_left(monkeypatch, capsys)
         "scoring: 10 of 40 tokens (8.0 s each, 4.0 min left) hit rate 5%",
         "scoring: 20 of 40 tokens (8.0 s each, 2.7 min left) hit rate 5%",
     ]
+
+
+def test_a_second_process_on_one_output_folder_is_refused(tmp_path, capsys):
+    """Of `learn` and `pretrain`: `tests/training/test_learn.py`."""
+    fill(tmp_path / "c")
+    out = tmp_path / "out"
+    for words, held in (
+        (("export", tmp_path / "c", out, "--to", "parquet"), tmp_path / "out.partial"),
+        (("analyze", "--cache", tmp_path / "c", "--out", out), out), (("demo", "--out", out), out),
+    ):  # fmt: skip
+        with files.holding(held):
+            assert f"{out}: another process writes there" in fails(capsys, *words)
+        held.rmdir()
+    run = ["export", str(tmp_path / "c"), str(out), "--to", "parquet"]
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "left").write_text("by a kill")
+    assert main(run) == 0
+    assert [path.name for path in out.iterdir()] == ["rows.parquet"]

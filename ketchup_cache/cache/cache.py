@@ -233,10 +233,14 @@ class Cache:
             raise CacheError(f"{self.address}: segment {segment_id} does not hold {wanted.__name__.lower()}")
         return segment
 
-    def _decode(self, segment_id: str) -> rules.Segment:
+    def check(self, packed: Packed) -> None:
+        """That a segment which may still be on its way keeps every rule of the format. Raises CorruptError."""
+        self._decode(packed.segment_id, packed)
+
+    def _decode(self, segment_id: str, packed: Packed | None = None) -> rules.Segment:
         manifest = self.manifest(segment_id)
         parent = self._parent(manifest.info, segment_id)
-        packed = segment_bytes.read_segment(self.store, segment_id, manifest, b"")
+        packed = packed or segment_bytes.read_segment(self.store, segment_id, manifest, b"")
         segment = rules.unpack(manifest.info, segment_bytes.arrays_of(packed, manifest, self.address))
         try:
             rules.check(segment, manifest.info, parent)

@@ -8,6 +8,7 @@ Every step on the file system is here or in files.py, so that the tests can fail
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import shutil
 import stat
@@ -16,11 +17,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from ketchup_cache.cache.segment_bytes import MARKER, MARKER_BYTES, KeyedStore, Packed, ids_among
+from ketchup_cache.cache import zarr_files
+from ketchup_cache.cache.segment_bytes import MARKER, MARKER_BYTES, MAX_MANIFEST_BYTES, KeyedStore, Packed, ids_among
 from ketchup_cache.errors import CacheError, CorruptError, WriteError
 from ketchup_cache.files import sync, write_new
 
 FOLDERS = ("manifests", "segments", "tmp")
+WHOLE = (zarr_files.ARCHIVE, "zarr.json")
+"""Of a segment's data, in versions 2 and 1."""
 ADVICE = dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free some space and run the command again")
 ADVICE |= dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "choose a cache folder you may write to")
 
@@ -142,15 +146,21 @@ def list_folder(path: Path) -> list[str]:
         raise CacheError(f"{path}: can't be read ({error.strerror}); check the path and your permissions") from None
 
 
-def leftovers(root: Path, keep: set[str]) -> list[Path]:
-    """What no reader looks at: entries of tmp/, and data in segments/ that no manifest has and nobody in `keep` names.
+def orphans(root: Path, keep: set[str]) -> tuple[list[Path], list[Path]]:
+    """What no reader looks at: data in segments/ without a manifest that nobody in `keep` names, and entries of tmp/.
+    Apart from it, whole data whose manifest was there and is lost: a commit that was killed has left it in tmp/.
 
-    Folders are listed before manifests, so that a segment that is committed in between is none.
+    Data is listed before tmp/ and manifests, so that a segment that is committed in between is neither.
     """
-    tmp = [root / "tmp" / name for name in sorted(list_folder(root / "tmp"))]
     data = sorted(list_folder(root / "segments"))
-    known = {*ids_among(list_folder(root / "manifests")), *keep}
-    return tmp + [root / "segments" / name for name in data if name not in known]
+    tmp, begun = [root / "tmp" / name for name in sorted(list_folder(root / "tmp"))], set()
+    for stage in tmp:
+        with suppress(FileNotFoundError, CacheError):
+            begun.add(hashlib.sha256(read_file(stage / "manifest.json", MAX_MANIFEST_BYTES)).hexdigest())
+    known = set(ids_among(list_folder(root / "manifests")))
+    bare = [root / "segments" / name for name in data if name not in known]
+    lost = [path for path in bare if path.name not in begun and any((path / name).exists() for name in WHOLE)]
+    return [*(path for path in bare if path not in lost and path.name not in keep), *tmp], lost
 
 
 def weigh(path: Path) -> tuple[float, int]:
@@ -189,21 +199,30 @@ def delete(root: Path, path: Path, *, committed: bool = False) -> bool:
     return True
 
 
+def aside(root: Path) -> FolderStore:
+    """A cache inside of one, for what must not take part in it."""
+    if (root / "aside").is_symlink():
+        raise _linked(root / "aside")
+    store = FolderStore(root / "aside")
+    store.create()
+    return store
+
+
 def move_aside(root: Path, segment_id: str) -> None:
-    """Move what there is of a segment to aside/, the manifest first: readers see all of it or nothing."""
-    with _staging(root):
-        if (root / "aside").is_symlink():
-            raise _linked(root / "aside")
-        os.makedirs(root / "aside", exist_ok=True)
-        for path in (root / "manifests" / f"{segment_id}.json", root / "segments" / segment_id):
+    """Move what there is of a segment to `aside`, the manifest first: readers see all of it or nothing."""
+    store = aside(root)
+    with _staging(root) as stage:
+        for name in (f"manifests/{segment_id}.json", f"segments/{segment_id}"):
+            with suppress(FileNotFoundError):  # what was set aside before goes
+                os.rename(store.path / name, stage / name.partition("/")[0])
             with suppress(FileNotFoundError):
-                os.rename(path, root / "aside" / path.name)
-                sync(path.parent)
+                os.rename(root / name, store.path / name)
+                sync((root / name).parent)
 
 
 @contextmanager
 def _staging(root: Path) -> Iterator[Path]:
-    """A new folder under tmp/, gone afterwards. Turns OSError into WriteError."""
+    """A new folder under tmp/, gone afterwards, unless it tells whose data was left in segments/. Raises WriteError."""
     stage = root / "tmp" / uuid.uuid4().hex
     try:
         for folder in FOLDERS:
@@ -217,7 +236,8 @@ def _staging(root: Path) -> Iterator[Path]:
         what = f"can't write ({error.strerror or error}): {todo}; what was committed before is kept"
         raise WriteError(f"{root}: {what}") from error
     finally:
-        shutil.rmtree(stage, ignore_errors=True)
+        if (stage / "data").exists() or not (stage / "manifest.json").exists():  # else what has moved lacks it
+            shutil.rmtree(stage, ignore_errors=True)
 
 
 def _linked(path: Path) -> CorruptError:

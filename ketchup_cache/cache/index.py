@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import Any, NamedTuple, TypeVar
 
 from ketchup_cache.cache.manifest import Info, Manifest, PromptsInfo, RolloutsInfo, ScoresInfo
-from ketchup_cache.errors import CacheError
+from ketchup_cache.errors import CacheError, CorruptError
 from ketchup_cache.provenance import PolicyInfo, TeacherInfo, TokenizerInfo, require_same_tokenizer
 
 Model = TypeVar("Model", PolicyInfo, TeacherInfo, TokenizerInfo)
@@ -49,13 +49,13 @@ class Index:
     def rollouts(self) -> list[tuple[str, RolloutsInfo]]:
         """(id, info) of the rollouts segments. Of the same rows in float32 and in float16, those in float32."""
         chosen: dict[str, str] = {}
-        for id_, original in self._original.items():
+        for id_, original in self.original.items():
             chosen[original] = original if original in self.manifests else chosen.get(original, id_)
         kept = set(chosen.values())
         return [(id_, m.info) for id_, m in self.manifests.items() if id_ in kept and isinstance(m.info, RolloutsInfo)]
 
     @cached_property
-    def _original(self) -> dict[str, str]:
+    def original(self) -> dict[str, str]:
         """What stands for the rows of each rollouts segment, stored in float32 or in float16 (format version 1)."""
         return {id_: m.info.original or id_ for id_, m in self.manifests.items() if isinstance(m.info, RolloutsInfo)}
 
@@ -79,7 +79,7 @@ class Index:
             assert isinstance(parent, RolloutsInfo)
             if policy not in (None, parent.policy.fingerprint):
                 continue
-            covered = done.setdefault((self._original[info.rollouts], info.teacher.fingerprint), [])
+            covered = done.setdefault((self.original[info.rollouts], info.teacher.fingerprint), [])
             rows = gaps(info.row_start, info.row_stop, covered)
             covered += rows
             made_by: Any = (parent.sampling.samples, parent.policy, info.teacher)
@@ -90,8 +90,8 @@ class Index:
         """All rows without scores by the teacher with this fingerprint, or with fewer than `keep_top` logits."""
         covered: dict[str, list[tuple[int, int]]] = {}
         for ref in self.scored(teacher, keep_top=keep_top):
-            covered.setdefault(self._original[ref.rollouts_id], []).append((ref.row_start, ref.row_stop))
-        left = {id_: covered.get(self._original[id_], []) for id_, _ in self.rollouts}
+            covered.setdefault(self.original[ref.rollouts_id], []).append((ref.row_start, ref.row_stop))
+        left = {id_: covered.get(self.original[id_], []) for id_, _ in self.rollouts}
         return [(id_, *span) for id_, done in left.items() for span in gaps(0, self.manifests[id_].rows, done)]
 
     def models(self, what: str) -> list[Any]:
@@ -140,7 +140,7 @@ def parent_id(info: Info) -> str:
 def check_parent(info: Info, known: Mapping[str, Manifest], segment_id: str = "") -> None:
     """That a segment's parent is among known ones and fits. `segment_id` is empty for a segment still to be committed.
 
-    Raises CacheError where it is missing, of the wrong kind or too short; MismatchError where its tokenizer is another.
+    Raises CorruptError where it is missing, of the wrong kind or too short, MismatchError for another tokenizer.
     """
     if isinstance(info, PromptsInfo):
         return
@@ -150,11 +150,11 @@ def check_parent(info: Info, known: Mapping[str, Manifest], segment_id: str = ""
         kind, start, stop = "prompts", info.prompt_start, info.prompt_stop
     what, parent_name = f"{info.kind} {segment_id[:12] or '(new)'}", f"{kind} {parent_id(info)[:12]}"
     if not (parent := known.get(parent_id(info))):
-        raise CacheError(f"{what} needs {parent_name}, which is not in this cache; copy that segment too")
+        raise CorruptError(f"{what} needs {parent_name}, which is not in this cache; copy that segment too")
     if parent.kind != kind:
-        raise CacheError(f"{what} needs {parent_name}, but that is a segment of {parent.kind}")
+        raise CorruptError(f"{what} needs {parent_name}, but that is a segment of {parent.kind}")
     if not start <= stop <= parent.rows:
-        raise CacheError(f"{what} covers rows {start} to {stop} of {parent_name}, which has {parent.rows}")
+        raise CorruptError(f"{what} covers rows {start} to {stop} of {parent_name}, which has {parent.rows}")
     todo = f"{what} and {parent_name} must share a tokenizer; use the same one"
     require_same_tokenizer(info.tokenizer, parent.info.tokenizer, todo)
 

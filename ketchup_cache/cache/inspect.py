@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 from pydantic import BaseModel
 
+from ketchup_cache.cache import rules
 from ketchup_cache.cache.cache import Cache
-from ketchup_cache.cache.disk import FolderStore, delete, leftovers, move_aside, weigh
+from ketchup_cache.cache.disk import FolderStore, delete, move_aside, orphans, weigh
 from ketchup_cache.cache.index import Index, check_parent, distinct, parent_id
 from ketchup_cache.cache.manifest import KINDS, Manifest, PromptsInfo, ScoresInfo
 from ketchup_cache.cache.segment_bytes import in_parallel, read_manifest, read_segment
@@ -146,7 +148,7 @@ def compare(one: Cache, other: Cache) -> Difference:
 @dataclass(frozen=True)
 class VerifyReport(Report):
     """problems: one line each. bytes: that were read and found right. leftovers: of commits in progress or that a
-    crash ended: entries of tmp/ and data without a manifest. They are harmless: readers never look at them.
+    crash ended: entries of tmp/ and their data. They are harmless: readers never look at them.
     deleted: leftovers that are gone now (`clean`); kept: those that are too young. damaged: ids of the segments with
     problems, and of all that were made from them; aside: those that are out of the way now (`set_aside`)."""
 
@@ -201,12 +203,49 @@ def verify(cache: Cache, *, deep: bool = True) -> VerifyReport:
         problems += wrong
         damaged |= {id_: None} if wrong or parent_id(manifest.info) in damaged else {}
         right += 0 if wrong else manifest.data_bytes
+    said = tried(lambda: list(_disputes(fresh, set(manifests) - damaged.keys())))
+    problems += said if isinstance(said, list) else []
     parents = {parent_id(m.info) for m in manifests.values()}
-    left = leftovers(store.path, parents) if isinstance(store, FolderStore) else []
+    left, lost = orphans(store.path, parents) if isinstance(store, FolderStore) else ([], [])
+    todo = "bring it back from a copy, or `ketchup-cache verify --set-aside`"
+    problems += [f"{path}: its manifest is lost, for no commit of it was cut short; {todo}" for path in lost]
+    damaged |= {path.name: None for path in lost}
     names = tuple(str(path.relative_to(cache.address)) for path in left)
     # once each: a damaged parent is found by each of its children too
     said_once = tuple(dict.fromkeys(problems))
     return VerifyReport(cache.address, len(manifests), right, said_once, names, damaged=tuple(damaged))
+
+
+def _disputes(cache: Cache, whole: set[str]) -> Iterator[str]:
+    """A line for each two scores segments that disagree about the same rows of one teacher, with who wrote them."""
+
+    def who(segment_id: str) -> str:
+        by = cache.manifest(segment_id).author
+        with suppress(AttributeError, OSError, KeyError):  # at an address, files have no owner
+            by = by or (cache.path / "manifests" / f"{segment_id}.json").owner()
+        return f"{segment_id[:12]} of {cache.manifest(segment_id).created}" + f" by {by}" * bool(by)
+
+    earlier: dict[tuple[str, str], list[tuple[str, ScoresInfo]]] = {}
+    for id_, manifest in cache.manifests("scores"):
+        if id_ not in whole or not isinstance(info := manifest.info, ScoresInfo):
+            continue
+        others = earlier.setdefault((cache.index.original[info.rollouts], info.teacher.fingerprint), [])
+        for other, theirs in others:
+            start, stop = max(info.row_start, theirs.row_start), min(info.row_stop, theirs.row_stop)
+            if start >= stop:
+                continue
+            completions, cut = cache.load_rollouts(info.rollouts).completions, []
+            for name, of in ((other, theirs), (id_, info)):
+                own = completions.slice(of.row_start, of.row_stop)
+                cut.append(cache.load_scores(name).rows(own, start - of.row_start, stop - of.row_start))
+            count, most = rules.apart(info.teacher.dtype, *cut)
+            if count:
+                what = (
+                    f"{count:,} numbers of rows {start} to {stop} of rollouts {info.rollouts[:12]}, by up to {most:.3g}"
+                )
+                who_wrote = f"scores {who(other)}, and {who(id_)}, of teacher {info.teacher.name}"
+                yield f"{who_wrote}, disagree about {what}; use ids that you trust (`learn --pin`)"
+        others.append((id_, info))
 
 
 def set_aside(cache: Cache, ids: Iterable[str]) -> None:
@@ -224,14 +263,14 @@ def clean(cache: Cache, *, hours: float = 24.0, dry_run: bool = False) -> tuple[
     """Delete leftovers of interrupted commits that were untouched for so many hours; which, and how many are younger.
 
     A commit renames its data to segments/ and right after that its manifest: the age must be longer than that takes,
-    and than clocks of machines differ. Data that a manifest names as its parent stays, though its own manifest is lost.
+    and than clocks of machines differ. Data whose manifest is lost stays.
     Raises CacheError for a cache at an address, CorruptError where tmp/ or segments/ is a link, WriteError.
     """
     store = cache.store
     if not isinstance(store, FolderStore):
         raise CacheError(f"{cache.address}: --clean is for folders; the next push completes what a killed one has left")
     limit, gone, young = time.time() - hours * 3600, [], 0
-    for path in leftovers(store.path, {parent_id(m.info) for m in cache.index.manifests.values()}):
+    for path in orphans(store.path, {parent_id(m.info) for m in cache.index.manifests.values()})[0]:
         if weigh(path)[0] > limit:
             young += 1
         elif dry_run or delete(store.path, path):

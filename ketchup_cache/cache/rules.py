@@ -30,6 +30,9 @@ ROUNDING = 2.0**-11
 """Largest relative error of the nearest float16."""
 TOLERANCE = 1e-3
 """Relative: how far float32 rounding may bend an inequality between scores."""
+APART = {"float32": 2 * TOLERANCE, "bfloat16": 2.0**-4}
+"""By dtype of the teacher's body: how far scores of two machines may be apart, in float16 too. A share of the largest
+of a token's numbers, or of 1."""
 
 
 def layout(info: Info, rows: int, tokens: int) -> dict[str, ArrayEntry]:
@@ -209,6 +212,19 @@ def _check_pair(scores: Scores, info: ScoresInfo, rollouts: Rollouts) -> None:
             slack += 2 * ROUNDING * np.abs(scores.max_q - scores.q)
         differs = chosen & (np.abs(top.q - scores.q[:, None]) > slack[:, None])
         _refuse("top_q", differs, "is not q where top_ids is the token")
+
+
+def apart(dtype: str, one: Scores, other: Scores) -> tuple[int, float]:
+    """Of two scores of the same rows by one teacher, whose body ran in `dtype`: how many numbers differ by more than
+    rounding on two machines makes them (`APART`), and the largest difference."""
+    size = np.maximum(1, np.abs([one.q, one.max_q, one.mean_q]).max(axis=0))
+    pairs = [(values, getattr(other, name), size) for name, values in one.per_token().items()]
+    pairs.append((one.final_max_q, other.final_max_q, np.maximum(1, np.abs(one.final_max_q))))
+    if one.top and other.top:
+        both = slice(min(one.keep_top, other.keep_top))
+        pairs.append((one.top.q[:, both], other.top.q[:, both], size[:, None]))
+    far = [(np.abs(a - b), APART.get(dtype, max(APART.values())) * scale) for a, b, scale in pairs]
+    return int(sum((gap > most).sum() for gap, most in far)), max(float(gap.max(initial=0)) for gap, _ in far)
 
 
 def _check_tokens(name: str, ragged: Ragged, tokenizer: TokenizerInfo) -> None:

@@ -24,6 +24,8 @@ from ketchup_cache.config.options import (
     split_list,
 )
 
+OF_NEW_ROLLOUTS = {"refresh_every", "refresh_below_ess", "reuse"}
+"""Options of `learn` that mean nothing without --teacher or --scores-from. A file may hold them all the same."""
 IntList = Annotated[tuple[int, ...], BeforeValidator(split_list), Field(json_schema_extra={"metavar": "INT,INT,…"})]
 
 
@@ -179,10 +181,10 @@ class LearnConfig(
                 f"method {self.method} takes half of the {self.batch_size} rollouts from the teacher: "
                 f"make half of --batch-size a multiple of --samples {self.samples}"
             )
-        if self.refresh_below_ess and (self.offline or self.reuse > 1):
-            raise ValueError("refresh_below_ess is of new rollouts (--teacher, --scores-from) without --reuse")
-        if self.reuse > 1 and self.offline:
-            raise ValueError("reuse is of new rollouts (--teacher, --scores-from); from a cache alone, use --epochs")
+        for name in sorted(OF_NEW_ROLLOUTS & self.model_fields_set) if self.offline else ():
+            raise ValueError(f"{name} is of new rollouts (--teacher, --scores-from); from a cache alone, use --epochs")
+        if self.refresh_below_ess and self.reuse > 1:
+            raise ValueError("refresh_below_ess is of new rollouts, each used once: leave --reuse out")
         if self.refresh_every % self.reuse:
             raise ValueError(f"refresh_every {self.refresh_every} must be a multiple of reuse {self.reuse}")
         if self.baseline == "leave-one-out" and not self.offline and self.samples < 2:

@@ -10,14 +10,17 @@ import yaml
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from ketchup_cache.config.commands import COMMANDS
+from ketchup_cache.config.commands import COMMANDS, OF_NEW_ROLLOUTS
 from ketchup_cache.config.methods import METHODS
 from ketchup_cache.config.options import Config
 from ketchup_cache.errors import ConfigError
+from ketchup_cache.files import read_small
 from ketchup_cache.shipped import recipe, recipe_names
 
 ABOUT = "about"
 """The key of a YAML file that is not an option: what `ketchup-cache recipes` shows of the file."""
+MAX_BYTES = 2**17
+"""Of a YAML file."""
 WANTS = {
     "greater_than": "must be greater than {gt}",
     "greater_than_equal": "must be {ge} or more",
@@ -66,10 +69,11 @@ def _unused(values: dict[str, Any], flags: dict[str, Any]) -> set[str]:
     rule = METHODS.get(str(values.get("method")))
     both = values.get("scores_from") is not None and values.get("teacher") is not None
     other = "scores_from" if flags.get("teacher") is not None else "teacher"
+    offline = values.get("scores_from") is None and values.get("teacher") is None
     fixed = dict(rule.fixed if rule else {})
     weights, _ = fixed.get("weights", (values.get("weights") or "comb", ""))
     lacks = {"comb": {"lam"}, "mean": {"k", "tail", "lam"}}.get(str(weights), {"k", "tail"})
-    return fixed.keys() | lacks | ({other} if both else set())
+    return fixed.keys() | lacks | ({other} if both else OF_NEW_ROLLOUTS if offline else set())
 
 
 def find_recipe(name: str) -> Path:
@@ -80,6 +84,15 @@ def find_recipe(name: str) -> Path:
     return recipe(name)
 
 
+class _Loader(yaml.SafeLoader):
+    """A few aliases can stand for billions of values, so there are none."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("an alias (*name): write out what it stands for")
+        return super().compose_node(parent, index)
+
+
 def load_yaml(file: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     """A YAML file on top of the recipe that it extends, and so on; underscores in all keys. above: what extends it.
 
@@ -88,12 +101,12 @@ def load_yaml(file: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     Raises ConfigError where the file is missing, unreadable or no mapping, or `extends` names no recipe or goes round.
     """
     try:
-        loaded = yaml.safe_load(file.read_text(encoding="utf-8"))
+        loaded = yaml.load(read_small(file, MAX_BYTES).decode(), _Loader)
     except FileNotFoundError:
         raise ConfigError([f"{file}: no such config file"]) from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError([f"{file}: can't be read ({error})"]) from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # of numbers and dates, of deep nesting
         raise ConfigError([f"{file}: not valid YAML: {' '.join(str(error).split())}"]) from None
     if not isinstance(loaded, dict | None):
         raise ConfigError([f"{file}: expected `option: value` lines, found a {type(loaded).__name__}"])

@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 
 from ketchup_cache.console import one_line
 from ketchup_cache.errors import ModelError
+from ketchup_cache.files import read_small
 from ketchup_cache.provenance import TokenizerInfo, canonical_json
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ VOLATILE_KEYS = {
 """Parts of config.json that change no logit: where it came from, how it was saved, what it returns beside logits."""
 
 
+MAX_JSON_BYTES = 2**26
 Tensor = tuple[str, str, tuple[int, ...], str]
 """Name, safetensors' name of the number format, shape, and SHA-256 of the bytes."""
 
@@ -144,7 +146,7 @@ def _read_header(file: Path) -> Iterator[WeightEntry]:
 def read_json(file: Path) -> dict[str, Any]:
     """A JSON file of a model folder. Raises ModelError where it is missing, unreadable or not an object."""
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
+        value = json.loads(read_small(file, MAX_JSON_BYTES))
     except FileNotFoundError:
         raise ModelError(f"{file.parent}: has no {file.name}, so it is not a model folder") from None
     except (OSError, ValueError) as error:

@@ -34,6 +34,11 @@ TOKENIZER_FILES = ["tokenizer.json", "tokenizer_config.json", "*.model", "vocab.
 GONE_FOLDERS = ("student", "model")
 """What `best` of a run was called by version 1."""
 
+RUN_FILES = (".lock", "metrics.jsonl", "report.json")
+"""What the folder of a run has, and that of a model has not."""
+
+LAYERS = ("num_hidden_layers", "num_layers", "num_decoder_layers", "encoder_layers", "decoder_layers")
+
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
@@ -62,8 +67,10 @@ def resolve_folder(name: str) -> Path:
         say(f"{name}: is {folder.parent / 'best'} now; a later version will not find it here")
         folder = folder.parent / "best"
     if folder.is_dir():
-        if (folder / "report.json").is_file() and (folder / "best").is_dir():
-            raise ModelError(f"{name}: is the folder of a run; give {folder / 'best'}")
+        if any((folder / file).exists() for file in RUN_FILES) and not any(folder.glob("*.safetensors")):
+            best = folder / "best"
+            which = f"its model is {best}" if best.is_dir() else "without a model yet; run its command again"
+            raise ModelError(f"{name}: is the folder of a run of `pretrain` or `learn`; {which}")
         return folder
     if folder.exists():
         raise ModelError(f"{name}: is a file; give the folder that holds config.json and the weights")
@@ -162,6 +169,9 @@ def load_model(
     with _loading(name):
         config = AutoConfig.from_pretrained(folder, local_files_only=True, **trust)
         kind = _kind(name, config)
+        layers = max(int(getattr(config, key, None) or 0) for key in LAYERS)
+        if layers > len(entries):  # each has a weight; to build them would take for ever
+            raise ModelError(f"{name}: config.json says {layers:,} layers, but there are {len(entries):,} weights")
         with torch.device("meta"):
             shapes = {key: tuple(value.shape) for key, value in kind.from_config(config, **trust).state_dict().items()}
         # before loading: what transformers says of a head of another shape does not name it

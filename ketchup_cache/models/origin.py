@@ -8,10 +8,11 @@ from typing import TypeVar
 from pydantic import Field, ValidationError
 
 from ketchup_cache.config.options import PromptOptions
-from ketchup_cache.console import one_line, say
-from ketchup_cache.errors import ConfigError, ModelError
-from ketchup_cache.models.load import resolve_folder
-from ketchup_cache.provenance import PolicyInfo, PromptForm, Record
+from ketchup_cache.console import one_line, warn
+from ketchup_cache.errors import ConfigError, MismatchError, ModelError
+from ketchup_cache.models.fingerprint import tokenizer_info
+from ketchup_cache.models.load import load_tokenizer, resolve_folder
+from ketchup_cache.provenance import PolicyInfo, PromptForm, Record, TokenizerInfo
 
 FILE = "ketchup-cache-origin.json"
 AnyOptions = TypeVar("AnyOptions", bound=PromptOptions)
@@ -30,25 +31,36 @@ class Origin(Record):
     """The policies whose text it was pre-distilled on."""
     prompts: PromptForm | None = None
     """The form of the prompts that it was trained with."""
+    tokenizer: TokenizerInfo | None = None
+    """What encoded them."""
 
 
 def read_origin(model: str) -> Origin:
-    """An empty one where the folder holds none, or none that can be read."""
+    """An empty one where the folder holds none, or can't be found. Raises ModelError for one that is damaged."""
     try:
-        return Origin.model_validate(json.loads((resolve_folder(model) / FILE).read_text(encoding="utf-8")))
-    except (ModelError, OSError, ValueError, TypeError):
+        path = resolve_folder(model) / FILE
+    except ModelError:  # whoever loads the model says it
         return Origin()
+    try:
+        return Origin.model_validate(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else Origin()
+    except (OSError, ValueError, RecursionError) as error:
+        todo = "bring it back, or delete it and give the form of the prompts by options"
+        raise ModelError(f"{path}: can't be used ({one_line(error)}); {todo}") from None
 
 
 def prompts_as_trained(options: AnyOptions, model: str, form: PromptForm | None = None) -> AnyOptions:
     """The options with the form of prompts that `model` was trained with, where they don't say another.
 
     form: of the prompts that it is to be trained on now; it comes before what the model remembers. A form that differs
-    is said.
+    is warned of. Raises MismatchError where the model's tokenizer is not the one that it was trained with.
     """
-    remembered = read_origin(model).prompts
+    trust = getattr(options, "trust_remote_code", False)
+    remembered, trained = (origin := read_origin(model)).prompts, origin.tokenizer
+    if trained and not tokenizer_info(load_tokenizer(model, trust_remote_code=trust), model).encodes_as(trained):
+        todo = "bring back the tokenizer files of its run"
+        raise MismatchError(f"{model}: its tokenizer is not the one that it was trained with; {todo}")
     if form and remembered and form != remembered:
-        say(f"{model}: was trained with prompts of another form ({remembered}), these have {form}")
+        warn(f"{model}: was trained with prompts of another form ({remembered}), these have {form}")
     known = form or remembered
     if known is None:
         return options
@@ -56,7 +68,7 @@ def prompts_as_trained(options: AnyOptions, model: str, form: PromptForm | None 
     others = {name: value for name, value in given.items() if value != getattr(known, name)}
     if others:
         texts = ", ".join(f"--{name} {getattr(known, name)!r}, not {value!r}" for name, value in others.items())
-        say(f"{model}: was trained with {texts}")
+        warn(f"{model}: was trained with {texts}")
     if given:  # a template of the user's inside a remembered chat would be neither form
         return options
     try:

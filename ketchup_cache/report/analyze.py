@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from ketchup_cache.cache.cache import Cache
 from ketchup_cache.cache.index import ScoredRef
 from ketchup_cache.config.commands import AnalyzeConfig
-from ketchup_cache.console import Bar, Report, progress
+from ketchup_cache.console import Bar, Report, printable, progress
 from ketchup_cache.errors import CacheError
 from ketchup_cache.evaluation.task_metrics import spread
 from ketchup_cache.files import write_file
@@ -70,7 +70,7 @@ class Analysis(Report):
 
     def __str__(self) -> str:
         head = "teacher {}; normalization {normalization}, tail {tail}, unfinished {unfinished}"
-        return "\n\n".join([head.format(self.teacher["name"], **self.settings), *map(_text, self.policies)])
+        return "\n\n".join([head.format(printable(self.teacher["name"]), **self.settings), *map(_text, self.policies)])
 
 
 def analyze(config: AnalyzeConfig) -> Analysis:
@@ -187,7 +187,8 @@ def _text(policy: dict[str, Any]) -> str:
     mean, sd, kl = (_number(policy[name]) for name in ("return_mean", "return_sd", "kl_per_token"))
     of_what = "" if policy["sampling"] == "plain" else " (of the sampling distribution)"
     head = TABLE_ROW.format("K", "variance", "± s.e.", "bias", "± s.e.", "T ≤ K")
-    lines = [TEXT.format(**policy, mean=mean, sd=sd, kl=kl, of_what=of_what), head]
+    shown = policy | {"label": printable(policy["label"])}
+    lines = [TEXT.format(**shown, mean=mean, sd=sd, kl=kl, of_what=of_what), head]
     for point in policy["by_k"]:
         k, *numbers, short = (point[name] for name in BY_K)
         lines.append(TABLE_ROW.format(k, *map(_number, numbers), "–" if short is None else f"{short:.0%}"))

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from ketchup_cache.cache.cache import Cache
-from ketchup_cache.cache.index import ScoredRef, gaps, parent_id
+from ketchup_cache.cache.index import Range, ScoredRef, gaps, parent_id
 from ketchup_cache.cache.manifest import ScoresInfo, Storage
 from ketchup_cache.config.commands import ScoreConfig
 from ketchup_cache.console import Bar, Report, progress, say
@@ -101,7 +101,7 @@ def score(config: ScoreConfig) -> ScoreReport:
     """
     cache = open_cache(config.cache, create=config.follow)
     scorer = Scorer(config if config.teacher else config.model_copy(update={"teacher": _tokenizer_of(cache)}))
-    return follow(cache, scorer) if config.follow else scorer.ensure(cache)
+    return follow(cache, scorer) if config.follow else scorer.ensure(cache, shared=True)
 
 
 def follow(cache: Cache, scorer: Scorer) -> ScoreReport:
@@ -123,7 +123,7 @@ def follow(cache: Cache, scorer: Scorer) -> ScoreReport:
                 if waiting := sorted({id_ for id_, _, _ in scorer.unscored(cache)} - passed_over):
                     chosen, pause = random.choice(waiting), 0.0
                     try:
-                        done = done.plus(scorer.ensure(cache, [chosen]))
+                        done = done.plus(scorer.ensure(cache, [chosen], shared=True))
                     except (MismatchError, NumericsError, ModelError, CorruptError) as error:
                         passed_over.add(chosen)
                         say(f"passed over: {error}")
@@ -151,6 +151,7 @@ class Scorer:
         self._cache: Cache | None = None
         self._teacher: Teacher | ServedTeacher | None = None
         self._stays, self._load_s = bool(config.teacher_url), 0.0
+        self._own, self._random = set[str](), random.Random()
         if config.teacher_url:
             self._teacher = ServedTeacher(config)
             self.info, self.tokenizer = self._teacher.info, self._teacher.tokenizer
@@ -177,9 +178,10 @@ class Scorer:
             self.info = self.info.known_in(known).alone_in(known)
         return cache.unscored(self.info.fingerprint, keep_top=self.keep_top)
 
-    def ensure(self, cache: Cache, rollout_ids: Iterable[str] | None = None) -> ScoreReport:
+    def ensure(self, cache: Cache, rollout_ids: Iterable[str] | None = None, *, shared: bool = False) -> ScoreReport:
         """Score every row of these rollouts segments (None: of the whole cache) that has no scores by this teacher.
 
+        shared: look before each part whether others have scored it meanwhile (`_turns`).
         Raises MismatchError, before any weights are loaded, where the rollouts were written with another tokenizer;
         CacheError for an unknown id; ModelError, NumericsError, ServerError and WriteError. What was committed before
         stays, and of a server all that it has answered.
@@ -200,11 +202,46 @@ class Scorer:
         parents = [cache.manifest(rollouts_id) for rollouts_id, _, _ in missing]
         total = sum(m.tokens * (b - a) // m.rows for m, (_, a, b) in zip(parents, missing, strict=True))
         with self._unloaded_after(), progress("score", total) as bar:
-            for rollouts_id, start, stop in missing:
-                completions = cache.load_rollouts(rollouts_id).completions
-                for part in completions.ranges(start, stop, self._commit_tokens):
-                    report = report.plus(self._score_rows(cache, rollouts_id, part, bar))
+            for rollouts_id, part in self._turns(cache, missing) if shared else self._parts(cache, missing):
+                report = report.plus(self._score_rows(cache, rollouts_id, part, bar, shared))
         return replace(report, seconds=time.monotonic() - began, load_s=self._load_s - loaded_s)
+
+    def _parts(self, cache: Cache, missing: Iterable[Range]) -> Iterator[tuple[str, range]]:
+        """What is committed together, in the order of the cache."""
+        for rollouts_id, start, stop in missing:
+            completions = cache.load_rollouts(rollouts_id).completions
+            yield from ((rollouts_id, part) for part in completions.ranges(start, stop, self._commit_tokens))
+
+    def _turns(self, cache: Cache, missing: Iterable[Range]) -> Iterator[tuple[str, range]]:
+        """As `_parts`, as long as nobody else scores here. Otherwise each process goes on from a part of its own, and
+        leaves out what is done by now. Nobody says what he is at, but it follows a part that is done: such a part is
+        taken last, and only once its scorer had the time to end it. So without locks little is done twice.
+        """
+        parts, before, at, took, waited = list(self._parts(cache, missing)), set(cache.segment_ids()), 0, 0.0, False
+        while True:
+            cache.refresh()
+            waiting = self.unscored(cache)
+            left = {i: rest for i, part in enumerate(parts) if (rest := _still(waiting, *part))}
+            if not left:
+                return
+            new = [m.info for id_, m in cache.manifests("scores") if id_ not in before | self._own]
+            theirs = [i for i in new if isinstance(i, ScoresInfo) and i.teacher.fingerprint == self.info.fingerprint]
+            met = _still([(i.rollouts, i.row_start, i.row_stop) for i in theirs], *parts[at])
+            if not theirs:
+                at = min(left)
+            elif not met and (at in left or at + 1 in left):
+                at = at if at in left else at + 1
+            elif unlikely := [i for i in left if (i - 1) % len(parts) in left]:
+                at = self._random.choice(unlikely)
+            elif waited:
+                at = self._random.choice(list(left))
+            else:
+                waited = True
+                time.sleep(took * self._random.uniform(1, 4))
+                continue
+            began, waited = time.monotonic(), False
+            yield parts[at][0], left[at][0]
+            took = time.monotonic() - began
 
     def scores(self, prompts: Ragged, rollouts: Rollouts) -> Scores:
         """Of rollouts that are in no cache. Raises ModelError, MismatchError, NumericsError and ServerError."""
@@ -221,8 +258,8 @@ class Scorer:
                 gc.collect()
                 torch.cuda.empty_cache()
 
-    def _score_rows(self, cache: Cache, rollouts_id: str, rows: range, bar: Bar) -> ScoreReport:
-        """Score and commit a range of rows."""
+    def _score_rows(self, cache: Cache, rollouts_id: str, rows: range, bar: Bar, shared: bool) -> ScoreReport:
+        """Score and commit a range of rows. shared: unless somebody else has done so meanwhile."""
         rollouts, prompts = _load(cache, rollouts_id)
         keys = _keys(prompts, rollouts, rows)
         found = self._known(cache, keys)
@@ -245,14 +282,17 @@ class Scorer:
         made: dict[str, Any] = {"teacher": self.info, "tokenizer": self.tokenizer}
         made |= {"keep_top": self.keep_top, "storage": self._storage}
         missing = [(row, row + 1) for row, key in zip(rows, keys, strict=True) if key not in found]
-        for start, stop in gaps(rows.start, rows.stop, missing):
-            info = ScoresInfo(rollouts=rollouts_id, row_start=start, row_stop=stop, **made)
-            done = keys[start - rows.start : stop - rows.start]
-            cache.commit_scores(Scores.concatenate([found[key] for key in done]), info)
+        if shared:
+            cache.refresh()
+        if first := not shared or bool(_still(self.unscored(cache), rollouts_id, rows)):
+            for start, stop in gaps(rows.start, rows.stop, missing):
+                info = ScoresInfo(rollouts=rollouts_id, row_start=start, row_stop=stop, **made)
+                done = keys[start - rows.start : stop - rows.start]
+                self._own.add(cache.commit_scores(Scores.concatenate([found[key] for key in done]), info))
         if failed:
             raise failed
         copied, batch = len(rows) - len(new), self._budget.tokens if new and not self.info.served else None
-        return ScoreReport(str(self), 0, len(new), tokens, copied, segments=1, batch_tokens=batch)
+        return ScoreReport(str(self), 0, len(new), tokens, copied, segments=int(first), batch_tokens=batch)
 
     def _known(self, cache: Cache, keys: Iterable[bytes]) -> dict[bytes, Scores]:
         """The scores that a cache has of these rollouts by now, each of one row, whichever policy and run the rollout
@@ -290,6 +330,12 @@ def _tokenizer_of(cache: Cache) -> str:
         if Path(name).is_dir():
             return name
     raise CacheError(f"{cache.address}: the tokenizer of its rollouts is not here; give --teacher, where it is")
+
+
+def _still(unscored: Iterable[Range], rollouts_id: str, rows: range) -> list[range]:
+    """What of these rows has no scores yet."""
+    same = (range(max(a, rows.start), min(b, rows.stop)) for id_, a, b in unscored if id_ == rollouts_id)
+    return [some for some in same if some]
 
 
 def _load(cache: Cache, rollouts_id: str) -> tuple[Rollouts, Ragged]:

@@ -1,9 +1,9 @@
 """Where a cache is: a folder, an object store, a web server, the Hub; and from an address to the store that serves it.
 
-`ObjectStore`: S3, Google Cloud, Azure, or read-only a web server, through obstore. Objects appear whole or not at all.
-Every one is created only if it is absent (`If-None-Match: *` on S3), data before the manifest, so that no writer ever
-replaces what another one has published. A web server must list its folder manifests/, as servers do for a folder
-without an index page.
+`ObjectStore`: S3, Google Cloud, Azure, through obstore. Objects appear whole or not at all. Every one is created only
+if it is absent (`If-None-Match: *` on S3), data before the manifest, so that no writer ever replaces what another one
+has published.
+`WebStore`: a web server, read-only. It must list its folder manifests/, as servers do where there is no index page.
 `HubStore`: a dataset repository of the Hugging Face Hub, hf://datasets/owner/name or …/name@revision. Data and
 manifests of a batch go up in one commit, so a killed upload shows nothing. New repositories are private.
 Requests over a network are tried again, and errors are one line without credentials.
@@ -15,12 +15,15 @@ import os
 import re
 import tempfile
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 from ketchup_cache.cache import segment_bytes
 from ketchup_cache.cache.disk import FolderStore
@@ -55,7 +58,7 @@ def open_store(address: str | os.PathLike[str], license_id: str | None = None) -
     if scheme == "hf":
         return HubStore(text, license_id)
     if scheme in SCHEMES and rest.strip("/"):
-        return ObjectStore(text)
+        return WebStore(text) if scheme.startswith("http") else ObjectStore(text)
     served = ", ".join(f"{name}://" for name in ("s3", "gs", "az", "hf", "https"))
     raise CacheError(f"{scheme.split(':')[-1][:20]}://: no such caches; give a path or one of {served}")
 
@@ -73,12 +76,15 @@ def open_existing(address: str | os.PathLike[str]) -> SegmentStore:
 # -------------------------------------------------------------------------------------------------------- object stores
 
 SCHEMES = ("s3", "s3a", "gs", "az", "abfs", "http", "https")
-TIMEOUTS = {"timeout": timedelta(seconds=300), "connect_timeout": timedelta(seconds=10)}
+IDLE_S, REQUEST_S, DEADLINE_S = 30.0, 300.0, 900.0
+"""How long a server may say nothing, a request may take, and a request may be tried again."""
+TIMEOUTS = {"timeout": timedelta(seconds=REQUEST_S), "connect_timeout": timedelta(seconds=10)}
 RETRIES = {"max_retries": 2, "retry_timeout": timedelta(seconds=60)}
 """Of the client, for one request; `persistently` comes on top of it."""
 MAX_LISTING_BYTES = 2**26
 _LINK = re.compile(rb"""href\s*=\s*["']?(?:[^"'\s>]*/)?([0-9a-f]{64}\.json)["'\s>]""", re.IGNORECASE)
-_LISTING = re.compile(rb"index of|directory listing", re.IGNORECASE)
+_LISTING = re.compile(rb"<title>\s*(?:index of|directory listing)[^<]*manifests/?\s*</title>", re.IGNORECASE)
+"""Of a folder without files."""
 
 
 class ObjectStore(KeyedStore):
@@ -87,41 +93,31 @@ class ObjectStore(KeyedStore):
     def __init__(self, address: str) -> None:
         """Raises CacheError where the client is not installed, or credentials are wanted that it can't read."""
         self.address = address.rstrip("/")
-        self._web = address.startswith("http")
         self._client = open_client(self.address)
 
     def create(self) -> None:
-        if self._web:
-            raise WriteError(f"{self.address}: web addresses are read-only; push to a path, s3:// or hf:// address")
         if not self.exists():
             self._create(MARKER, MARKER_BYTES)
 
     def segment_ids(self) -> list[str]:
-        if self._web:
-            return segment_bytes.ids_among(self._linked())
-        found: list[str] = []
-        with suppress(FileNotFoundError):
-            listed = persistently(self.address, lambda: _plain(lambda: self._client.list_with_delimiter("manifests")))
-            found = [entry["path"].rpartition("/")[2] for entry in listed["objects"]]
+        # a page that is no listing can read as one of nothing; a listing of the cache has the marker
+        if not (found := self._listed("manifests")) and MARKER not in self._listed(None):
+            raise CacheError(
+                f"{self.address}: is not listed; what answers there is no object store, or hides its names"
+            )
         return segment_bytes.ids_among(found)
 
+    def _listed(self, folder: str | None) -> list[str]:
+        with suppress(FileNotFoundError):
+            listed = persistently(self.address, lambda: _plain(lambda: self._client.list_with_delimiter(folder)))
+            return [entry["path"].rpartition("/")[2] for entry in listed["objects"]]
+        return []
+
     def put(self, batch: Sequence[Packed]) -> None:
-        if self._web:
-            self.create()
         for packed in batch:
             files = [(f"segments/{packed.segment_id}/{name}", data) for name, data in packed.files.items()]
             segment_bytes.in_parallel(lambda file: self._send(*file), files)
             self._send(f"manifests/{packed.segment_id}.json", packed.manifest)
-
-    def _linked(self) -> list[str]:
-        """Names on the page that lists manifests/. Raises CacheError where the server answers with another page."""
-        page = b""
-        with suppress(FileNotFoundError):
-            page = self._get("manifests/", MAX_LISTING_BYTES)
-        names = [name.decode() for name in dict.fromkeys(_LINK.findall(page))]
-        if not names and not _LISTING.search(page):
-            raise CacheError(f"{self.address}/manifests/: is not listed; turn on folder listings in the server")
-        return names
 
     def _get(self, key: str, limit: int) -> bytes:
         """More than `limit` bytes are enough to notice a longer object: the rest of it is never loaded."""
@@ -157,6 +153,55 @@ class ObjectStore(KeyedStore):
             raise WriteError(f"{self.address}/{key}: is there already, with other bytes; {todo}")
 
 
+class _SameHost(urllib.request.HTTPRedirectHandler):
+    """A cache on one host must not make this machine ask another, which may be inside its own network."""
+
+    def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
+        old, new = urlsplit(req.full_url), urlsplit(newurl)
+        if new.netloc != old.netloc or new.scheme not in (old.scheme, "https"):
+            raise CacheError(f"{req.full_url}: leads to another host, {new.netloc[:100]}; give the address of that one")
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+class WebStore(KeyedStore):
+    batch_bytes = 0
+
+    def __init__(self, address: str) -> None:
+        self.address, self._opener = address.rstrip("/"), urllib.request.build_opener(_SameHost)
+
+    def create(self) -> None:
+        raise WriteError(f"{self.address}: web addresses are read-only; push to a path, s3:// or hf:// address")
+
+    def put(self, batch: Sequence[Packed]) -> None:
+        self.create()
+
+    def segment_ids(self) -> list[str]:
+        """Those on the page that lists manifests/. Raises CacheError where the server answers with another page."""
+        page = b""
+        with suppress(FileNotFoundError):
+            page = self._get("manifests/", MAX_LISTING_BYTES)
+        names = [name.decode() for name in dict.fromkeys(_LINK.findall(page))]
+        if not names and not _LISTING.search(page):
+            raise CacheError(f"{self.address}/manifests/: is not listed; turn on folder listings in the server")
+        return segment_bytes.ids_among(names)
+
+    def _get(self, key: str, limit: int) -> bytes:
+        def request() -> bytes:
+            ends, data = time.monotonic() + REQUEST_S, b""
+            try:
+                with self._opener.open(f"{self.address}/{key}", timeout=IDLE_S) as answer:
+                    while len(data) <= limit and (chunk := answer.read1(2**20)):
+                        data += chunk
+                        if time.monotonic() > ends:
+                            raise TimeoutError(f"took more than {REQUEST_S:.0f} s")
+                    return data[: limit + 1]
+            except urllib.error.HTTPError as error:
+                kinds = {404: FileNotFoundError, 401: PermissionError, 403: PermissionError}
+                raise kinds.get(error.code, ConnectionError)(str(error)) from None
+
+        return persistently(f"{self.address}/{key}", request)
+
+
 def _plain(call: Callable[[], Value]) -> Value:
     """Raise what the client raises as the errors of Python that mean the same, their first line only."""
     from obstore import exceptions as of
@@ -179,8 +224,8 @@ def open_client(address: str) -> Any:
         from obstore.store import from_url
     except ImportError:
         raise CacheError(f"{address}: {scheme}:// needs the package obstore: pip install 'ketchup-cache[s3]'") from None
-    own = scheme in ("s3", "s3a") and os.environ.get("AWS_ENDPOINT_URL", "").startswith("http://")
-    plain = own or scheme == "http"  # without TLS
+    # without TLS
+    plain = scheme in ("s3", "s3a") and os.environ.get("AWS_ENDPOINT_URL", "").startswith("http://")
     options: dict[str, Any] = {"client_options": {**TIMEOUTS, "allow_http": plain}, "retry_config": RETRIES}
     if scheme in ("s3", "s3a") and (provider := _aws_profile(address)):
         options["credential_provider"] = provider
@@ -312,7 +357,7 @@ def persistently(what: str, call: Callable[[], Value], *, writing: bool = False)
 
     Raises FileNotFoundError and FileExistsError as they are, WriteError or CacheError for everything else.
     """
-    failed = WriteError if writing else CacheError
+    failed, ends = WriteError if writing else CacheError, time.monotonic() + DEADLINE_S
     for attempt in range(TRIES):
         try:
             return call()
@@ -321,7 +366,7 @@ def persistently(what: str, call: Callable[[], Value], *, writing: bool = False)
         except PermissionError as error:
             raise failed(f"{what}: access is refused ({reason(error)}); check your credentials and rights") from None
         except Exception as error:  # clients raise errors of many libraries
-            if attempt == TRIES - 1:
+            if attempt == TRIES - 1 or time.monotonic() > ends:
                 advice = "check the connection and run the command again; what has arrived is kept"
                 raise failed(f"{what}: can't be reached ({reason(error)}); {advice}") from None
             time.sleep(FIRST_PAUSE_S * 4**attempt)

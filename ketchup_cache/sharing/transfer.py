@@ -12,7 +12,9 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from ketchup_cache.cache.index import check_parent, parent_id
+from ketchup_cache.cache.cache import Cache
+from ketchup_cache.cache.disk import FolderStore, aside
+from ketchup_cache.cache.index import Index, check_parent, parent_id
 from ketchup_cache.cache.manifest import KINDS, Manifest
 from ketchup_cache.cache.segment_bytes import Packed, SegmentStore, in_parallel, read_manifest, read_segment
 from ketchup_cache.console import Bar, Report, printable, progress, size_text
@@ -80,9 +82,10 @@ def copy(
     missing = _read(giver, offered, there, wrong)
     known = {id_: manifest for id_, (manifest, _) in missing.items()}
     for id_, (manifest, _) in missing.items():  # so that no child is ever committed without its parent
-        parent = parent_id(manifest.info)
-        if parent in there and parent not in known:
-            known[parent] = read_manifest(taker, parent)[0]
+        above = parent = parent_id(manifest.info)
+        while above in there and above not in known:
+            known[above] = read_manifest(taker, above)[0]
+            above = parent_id(known[above].info)
         _tried(wrong, id_, check_parent, manifest.info, known, id_)
         if id_ in wrong:  # nor do its children fit
             wrong[id_] = wrong.get(parent, wrong[id_])
@@ -91,10 +94,10 @@ def copy(
     if not dry_run and (missing.keys() - wrong.keys() or not wrong):
         taker.create()
         with progress("copying", total, "bytes") as bar:
-            for batch in _batches(giver, missing, taker.batch_bytes, bar, wrong):
+            for batch in _batches(_Arriving(giver, taker, known, missing), missing, bar, wrong):
                 taker.put(batch)
     if wrong:
-        raise CorruptError("\n".join(dict.fromkeys(wrong.values())))
+        raise CorruptError(*dict.fromkeys(wrong.values()))
     segments: dict[str, int] = {kind: sum(m.kind == kind for m, _ in missing.values()) for kind in KINDS}
     rows, already = sum(manifest.rows for manifest, _ in missing.values()), len(there.intersection(offered))
     took = round(time.monotonic() - began, 2)
@@ -110,9 +113,9 @@ def merge(sources: Iterable[Address], target: Address, *, dry_run: bool = False)
         try:
             reports.append(copy(source, target, dry_run=dry_run))
         except CorruptError as error:
-            wrong.append(str(error))
+            wrong += error.args
     if wrong:
-        raise CorruptError("\n".join(wrong))
+        raise CorruptError(*wrong)
     return MergeReport(tuple(reports))
 
 
@@ -135,25 +138,53 @@ def _tried(wrong: Wrong, id_: str, work: Callable[..., Any], *args: Any) -> Any:
     try:
         return work(*args)
     except (CacheError, MismatchError) as error:
-        if type(error) is CacheError and work is not check_parent:  # the place can't be reached
+        if type(error) is CacheError:  # the place can't be reached
             raise
         wrong[id_] = str(error)
 
 
-def _batches(giver: SegmentStore, missing: Segments, limit: int, bar: Bar, wrong: Wrong) -> Iterator[list[Packed]]:
+class _Arriving:
+    """Segments on their way: what has come is checked against every rule of the format before it is committed. What
+    breaks one goes to the folder `aside` of the taker, and never takes part."""
+
+    def __init__(self, giver: SegmentStore, taker: SegmentStore, known: dict[str, Manifest], coming: Segments) -> None:
+        """known: manifests of all that come, and of their parents."""
+        self.giver, self.taker, self.address = giver, taker, giver.address
+        self._coming = set() if isinstance(taker, FolderStore) else coming.keys()  # parents are near in a folder
+        view: Any = self
+        self._known = Cache(view, Index(known, self.address))
+
+    def file(self, segment_id: str, name: str, length: int) -> bytes:
+        """Of a parent."""
+        return (self.giver if segment_id in self._coming else self.taker).file(segment_id, name, length)
+
+    def fetch(self, segment_id: str, manifest: Manifest, data: bytes, advance: Callable[[int], None]) -> Packed:
+        """A whole segment that keeps the rules. Raises CorruptError."""
+        packed = read_segment(self.giver, segment_id, manifest, data, advance)
+        try:
+            self._known.check(packed)
+        except CorruptError as error:
+            if isinstance(self.taker, FolderStore):
+                (store := aside(self.taker.path)).put([packed])
+                raise CorruptError(f"{error}; what came is in {store.path}") from None
+            raise
+        return packed
+
+
+def _batches(arriving: _Arriving, missing: Segments, bar: Bar, wrong: Wrong) -> Iterator[list[Packed]]:
     """Segments that are committed together: one kind only, so that parents are there before their children. wrong:
     those that are left out."""
     batch: list[Packed] = []
     held, kind = 0, ""
     for id_, (manifest, data) in missing.items():
-        if batch and (held + manifest.data_bytes > limit or kind != manifest.kind):
+        if batch and (held + manifest.data_bytes > arriving.taker.batch_bytes or kind != manifest.kind):
             yield batch
             batch, held = [], 0
         if (parent := parent_id(manifest.info)) in wrong:
             wrong.setdefault(id_, wrong[parent])
         if id_ in wrong:
             continue
-        if packed := _tried(wrong, id_, read_segment, giver, id_, manifest, data, bar.advance):
+        if packed := _tried(wrong, id_, arriving.fetch, id_, manifest, data, bar.advance):
             batch.append(packed)
             held, kind = held + manifest.data_bytes, manifest.kind
     if batch:

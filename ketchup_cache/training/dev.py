@@ -182,10 +182,11 @@ class DevSet:
     def check_best(self, *, ahead: bool = False) -> None:
         """Raise WriteError where best/ is not what dev.jsonl calls the best. ahead: it may be of a later step, after
         which the run was killed; that step comes again."""
-        held = read_origin(str(self._best)).step
+        held, fingerprint = None, ""
+        with suppress(ModelError):
+            held = read_origin(str(self._best)).step
         if ahead and held is not None and held > self.best.step:
             return
-        fingerprint = ""
         with suppress(ModelError):
             fingerprint = weights_fingerprint(self._best)
         if (held, fingerprint) != (self.best.step, self.best.fingerprint):

@@ -21,7 +21,7 @@ from ketchup_cache.models.fingerprint import state_fingerprint, tokenizer_info, 
 from ketchup_cache.models.head import Head
 from ketchup_cache.models.load import load_model, load_tokenizer
 from ketchup_cache.models.origin import Origin, prompts_as_trained, read_origin
-from ketchup_cache.provenance import require_same_tokenizer
+from ketchup_cache.provenance import PromptForm, require_same_tokenizer
 from ketchup_cache.rollouts.calculator import Calculator
 from ketchup_cache.sharing.remote_cache import open_cache
 from ketchup_cache.training.alarms import Alarms
@@ -120,6 +120,8 @@ def learn(config: LearnConfig, callbacks: Sequence[Callback] = ()) -> LearnRepor
     with Run("learn", config, callbacks).locked() as run:
         if report := run.finished(LearnReport):
             return report
+        if "form" in run.recorded:  # of the prompts that were there when the run began
+            form = PromptForm.model_validate(run.recorded["form"]) if run.recorded["form"] else None
         prompts = prompts_as_trained(config, config.student, form)
         how = config.metric, config.rouge_tokenizer
         data = EvalSet.read(prompts.dev_data, tokenizer, *how) if prompts.dev_data else None
@@ -135,11 +137,12 @@ def learn(config: LearnConfig, callbacks: Sequence[Callback] = ()) -> LearnRepor
         model = load_model(config.student, device=config.device, trust_remote_code=config.trust_remote_code)
         load_s = time.perf_counter() - began
         learner = Learner(model, Head.of(model, info.vocab_size), Optimizer(model, config, source.steps), config)
-        run.describe(model, tokenizer, origin.model_copy(update={"prompts": form or origin.prompts}))
+        run.describe(model, tokenizer, origin.model_copy(update={"prompts": form or origin.prompts, "tokenizer": info}))
         dev = DevSet(config, data, run.out, run.publish, source.steps, known, returns) if data else None
         if dev is not None:
             dev.start(model, learner.head, tokenizer)
         resolved = {"student": state_fingerprint(model), "steps": source.steps, **source.resolved()}
+        resolved["form"] = form.model_dump() if form else None
         state = run.restore(learner)
         if dev is not None:
             dev.restore(run.resumed)

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from ketchup_cache.cache.index import parent_id
 from ketchup_cache.config.commands import PretrainConfig
 from ketchup_cache.console import Report, say, warn
 from ketchup_cache.errors import CacheError, DataError, MismatchError, ModelError
@@ -105,7 +106,7 @@ def pretrain(config: PretrainConfig, callbacks: Sequence[Callback] = ()) -> Pret
         per_epoch = rows // (batch_size := min(config.batch_size, rows))
         steps = per_epoch * config.epochs
         learner = Learner(model, head, Optimizer(model, config, steps), config)
-        run.describe(model, tokenizer, Origin(pretrained_on=given.policies, prompts=given.form))
+        run.describe(model, tokenizer, Origin(pretrained_on=given.policies, prompts=given.form, tokenizer=info))
         dev = DevSet(config, dev_data, run.out, run.publish, steps, run.recorded) if dev_data else None
         if dev is not None:
             dev.start(model, head, tokenizer)
@@ -201,6 +202,8 @@ def _from_cache(config: PretrainConfig, info: TokenizerInfo, wanted: list[str] |
     that goes on, whatever has come into the cache since."""
     assert config.cache is not None
     cache = open_cache(config.cache)
+    if wanted:  # with their prompts, as if there were no others
+        cache.pin([*wanted, *(parent_id(cache.manifest(id_).info) for id_ in wanted)])
     policy = cache.select_policy(config.policy)
     prompts, indices, completions, offset = [], [], [], 0
     place: dict[str, int] = {}
@@ -208,7 +211,7 @@ def _from_cache(config: PretrainConfig, info: TokenizerInfo, wanted: list[str] |
     for id_, segment in cache.rollouts():
         what = f"{config.cache}: was encoded by another tokenizer; train a model that has it"
         require_same_tokenizer(info, segment.tokenizer, what)
-        if segment.policy.fingerprint != policy.fingerprint or (wanted and id_ not in wanted):
+        if segment.policy.fingerprint != policy.fingerprint:
             continue
         segments.append(id_)
         if (parent := segment.prompts) not in place:

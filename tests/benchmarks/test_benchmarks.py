@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import decoder_pair, timed_run, trl_live
+from benchmarks import decoder_pair, soak, timed_run, trl_live
 from benchmarks.common import forget_peak, merged, peak, run, sample
 from ketchup_cache import open_cache
 from tests.helpers.errors import refuses
@@ -171,3 +171,12 @@ def test_the_decoder_pair_shares_words_and_the_teacher_is_larger(tmp_path):
         assert len(set(ids)) == 4
         assert not {1, 2} & set(ids)
     assert sizes[0] / sizes[1] > 10
+
+
+def test_the_page_shows_the_tally_of_the_soak():
+    """`benchmarks/soak.py` writes both; nobody edits one of them."""
+    tally = json.loads(soak.RESULTS.read_text())
+    assert soak.table(tally) in soak.DOCS.read_text()
+    for name, counts in tally.items():
+        wrong = {key for key in soak.GOOD if isinstance(counts, dict) and counts.get(key)}
+        assert not wrong, name

@@ -27,7 +27,7 @@ PLACES = {"student": "s", "cache": "c", "eval_data": "d"}
 
 
 def options_of(given, teacher="t"):
-    options = {**LEARN, **given, "teacher": teacher, "out": "o"}
+    options = {**LEARN, **given, "teacher": teacher, "out": "o"} | ({} if teacher else {"refresh_every": None})
     return {name: value for name, value in options.items() if value is not None}
 
 

@@ -1,7 +1,10 @@
 """Damaged and hostile caches: a typed error that names the file, quickly, and never wrong numbers or foreign code."""
 
+import getpass
+import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,12 +13,13 @@ import pytest
 from ketchup_cache import open_cache
 from ketchup_cache.cache import zarr_files
 from ketchup_cache.cache.cache import Cache
-from ketchup_cache.cache.inspect import clean, verify
+from ketchup_cache.cache.inspect import clean, set_aside, verify
+from ketchup_cache.cli import main
 from ketchup_cache.errors import CacheError, CorruptError, KetchupError, MismatchError
 from tests.helpers import hostile, segments
 from tests.helpers.errors import refuses
-from tests.helpers.hostile import HOSTILE, altered, forge, refused, removed, said
-from tests.helpers.segments import add_prompts, fill, load_all
+from tests.helpers.hostile import HOSTILE, altered, both, forge, refused, removed, said
+from tests.helpers.segments import add_prompts, fill, load_all, make_scores, scores_info
 
 ARCHIVE = zarr_files.ARCHIVE
 
@@ -110,16 +114,35 @@ def test_files_that_no_manifest_names_change_nothing(cache: Cache) -> None:
     assert (report.ok, report.leftovers) == (True, (f"segments/{'0' * 64}",))
 
 
-def test_a_lost_manifest_is_reported_and_its_data_stays(cache: Cache) -> None:
-    """A child names it, so it is no leftover: it comes back with a copy of its manifest."""
-    _, rollouts_id, _ = fill(cache)
-    manifest = cache.path / "manifests" / f"{rollouts_id}.json"
+@pytest.mark.parametrize("kind", [0, 1, 2])
+def test_a_lost_manifest_is_reported_and_its_data_stays(cache: Cache, kind: int) -> None:
+    """Also that of scores, which no child names: it comes back with a copy of its manifest."""
+    segment_id = fill(cache)[kind]
+    manifest = cache.path / "manifests" / f"{segment_id}.json"
     lost = manifest.read_bytes()
     manifest.unlink()
-    refused(cache.path, CacheError, "needs rollouts")
+    (problem, *_) = (p for p in verify(open_cache(cache.path), deep=False).problems if "its manifest is lost" in p)
+    assert str(cache.path / "segments" / segment_id) in problem
     assert clean(open_cache(cache.path), hours=0) == ((), 0)
     manifest.write_bytes(lost)
     load_all(cache.path)
+    manifest.unlink()
+    set_aside(cache, verify(open_cache(cache.path)).damaged)
+    assert verify(open_cache(cache.path)).ok
+    assert (cache.path / "aside" / "segments" / segment_id / ARCHIVE).exists()
+
+
+def test_a_commit_that_was_cut_short_is_no_lost_manifest(cache: Cache, monkeypatch) -> None:
+    def dying() -> None:
+        real = os.rename
+        monkeypatch.setattr(os, "rename", lambda a, b: os._exit(0) if "manifests" in str(b) else real(a, b))
+        fill(cache)
+
+    assert segments.exit_code(segments.in_child(dying)) == 0
+    report = verify(open_cache(cache.path))
+    assert report.ok
+    assert sorted(left.partition("/")[0] for left in report.leftovers) == ["segments", "tmp"]
+    assert len(clean(open_cache(cache.path), hours=0)[0]) == 2
 
 
 def test_verify_lists_every_problem(cache: Cache) -> None:
@@ -312,3 +335,54 @@ def test_a_segment_id_can_not_name_a_path(cache: Cache) -> None:
     fill(cache)
     for segment_id in ("../marker", "", "/etc/passwd", "0" * 64, "*"):
         refuses(CacheError, "has no segment", cache.load_prompts, segment_id)
+
+
+# ----------------------------------------------------------------------------------------------------- who scored
+
+
+@pytest.mark.parametrize("storage", ["lossless", "compact"])
+def test_scores_of_one_teacher_that_disagree_are_told_with_who_wrote_them(cache: Cache, storage: str) -> None:
+    """An honest second scorer is no dispute: rounding, float16, another teacher. A forged, earlier segment is."""
+    _, rollouts_id, first = fill(cache, sizes=((3, 1, 4), (5, 2, 7), ((0, 3),)), top=4)
+    rollouts, honest = cache.load_rollouts(rollouts_id), cache.load_scores(first)
+    again = replace(honest, q=honest.q - np.float32(1e-5) * np.abs(honest.q))
+    info = scores_info(rollouts_id, 0, 3, keep_top=4, storage=storage)
+    second = cache.commit_scores(again, info)
+    other = make_scores(rollouts, 0, 3, seed=7)
+    cache.commit_scores(other, scores_info(rollouts_id, 0, 3, by="another teacher"))
+    assert verify(cache, deep=False).ok
+    part = honest.rows(rollouts.completions, 1, 3)
+    forged = cache.commit_scores(replace(part, q=part.q - 1, top=None), scores_info(rollouts_id, 1, 3, storage=storage))
+    early = forge(cache, forged, said(created="2020-01-01T00:00:00.000000Z"))
+    for deep in (False, True):
+        problems = verify(open_cache(cache.path), deep=deep).problems
+        assert len(problems) == 2  # with each honest one
+        for problem, theirs in zip(problems, (first, second), strict=True):
+            assert (
+                f"scores {early[:12]} of 2020-01-01T00:00:00.000000Z by {getpass.getuser()}, and {theirs[:12]}"
+                in problem
+            )
+            assert f"of rows 1 to 3 of rollouts {rollouts_id[:12]}, by up to 1; use ids" in problem
+
+
+@pytest.mark.parametrize(
+    "evil", ["\x1b[2J\x1b]0;owned\x07", "\nketchup-cache: all right", "\x9b2J", "\u202etxt", "a\rb", "a\x85b"]
+)
+def test_names_print_no_control_characters_and_no_line_of_ours(cache: Cache, capsys, tmp_path: Path, evil: str) -> None:
+    """In reports and in errors: names of everything a manifest names."""
+    _, _, scores = fill(cache)
+    manifest = json.loads((cache.path / "manifests" / f"{scores}.json").read_text())
+    tokenizer = manifest["info"]["tokenizer"] | {"name": evil}
+    who = {"name": evil, "fingerprint": "e" * 64, "dtype": evil}
+    forge(cache, scores, both(said(tool=evil, created=evil), said("info", teacher=who, tokenizer=tokenizer)), keep=True)
+    root = str(cache.path)
+    for words in (
+        ["info", root], ["verify", root, "--deep"], ["info", root, str(tmp_path / "none")],
+        ["export", root, str(tmp_path / "o"), "--to", "parquet"], ["analyze", "--cache", root],
+        ["analyze", "--cache", root, "--scored-by", evil], ["evaluate", "--model", evil, "--data", evil],
+    ):  # fmt: skip
+        main(words)
+        shown = "".join(capsys.readouterr())
+        assert "�" in shown or words[0] != "info" or len(words) > 2
+        assert all(c.isprintable() or c == "\n" for c in shown), words
+        assert "\nketchup-cache: all right" not in shown

@@ -7,6 +7,7 @@ import pytest
 
 from ketchup_cache.cli import main
 from tests.helpers.caches import make_cache
+from tests.helpers.errors import fails
 
 
 @pytest.fixture(scope="module")
@@ -51,5 +52,7 @@ def test_the_same_teacher_is_known_by_name_or_by_weights(predistilled, tmp_path,
     origin = copied / "ketchup-cache-origin.json"
     origin.write_text(origin.read_text().replace(json.dumps(str(teacher)), '"teacher"'))
     assert learned(capsys, copied, cache, tmp_path / "by-name") == []
-    origin.write_bytes(b"\xff not ours")
-    assert learned(capsys, copied, cache, tmp_path / "unreadable") == []
+    origin.write_bytes(b"\xff damaged")
+    assert "origin.json: can't be used" in fails(
+        capsys, "learn", "--student", copied, "--cache", cache, "--out", tmp_path / "u"
+    )

@@ -1,7 +1,9 @@
 """Options from flags and YAML, and what is said when they are wrong."""
 
+import os
 import subprocess
 import sys
+import time
 from typing import get_args
 
 import pytest
@@ -40,6 +42,8 @@ def test_one_file_serves_a_whole_experiment(tmp_path):
     learn, score = resolve("learn", file, {}), resolve("score", file, {})
     assert (learn.teacher, learn.k, learn.samples, str(learn.cache)) == ("T", 2, 2, "shared")
     assert (score.teacher, score.batch_tokens) == ("T", 99)
+    offline = yaml(tmp_path, sections)  # a file serves runs with and without new rollouts
+    assert "refresh_every" not in resolve("learn", offline, {"cache": "c"}).model_fields_set
 
 
 def test_all_problems_at_once_each_with_its_fix(tmp_path):
@@ -58,7 +62,10 @@ def test_all_problems_at_once_each_with_its_fix(tmp_path):
     [
         ({"refresh_every": "0"}, "--refresh-every must be 1 or more"), ({"k": "2.5"}, "--k must be a whole number"),
         ({"teacher": "t", "refresh_every": "6", "reuse": "4"}, "refresh_every 6 must be a multiple of reuse 4"),
-        ({"reuse": "2"}, "from a cache alone, use --epochs"),
+        ({"reuse": "2"}, "reuse is of new rollouts (--teacher, --scores-from); from a cache alone, use --epochs"),
+        ({"refresh_every": "16"}, "refresh_every is of new rollouts (--teacher, --scores-from)"),
+        ({"refresh_below_ess": "0.5"}, "refresh_below_ess is of new rollouts"),
+        ({"teacher": "t", "refresh_below_ess": "0.5", "reuse": "4"}, "each used once: leave --reuse out"),
         ({"teacher": "t", "refresh_every": "2", "baseline": "leave-one-out"}, "set --samples to 2 or more"),
         ({"batch_size": "10", "samples": "4"}, "must be a multiple of samples 4"),
         ({"temperature": "0"}, "--temperature must be greater than 0"), ({"method": "ppo"}, "--method must be one of"),
@@ -225,3 +232,24 @@ def test_a_message_names_an_argument_as_it_is_typed(capsys):
     }.items():
         assert main([*words]) == 2
         assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: &a [x, x]\nb: &b [*a, *a]\nc: [*b, *b]\n", "an alias"),
+        ("k: " + "[" * 5_000 + "]" * 5_000, "recursion"),
+        ("{" * 5_000, "not valid YAML"),
+        ("k: 1\n" * 50_000, "more than 131,072 bytes"),
+        ("k: " + "9" * 50_000, "not valid YAML"),
+        ("k: 2026-99-99", "not valid YAML"),
+        ("k: !!python/object/apply:os.system [ls]", "not valid YAML"),
+        (None, "not a regular file"),
+    ],
+)
+def test_hostile_files_are_one_line_at_once(tmp_path, text, message, capsys):
+    file = tmp_path / "c.yaml"
+    os.mkfifo(file) if text is None else file.write_text(text)
+    began = time.monotonic()
+    assert message in fails(capsys, "learn", "--config", file)
+    assert time.monotonic() - began < 5

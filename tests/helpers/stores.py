@@ -80,12 +80,12 @@ def start_and_kill(places: tuple[str, str], after_s: float) -> tuple[set[str], b
     return set(target.segment_ids()) if target.exists() else set(), killed
 
 
-def kill_copies(folder: Path, times: int, *, pull: bool) -> Count:
+def kill_copies(folder: Path, times: int, *, pull: bool, seed: int = 0) -> Count:
     """Kill a push to S3, or a pull from it, at random moments; each goes on where the last one was killed.
 
     acknowledged: segments that were seen in the target; each must be there, and whole, ever after.
     """
-    source, rng, count, whole_s = families(folder / "source"), random.Random(0), kills(), 0.0
+    source, rng, count, whole_s = families(folder / "source"), random.Random(seed), kills(), 0.0
     os.environ[remote_cache.HOME_VARIABLE] = str(folder / "home")
     with emulated_s3() as endpoint:
         os.environ |= {"AWS_ENDPOINT_URL": endpoint, **KEYS}
@@ -148,5 +148,5 @@ def same_keys(folder: Path, url: str, writers: int, segments: int) -> Count:
         list(pool.map(push, range(writers)))
     wanted = contents(cache.path).keys() | {"ketchup-cache.json"}
     twice, lost = len(created) - len(set(created)), len(wanted - set(created))
-    made = {"writers": writers, "segments": segments, "objects": len(wanted)}
+    made = {"segments": segments, "objects": len(wanted)}
     return Count(**made, two_creators=twice, lost=lost, early=len(early))

@@ -26,6 +26,7 @@ from ketchup_cache.cache.segment_bytes import MARKER, Packed
 from ketchup_cache.cli import main
 from ketchup_cache.errors import KetchupError, WriteError
 from ketchup_cache.sharing.stores import open_store
+from tests.helpers import segments
 from tests.helpers.segments import add_prompts, exit_code, fill, in_child, load_all, make_prompts, prompts_info, same
 
 ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES, errno.EFBIG)
@@ -114,7 +115,7 @@ def write_for_ever(root: Path) -> None:
         fill(cache, sizes=((3, 1, 4), lengths, ((0, 1), (1, 3))), seed=seed)
 
 
-def kill_writers(folder: Path, times: int) -> Count:
+def kill_writers(folder: Path, times: int, seed: int = 0) -> Count:
     count = kills()
     for _ in range(2):  # the first time is slower
         began = time.monotonic()
@@ -124,7 +125,9 @@ def kill_writers(folder: Path, times: int) -> Count:
     for at in range(0, times, per_cache):
         root = folder / f"writer {at}"
         open_cache(root, create=True)
-        kill_at_random(lambda root=root: write_for_ever(root), root, count, min(per_cache, times - at), after_s, at)
+        kill_at_random(
+            lambda root=root: write_for_ever(root), root, count, min(per_cache, times - at), after_s, seed + at
+        )
         assert verify(open_cache(root)).ok
         shutil.rmtree(root)
     return count
@@ -138,9 +141,10 @@ def kill_clean(root: Path, times: int, leftovers: int = 40, seed: int = 0) -> Co
     whole_s = 0.0
     while count.kills < times:
         for name in range(leftovers):
-            for place in ("segments", "tmp"):
-                copied = root / place / f"{name:064x}"
-                shutil.copytree(root / "segments" / kept[0], copied, dirs_exist_ok=True)
+            segment = segments.fingerprint(str(name))  # of a manifest with these bytes
+            shutil.copytree(root / "segments" / kept[0], root / "segments" / segment, dirs_exist_ok=True)
+            (root / "tmp" / segment).mkdir(exist_ok=True)
+            (root / "tmp" / segment / "manifest.json").write_text(str(name))
         began = time.monotonic()
         _, killed = run_and_kill(lambda: run(words), rng.uniform(0, 0.9 * whole_s) if whole_s else 600)
         whole_s = whole_s or time.monotonic() - began
@@ -223,7 +227,7 @@ def count_steps(cache: Cache, patch_with) -> int:
 
 def fail_every_step(folder: Path, patch_with, errors: tuple[int, ...] = ERRORS, every: int = 1) -> Count:
     """Each of the errors at each step of a commit, or at every so manieth. A failed commit says so in
-    one line, leaves nothing in `tmp/`, and is seen only where its rename is done; run again, it succeeds.
+    one line, leaves no data in `tmp/`, and is seen only where its rename is done; run again, it succeeds.
 
     unclear: errors that are not one line with the folder, the reason and what to do.
     """
@@ -246,7 +250,7 @@ def fail_every_step(folder: Path, patch_with, errors: tuple[int, ...] = ERRORS, 
                     count.unclear += "\n" in text or not said
                 else:
                     count.false_acknowledgements += 1
-            count.unclear += bool(os.listdir(root / "tmp"))
+            count.unclear += any((stage / "data").exists() for stage in (root / "tmp").iterdir())
             # the last three steps sync a rename that is done
             assert set(open_cache(root).segment_ids()) == before or at >= steps - 3
     assert same(cache.load_prompts(cache.commit_prompts(*NEW)), NEW[0])

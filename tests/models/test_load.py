@@ -1,3 +1,4 @@
+import os
 import shutil
 
 import pytest
@@ -98,6 +99,9 @@ def test_precision_and_devices(good):
         (lambda d: (d / "config.json").write_text("{"), "config.json: can't be read"),
         (lambda d: (d / "config.json").write_text("[]"), "config.json: is not a JSON object"),
         (lambda d: edit_config(d, model_type="no-such-architecture"), "can't be loaded"),
+        (lambda d: edit_config(d, num_layers=10**6), "config.json says 1,000,000 layers, but there are"),
+        (lambda d: edit_config(d, num_decoder_layers=10**6), "says 1,000,000 layers"),
+        (lambda d: ((d / "config.json").unlink(), os.mkfifo(d / "config.json")), "not a regular file"),
         (lambda d: edit_config(d, model_type="gpt2", is_encoder_decoder=False), "config.json makes it (60, 768)"),
         (lambda d: edit_config(d, model_type="vit", is_encoder_decoder=False), "vit is not a language model"),
         (lambda d: edit_config(d, model_type="whisper", vocab_size=60), "whisper is not a language model"),

@@ -5,7 +5,9 @@ import http.server
 import os
 import shutil
 import threading
+import time
 import uuid
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -20,9 +22,11 @@ from ketchup_cache.errors import CacheError, CorruptError, KetchupError, Mismatc
 from ketchup_cache.sharing import remote_cache, stores
 from ketchup_cache.sharing.stores import ObjectStore, open_store
 from ketchup_cache.sharing.transfer import copy
+from ketchup_cache.shipped import task
 from tests.helpers.errors import fails, refuses
+from tests.helpers.hostile import altered, forge
 from tests.helpers.segments import add_prompts, contents, fill
-from tests.helpers.stores import same_keys
+from tests.helpers.stores import KEYS, same_keys
 
 
 def test_push_and_pull_bring_back_every_byte(cache, url, tmp_path):
@@ -113,7 +117,70 @@ def test_damage_stops_no_other_segments_and_can_be_set_aside(cache, tmp_path, ca
     assert set(open_cache(cache.path).segment_ids()) == kept
     assert main(["verify", str(cache.path), "--deep"]) == 0
     assert whole.keys() - contents(cache.path).keys() == {f"{k}/{first[2]}{end}" for k, end in ASIDE}
-    assert (cache.path / "aside" / rollouts / "arrays.zip").exists()
+    assert (cache.path / "aside" / "segments" / rollouts / "arrays.zip").exists()
+
+
+@pytest.mark.parametrize("to", ["folder", "memory"])
+def test_rules_are_checked_on_arrival_and_one_bad_segment_stops_no_other(cache, web, tmp_path, to):
+    """Scores whose hashes are all right and whose numbers are not. Their children and others take no part either."""
+    honest = fill(cache, seed=5)
+    forged = forge(cache, cache.manifests("scores")[0][0], altered("q", 0, 1e6))
+    target = tmp_path / "b" if to == "folder" else f"memory://{uuid.uuid4().hex}/cache"
+    line = refuses(CorruptError, r"q\[0\] is larger than max_q", copy, web, target)
+    assert forged in line
+    taken = open_cache(target).segment_ids()
+    assert set(taken) == {*cache.segment_ids()} - {forged} >= {*honest}
+    if to == "folder":
+        assert verify(open_cache(target)).ok
+        assert open_cache(target / "aside").segment_ids() == [forged]
+        refuses(CorruptError, "what came is in", copy, web, target)  # and once more
+    # in place, through the segment cache, it takes no part either
+    refuses(CorruptError, r"q\[0\] is larger than max_q", list, open_cache(web).rows())
+
+
+class Pages(http.server.SimpleHTTPRequestHandler):
+    """A bucket, and a web server, whose listing is a page of something else, with status 200."""
+
+    page = b""
+
+    def log_message(self, *_):
+        """Not beside what the command says."""
+
+    def do_GET(self):
+        if "list-type" not in self.path and not self.path.endswith("manifests/"):
+            return super().do_GET()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(self.page)))
+        self.end_headers()
+        self.wfile.write(self.page)
+        return None
+
+
+@pytest.mark.parametrize("kind", ["s3", "web"])
+@pytest.mark.parametrize(
+    "page",
+    [b"<html>Please log in</html>", b"<html><title>Wiki</title>Index of pages</html>", b"", b"{}", b"<br>"],
+)
+def test_a_page_in_the_place_of_a_listing_is_no_empty_cache(cache, tmp_path, monkeypatch, capsys, kind, page):
+    shutil.copytree(cache.path, tmp_path / "bucket" / "c")
+    monkeypatch.setattr(Pages, "page", page)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Pages, directory=str(tmp_path)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    there = f"http://127.0.0.1:{server.server_port}"
+    for name, value in {"AWS_ENDPOINT_URL": there, **KEYS}.items():
+        monkeypatch.setenv(name, value)
+    address = "s3://bucket/c" if kind == "s3" else f"{there}/bucket/c"
+    student = task("translate") / "student"
+    try:
+        for words in (
+            ("pull", address, tmp_path / "b"), ("info", address), ("verify", address),
+            ("learn", "--student", student, "--cache", address, "--out", tmp_path / "run"),
+        ):  # fmt: skip
+            assert address in fails(capsys, *words)
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert not (tmp_path / "b").exists()
 
 
 ASIDE = ("manifests", ".json"), ("segments", "/arrays.zip")
@@ -162,7 +229,7 @@ def test_clean_takes_old_leftovers_only(cache):
     assert clean(cache) == ((), 2)
     planned = clean(cache, hours=0, dry_run=True)
     assert orphan.exists()
-    assert clean(cache, hours=0) == planned == (("tmp/dead", f"segments/{'0' * 64}"), 0)
+    assert clean(cache, hours=0) == planned == ((f"segments/{'0' * 64}", "tmp/dead"), 0)
     assert contents(cache.path) == before
     assert not list((cache.path / "tmp").iterdir())
     assert main(["verify", str(cache.path), "--clean"]) == 0
@@ -289,3 +356,42 @@ def test_two_copies_of_one_segment_at_the_same_moment(cache, tmp_path, monkeypat
     copy(cache.path, tmp_path / "b")
     assert len(late) == 3
     assert contents(tmp_path / "b") == contents(cache.path)
+
+
+class Trap(http.server.SimpleHTTPRequestHandler):
+    """A server that leads elsewhere, or sends a byte now and then."""
+
+    to = ""
+
+    def log_message(self, *_):
+        """Not beside what the command says."""
+
+    def do_GET(self):
+        if self.to:
+            self.send_response(302)
+            self.send_header("Location", self.to + self.path)
+            return self.end_headers()
+        self.send_response(200)
+        self.end_headers()
+        with suppress(OSError):
+            while True:
+                self.wfile.write(b" ")
+                time.sleep(0.01)
+
+
+def test_redirects_stay_on_the_host_and_a_slow_server_has_a_deadline(web, tmp_path, monkeypatch, capsys):
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Trap)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_port}/c"
+    monkeypatch.setattr(stores, "REQUEST_S", 0.1)
+    try:
+        for to, message in ((web, "leads to another host"), ("file://", "not allowed"), ("", "took more than")):
+            monkeypatch.setattr(Trap, "to", to)
+            assert message in fails(capsys, "pull", url, tmp_path / "b")
+        monkeypatch.setattr(stores, "DEADLINE_S", 0)  # no second try
+        began = time.monotonic()
+        fails(capsys, "info", url)
+        assert time.monotonic() - began < 3
+    finally:
+        server.shutdown()
+        server.server_close()

@@ -17,7 +17,7 @@ import torch
 from transformers import AutoModelForSeq2SeqLM
 
 from ketchup_cache.config.commands import EvaluateConfig, LearnConfig, PretrainConfig, RolloutConfig, ScoreConfig
-from ketchup_cache.errors import ConfigError, DataError, ModelError, WriteError
+from ketchup_cache.errors import ConfigError, DataError, MismatchError, ModelError, WriteError
 from ketchup_cache.evaluation.evaluate import evaluate
 from ketchup_cache.models.fingerprint import weights_fingerprint
 from ketchup_cache.models.load import resolve_folder
@@ -28,6 +28,7 @@ from ketchup_cache.training.learn import learn
 from ketchup_cache.training.pretrain import pretrain
 from ketchup_cache.training.run import Callback
 from tests.helpers.caches import make_cache
+from tests.helpers.errors import fails, refuses
 from tests.helpers.learning import assert_same_weights, config as learn_config, killed_before, metrics
 from tests.helpers.models import VOCAB, make_tokenizer, write_prompts
 from tests.helpers.oracle import plain_logits
@@ -266,15 +267,38 @@ def test_the_form_of_the_prompts_is_remembered(tmp_path, folders, data, capsys):
     assert first == "the cat " + json.loads(data.read_text().splitlines()[0])["prompt"]
     assert "was trained with" not in capsys.readouterr().err
     evaluate(EvaluateConfig(**asked, template="{prompt} .", outputs=outputs))
-    assert "was trained with --template 'the cat {prompt}', not '{prompt} .'" in capsys.readouterr().err
+    assert "warning: " + asked["model"] + ": was trained with --template 'the cat {prompt}', not '{prompt} .'" in (
+        capsys.readouterr().err
+    )
     assert json.loads(outputs.read_text().splitlines()[0])["prompt"].endswith(" .")
+    # nor is another tokenizer, or a damaged record, taken for the one of its training
+    (best := tmp_path / "run" / "best" / "tokenizer.json").write_text(
+        best.read_text().replace('"cat":', '"dog?":').replace('"dog":', '"cat":').replace('"dog?":', '"dog":')
+    )
+    refuses(MismatchError, "its tokenizer is not the one that it was trained with", evaluate, EvaluateConfig(**asked))
+    best.with_name("ketchup-cache-origin.json").write_text("{}}")
+    refuses(ModelError, "origin.json: can't be used", evaluate, EvaluateConfig(**asked))
 
 
 def test_a_run_is_no_model_and_its_old_name_is_known_for_a_release(options, capsys):
     report = learn(options())
     run = report_folder(report)
-    with pytest.raises(ModelError, match=r"is the folder of a run; give .*run/best"):
-        resolve_folder(str(run))
+    data, cache = options().eval_data, options().cache
+    for words in (
+        ("rollout", "--data", data, "--cache", cache, "--student"),
+        ("score", "--cache", cache, "--teacher"),
+        ("pretrain", "--cache", cache, "--out", run.parent / "p", "--model"),
+        ("learn", "--cache", cache, "--out", run.parent / "l", "--student"),
+        ("learn", "--cache", cache, "--out", run.parent / "l", "--student", run / "best", "--teacher"),
+        ("evaluate", "--data", data, "--model"),
+        ("evaluate", "--data", data, "--model", run / "best", "--teacher"),
+        ("analyze", "--cache", cache, "--gradient", "--student"),
+    ):
+        assert f"{run}: is the folder of a run of `pretrain` or `learn`; its model is {run}/best" in fails(
+            capsys, *words, run
+        )
+    shutil.copytree(run, early := run.parent / "early", ignore=shutil.ignore_patterns("best", "last", "report.json"))
+    assert "without a model yet" in fails(capsys, "evaluate", "--data", data, "--model", early)
     assert resolve_folder(str(run / "student")) == run / "best"
     assert "run/best now" in capsys.readouterr().err
 

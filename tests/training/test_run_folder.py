@@ -94,6 +94,19 @@ def test_offline_a_cache_that_grows_changes_nothing(tmp_path, folders, step):
     assert learn(options.model_copy(update={"out": tmp_path / "new"})).steps == 12
 
 
+@pytest.mark.parametrize("step", [0, 3])
+def test_pretrain_goes_on_in_a_cache_with_more_policies(tmp_path, folders, step):
+    cache = make_cache(tmp_path / "cache", *folders)
+    given = {"model": str(folders[0]), "cache": cache.path, "epochs": 2, "batch_size": 4, "device": "cpu"}
+    options = PretrainConfig(**given, out=tmp_path / "run", checkpoint_every=2)
+    pretrain(PretrainConfig(**given, out=tmp_path / "whole"))
+    with killed_before(step):
+        pretrain(options)
+    make_cache(cache.path, folders[1], folders[1], seed=7)
+    pretrain(options)
+    assert_same_weights(tmp_path / "whole", options.out)
+
+
 @pytest.mark.parametrize("step", [0, 1, 5])
 def test_on_policy_a_cache_that_grows_changes_nothing(tmp_path, folders, step):
     """Prompts, and the student's rollouts that the first phase takes, are those that were there when it began."""
