@@ -83,7 +83,8 @@ def command(
                 raise ConfigError([" ".join([words.get(first, first), *rest]) for first, *rest in parts]) from None
             result = run(config)
             if as_json:
-                plain = (sys.stdout.encoding or "").lower().replace("-", "") != "utf8"
+                utf8 = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
+                plain = not utf8 or sys.stdout.isatty()  # marks that turn a line of a terminal round are escaped too
                 print(json.dumps(result.to_dict(), ensure_ascii=plain, allow_nan=False))
             else:
                 print(result)

@@ -14,7 +14,7 @@ from sacrebleu.significance import PairedTest
 
 from ketchup_cache.config.commands import CompareConfig
 from ketchup_cache.config.options import RougeTokenizer
-from ketchup_cache.console import Report, printable
+from ketchup_cache.console import Report, one_line, printable
 from ketchup_cache.errors import ConfigError, DataError
 from ketchup_cache.evaluation.task_metrics import (
     NOT_OF_TEXTS,
@@ -103,7 +103,7 @@ def compare(config: CompareConfig) -> Comparison:
 
     Raises DataError for files that are no outputs of `evaluate`, or not of the same data with references.
     """
-    ours, theirs = (_read(path) for path in (config.a, config.b))
+    ours, theirs = (read_outputs(path) for path in (config.a, config.b))
     if [(row["id"], row["target"]) for row in ours] != [(row["id"], row["target"]) for row in theirs]:
         what = "are not outputs for the same prompts and targets in the same order"
         raise DataError(f"{config.a} and {config.b}: {what}; make them with the same --data")
@@ -193,15 +193,28 @@ def _cut(text: str) -> str:
     return text if len(text) <= WIDEST else text[: WIDEST - 1] + "…"
 
 
-def _read(path: Path) -> list[dict[str, Any]]:
+KEYS: dict[str, Any] = {"id": str, "prompt": str, "output": str, "target": str | None}
+
+
+def read_outputs(path: Path) -> list[dict[str, Any]]:
+    """The rows that `evaluate --outputs` wrote. Raises DataError."""
     try:
         rows = [json.loads(line) for line in path.read_bytes().splitlines()]
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: can't be read ({error})") from None
-    kinds: dict[str, Any] = {"id": str, "prompt": str, "output": str, "target": str | None}
-    if not rows or not all(
-        isinstance(row, dict) and all(key in row and isinstance(row[key], kind) for key, kind in kinds.items())
-        for row in rows
-    ):
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"{path}: can't be read ({one_line(error)})") from None
+    if not rows or not all(map(_is_output, rows)):
         raise DataError(f"{path}: holds no outputs; make them with `ketchup-cache evaluate --outputs {path}`")
     return rows
+
+
+def is_outputs(path: Path) -> bool:
+    """Whether the first line of a file is one that `read_outputs` takes."""
+    try:
+        with path.open("rb") as file:
+            return _is_output(json.loads(file.readline()))
+    except (OSError, ValueError, RecursionError):
+        return False
+
+
+def _is_output(row: Any) -> bool:
+    return isinstance(row, dict) and all(key in row and isinstance(row[key], kind) for key, kind in KEYS.items())
