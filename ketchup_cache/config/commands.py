@@ -246,6 +246,17 @@ class ShowConfig(shared.PromptOptions, shared.SelectOptions, shared.ReturnOption
         return first, int(stop or sys.maxsize) if colon else first + 1
 
 
+class ReportConfig(Config):
+    """Options of `ketchup-cache report`."""
+
+    runs: Annotated[tuple[Path, ...], Field(min_length=1)]
+    """Folders of runs of `learn` or `pretrain`."""
+    out: Path
+    """HTML file to write. It loads nothing."""
+    rollouts: Count = 24
+    """Rollouts to show token by token, of all runs together."""
+
+
 class AnalyzeConfig(shared.SelectOptions, shared.ReturnOptions, shared.DeviceOptions):
     """Options of `ketchup-cache analyze`."""
 
@@ -362,7 +373,7 @@ COMMANDS: dict[str, type[Config]] = {
     config.__name__.removesuffix("Config").lower(): config
     for config in (
         PretrainConfig, RolloutConfig, ScoreConfig, LearnConfig, EvaluateConfig, CompareConfig, AnalyzeConfig,
-        ShowConfig, InfoConfig,
+        ShowConfig, ReportConfig, InfoConfig,
         VerifyConfig, PushConfig, PullConfig, MergeConfig, ExportConfig, DemoConfig, RecipesConfig,
     )
 }  # fmt: skip

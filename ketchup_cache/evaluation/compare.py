@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -123,8 +124,7 @@ def compare(config: CompareConfig) -> Comparison:
     rng = np.random.default_rng(int(seed))
     draws = rng.integers(0, len(targets), (config.resamples, len(targets)))
     differences = tuple(_difference(name, a, b, targets, draws, rouge) for name in metrics)
-    by = next((name for name in metrics if of_each(name, a[:1], targets[:1])), "chrf")
-    values = [_of_each(by, outputs, targets, rouge) for outputs in (a, b)]
+    by, values = values_of_each(metrics, (a, b), targets, rouge)
     gain = np.subtract(*values[::-1])
     order = np.argsort(gain, kind="stable")
 
@@ -180,12 +180,17 @@ def _own_difference(name: str, a: list[str], b: list[str], targets: list[str], d
     return float(after) - float(before)
 
 
-def _of_each(name: str, outputs: list[str], targets: list[str], rouge: RougeTokenizer) -> NDArray:
-    """For choosing examples: the metric where it is a mean over examples, else chrF of each sentence."""
-    if (each := of_each(name, outputs, targets, rouge)) is not None:
-        return np.array(each)
+def values_of_each(
+    metrics: Sequence[str], systems: Sequence[list[str]], targets: list[str], rouge: RougeTokenizer
+) -> tuple[str, list[NDArray]]:
+    """For choosing examples: the first metric that is a mean over examples, else chrF of each sentence; its name, and
+    the value of each example of each system."""
+    by = next((name for name in metrics if of_each(name, systems[0][:1], targets[:1])), "chrf")
+    if by != "chrf":
+        return by, [np.array(of_each(by, outputs, targets, rouge)) for outputs in systems]
     chrf = sacrebleu_metric("chrf")
-    return np.array([chrf.sentence_score(o, [t]).score for o, t in zip(outputs, targets, strict=True)])
+    pairs = [zip(outputs, targets, strict=True) for outputs in systems]
+    return by, [np.array([chrf.sentence_score(o, [t]).score for o, t in pair]) for pair in pairs]
 
 
 def _cut(text: str) -> str:

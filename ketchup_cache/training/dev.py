@@ -2,6 +2,7 @@
 
 OUT/dev.jsonl    one line per evaluation (`DevRecord`)
 OUT/best/        the best model so far, by the first metric, as `from_pretrained` reads it
+OUT/outputs-start.jsonl, outputs-best.jsonl    what the start and the best model wrote, as `evaluate --outputs` does
 """
 
 from __future__ import annotations
@@ -143,6 +144,8 @@ class DevSet:
         first, fingerprint = self._config.metric[0], None
         sign = -1 if first in LOWER_IS_BETTER else 1
         best = not self.records or sign * metrics[first] > sign * self.best.metrics[first]
+        for name in ["start"] * (not self.records) + ["best"] * best:
+            outputs.write(self._path.with_name(f"outputs-{name}.jsonl"), self._data)
         if best:
             self._publish("best", step, metrics)
             fingerprint = weights_fingerprint(self._best)

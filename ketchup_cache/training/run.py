@@ -3,6 +3,7 @@
 OUT/config.json            what was asked for and what it resolved to (fingerprints, versions)
 OUT/metrics.jsonl          one line per optimizer step
 OUT/dev.jsonl              one line per evaluation on the dev set (training/dev.py)
+OUT/samples.jsonl          a few rollouts as text, at every refresh
 OUT/pins.json              ids of the segments that the run has read
 OUT/checkpoints/step-N/    the newest complete one is where a killed run goes on
 OUT/best/                  the best model on the dev set, with its tokenizer; without a dev set a link to last/
@@ -294,6 +295,15 @@ class Run:
         if not self.resumed:
             self.pins_path.unlink(missing_ok=True)
         return record["state"]
+
+    def log_samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Add rollouts as text to samples.jsonl; those of steps that a killed run takes again go. Raises WriteError."""
+        path = self.out / "samples.jsonl"
+        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+        found = ((line, re.match(rb'{"step": (\d+),.*}\n', line)) for line in lines)
+        kept = [line for line, whole in found if whole and int(whole[1]) < step]
+        new = (json.dumps({"step": step, **row}, ensure_ascii=False).encode() + b"\n" for row in rows)
+        write_file(path, b"".join([*kept, *new]))
 
     def pin(self, cache: str, ids: Sequence[str]) -> None:
         """Write down which segments the run reads, before it learns from them. Raises WriteError."""
