@@ -27,7 +27,7 @@ from ketchup_cache.report.analyze import analyze
 from ketchup_cache.report.rows import Part, cache_of_run, load_part, parts, record, tokenizer_of
 from ketchup_cache.text.tokens import visible
 from ketchup_cache.training.dev import read_dev
-from ketchup_cache.training.run import unsealed
+from ketchup_cache.training.records import unsealed
 from ketchup_cache.version import TOOL
 
 CURVES = {

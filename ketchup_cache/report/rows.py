@@ -18,7 +18,7 @@ from ketchup_cache.models.load import load_tokenizer
 from ketchup_cache.provenance import PolicyInfo, require_same_tokenizer
 from ketchup_cache.sharing.remote_cache import open_cache
 from ketchup_cache.text.tokens import pieces
-from ketchup_cache.training.run import read_pins
+from ketchup_cache.training.records import read_pins
 from ketchup_cache.types import PER_TOKEN, Row, ScoredRollouts, Scores
 
 Part = tuple[str, int, int, str, PolicyInfo, ScoredRef | None]

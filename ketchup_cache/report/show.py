@@ -26,7 +26,7 @@ from ketchup_cache.sharing.remote_cache import open_cache
 from ketchup_cache.text.prompts import target_ids, tokenize_prompts
 from ketchup_cache.text.read import read_examples
 from ketchup_cache.text.tokens import pieces, visible
-from ketchup_cache.training.run import unsealed
+from ketchup_cache.training.records import unsealed
 
 ENDINGS = ("unfinished: cut at the length limit", "finished")
 ONE_STEP = {"k": 1, "weights": "comb", "end_weight": None}

@@ -34,7 +34,8 @@ from ketchup_cache.training.divergence import divergence_step
 from ketchup_cache.training.metrics import StepMetrics
 from ketchup_cache.training.optimizer import Learner, Optimizer
 from ketchup_cache.training.policy_gradient import policy_gradient_step, reweighted_return
-from ketchup_cache.training.run import Callback, Run, read_pins, steps_text
+from ketchup_cache.training.records import read_pins
+from ketchup_cache.training.run import Callback, Run, steps_text
 from ketchup_cache.training.source import Offline, OnPolicy, ScoreRollouts, prompt_form
 from ketchup_cache.types import Ragged, Rollouts, ScoredRollouts
 
@@ -140,7 +141,7 @@ def learn(config: LearnConfig, callbacks: Sequence[Callback] = ()) -> LearnRepor
         model = load_model(config.student, device=config.device, trust_remote_code=config.trust_remote_code)
         load_s = time.perf_counter() - began
         learner = Learner(model, Head.of(model, info.vocab_size), Optimizer(model, config, source.steps), config)
-        run.describe(model, tokenizer, origin.model_copy(update={"prompts": form or origin.prompts}))
+        run.describe(model, tokenizer, origin.model_copy(update={"prompts": form or origin.prompts}), cache)
         dev = DevSet(config, data, run.out, run.publish, source.steps, known, returns) if data else None
         if dev is not None:
             dev.start(model, learner.head, tokenizer)

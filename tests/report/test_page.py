@@ -10,7 +10,7 @@ from ketchup_cache import k_step_returns
 from ketchup_cache.cli import main
 from ketchup_cache.report import page
 from ketchup_cache.training.learn import learn
-from ketchup_cache.training.run import sealed
+from ketchup_cache.training.records import sealed
 from tests.helpers.browser import CHROMIUM, Page
 from tests.helpers.caches import make_cache
 from tests.helpers.errors import fails
