@@ -249,7 +249,7 @@ class ShowConfig(shared.PromptOptions, shared.SelectOptions, shared.ReturnOption
 class ReportConfig(Config):
     """Options of `ketchup-cache report`."""
 
-    runs: Annotated[tuple[Path, ...], Field(min_length=1)]
+    runs: Annotated[tuple[Path, ...], BeforeValidator(lambda v: [v] if isinstance(v, str) else v), Field(min_length=1)]
     """Folders of runs of `learn` or `pretrain`."""
     out: Path
     """HTML file to write. It loads nothing."""

@@ -58,7 +58,8 @@ class PageReport(Report):
     notes: tuple[str, ...]
 
     def __str__(self) -> str:
-        what = f"{self.runs} runs, {self.samples} outputs before and after, {self.rollouts} rollouts by token"
+        runs = "1 run" if self.runs == 1 else f"{self.runs} runs"
+        what = f"{runs}, {self.samples} outputs before and after, {self.rollouts} rollouts by token"
         return "\n".join(map(printable, [f"{self.out}: {what}, {size_text(self.bytes)}; open it", *self.notes]))
 
 
