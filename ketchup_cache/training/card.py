@@ -59,7 +59,7 @@ def model_card(
             yield "cache", f"{cache.address}, {len(pins)} segments: {' '.join(id_[:12] for id_ in pins)}"
         yield "made by", ", ".join([made["tool"], *(f"{name} {value}" for name, value in made["versions"].items())])
 
-    texts = {name: value if isinstance(value, str) else json.dumps(value) for name, value in options.items()}
+    texts = {k: v if isinstance(v, str) else json.dumps(v) for k, v in options.items() if k != "out"}
     return CARD.format(base=base, command=made["command"], rows=_rows(facts()), options=_rows(texts.items()))
 
 
