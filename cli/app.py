@@ -83,7 +83,8 @@ def command(
                 raise ConfigError([" ".join([words.get(first, first), *rest]) for first, *rest in parts]) from None
             result = run(config)
             if as_json:
-                plain = (sys.stdout.encoding or "").lower().replace("-", "") != "utf8"
+                utf8 = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
+                plain = not utf8 or sys.stdout.isatty()  # marks that turn a line of a terminal round are escaped too
                 print(json.dumps(result.to_dict(), ensure_ascii=plain, allow_nan=False))
             else:
                 _print(str(result), sys.stdout)
@@ -146,7 +147,8 @@ def _parameter(name: str, info: FieldInfo, positional: bool, panel: str) -> insp
         text += f"  [default: {shown if not isinstance(info.default, bool) else shown.lower()}]"
     if positional:
         argument = typer.Argument(metavar=name.upper(), help=text, show_default=False, rich_help_panel="Arguments")
-        return _keyword(name, str | None, argument, None)
+        several = typing.get_origin(info.annotation) is tuple
+        return _keyword(name, list[str] | None if several else str | None, argument, None)
     if info.annotation is bool:
         both = f"{flag(name)}/--no-{name.replace('_', '-')}"
         return _option(name, bool | None, text, words=both, panel=panel)

@@ -5,6 +5,7 @@ Options that several commands share are in config/options.py, so that each means
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -227,6 +228,44 @@ class CompareConfig(shared.RougeOptions):
     """Number of examples to show where B wins most, and where it loses most."""
 
 
+class ShowConfig(shared.PromptOptions, shared.SelectOptions, shared.ReturnOptions):
+    """Options of `ketchup-cache show`."""
+
+    what: str
+    """What to show: data (a file, or a Hub data set), a cache, the folder of a run, or outputs of `evaluate`."""
+    rows: Annotated[str, Field(pattern=r"^(\d+|\d*:\d*)$")] = "0:5"
+    """Rows to show, counted from 0: one (7), or from one up to another (20:30)."""
+    tokenizer: str | None = None
+    """Model whose tokenizer is used: a folder or a Hub id. Of a cache or a run, by default its own; of data, without
+    one the texts are shown and not their tokens."""
+    color: Literal["gap", "return"] = "gap"
+    """What colours the tokens on a terminal: the gap max-Q minus Q, or the K-step return. The darker the worse."""
+    k: Positive = 4
+    """Steps per jump of the return. Of a run, by default its own estimator."""
+    split: str = "train"
+    """Split of a Hugging Face dataset."""
+    max_new_tokens: Count = 0
+    """With data and --tokenizer: longest reference, in tokens; a longer one is shown cut. 0: no limit."""
+
+    @property
+    def span(self) -> tuple[int, int]:
+        """First row, and the one after the last."""
+        start, colon, stop = self.rows.partition(":")
+        first = int(start or 0)
+        return first, int(stop or sys.maxsize) if colon else first + 1
+
+
+class ReportConfig(Config):
+    """Options of `ketchup-cache report`."""
+
+    runs: Annotated[tuple[Path, ...], BeforeValidator(lambda v: [v] if isinstance(v, str) else v), Field(min_length=1)]
+    """Folders of runs of `learn` or `pretrain`."""
+    out: Path
+    """HTML file to write. It loads nothing."""
+    rollouts: Count = 24
+    """Rollouts to show token by token, of all runs together."""
+
+
 class AnalyzeConfig(shared.SelectOptions, shared.ReturnOptions, shared.DeviceOptions):
     """Options of `ketchup-cache analyze`."""
 
@@ -343,7 +382,7 @@ COMMANDS: dict[str, type[Config]] = {
     config.__name__.removesuffix("Config").lower(): config
     for config in (
         PretrainConfig, RolloutConfig, ScoreConfig, LearnConfig, EvaluateConfig, CompareConfig, AnalyzeConfig,
-        InfoConfig,
+        ShowConfig, ReportConfig, InfoConfig,
         VerifyConfig, PushConfig, PullConfig, MergeConfig, ExportConfig, DemoConfig, RecipesConfig,
     )
 }  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from sacrebleu.significance import PairedTest
 
 from ketchup_cache.config.commands import CompareConfig
 from ketchup_cache.config.options import RougeTokenizer
-from ketchup_cache.console import Report, printable
+from ketchup_cache.console import Report, one_line, printable
 from ketchup_cache.errors import ConfigError, DataError
 from ketchup_cache.evaluation.task_metrics import (
     NOT_OF_TEXTS,
@@ -103,7 +104,7 @@ def compare(config: CompareConfig) -> Comparison:
 
     Raises DataError for files that are no outputs of `evaluate`, or not of the same data with references.
     """
-    ours, theirs = (_read(path) for path in (config.a, config.b))
+    ours, theirs = (read_outputs(path) for path in (config.a, config.b))
     if [(row["id"], row["target"]) for row in ours] != [(row["id"], row["target"]) for row in theirs]:
         what = "are not outputs for the same prompts and targets in the same order"
         raise DataError(f"{config.a} and {config.b}: {what}; make them with the same --data")
@@ -123,8 +124,7 @@ def compare(config: CompareConfig) -> Comparison:
     rng = np.random.default_rng(int(seed))
     draws = rng.integers(0, len(targets), (config.resamples, len(targets)))
     differences = tuple(_difference(name, a, b, targets, draws, rouge) for name in metrics)
-    by = next((name for name in metrics if of_each(name, a[:1], targets[:1])), "chrf")
-    values = [_of_each(by, outputs, targets, rouge) for outputs in (a, b)]
+    by, values = values_of_each(metrics, (a, b), targets, rouge)
     gain = np.subtract(*values[::-1])
     order = np.argsort(gain, kind="stable")
 
@@ -180,12 +180,17 @@ def _own_difference(name: str, a: list[str], b: list[str], targets: list[str], d
     return float(after) - float(before)
 
 
-def _of_each(name: str, outputs: list[str], targets: list[str], rouge: RougeTokenizer) -> NDArray:
-    """For choosing examples: the metric where it is a mean over examples, else chrF of each sentence."""
-    if (each := of_each(name, outputs, targets, rouge)) is not None:
-        return np.array(each)
+def values_of_each(
+    metrics: Sequence[str], systems: Sequence[list[str]], targets: list[str], rouge: RougeTokenizer
+) -> tuple[str, list[NDArray]]:
+    """For choosing examples: the first metric that is a mean over examples, else chrF of each sentence; its name, and
+    the value of each example of each system."""
+    by = next((name for name in metrics if of_each(name, systems[0][:1], targets[:1])), "chrf")
+    if by != "chrf":
+        return by, [np.array(of_each(by, outputs, targets, rouge)) for outputs in systems]
     chrf = sacrebleu_metric("chrf")
-    return np.array([chrf.sentence_score(o, [t]).score for o, t in zip(outputs, targets, strict=True)])
+    pairs = [zip(outputs, targets, strict=True) for outputs in systems]
+    return by, [np.array([chrf.sentence_score(o, [t]).score for o, t in pair]) for pair in pairs]
 
 
 def _cut(text: str) -> str:
@@ -193,15 +198,28 @@ def _cut(text: str) -> str:
     return text if len(text) <= WIDEST else text[: WIDEST - 1] + "…"
 
 
-def _read(path: Path) -> list[dict[str, Any]]:
+KEYS: dict[str, Any] = {"id": str, "prompt": str, "output": str, "target": str | None}
+
+
+def read_outputs(path: Path) -> list[dict[str, Any]]:
+    """The rows that `evaluate --outputs` wrote. Raises DataError."""
     try:
         rows = [json.loads(line) for line in path.read_bytes().splitlines()]
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: can't be read ({error})") from None
-    kinds: dict[str, Any] = {"id": str, "prompt": str, "output": str, "target": str | None}
-    if not rows or not all(
-        isinstance(row, dict) and all(key in row and isinstance(row[key], kind) for key, kind in kinds.items())
-        for row in rows
-    ):
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"{path}: can't be read ({one_line(error)})") from None
+    if not rows or not all(map(_is_output, rows)):
         raise DataError(f"{path}: holds no outputs; make them with `ketchup-cache evaluate --outputs {path}`")
     return rows
+
+
+def is_outputs(path: Path) -> bool:
+    """Whether the first line of a file is one that `read_outputs` takes."""
+    try:
+        with path.open("rb") as file:
+            return _is_output(json.loads(file.readline()))
+    except (OSError, ValueError, RecursionError):
+        return False
+
+
+def _is_output(row: Any) -> bool:
+    return isinstance(row, dict) and all(key in row and isinstance(row[key], kind) for key, kind in KEYS.items())

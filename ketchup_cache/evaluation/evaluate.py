@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,13 +14,11 @@ from ketchup_cache.config.options import Normalization, ScoringOptions
 from ketchup_cache.console import Report
 from ketchup_cache.evaluation.outputs import EvalSet, Outputs, one_step_returns, reference_loss
 from ketchup_cache.evaluation.task_metrics import Values, spread
-from ketchup_cache.files import write_file
 from ketchup_cache.models.fingerprint import tokenizer_info
 from ketchup_cache.models.head import Head
 from ketchup_cache.models.load import load_model, load_tokenizer, require_same_encoding
 from ketchup_cache.models.origin import prompts_as_trained
 from ketchup_cache.scoring.score import Scorer
-from ketchup_cache.text.prompts import Example
 from ketchup_cache.types import Ragged, Rollouts
 
 
@@ -109,8 +106,7 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
     gc.collect()
     torch.cuda.empty_cache()
     if config.outputs is not None:
-        rows = zip(data.examples, outputs.texts, outputs.rollouts.finished.tolist(), strict=True)
-        write_file(config.outputs, "".join(_json_line(*row) for row in rows).encode())
+        outputs.write(config.outputs, data)
     lengths, scores = outputs.rollouts.completions.lengths, outputs.scores(data, config.metrics)
     return Evaluation(
         model=config.model,
@@ -140,11 +136,6 @@ def _mean_return(prompts: Ragged, rollouts: Rollouts, scorer: Scorer, normalizat
     returns = one_step_returns(scorer.scores(prompts, rollouts), rollouts, normalization)
     who = (scorer.info.name, scorer.info.fingerprint, normalization)
     return MeanReturn(*who, float(returns.mean()), *spread(returns)[1:], spread(returns[rollouts.finished])[0])
-
-
-def _json_line(e: Example, output: str, finished: bool) -> str:
-    record = {"id": e.id.hex(), "prompt": e.prompt, "output": output, "target": e.target, "finished": finished}
-    return json.dumps(record, ensure_ascii=False) + "\n"
 
 
 def _spread(what: str, value: float | None) -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,7 @@ from ketchup_cache.config.options import DataOptions, GreedyOptions, Normalizati
 from ketchup_cache.console import progress
 from ketchup_cache.errors import DataError
 from ketchup_cache.evaluation.task_metrics import Values, check_metrics, compute, rouge_tokenizer
+from ketchup_cache.files import write_file
 from ketchup_cache.method.returns import rollout_returns
 from ketchup_cache.models.forward import Batch, completion_states, computes_prompts_once
 from ketchup_cache.models.head import Head
@@ -85,6 +88,15 @@ class Outputs:
     def scores(self, data: EvalSet, metrics: Sequence[str]) -> Values | None:
         """Those of the metrics that are of texts; None where the data has no targets."""
         return compute(metrics, self.texts, data.targets, data.rouge) if data.targets is not None else None
+
+    def write(self, path: Path, data: EvalSet) -> None:
+        """As JSONL: what `compare` and `show` read. Raises WriteError."""
+        rows = zip(data.examples, self.texts, self.rollouts.finished.tolist(), strict=True)
+        records = (
+            {"id": e.id.hex(), "prompt": e.prompt, "output": output, "target": e.target, "finished": finished}
+            for e, output, finished in rows
+        )
+        write_file(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode())
 
 
 @torch.no_grad()

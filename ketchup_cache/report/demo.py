@@ -18,7 +18,6 @@ from ketchup_cache.config.resolve import flag
 from ketchup_cache.console import Report
 from ketchup_cache.errors import KetchupError
 from ketchup_cache.files import write_file
-from ketchup_cache.report.plots import learning_curves_figure, write_png
 from ketchup_cache.shipped import task
 
 RunCommand = Callable[[Sequence[str]], int]
@@ -35,13 +34,6 @@ LABELLED = 1_500
 LEARNING = {"refresh_every": 4, "batch_size": 512, "samples": 8, "baseline": "leave-one-out", "lr": 5e-4, "warmup": 20,
             "schedule": "linear"}  # fmt: skip
 """The recommended setting for this task."""
-CURVES = {
-    "return_mean": "return G₁ of the rollouts\n(nats)",
-    "k_return_sd": "s.d. of the return\nin the gradient (nats)",
-    "length_mean": "length (tokens)",
-    "teacher_kl": "KL(student‖teacher)\n(nats per token)",
-}
-"""What is drawn of a run's metrics, and its name with the unit."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +53,7 @@ class DemoReport(Report):
                 f"{name:<22}{row['returns']['mean']:>8.2f}{row['returns']['sd']:>7.2f}{row['length_mean']:>8.1f}"
                 "{bleu:>7.1f}{chrf:>7.1f}{ter:>7.1f}{exact:>9.1f}".format(**row["metrics"])
             )
-        return "\n".join([*lines, "", "Pictures:", *(f"  {p}" for p in self.pictures), f"{self.seconds:.0f} s in all."])
+        return "\n".join([*lines, "", "Look at:", *(f"  {p}" for p in self.pictures), f"{self.seconds:.0f} s in all."])
 
 
 def demo(config: DemoConfig, run: RunCommand) -> DemoReport:
@@ -117,13 +109,10 @@ def demo(config: DemoConfig, run: RunCommand) -> DemoReport:
         shell("evaluate", "--model", model, "--data", test, "--teacher", teacher, *decoding, save=result)
         rows[name] = json.loads(result.read_text())
 
-    curves = out / "learning-curves.png"
-    lines = {name: (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines() for name, folder in runs.items()}
-    metrics = {name: [json.loads(line) for line in of_run] for name, of_run in lines.items()}
-    title = "The demo's runs, from the same student and cache"
-    write_png(learning_curves_figure(metrics, CURVES, window=5, title=title), curves)
+    shell("report", *runs.values(), "--out", out / "runs.html")
     _title("Result")
-    return DemoReport(rows, (str(curves), str(out / "analysis" / "analysis.png")), round(time.monotonic() - began, 1))
+    pictures = str(out / "runs.html"), str(out / "analysis" / "analysis.png")
+    return DemoReport(rows, pictures, round(time.monotonic() - began, 1))
 
 
 def _title(text: str) -> None:

@@ -17,14 +17,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ketchup_cache.cache.cache import Cache
-from ketchup_cache.cache.index import ScoredRef
 from ketchup_cache.config.commands import ExportConfig
 from ketchup_cache.console import Report, printable, progress, size_text
 from ketchup_cache.errors import CacheError, ConfigError
 from ketchup_cache.files import publishing
-from ketchup_cache.provenance import PolicyInfo
+from ketchup_cache.report.rows import Part, load_part, parts
 from ketchup_cache.sharing.remote_cache import open_cache
-from ketchup_cache.types import PER_TOKEN, Row, ScoredRollouts, Scores
+from ketchup_cache.types import PER_TOKEN, Row
 from ketchup_cache.version import TOOL
 
 FLOATS, TOKENS = pa.list_(pa.float32()), pa.list_(pa.int32())
@@ -69,8 +68,8 @@ def export(config: ExportConfig) -> ExportReport:
     if config.out.exists():
         raise ConfigError([f"{config.out}: is there already; choose another folder, or delete it"])
     cache, began, tokens = open_cache(config.cache), time.monotonic(), 0
-    parts = list(_parts(cache, config))
-    rows, scored = (sum(stop - start for _, start, stop, *_, ref in parts if ref or every) for every in (True, False))
+    found = list(parts(cache, config, keep_top=config.keep_top, unscored=config.unscored))
+    rows, scored = (sum(stop - start for _, start, stop, *_, ref in found if ref or every) for every in (True, False))
     if not rows:
         what = "rollouts that fit" if config.unscored else "scored rollouts that fit; --unscored takes the others too"
         raise CacheError(f"{cache.address}: holds no {what}")
@@ -82,7 +81,7 @@ def export(config: ExportConfig) -> ExportReport:
     with publishing(config.out) as partial, progress("exporting", rows, "rollouts") as bar:
         file = partial / "rows.parquet"
         with pq.ParquetWriter(file, schema, compression="zstd") as writer:
-            for part in parts:
+            for part in found:
                 for some in _rows(cache, part, config.keep_top):
                     writer.write_table(pa.Table.from_pylist(some, schema))
                     tokens += sum(len(row["completion_tokens"]) for row in some)
@@ -100,29 +99,11 @@ def export(config: ExportConfig) -> ExportReport:
     return ExportReport(str(config.out), config.to, *counts, round(time.monotonic() - began, 2))
 
 
-Part = tuple[str, int, int, str, PolicyInfo, ScoredRef | None]
-"""Rows start to stop of a rollouts segment, its prompts segment, who sampled them, and where their scores are."""
-
-
-def _parts(cache: Cache, config: ExportConfig) -> Iterator[Part]:
-    teacher = cache.select_teacher(config.scored_by).fingerprint if cache.teachers() else ""
-    for ref in cache.scored(teacher, config.policy, keep_top=config.keep_top) if teacher else ():
-        yield ref.rollouts_id, ref.row_start, ref.row_stop, ref.prompts_id, ref.policy, ref
-    if config.unscored:
-        wanted = cache.select_policy(config.policy).fingerprint if config.policy is not None else None
-        infos = {id_: info for id_, info in cache.rollouts() if wanted in (None, info.policy.fingerprint)}
-        for id_, start, stop in cache.unscored(teacher, keep_top=config.keep_top):
-            if info := infos.get(id_):
-                yield id_, start, stop, info.prompts, info.policy, None
-
-
 def _rows(cache: Cache, part: Part, keep_top: int) -> Iterator[list[dict[str, Any]]]:
     """The columns of each row, a few rows at a time."""
-    id_, start, stop, prompts, policy, ref = part
-    rollouts = cache.load_rollouts(id_).rows(start, stop)
-    scores = cache.load_scored(ref).scores if ref else Scores.empty(len(rollouts.completions.values), len(rollouts))
-    scores = scores.with_top(min(keep_top, scores.keep_top))
-    joined = ScoredRollouts(cache.load_prompts(prompts), rollouts, scores)
+    id_, start, _, _, policy, ref = part
+    joined = load_part(cache, part, keep_top)
+    rollouts, scores = joined.rollouts, joined.scores
     shared = {"policy_fingerprint": policy.fingerprint, "policy_step": policy.step, "rollouts_segment": id_}
     shared |= {"teacher_fingerprint": ref.teacher.fingerprint} if ref else dict.fromkeys(OF_SCORES)
     shared |= {"mean_q": None} if ref and ref.teacher.served else {}

@@ -1,4 +1,4 @@
-"""Pictures: bias and variance against K (the paper's Figure 2), and learning curves (its Figure 3).
+"""Pictures: bias and variance against K (the paper's Figure 2). Curves of runs are in the page of `report`.
 
 Each picture has a function that draws a Figure from plain numbers; `write_png` writes it. Lines differ by marker and
 dash as well as by colour, so that they survive grey printing and colour blindness.
@@ -7,7 +7,7 @@ dash as well as by colour, so that they survive grey printing and colour blindne
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import FixedLocator, NullLocator
 from numpy.typing import NDArray
 
 from ketchup_cache.files import write_file
@@ -94,63 +94,6 @@ def weights_figure(analysis: Mapping[str, Any]) -> Figure:
     return figure
 
 
-# ---------------------------------------------------------------------------------------------- learning curves
-
-Records = Sequence[Mapping[str, Any]]
-"""One mapping per optimizer step, in order, as in `learn`'s metrics.jsonl: quantities, `step`, and `refreshed`."""
-
-
-def learning_curves_figure(
-    runs: Mapping[str, Records], panels: Mapping[str, str], *, window: int = 1, title: str = ""
-) -> Figure:
-    """One panel below the other, a line for each run.
-
-    Args:
-        runs: label → records. Steps where a quantity is missing or None are left out. Steps before which rollouts were
-            sampled anew (`refreshed`) get a tick at the bottom of each panel, in the run's colour.
-        panels: quantity in the records → its name with the unit.
-        window: the line is the mean of this many steps up to each (of fewer at the start); the values themselves
-            are drawn faintly behind it. 1: the values alone.
-    """
-    figure = Figure((8, 0.6 + 2.2 * len(panels) + 0.2 * len(runs)), **FIGURE)
-    grid = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
-    for axes, (quantity, name) in zip(grid, panels.items(), strict=True):
-        for i, (label, records) in enumerate(runs.items()):
-            colour, dash, marker = (styles[i % len(styles)] for styles in (COLOURS, DASHES, MARKERS))
-            present = [record for record in records if record.get(quantity) is not None]
-            steps = np.array([record["step"] for record in present])
-            values = np.array([record[quantity] for record in present], dtype=float)
-            if window > 1:
-                axes.plot(steps, values, color=colour, alpha=0.3, linewidth=0.7)
-            style: Any = {"color": colour, "linestyle": dash, "marker": marker, "markersize": 4}
-            style |= {"label": _short(label), "markevery": max(len(steps) // 8, 1)}
-            axes.plot(steps, running_mean(values, window), **style)
-            # a rug: rows of ticks in axes coordinates, one row for each run
-            ticks = [record["step"] for record in records if record.get("refreshed")]
-            bottom = 0.02 + 0.035 * i
-            axes.vlines(ticks, bottom, bottom + 0.03, transform=axes.get_xaxis_transform(), color=colour, linewidth=1)
-        axes.set_ylabel(name)
-        axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
-        axes.grid(alpha=0.3)
-        axes.margins(x=0.01, y=0.12)
-    grid[-1].set_xlabel("optimizer step")
-    grid[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
-    if title:
-        figure.suptitle(title)
-    key = [f"lines: mean of the last {window} steps; faint: each step"] if window > 1 else []
-    if any(record.get("refreshed") for records in runs.values() for record in records):
-        key.append("ticks: rollouts sampled anew")
-    _legend(figure, grid[0], "\n".join(key) or None)
-    return figure
-
-
-def running_mean(values: NDArray[np.float64], window: int) -> NDArray[np.float64]:
-    """[n] → [n]: mean of the last `window` values up to each, of fewer at the start."""
-    total, stop = np.concatenate([[0.0], np.cumsum(values)]), np.arange(1, len(values) + 1)
-    start = np.maximum(stop - window, 0)
-    return (total[stop] - total[start]) / (stop - start)
-
-
 # ------------------------------------------------------------------------------------------------------- shared
 
 
@@ -163,6 +106,13 @@ def _short(label: str, longest: int = 60) -> str:
     """Long labels lose their middle: paths differ at their ends."""
     half = (longest - 1) // 2
     return label if len(label) <= longest else f"{label[:half]}…{label[-half:]}"
+
+
+def running_mean(values: NDArray[np.float64], window: int) -> NDArray[np.float64]:
+    """[n] → [n]: mean of the last `window` values up to each, of fewer at the start."""
+    total, stop = np.concatenate([[0.0], np.cumsum(values)]), np.arange(1, len(values) + 1)
+    start = np.maximum(stop - window, 0)
+    return (total[stop] - total[start]) / (stop - start)
 
 
 def write_png(figure: Figure, path: Path) -> None:

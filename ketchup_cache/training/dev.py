@@ -2,6 +2,7 @@
 
 OUT/dev.jsonl    one line per evaluation (`DevRecord`)
 OUT/best/        the best model so far, by the first metric, as `from_pretrained` reads it
+OUT/outputs-start.jsonl, outputs-best.jsonl    what the start and the best model wrote, as `evaluate --outputs` does
 """
 
 from __future__ import annotations
@@ -37,8 +38,8 @@ STATES = 1024
 """Whose logits are held at once."""
 MeanReturn = Callable[[Ragged, Rollouts], float]
 """Mean return of greedy outputs under the teacher, from their prompts."""
-Publish = Callable[[str, int, Mapping[str, float]], None]
-"""Writes the model as it is into a folder of the run, with the optimizer step and its metrics."""
+Publish = Callable[[str, int, Mapping[str, float], Mapping[str, str]], None]
+"""Writes the model as it is into a folder of the run, with the optimizer step, its metrics and their variants."""
 
 
 class DevRecord(BaseModel):
@@ -138,20 +139,23 @@ class DevSet:
             assert self._returns is not None
             values["return"] = self._returns(self._data.prompts, outputs.rollouts)
         metrics = {name: round(float(values[name]), 6) for name in self._config.metric}
+        variants = {name: text for name, text in values.items() if isinstance(text, str)}
         lengths = outputs.rollouts.completions
         entropy, kl = self._entropy_and_kl(outputs.rollouts)
         first, fingerprint = self._config.metric[0], None
         sign = -1 if first in LOWER_IS_BETTER else 1
         best = not self.records or sign * metrics[first] > sign * self.best.metrics[first]
+        for name in ["start"] * (not self.records) + ["best"] * best:
+            outputs.write(self._path.with_name(f"outputs-{name}.jsonl"), self._data)
         if best:
-            self._publish("best", step, metrics)
+            self._publish("best", step, metrics, variants)
             fingerprint = weights_fingerprint(self._best)
         return DevRecord(
             step=step,
             metrics=metrics,
             best=best,
             fingerprint=fingerprint,
-            variants={name: text for name, text in values.items() if isinstance(text, str)},
+            variants=variants,
             length_mean=float(lengths.lengths.mean()),
             finished=float(outputs.rollouts.finished.mean()),
             repetition=repetition(lengths),

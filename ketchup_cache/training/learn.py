@@ -10,6 +10,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
 from ketchup_cache.cache.cache import Cache
 from ketchup_cache.config.commands import LearnConfig, ScoreConfig
 from ketchup_cache.config.methods import METHODS
@@ -17,6 +20,7 @@ from ketchup_cache.config.options import ScoringOptions
 from ketchup_cache.console import Report, warn
 from ketchup_cache.errors import MismatchError, ModelError
 from ketchup_cache.evaluation.outputs import EvalSet, one_step_returns
+from ketchup_cache.method.returns import rollout_returns
 from ketchup_cache.models.fingerprint import state_fingerprint, tokenizer_info, weights_fingerprint
 from ketchup_cache.models.head import Head
 from ketchup_cache.models.load import load_model, load_tokenizer
@@ -30,7 +34,8 @@ from ketchup_cache.training.divergence import divergence_step
 from ketchup_cache.training.metrics import StepMetrics
 from ketchup_cache.training.optimizer import Learner, Optimizer
 from ketchup_cache.training.policy_gradient import policy_gradient_step, reweighted_return
-from ketchup_cache.training.run import Callback, Run, read_pins, steps_text
+from ketchup_cache.training.records import read_pins
+from ketchup_cache.training.run import Callback, Run, steps_text
 from ketchup_cache.training.source import Offline, OnPolicy, ScoreRollouts, prompt_form
 from ketchup_cache.types import Ragged, Rollouts, ScoredRollouts
 
@@ -41,6 +46,8 @@ ENOUGH_ESS = 0.3
 """Effective sample size of whole rollouts, as a share, below which that estimate is not given."""
 SMOOTH = 10
 """Optimizer steps that the live line is a mean of."""
+SAMPLES = 4
+"""Rollouts that are written down as text at every refresh."""
 NEARLY_ONE = 0.95
 """Effective sample size from which on it is not worth a word."""
 
@@ -137,7 +144,8 @@ def learn(config: LearnConfig, callbacks: Sequence[Callback] = ()) -> LearnRepor
         model = load_model(config.student, device=config.device, trust_remote_code=config.trust_remote_code)
         load_s = time.perf_counter() - began
         learner = Learner(model, Head.of(model, info.vocab_size), Optimizer(model, config, source.steps), config)
-        run.describe(model, tokenizer, origin.model_copy(update={"prompts": form or origin.prompts, "tokenizer": info}))
+        came = origin.model_copy(update={"prompts": form or origin.prompts, "tokenizer": info})
+        run.describe(model, tokenizer, came, cache)
         dev = DevSet(config, data, run.out, run.publish, source.steps, known, returns) if data else None
         if dev is not None:
             dev.start(model, learner.head, tokenizer)
@@ -159,6 +167,8 @@ def learn(config: LearnConfig, callbacks: Sequence[Callback] = ()) -> LearnRepor
                 _warn_of_origin(config, origin, cache.select_teacher(source.teacher).name)
             if number == run.resumed or drawn.times:
                 run.pin(cache.address, source.segments())
+            if number == 0 or drawn.times:
+                run.log_samples(number, _samples(drawn.rollouts, tokenizer, config.of_returns))
             began = time.perf_counter()
             if METHODS[config.method].step == "policy_gradient":
                 metrics = policy_gradient_step(learner, drawn.rollouts, number)
@@ -203,6 +213,16 @@ def _mean_returns(lines: Sequence[dict[str, Any]]) -> list[float] | None:
     parts = [[line["return_mean"] for line in part] for part in (lines[:n], lines[-n:])]
     known = [[value for value in part if value is not None] for part in parts]
     return [sum(part) / len(part) for part in known] if all(known) else None
+
+
+def _samples(batch: ScoredRollouts, tokenizer: PreTrainedTokenizerBase, how: Any) -> list[dict[str, Any]]:
+    """A few rollouts as text, special tokens too, with G_1. how: `ReturnOptions.of_returns`."""
+    some = batch.take(np.unique(np.linspace(0, len(batch) - 1, SAMPLES).astype(int)))
+    prompts, completions = some.prompts.tokens.take(some.rollouts.prompt_index), some.rollouts.completions
+    texts = [[tokenizer.decode(row) for row in ids] for ids in (prompts, completions)]
+    (returns,) = rollout_returns(some.rollouts, some.scores, [1], **how | {"unfinished": "bootstrap"})
+    rows = zip(*texts, some.rollouts.finished.tolist(), returns[:, 0].round(4).tolist(), strict=True)
+    return [dict(zip(("prompt", "completion", "finished", "return"), row, strict=True)) for row in rows]
 
 
 def _fixed_rollouts(config: LearnConfig, cache: Cache, source: Offline) -> ScoredRollouts | None:

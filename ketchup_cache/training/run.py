@@ -3,6 +3,7 @@
 OUT/config.json            what was asked for and what it resolved to (fingerprints, versions)
 OUT/metrics.jsonl          one line per optimizer step
 OUT/dev.jsonl              one line per evaluation on the dev set (training/dev.py)
+OUT/samples.jsonl          a few rollouts as text, at every refresh
 OUT/pins.json              ids of the segments that the run has read
 OUT/checkpoints/step-N/    the newest complete one is where a killed run goes on
 OUT/best/                  the best model on the dev set, with its tokenizer; without a dev set a link to last/
@@ -13,7 +14,6 @@ OUT/report.json            written last: the run is finished
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import re
 import shutil
@@ -31,17 +31,20 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ketchup_cache.cache.cache import Cache
 from ketchup_cache.config.commands import LearnConfig, PretrainConfig
 from ketchup_cache.config.resolve import flag
 from ketchup_cache.console import Report, one_line, progress, say, warn
-from ketchup_cache.errors import ConfigError, MismatchError, WriteError
+from ketchup_cache.errors import ConfigError, WriteError
 from ketchup_cache.files import publishing, write_file, writing
 from ketchup_cache.models import origin
 from ketchup_cache.models.load import quiet
 from ketchup_cache.models.origin import Origin
 from ketchup_cache.training.alarms import Alarm, Alarms
+from ketchup_cache.training.card import model_card
 from ketchup_cache.training.dev import DevRecord, DevSet, read_dev
 from ketchup_cache.training.optimizer import Learner
+from ketchup_cache.training.records import as_json, read_pins, sealed, sha256, unsealed
 from ketchup_cache.version import TOOL
 
 MAY_CHANGE = {"out", "checkpoint_every", "save_limit", "trust_remote_code", "scores_timeout"}
@@ -50,7 +53,6 @@ MAY_CHANGE |= {"teacher_url", "in_flight", "idle_timeout", "retry_for", "max_dis
 LENGTH = {"steps", "epochs", "patience"}
 """Options by which a run is lengthened, also a finished one."""
 TENSORS = ("model.safetensors", "optimizer.safetensors")
-SEAL = "sha256_of_this"
 State = Callable[[], dict[str, Any]]
 """Returns what a checkpoint holds besides weights and optimizer."""
 Step = Callable[[int], tuple[dict[str, Any], str]]
@@ -254,8 +256,8 @@ class Run:
         with _saving(target) as partial:
             save_file(_weights(learner.model), partial / "model.safetensors")
             save_file(learner.optimizer.tensors(), partial / "optimizer.safetensors")
-            hashes = {name: _sha256((partial / name).read_bytes()) for name in TENSORS}
-            record = {"step": step, "sha256": hashes | {n: _sha256(c) for n, c in self._written(step).items()}}
+            hashes = {name: sha256((partial / name).read_bytes()) for name in TENSORS}
+            record = {"step": step, "sha256": hashes | {n: sha256(c) for n, c in self._written(step).items()}}
             (partial / "state.json").write_bytes(sealed({**record, "state": state}))
         keep = max(self.config.save_limit, 1)
         for other in sorted(target.parent.glob("step-????????"))[:-keep]:
@@ -275,7 +277,7 @@ class Run:
             try:
                 record = unsealed(found[-1] / "state.json")
                 contents = {name: (found[-1] / name).read_bytes() for name in TENSORS}
-                if wrong := [name for name, content in contents.items() if _sha256(content) != record["sha256"][name]]:
+                if wrong := [name for name, content in contents.items() if sha256(content) != record["sha256"][name]]:
                     raise ValueError(f"{wrong[0]} is not as it was written")
                 weights, moments = (load(contents[name]) for name in TENSORS)
                 learner.optimizer.load_tensors(moments)
@@ -286,7 +288,7 @@ class Run:
                 what = f"{found[-1]}: damaged checkpoint ({one_line(error)}); delete it {back}"
                 raise WriteError(what) from error
             for name, content in self._written(record["step"]).items():
-                if _sha256(content) != record["sha256"][name]:
+                if sha256(content) != record["sha256"][name]:
                     what = f"{self.out / name}: is not as it was written up to step {record['step']}"
                     raise WriteError(f"{what}; bring it back, or choose another --out")
         self.resumed, self._began = record["step"], time.monotonic()
@@ -296,11 +298,20 @@ class Run:
             self.pins_path.unlink(missing_ok=True)
         return record["state"]
 
+    def log_samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Add rollouts as text to samples.jsonl; those of steps that a killed run takes again go. Raises WriteError."""
+        path = self.out / "samples.jsonl"
+        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+        found = ((line, re.match(rb'{"step": (\d+),.*}\n', line)) for line in lines)
+        kept = [line for line, whole in found if whole and int(whole[1]) < step]
+        new = (json.dumps({"step": step, **row}, ensure_ascii=False).encode() + b"\n" for row in rows)
+        write_file(path, b"".join([*kept, *new]))
+
     def pin(self, cache: str, ids: Sequence[str]) -> None:
         """Write down which segments the run reads, before it learns from them. Raises WriteError."""
         known = read_pins(self.pins_path) if self.pins_path.exists() else []
         if not set(known) >= set(ids):
-            write_file(self.pins_path, _json({"cache": cache, "segments": list(dict.fromkeys([*known, *ids]))}))
+            write_file(self.pins_path, as_json({"cache": cache, "segments": list(dict.fromkeys([*known, *ids]))}))
 
     # ------------------------------------------------------------------------------------------------ result
 
@@ -321,17 +332,33 @@ class Run:
             raise ConfigError([f"{self.out}: {what}; choose another --out"])
         return None
 
-    def describe(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, known: Origin) -> None:
-        """What `publish` writes. known: of the origin, all but command, step and metrics."""
-        self._parts, self._origin = (model, tokenizer), known
+    def describe(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        known: Origin,
+        cache: Cache | None = None,
+    ) -> None:
+        """What `publish` writes. known: of the origin, all but command, step and metrics. cache: that it reads."""
+        self._parts, self._origin, self._cache = (model, tokenizer), known, cache
 
-    def publish(self, name: str, step: int, metrics: Mapping[str, float] | None = None) -> None:
-        """Write the model as it is, with its tokenizer and origin, as OUT/name. Raises WriteError."""
+    def publish(
+        self,
+        name: str,
+        step: int,
+        metrics: Mapping[str, float] | None = None,
+        variants: Mapping[str, str] | None = None,
+    ) -> None:
+        """Write the model as it is, with its tokenizer, origin and card, as OUT/name. Raises WriteError."""
         with _saving(self.out / name) as partial, quiet():
             for part in self._parts:
                 part.save_pretrained(partial)
             now = {"tool": TOOL, "command": self.command, "step": step, "metrics": dict(metrics or {})}
-            write_file(partial / origin.FILE, _json(self._origin.model_copy(update=now).model_dump(mode="json")))
+            known = self._origin.model_copy(update=now)
+            write_file(partial / origin.FILE, as_json(known.model_dump(mode="json")))
+            pins = read_pins(self.pins_path) if self.pins_path.exists() else []
+            card = model_card(unsealed(self.out / "config.json"), known, variants or {}, self._cache, pins)
+            (partial / "README.md").write_text(card, encoding="utf-8")
 
     def finish(self, report: Report, dev: DevSet | None = None) -> None:
         """Publish the trained model as OUT/last, then the report; drop checkpoints that are not to be kept."""
@@ -363,45 +390,10 @@ def _say(alarms: Sequence[Alarm]) -> list[str]:
     return [alarm.name for alarm in alarms]
 
 
-def read_pins(path: Path) -> list[str]:
-    """The ids in a pins.json. Raises MismatchError where the file is none."""
-    try:
-        ids = list(json.loads(path.read_text(encoding="utf-8"))["segments"])
-        if not ids or not all(re.fullmatch("[0-9a-f]{64}", id_) for id_ in ids):
-            raise ValueError("holds no segment ids")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise MismatchError(f"{path}: is no list of pins ({error}); take pins.json from the folder of a run") from None
-    return ids
-
-
 def _weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     """Parameters by name, tied ones once, and buffers that are part of the model's state."""
     buffers = {name: b for name, b in model.named_buffers() if name in model.state_dict()}
     return {name: p.detach() for name, p in model.named_parameters()} | buffers
-
-
-def _json(value: Any) -> bytes:
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
-
-
-def _sha256(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
-
-
-def sealed(record: dict[str, Any]) -> bytes:
-    """As JSON, with the hash of its content."""
-    return _json({**record, SEAL: _sha256(_json(record))})
-
-
-def unsealed(path: Path) -> dict[str, Any]:
-    """Raises ConfigError for a file that is missing, damaged or without its hash."""
-    try:
-        record = dict(json.loads(path.read_text(encoding="utf-8")))
-        if record.pop(SEAL, "") != _sha256(_json(record)):
-            raise ValueError("it is not as it was written")
-        return record
-    except (OSError, ValueError) as error:
-        raise ConfigError([f"{path}: can't be used ({one_line(error)}); choose another --out"]) from None
 
 
 @contextmanager

@@ -8,8 +8,7 @@ import pytest
 from matplotlib.image import imread
 
 from ketchup_cache.errors import WriteError
-from ketchup_cache.report.demo import CURVES
-from ketchup_cache.report.plots import learning_curves_figure, variance_bias_figure, write_png
+from ketchup_cache.report.plots import running_mean, variance_bias_figure, write_png
 from tests.helpers.errors import refuses
 
 
@@ -22,28 +21,11 @@ FAR = policy("far", 1.25, [(1, 40.0, 4.0, 0.0, 0.0), (2, 22.0, 2.0, 5.0, 0.5), (
 NEAR = policy("near", 0.5, [(k, None, None, bias, None) for k, bias in ((1, 0.0), (2, 1.5), (8, 3.0))])
 
 
-def step(number, value, ess=None, **more):
-    return {"step": number, "return": value, "ess": ess, **more}
-
-
-RUNS = {
-    "K = 1": [step(1, -8.0), step(2, -6.0, 0.5, refreshed=True), {"step": 3, "return": -7.0},
-              step(4, -1.0, 0.75, refreshed=True)],
-    "K = 4": [step(10, -3.0, 1.0), step(20, -2.0, 1.0)],
-}  # fmt: skip
-PANELS = {"return": "mean return", "ess": "effective sample size"}
-
-
 def drawn(axes, label: str) -> tuple[list[float], list[float], list[list[float]]]:
     """x, y and the vertical bars' ends of one labelled errorbar."""
     (container,) = [c for c in axes.containers if c.get_label().startswith(label)]
     line, _, (bars,) = container
     return list(line.get_xdata()), list(line.get_ydata()), [list(s[:, 1]) for s in bars.get_segments()]
-
-
-def lines(axes, x: list[float]) -> list[list[float]]:
-    """y of every line with these x."""
-    return [list(line.get_ydata()) for line in axes.lines if list(line.get_xdata()) == x]
 
 
 def test_variance_and_bias_are_drawn_with_their_bars():
@@ -73,34 +55,21 @@ def test_policies_are_named_with_their_kl_from_near_to_far_and_look_different():
     assert grey[1] - grey[0] > 0.3  # readable without colour
 
 
-def test_learning_curves_are_the_values_with_a_window_their_means_too_and_a_tick_at_each_refresh():
-    figure = learning_curves_figure(RUNS, PANELS)
-    returns, ess = figure.axes
-    assert lines(returns, [1, 2, 3, 4]) == [[-8, -6, -7, -1]]
-    assert lines(ess, [2, 4]) == [[0.5, 0.75]]  # steps without a value are left out
-    assert lines(ess, [10, 20]) == [[1, 1]]
-    raw, mean = lines(learning_curves_figure(RUNS, PANELS, window=3).axes[0], [1, 2, 3, 4])
-    assert raw == [-8, -6, -7, -1]
-    assert mean == pytest.approx([-8, -7, -7, -14 / 3])
-    for axes in figure.axes:
-        rugs = [c for c in axes.collections if hasattr(c, "get_segments")]
-        assert [[segment[0, 0] for segment in rug.get_segments()] for rug in rugs] == [[2, 4], []]
-    assert figure.legends[0].get_title().get_text() == "ticks: rollouts sampled anew"
-    assert [t.get_text() for t in figure.legends[0].get_texts()] == ["K = 1", "K = 4"]
+def test_a_running_mean_is_of_fewer_at_the_start():
+    assert running_mean(np.array([-8.0, -6.0, -7.0, -1.0]), 3) == pytest.approx([-8, -7, -7, -14 / 3])
 
 
 def test_files_are_png_of_150_dpi(tmp_path):
     write_png(variance_bias_figure({"policies": [FAR]}), tmp_path / "new" / "analysis.png")
-    write_png(learning_curves_figure(RUNS, PANELS, window=2, title="A run"), tmp_path / "curves.png")
-    for path, width in ((tmp_path / "new" / "analysis.png", 9 * 150), (tmp_path / "curves.png", 8 * 150)):
-        assert path.read_bytes().startswith(b"\x89PNG")
-        picture = imread(path)
-        assert picture.shape[1] == width
-        assert 0.7 < picture[..., :3].mean() < 0.999  # mostly white, not blank
+    path = tmp_path / "new" / "analysis.png"
+    assert path.read_bytes().startswith(b"\x89PNG")
+    picture = imread(path)
+    assert picture.shape[1] == 9 * 150
+    assert 0.7 < picture[..., :3].mean() < 0.999  # mostly white, not blank
     (tmp_path / "file").write_text("")
     place = tmp_path / "file" / "x.png"
     refuses(WriteError, r"x\.png: can't be written", write_png, variance_bias_figure({"policies": [FAR]}), place)
-    assert {p.name for p in tmp_path.rglob("*") if p.is_file()} == {"curves.png", "analysis.png", "file"}
+    assert {p.name for p in tmp_path.rglob("*") if p.is_file()} == {"analysis.png", "file"}
 
 
 def test_pyplot_with_its_global_state_is_not_touched():
@@ -108,18 +77,11 @@ def test_pyplot_with_its_global_state_is_not_touched():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_the_demo_draws_figures_that_learn_reports():
-    from ketchup_cache.training.metrics import StepMetrics
-
-    assert {*CURVES, "step", "refreshed"} <= set(StepMetrics.model_fields)
-
-
 def test_nothing_overlaps():
     long = dict(FAR, label="runs/" + "a-long-folder-name/" * 6 + "student, step 1000", kl_per_token=3.0)
     for figure in (
         variance_bias_figure({"policies": [FAR, NEAR, long]}),
         variance_bias_figure({"policies": [dict(long, kl_per_token=i / 7) for i in range(12)]}),
-        learning_curves_figure(RUNS, PANELS, window=2, title="A run"),
     ):
         figure.draw_without_rendering()
         boxes = [axes.get_tightbbox() for axes in figure.axes]

@@ -65,7 +65,11 @@ def test_values_are_those_of_evaluate(options, folders, data):
     assert [record["step"] for record in records(config.out)] == [0, 2, 4, 6]
     for record, model in ((first, folders[0]), (last, config.out / "last")):
         asked = {"model": str(model), "data": str(data), "max_new_tokens": LONGEST, "device": "cpu"}
+        asked["outputs"] = config.out.parent / "outputs.jsonl"
         theirs = evaluate(EvaluateConfig(**asked, metrics="chrf,exact,loss", teacher=str(folders[1])))
+        written = [(config.out / f"outputs-{name}.jsonl").read_bytes() for name in ("start", "best")]
+        if record is first or record["best"]:
+            assert asked["outputs"].read_bytes() == written[record is not first]
         values = {name: theirs.metrics[name] for name in ("chrf", "exact", "loss")} | {"return": theirs.returns.mean}
         assert record["metrics"] == pytest.approx(values, abs=2e-5)
         assert (record["length_mean"], record["finished"]) == pytest.approx((theirs.length_mean, theirs.finished))
@@ -133,6 +137,8 @@ def test_killed_at_any_step_it_ends_with_the_same_best(options, tmp_path, step):
     assert timeless(whole.out) == timeless(tmp_path / "whole")
     for name in ("best", "last"):
         assert_same_weights(tmp_path / "whole", whole.out, name)
+        outputs = [(run / "outputs-best.jsonl").read_bytes() for run in (whole.out, tmp_path / "whole")]
+        assert outputs[0] == outputs[1]
         one, other = ((run / name / "ketchup-cache-origin.json").read_text() for run in (whole.out, tmp_path / "whole"))
         assert one == other
 

@@ -17,7 +17,7 @@ from ketchup_cache.errors import CacheError, ConfigError, MismatchError, Numeric
 from ketchup_cache.models.head import Head
 from ketchup_cache.training.batches import plan_batches
 from ketchup_cache.training.learn import learn
-from ketchup_cache.training.run import sealed, unsealed
+from ketchup_cache.training.records import sealed, unsealed
 from tests.helpers.caches import make_cache
 from tests.helpers.learning import assert_same_weights, config, metrics, whole_batch
 from tests.helpers.models import WORDS, make_t5, make_tokenizer, save_model

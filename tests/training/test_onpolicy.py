@@ -22,7 +22,7 @@ from ketchup_cache.cli import main
 from ketchup_cache.models.fingerprint import weights_fingerprint
 from ketchup_cache.training.optimizer import Optimizer
 from ketchup_cache.training.policy_gradient import policy_gradient_step
-from tests.helpers.learning import assert_same_weights, killed_before, metrics
+from tests.helpers.learning import assert_same_weights, json_lines, killed_before, metrics
 from tests.helpers.models import WORDS, make_t5, make_tokenizer, save_model, write_prompts
 from tests.helpers.oracle import plain_logits, plain_row_scores as plain_scores
 
@@ -93,6 +93,18 @@ def test_every_phase_samples_the_student_as_it_is_then(words, tmp_path, folders)
             np.testing.assert_allclose(getattr(row, name), expected[name], rtol=0, atol=1e-4)
         checked += 1
     assert checked == 24  # 3 steps of 8 rollouts
+
+
+def test_a_few_rollouts_of_each_refresh_are_written_down(words, tmp_path):
+    assert main(flat(words)) == 0
+    rows, decode = json_lines(tmp_path / "run" / "samples.jsonl"), make_tokenizer().decode
+    assert [row["step"] for row in rows] == [step for step in (0, 3, 6) for _ in range(4)]
+    known = {}
+    for r in open_cache(tmp_path / "cache").rows():
+        one_step = r.q[0] - r.logsumexp[0] - (r.max_q - r.q)[1:].sum()  # Eq. 10, telescoped, less the logsumexp
+        known[decode(r.prompt_tokens), decode(r.completion_tokens), r.finished] = one_step
+    for row in rows:
+        assert row["return"] == pytest.approx(known[row["prompt"], row["completion"], row["finished"]], abs=1e-3)
 
 
 def test_rollouts_may_be_used_several_times(words, tmp_path, monkeypatch):
@@ -207,6 +219,8 @@ def test_killed_at_any_moment_it_ends_with_the_same_bits(words, tmp_path):
     assert kills >= 2
     assert_same_weights(tmp_path / "undisturbed", tmp_path / "run")
     assert [m["step"] for m in metrics(tmp_path / "run")] == list(range(9))
+    undisturbed, killed = ((tmp_path / name / "samples.jsonl").read_bytes() for name in ("undisturbed", "run"))
+    assert undisturbed == killed
     assert main(["verify", str(tmp_path / "cache")]) == 0
 
 

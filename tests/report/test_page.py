@@ -1,0 +1,180 @@
+"""`report`: the page in a browser. Its numbers are those of `k_step_returns`, it loads nothing, no text is markup."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from ketchup_cache import k_step_returns
+from ketchup_cache.cli import main
+from ketchup_cache.report import page
+from ketchup_cache.training.learn import learn
+from ketchup_cache.training.records import sealed
+from tests.helpers.browser import CHROMIUM, Page
+from tests.helpers.caches import make_cache
+from tests.helpers.errors import fails
+from tests.helpers.learning import config, metrics
+from tests.helpers.models import write_prompts
+
+NEEDED = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium: apt-get install chromium")
+HOSTILE = "</script><img src=x onerror=alert(1)><!--<script>\u202e\x1b[31m {{DATA}}"
+ROWS = (
+    "[...document.querySelectorAll('#tokens table tbody tr')].map(row => [...row.cells].map(cell => cell.textContent))"
+)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, folders):
+    """Two, of one cache."""
+    base = tmp_path_factory.mktemp("page")
+    made, data = make_cache(base / "cache", *folders, samples=3), write_prompts(base / "dev.jsonl", 8)
+    for name, given in (("one", {"k": 1}), ("flat", {"weights": "flat", "lam": 0.5})):
+        given |= {"eval_data": str(data), "eval_every": 1, "metric": "chrf", "max_new_tokens": 5, "batch_size": 6}
+        learn(config(base, folders, out=base / name, **given))
+    return made, base / "one", base / "flat"
+
+
+@pytest.fixture(scope="module")
+def written(runs, tmp_path_factory):
+    out = tmp_path_factory.mktemp("html") / "runs.html"
+    assert main(["report", *map(str, runs[1:]), "--out", str(out)]) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    """Opens pages one after another."""
+    opened = []
+
+    def show(path):
+        opened.append(Page(path, tmp_path_factory.mktemp("profile")))
+        return opened[-1]
+
+    yield show
+    for one in opened:
+        one.close()
+
+
+def data_of(path):
+    text = path.read_text(encoding="utf-8").split('id="data">')[1]
+    return json.loads(text[: text.index("</script>")])
+
+
+@NEEDED
+def test_the_page_computes_what_k_step_returns_computes(written, runs, browser):
+    shown, data, checked = browser(written), data_of(written), set()
+    known = {(row.completion_tokens.tobytes(), row.prompt_tokens.tobytes()): row for row in runs[0].rows()}
+    options = [
+        {"k": 1}, {"k": 2}, {"k": 3, "normalization": "centred"}, {"k": 2, "tail": "jump", "normalization": "raw"},
+        {"k": 2, "tail": "jump", "end_weight": 0.5}, {"k": 50, "normalization": "advantage", "unfinished": "zero"},
+        {"weights": "flat", "lam": 0.3}, {"weights": "gae", "lam": 0.7, "unfinished": "drop"}, {"weights": "mean"},
+        {"weights": "gae", "lam": 0.9, "end_weight": 0, "normalization": "centred"},
+    ]  # fmt: skip
+    start = {"k": 4, "weights": "comb", "lam": 0.25, "end_weight": None, "tail": "one-step"}
+    start |= {"normalization": "logprob", "unfinished": "bootstrap"}
+    seen = set()
+    for i, how in enumerate(options * 2):
+        number = (5 * i + 1) % len(data["rollouts"])
+        shown.give("rollout", number)
+        for key, value in (start | how).items():
+            shown.give({"end_weight": "end"}.get(key, key), "" if value is None else value)
+        ids = np.int32(data["rollouts"][number]["ids"])
+        true = next(row for (tokens, _), row in known.items() if tokens == ids.tobytes())
+        arrays = {name: np.float64(getattr(true, name))[None] for name in ("q", "max_q", "mean_q", "logsumexp")}
+        more = {"lengths": [len(ids)], "finished": np.array([true.finished]), "final_max_q": [true.final_max_q]}
+        expected = k_step_returns(**arrays, **more, **(start | how))[0]
+        rows = shown.run(ROWS)
+        assert [row[0] for row in rows] == data["rollouts"][number]["tokens"]
+        np.testing.assert_allclose([float(row[4]) for row in rows], expected, rtol=2e-5, atol=2e-5, err_msg=str(how))
+        np.testing.assert_allclose([float(row[1]) for row in rows], true.q, rtol=1e-5)
+        checked.add(tuple(expected))
+        seen.add(true.finished)
+    assert len(checked) > len(options)  # a switch changes the numbers
+    assert seen == {True, False}
+    assert shown.complaints == []
+    assert shown.loaded == [written.resolve().as_uri()]
+
+
+@NEEDED
+def test_it_fits_in_both_themes_and_is_used_by_keyboard(written, browser):
+    shown, papers = browser(written), set()
+    for width in (1280, 400):
+        for dark in (False, True):
+            shown.look(width, dark)
+            assert shown.run("document.documentElement.scrollWidth") <= width
+            papers.add(shown.run("getComputedStyle(document.body).backgroundColor"))
+    assert len(papers) == 2
+    shown.run("document.querySelector('.tokens [tabindex=\"0\"]').focus()")
+    for key in ("End", "ArrowLeft", "ArrowRight"):
+        shown.send("Input.dispatchKeyEvent", type="keyDown", key=key)
+        at = shown.run("[...document.querySelectorAll('.tokens span')].indexOf(document.activeElement)")
+        count = shown.run("document.querySelectorAll('.tokens span').length")
+        assert at == count - 1 - (key == "ArrowLeft")
+        assert f"{at + 1} of {count}" in shown.run("document.getElementById('detail').textContent")
+    shown.run("document.querySelector('.charts svg').focus()")
+    shown.send("Input.dispatchKeyEvent", type="keyDown", key="Home")
+    first = data_of(written)["runs"][0]["curves"]["return_mean"][1][0]
+    assert f"step 0: one {float(f'{first:.4g}'):g}" in shown.run(
+        "document.querySelector('.charts figcaption').textContent"
+    )
+    gains = "[...document.querySelectorAll('.sample h3')].map(h => Number(h.textContent.match(/\\(([^)]*)\\)/)[1]))"
+    assert (found := shown.run(gains)) == sorted(found, reverse=True)
+    assert shown.complaints == []
+
+
+@NEEDED
+def test_nothing_of_a_text_is_markup(written, runs, browser, tmp_path):
+    bad = tmp_path / "<img src=x onerror=alert(1)>"
+    shutil.copytree(runs[1], bad, symlinks=True)
+    for name, keys in (("outputs-best", ("prompt", "output")), ("samples", ("prompt", "completion"))):
+        rows = [json.loads(line) for line in (bad / f"{name}.jsonl").read_text().splitlines()]
+        text = "".join(json.dumps(row | dict.fromkeys(keys, HOSTILE)) + "\n" for row in rows)
+        (bad / f"{name}.jsonl").write_text(text)
+    assert main(["report", str(bad), "--out", str(tmp_path / "bad.html")]) == 0
+    data = data_of(tmp_path / "bad.html")
+    data["rollouts"][0] |= {"tokens": [HOSTILE] * len(data["rollouts"][0]["ids"]), "policy": HOSTILE, "prompt": HOSTILE}
+    data["notes"].append(HOSTILE)
+    (tmp_path / "worse.html").write_bytes(page._html(data))
+    for name in ("bad.html", "worse.html"):
+        raw = (tmp_path / name).read_text(encoding="utf-8")
+        assert raw.count("</script>") == 2
+        assert not [c for c in raw if c not in "\n" and not c.isprintable()]
+        shown = browser(tmp_path / name)
+        assert shown.run("document.querySelectorAll('img, script').length") == 2
+        assert "<img src=x onerror=alert(1)><!--<script>⟨U+202E⟩⟨U+001B⟩[31m {{DATA}}" in shown.run(
+            "document.body.innerText"
+        )
+        assert shown.complaints == []
+        assert len(shown.loaded) == 1
+
+
+def test_curves_are_thinned_to_means_and_five_long_runs_fit(runs, tmp_path):
+    record = json.loads((runs[1] / "config.json").read_text())
+    row = {"id": "0", "prompt": "p" * 4000, "output": "日" * 2000, "target": "t" * 4000, "finished": True}
+    for i in range(5):
+        (out := tmp_path / f"run{i}").mkdir()
+        (out / "config.json").write_bytes(sealed({k: v for k, v in record.items() if k != "sha256_of_this"}))
+        line = metrics(runs[1])[0]
+        lines = (json.dumps(line | {"step": step, "return_mean": step + i / 7}) for step in range(10_000))
+        (out / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+        for name in ("start", "best"):
+            (out / f"outputs-{name}.jsonl").write_text((json.dumps(row) + "\n") * 200)
+    words = [str(tmp_path / f"run{i}") for i in range(5)]
+    assert main(["report", *words, "--out", str(tmp_path / "r.html")]) == 0
+    data = data_of(tmp_path / "r.html")
+    assert (tmp_path / "r.html").stat().st_size <= 5_000_000
+    assert len(data["samples"]) == 500
+    x, y = data["runs"][3]["curves"]["return_mean"]
+    assert len(x) == 500
+    assert x[7] == pytest.approx(np.mean(range(140, 160)))
+    assert y[7] == pytest.approx(np.mean(range(140, 160)) + 3 / 7, rel=1e-4)
+    assert data["notes"][0].startswith("run0: no rollouts are shown: ")
+
+
+def test_what_is_no_run_is_one_line(capsys, tmp_path, runs):
+    assert "can't be used" in fails(capsys, "report", tmp_path, "--out", tmp_path / "r.html")
+    (tmp_path / "config.json").write_bytes(sealed({"options": {}, "resolved": {}}))
+    (tmp_path / "metrics.jsonl").write_text('{"step": []}\n[1]\n')
+    assert "is no folder of a run" in fails(capsys, "report", tmp_path, "--out", tmp_path / "r.html")
+    assert "RUNS is missing" in fails(capsys, "report", "--out", tmp_path / "r.html")
