@@ -13,7 +13,7 @@ OTHER_SEEDS = SEEDS[:3]
 """Starts of the other rows, which describe."""
 DEV_SEEDS = (5, 6)
 """Starts on which settings are chosen."""
-RATES = (2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)
+RATES = (4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2)
 """Of pre-distillation."""
 KEEP_TOP = 256
 STEPS, BATCH, REFRESH = 60, 128, 4

@@ -24,7 +24,7 @@ from benchmarks.real.choices import (
     winner,
 )
 from benchmarks.real.place import RESULTS
-from benchmarks.real.settings import BATCH, COMPARED, FRESH, GROUPS, MARGIN, RATES, REFRESH, STEPS, TASKS
+from benchmarks.real.settings import BATCH, COMPARED, FRESH, GROUPS, MARGIN, REFRESH, STEPS, TASKS
 
 ROOT = Path(__file__).resolve().parents[2]
 SEQKD = ("SeqKD continued", "SeqKD, new outputs", "SeqKD, new outputs, longer")
@@ -130,7 +130,8 @@ def dev_table(done: Records) -> str:
 
 def starts_text(name: str, done: Records) -> str:
     teacher = done["teacher"]
-    grid = ", ".join(f"{lr:g}: {best(done[grid_name(lr)]):.2f}" for lr in RATES)
+    rates = sorted(float(key.split("/")[1]) for key in done if key.startswith("grid/"))
+    grid = ", ".join(f"{lr:g}: {best(done[grid_name(lr)]):.2f}" for lr in rates)
     epochs = TASKS[name].epochs
     text = f"Teacher: {teacher['dev']['bleu']:.1f} BLEU on dev, {teacher['test']['bleu']:.1f} on test, greedy.\n"
     text += f"Dev BLEU of a start by its learning rate ({epochs} epochs): {grid}.\n"
