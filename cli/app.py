@@ -54,8 +54,10 @@ GONE_OPTIONS = {
 
 
 class Result(Protocol):
-    """What a command returns: a text for people and a dictionary for `--json`."""
+    """What a command returns: a text for people and a dictionary for `--json`. shaded: as of `Report`."""
 
+    @property
+    def shaded(self) -> bool: ...
     def to_dict(self) -> dict[str, Any]: ...
     def __str__(self) -> str: ...
 
@@ -87,7 +89,7 @@ def command(
                 plain = not utf8 or sys.stdout.isatty()  # marks that turn a line of a terminal round are escaped too
                 print(json.dumps(result.to_dict(), ensure_ascii=plain, allow_nan=False))
             else:
-                _print(str(result), sys.stdout)
+                print(result) if result.shaded else _print(str(result), sys.stdout)
             if getattr(result, "ok", True) is False:
                 raise typer.Exit(2)
 

@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
-from typing import Any
+from typing import Any, ClassVar
 
 from rich.console import Console
 from rich.filesize import decimal
@@ -27,7 +27,12 @@ size_text = decimal
 
 
 class Report:
-    """What a command returns, a frozen dataclass: `str()` is for people, `to_dict()` for `--json`."""
+    """What a command returns, a frozen dataclass: `str()` is for people, `to_dict()` for `--json`.
+
+    shaded: whether `str()` colours text, and so leaves out control characters of others itself.
+    """
+
+    shaded: ClassVar[bool] = False
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON: the fields, and the properties that the class defines."""

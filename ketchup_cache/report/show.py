@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from rich.console import Console
@@ -43,6 +43,7 @@ class Shown(Report):
     `about` these, and the `ending`: finished, unfinished (cut at the length limit while it was sampled) or cut (a
     reference). Of rollouts also the keys of `rows.record`, and `gap` and `returns` (K-step, as `how`) of each token."""
 
+    shaded: ClassVar[bool] = True
     kind: str
     source: str
     color: str

@@ -77,6 +77,8 @@ def test_a_run_is_shown_with_its_own_estimator_and_rows_without_scores_say_so(ca
 def test_tokens_are_shaded_on_a_terminal_only(capsys, monkeypatch, made, folders, color):
     words = made.path, "--tokenizer", folders[0], "--color", color
     plain = shown(capsys, *words)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm-256color")
     monkeypatch.setattr(module, "Console", lambda: Console(force_terminal=True, color_system="256"))
     coloured = shown(capsys, *words)
     assert "\x1b[30;48;5;209m" in coloured
