@@ -151,7 +151,7 @@ def gradient_table(done: Records) -> str:
     for estimators in zip(*found, strict=True):
         values = ([one[name] for one in estimators if one[name] is not None] for name in names)
         body.append([estimators[0]["name"], *(f"{np.mean(known):.2f}" if known else "–" for known in values)])
-    return markdown([f"{len(found)} starts", *names], body)
+    return markdown([f"{len(found)} start" + "s" * (len(found) > 1), *names], body)
 
 
 def variance_table(done: Records) -> str:
@@ -163,7 +163,7 @@ def variance_table(done: Records) -> str:
             first = estimators[0]
             name = f"K = {first['k']}" if kind == "by_k" else f"{first['weights']} {first['lam']:.3g}"
             body.append([name, *(mean_se([one[of] for one in estimators]) for of in ("variance", "bias"))])
-    return markdown([f"{len(found)} starts", "variance", "bias"], body)
+    return markdown([f"{len(found)} start" + "s" * (len(found) > 1), "variance", "bias"], body)
 
 
 def page(name: str, done: Records) -> str:
