@@ -45,5 +45,7 @@ def unsealed(path: Path) -> dict[str, Any]:
         if record.pop(SEAL, "") != sha256(as_json(record)):
             raise ValueError("it is not as it was written")
         return record
+    except FileNotFoundError:
+        raise ConfigError([f"{path.parent}: is no folder of a run, it has no {path.name}"]) from None
     except (OSError, ValueError) as error:
         raise ConfigError([f"{path}: can't be used ({one_line(error)}); choose another --out"]) from None

@@ -173,7 +173,7 @@ def test_curves_are_thinned_to_means_and_five_long_runs_fit(runs, tmp_path):
 
 
 def test_what_is_no_run_is_one_line(capsys, tmp_path, runs):
-    assert "can't be used" in fails(capsys, "report", tmp_path, "--out", tmp_path / "r.html")
+    assert "is no folder of a run" in fails(capsys, "report", tmp_path, "--out", tmp_path / "r.html")
     (tmp_path / "config.json").write_bytes(sealed({"options": {}, "resolved": {}}))
     (tmp_path / "metrics.jsonl").write_text('{"step": []}\n[1]\n')
     assert "is no folder of a run" in fails(capsys, "report", tmp_path, "--out", tmp_path / "r.html")
