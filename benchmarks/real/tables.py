@@ -204,11 +204,15 @@ def short_table(done: Records) -> str:
 
 
 def blocks(text: str, tables: Mapping[str, str]) -> str:
-    """`text` with each table between the marks `<!-- NAME -->` and `<!-- end of NAME -->`."""
+    """`text` with each table between the marks `<!-- NAME -->` and `<!-- end of NAME -->`.
+
+    Raises ValueError where a table has no place in it.
+    """
     for name, table in tables.items():
-        text = re.sub(
-            rf"(<!-- {name} -->\n).*?(\n<!-- end of {name} -->)", lambda m, t=table: m[1] + t + m[2], text, flags=re.S
-        )
+        marks = rf"(<!-- {name} -->\n).*?(\n<!-- end of {name} -->)"
+        text, found = re.subn(marks, lambda m, t=table: m[1] + t + m[2], text, flags=re.DOTALL)
+        if found != 1:
+            raise ValueError(f"the marks of {name} are there {found} times, and not once")
     return text
 
 

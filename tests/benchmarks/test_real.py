@@ -195,3 +195,10 @@ def test_the_bootstrap_is_of_the_means_of_corpus_bleu_over_starts(tmp_path):
 def test_every_table_in_the_docs_is_the_one_that_the_results_give():
     for file, text in tables.pages().items():
         assert file.read_text(encoding="utf-8") == text, f"{file}: run `python -m benchmarks.real --write`"
+
+
+def test_a_table_stands_between_its_marks_and_is_never_left_out():
+    page = "a\n<!-- t -->\nold\n<!-- end of t -->\nb"
+    assert tables.blocks(page, {"t": "| new |"}) == "a\n<!-- t -->\n| new |\n<!-- end of t -->\nb"
+    with pytest.raises(ValueError, match="the marks of t are there 0 times"):
+        tables.blocks("no marks", {"t": "| new |"})
