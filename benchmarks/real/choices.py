@@ -146,12 +146,18 @@ def holm(p: Sequence[float]) -> list[float]:
 def cost_to_reach(done: Records, new: str, old: str, samples: int = 1000) -> dict[str, float | None]:
     """Tokens until `new` has the best dev BLEU of `old` and keeps it, over those until `old` has it: mean over starts.
 
-    Tokens: those that the student was trained on; the teacher scored as many. None: some start never gets there.
-    high: the upper end of a 95 % interval, starts drawn anew.
+    Tokens: those that the student was trained on, and those that the teacher scored by then (of all, as many as the
+    share of steps). None: some start never gets there. high: the upper end of a 95 % interval, starts drawn anew.
     """
+
+    def curve(run: Mapping[str, Any]) -> list[dict[str, Any]]:
+        lines = run["learn"]["curve"]
+        steps = lines[-1]["step"]
+        return [{**line, "tokens": line["tokens"] + run["scored"] * line["step"] / steps} for line in lines]
+
     ratios = []
     for seed in SEEDS:
-        curves = {row: done[f"run/{row}/{seed}"]["learn"]["curve"] for row in (new, old)}
+        curves = {row: curve(done[f"run/{row}/{seed}"]) for row in (new, old)}
         goal = max(curves[old], key=lambda line: line["bleu"])
         below = [place for place, line in enumerate(curves[new]) if line["bleu"] < goal["bleu"]]
         first = below[-1] + 1 if below else 0

@@ -24,6 +24,7 @@ from benchmarks.real.settings import (
     OTHER_SEEDS,
     PRETRAIN,
     REFRESH,
+    REUSE,
     STEPS,
     TASKS,
     TEACHER,
@@ -127,13 +128,13 @@ def start(place: Place, seed: int, lr: float, epochs: int, name: str) -> dict[st
 
 def begun(place: Place, seed: int) -> dict[str, Any]:
     """A cache with the unlabelled prompts, and the first rollouts of a start."""
-    given = {"data": place / "unlabelled.jsonl", "first": BATCH * REFRESH, "seed": seed, **DECODING}
+    given = {"data": place / "unlabelled.jsonl", "first": BATCH * REFRESH // REUSE, "seed": seed, **DECODING}
     return tool("rollout", student=place / f"starts/{seed}/best", cache=place / f"begun/{seed}", **given)
 
 
 def offline(place: Place, seed: int) -> dict[str, Any]:
     """A cache with as many rollouts of a start as a run learns from, scored once for all methods."""
-    cache, n = place / f"offline/{seed}", BATCH * STEPS
+    cache, n = place / f"offline/{seed}", BATCH * STEPS // REUSE
     given = {"data": place / "unlabelled.jsonl", "first": n, "limit": n, "seed": seed, **DECODING}
     made = tool("rollout", student=place / f"starts/{seed}/best", cache=cache, **given)
     return {"rollout": made, "score": tool("score", teacher=place / "teacher/best", cache=cache, keep_top=KEEP_TOP)}
@@ -176,7 +177,13 @@ def continued(place: Place, name: str, seed: int, *, lr: float, outputs: int, ti
     known = place.records()["outputs"]["rollout"]
     epochs = max(1, round(times * STEPS * BATCH / (known["rollouts"] + outputs)))
     given = {"cache": cache, "seed": seed, "lr": lr, "epochs": epochs, **PRETRAIN, **DEV, "batch_size": BATCH}
-    given |= {"eval_data": place / "dev.jsonl", "out": place / name, "max_new_tokens": 64, "rollout_batch": 256}
+    given |= {
+        "eval_every": STEPS // 5,
+        "eval_data": place / "dev.jsonl",
+        "out": place / name,
+        "max_new_tokens": 64,
+        "rollout_batch": 256,
+    }
     report = trained(place / name, tool("pretrain", model=place / f"starts/{seed}/best", **given))
     report["tokens"] = epochs * (known["tokens"] + made.get("tokens", 0))
     seconds, size = round(time.monotonic() - began, 1), bytes_of(cache)
@@ -193,17 +200,25 @@ def run(place: Place, name: str, row: Row, seed: int, *, test: bool) -> dict[str
     folders = {"refreshed": f"begun/{seed}", "outputs": "outputs", "offline": f"offline/{seed}"}
     if not cache.exists():
         shutil.copytree(place / folders.get(row.source, f"offline/{another}"), cache)
-    if row.options.get("method") in ("js", "tvd"):
+    both = row.options.get("method") in ("js", "tvd")
+    if both:
         tool("merge", cache, place / "outputs", into=cache)
     given = {**LEARN, **row.options, "seed": seed, "eval_data": place / "dev.jsonl", "out": out}
-    given |= {"teacher": best} if row.source == "refreshed" else {"refresh_every": None}
+    given |= {"teacher": best} if row.source == "refreshed" else {"refresh_every": None, "reuse": None}
     began = time.monotonic()
     report = tool("learn", student=place / f"starts/{seed}/best", cache=cache, **given)
     seconds, size = round(time.monotonic() - began, 1), bytes_of(cache)
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     ess = [line["ess"] for line in lines if line["ess"] is not None]
     record = {"options": dict(row.options), "source": row.source, "seed": seed, "learn": trained(out, report)}
-    record |= {"seconds": seconds, "bytes": size, "refreshes": sum(line["refreshed"] for line in lines)}
+    known = place.records()["outputs"]["score"]["tokens"] if both else 0
+    scored = tool("info", cache)["completion_tokens"] - known if row.source == "refreshed" else 0
+    record |= {
+        "seconds": seconds,
+        "bytes": size,
+        "scored": scored,
+        "refreshes": sum(line["refreshed"] for line in lines),
+    }
     record |= {"ess": sum(ess) / len(ess) if ess else None, "alarms": [alarm["name"] for alarm in report["alarms"]]}
     record |= evaluated(place, name) | last(place, name) if test else {}
     shutil.rmtree(cache)

@@ -24,7 +24,7 @@ from benchmarks.real.choices import (
     winner,
 )
 from benchmarks.real.place import RESULTS
-from benchmarks.real.settings import BATCH, COMPARED, FRESH, GROUPS, MARGIN, REFRESH, STEPS, TASKS
+from benchmarks.real.settings import BATCH, COMPARED, FRESH, GROUPS, MARGIN, REFRESH, REUSE, STEPS, TASKS
 
 ROOT = Path(__file__).resolve().parents[2]
 SEQKD = ("SeqKD continued", "SeqKD, new outputs", "SeqKD, new outputs, longer")
@@ -58,9 +58,6 @@ def columns(done: Records) -> dict[str, Callable[[list[dict[str, Any]]], str]]:
     def per_run(run: Mapping[str, Any], name: str) -> float:
         return run["learn"].get(name, 0) if "learn" in run else 0
 
-    def scored(run: Mapping[str, Any]) -> float:
-        return per_run(run, "tokens") if run.get("source") == "refreshed" else 0
-
     return {
         "BLEU": lambda found: mean_se([run["test"]["bleu"] for run in found]),
         "chrF": lambda found: mean_se([run["test"]["chrf"] for run in found]),
@@ -72,7 +69,7 @@ def columns(done: Records) -> dict[str, Callable[[list[dict[str, Any]]], str]]:
         "last BLEU": lambda found: mean_se([run.get("last", run["test"])["bleu"] for run in found]),
         "dev − test": lambda found: f"{np.mean([run['dev']['bleu'] - run['test']['bleu'] for run in found]):+.1f}",
         "student tokens": lambda found: f"{np.mean([per_run(run, 'tokens') for run in found]) / 1000:,.0f}k",
-        "scored": lambda found: f"{np.mean([scored(run) for run in found]) / 1000:,.0f}k",
+        "scored": lambda found: f"{np.mean([run.get('scored', 0) for run in found]) / 1000:,.0f}k",
         "generated": lambda found: f"{np.mean([run.get('generated', 0) for run in found]) / 1000:,.0f}k",
         "cache": lambda found: f"{np.mean([run.get('bytes', 0) for run in found]) / 1e6:.1f} MB",
         "seconds": lambda found: f"{np.mean([run.get('seconds', 0) for run in found]):.0f}",
@@ -140,7 +137,8 @@ def starts_text(name: str, done: Records) -> str:
         each = ", ".join(f"{gain:+.2f}" for gain in gains)
         what = f"Twice the epochs at {best_rate(done):g} change the dev BLEU of starts by"
         text += f"{what} {np.mean(gains):+.2f} ({each}).\n"
-    return text + f"A row trains on {STEPS * BATCH:,} completions, and refreshes its rollouts every {REFRESH} steps.\n"
+    text += f"A row trains on {STEPS * BATCH:,} completions, "
+    return text + f"and refreshes its rollouts every {REFRESH} steps, with {REUSE} uses of each.\n"
 
 
 def gradient_table(done: Records) -> str:

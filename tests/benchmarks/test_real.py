@@ -27,7 +27,9 @@ PLACES = {"student": "s", "cache": "c", "eval_data": "d"}
 
 
 def options_of(given, teacher="t"):
-    options = {**LEARN, **given, "teacher": teacher, "out": "o"} | ({} if teacher else {"refresh_every": None})
+    options = {**LEARN, **given, "teacher": teacher, "out": "o"} | (
+        {} if teacher else {"refresh_every": None, "reuse": None}
+    )
     return {name: value for name, value in options.items() if value is not None}
 
 
@@ -40,7 +42,7 @@ def trained(bleu: float, **more) -> dict:
     return {"tokens": 2400, "score_s": 30.0, "curve": curve, **more}
 
 
-def finished(best: str = "K = 4, 0.001") -> dict:
+def finished(best: str = "K = 4, 0.0004") -> dict:
     """Records of the runs on dev, where `best`, and the first of every other group, are better than the rest."""
     done = {"outputs": {"rollout": {"rollouts": 4000, "seconds": 40.0}}, "data": {}, "base": {}}
     split = {"bleu": 33.0, "chrf": 55.0, "return": -0.1, "length_mean": 16.0, "finished": 1.0}
@@ -75,7 +77,7 @@ def test_every_group_has_the_same_number_of_runs_and_every_setting_is_one_that_l
 def test_what_won_on_dev_is_a_row_of_the_table():
     done = finished()
     done["chosen"] = choices.chosen(done)
-    won = {"label": "K = 4, 0.001", "dev_bleu": 30.0, "options": {**GROUPS["paper"]["K = 4, 0.001"]}}
+    won = {"label": "K = 4, 0.0004", "dev_bleu": 30.0, "options": {**GROUPS["paper"]["K = 4, 0.0004"]}}
     assert done["chosen"]["paper"] == won
     assert done["chosen"]["seqkd"]["options"] == {"lr": SEQKD_RATES[0]}
     table = choices.table_rows(done)
@@ -100,7 +102,7 @@ def work_through(place: Place, monkeypatch) -> list[str]:
         if (name := next((name for name, _ in real.order(place) if name not in done), None)) is None:
             return names
         kind, *rest = name.split("/")
-        record = {"learn": trained(22.0), "test": test, "dev": test, "source": "refreshed", "seed": 0}
+        record = {"learn": trained(22.0), "test": test, "dev": test, "source": "refreshed", "seed": 0, "scored": 600}
         if kind == "chosen":
             record = choices.chosen(place.records())
         elif kind == "compared":
@@ -130,7 +132,7 @@ def test_every_job_comes_once_and_the_page_has_every_row(tmp_path, monkeypatch):
         line = next(line for line in text.splitlines() if line.startswith(f"| {row} | 25.0"))
         starts = 5 if row in compared else 3
         if row != "start":
-            figures = "-1.00 ± 0.00 | 0.950 ± 0.000 | 99.0 % | 25.0 ± 0.0 | +0.0 | 2k | 2k | 0k | 0.0 MB | 0 |"
+            figures = "-1.00 ± 0.00 | 0.950 ± 0.000 | 99.0 % | 25.0 ± 0.0 | +0.0 | 2k | 1k | 0k | 0.0 MB | 0 |"
             assert figures in line
         assert line.endswith(f"| {starts} |")
     assert "| MiniLLM | 0.70 | 0.80 | 1.00 | 2.00 | – |" in text  # seeds 5, 0, 1, 2
@@ -149,7 +151,8 @@ def test_holm_multiplies_the_smallest_by_all_and_never_falls():
 
 def test_the_cost_to_reach_counts_from_where_the_score_stays():
     def run(*scores):
-        return {"learn": {"curve": [{"bleu": s, "tokens": 100 * i} for i, s in enumerate(scores)]}}
+        curve = [{"bleu": s, "step": i, "tokens": 100 * i} for i, s in enumerate(scores)]
+        return {"learn": {"curve": curve}, "scored": 150}
 
     done = {f"run/old/{seed}": run(10, 11, 12, 11) for seed in SEEDS}
     done |= {f"run/new/{seed}": run(10, 12, 13, 12.5) for seed in SEEDS}
