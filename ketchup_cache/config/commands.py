@@ -137,8 +137,8 @@ class LearnConfig(
     pin: Path | None = None
     """Use the segments of another run and no others: the pins.json in its folder."""
     teacher_outputs: str | None = None
-    """Policy whose rollouts are the teacher outputs of seqkd, kl, js and tvd: its name or the start of its fingerprint.
-    Default: the teacher."""
+    """Policy whose rollouts are the teacher outputs of seqkd, kl, js, tvd and --anchor: its name or the start of its
+    fingerprint. Default: the teacher."""
     steps: Count = 0
     """Optimizer steps. 0: as many as --epochs gives."""
     epochs: Positive = 1
@@ -177,9 +177,9 @@ class LearnConfig(
         rule = METHODS[self.method]
         if (self.teacher is not None or self.teacher_url) and self.scores_from is not None:
             raise ValueError("with --scores-from, leave --teacher out, and choose one with --scored-by")
-        if rule.samples and rule.outputs and self.batch_size // 2 % self.samples + self.batch_size % 2:
+        if rule.samples and self.needs_outputs and self.batch_size // 2 % self.samples + self.batch_size % 2:
             raise ValueError(
-                f"method {self.method} takes half of the {self.batch_size} rollouts from the teacher: "
+                f"{self.method_text} takes half of the {self.batch_size} rollouts from the teacher: "
                 f"make half of --batch-size a multiple of --samples {self.samples}"
             )
         for name in sorted(OF_NEW_ROLLOUTS & self.model_fields_set) if self.offline else ():

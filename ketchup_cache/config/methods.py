@@ -28,7 +28,7 @@ class MethodRule:
 
 _NO_RETURNS = {"baseline": ("none", "has no returns, so no baseline")} | {
     name: (value, "has no returns")
-    for name, value in (("weights", "comb"), ("cost", "gap"), ("exact", False), ("end_weight", None))
+    for name, value in (("weights", "comb"), ("cost", "gap"), ("exact", False), ("end_weight", None), ("anchor", 0.0))
 }
 _OUTPUTS_ALONE = _NO_RETURNS | {
     "teacher": (None, "learns from teacher outputs in the cache"),

@@ -314,6 +314,8 @@ class LossOptions(ReturnOptions, StepOptions):
     keep_top: Positive = 64
     """Number of top teacher logits used per token, for `--method kl, reverse-kl, js, tvd, minillm` and for --exact.
     The scores must hold them. All other tokens count as one; with --exact and minillm, as drawn."""
+    anchor: float = Field(default=0.0, ge=0)
+    """Weight of the cross-entropy on teacher outputs, which are half of each batch then. 0: none."""
     baseline: Baseline = "none"
     """Subtracted from the returns. mean, min-variance: one per time step. batch-mean: one of all tokens. leave-one-out:
     the other samples of the prompt."""
@@ -328,6 +330,16 @@ class LossOptions(ReturnOptions, StepOptions):
     def top_needed(self) -> int:
         """How many of the teacher's largest logits the scores must hold."""
         return self.keep_top if METHODS[self.method].top_logits or self.exact else 0
+
+    @property
+    def needs_outputs(self) -> bool:
+        """Whether it learns from teacher outputs, too or alone."""
+        return METHODS[self.method].outputs or self.anchor > 0
+
+    @property
+    def method_text(self) -> str:
+        """For messages."""
+        return f"--method {self.method}" + (f" --anchor {self.anchor:g}" if self.anchor else "")
 
     @property
     def of_estimate(self) -> dict[str, Any]:

@@ -171,7 +171,7 @@ def learn(config: LearnConfig, callbacks: Sequence[Callback] = ()) -> LearnRepor
                 run.log_samples(number, _samples(drawn.rollouts, tokenizer, config.of_returns))
             began = time.perf_counter()
             if METHODS[config.method].step == "policy_gradient":
-                metrics = policy_gradient_step(learner, drawn.rollouts, number)
+                metrics = policy_gradient_step(learner, drawn.rollouts, number, drawn.from_teacher)
             else:
                 metrics = divergence_step(learner, drawn.rollouts, drawn.from_teacher, number)
             times = drawn.times | {"train_s": time.perf_counter() - began}

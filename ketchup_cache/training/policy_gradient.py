@@ -22,6 +22,7 @@ from ketchup_cache.method.divergences import FLOOR
 from ketchup_cache.method.losses import (
     Staleness,
     all_action_value,
+    cross_entropy_loss,
     importance_ratio,
     policy_gradient_loss,
     squared_score,
@@ -80,18 +81,45 @@ def learning_signal(
     return Signal(advantage[inside].astype(np.float32), real[inside], kept, estimate[:, 0], one_step[:, 0])
 
 
-def policy_gradient_step(learner: Learner[LossOptions], batch: ScoredRollouts, step: int) -> StepMetrics:
+def policy_gradient_step(
+    learner: Learner[LossOptions], batch: ScoredRollouts, step: int, from_teacher: NDArray[np.bool_] | None = None
+) -> StepMetrics:
     """Accumulate the gradient of one batch over token-budget micro-batches and apply it.
+
+    from_teacher: [B] bool, the teacher outputs of `anchor`, whose loss is their mean cross-entropy times that. The
+    metrics, but for the loss and its tokens, are of the other rollouts.
 
     Raises as `policy_gradient` does; the weights are then as before. A batch with nothing in the loss (all dropped)
     changes nothing.
     """
+    options, anchored = learner.options, 0
+    if options.anchor and from_teacher is not None:
+        value, anchored = anchor(learner, batch.take(np.flatnonzero(from_teacher)), step)
+        batch = batch.take(np.flatnonzero(~from_teacher))
     signal, staleness, loss = policy_gradient(learner, batch, step)
-    norm, lr = learner.optimizer.step(step) if signal.in_loss.any() else 0.0, learner.optimizer.lr(step)
-    options, lengths = learner.options, batch.rollouts.completions.lengths
+    loss += value if anchored else 0.0
+    norm = learner.optimizer.step(step) if signal.in_loss.any() or anchored else 0.0
+    lr = learner.optimizer.lr(step)
+    lengths = batch.rollouts.completions.lengths
     last = options.k if options.weights == "comb" else 0
     tail = float(np.minimum(lengths, last).sum() / max(1, lengths.sum()))
-    return StepMetrics.of(batch, signal, staleness, step=step, loss=loss, grad_norm=norm, lr=lr, tail=tail)
+    given: dict[str, Any] = {"action_tokens": int(signal.in_loss.sum()) + anchored, "tail": tail}
+    return StepMetrics.of(batch, signal, staleness, step=step, loss=loss, grad_norm=norm, lr=lr, **given)
+
+
+def anchor(learner: Learner[LossOptions], outputs: ScoredRollouts, step: int) -> tuple[float, int]:
+    """Add the gradient of `anchor` times the mean cross-entropy of the tokens that the teacher chose; returns its value
+    in nats, and how many they are."""
+    rollouts = outputs.rollouts
+    chosen = ~rollouts.forced
+    total = int(chosen.sum())
+
+    def loss(places: NDArray, states: Tensor, targets: Tensor) -> Tensor:
+        inside = torch.from_numpy(np.flatnonzero(chosen[places])).to(states.device)
+        logprob = learner.head.log_prob(states[inside], targets[inside])
+        return learner.options.anchor * cross_entropy_loss(logprob, max(total, 1))
+
+    return learner.accumulate(all_rows(outputs), np.flatnonzero(rollouts.completions.lengths > 0), loss, step), total
 
 
 def policy_gradient(learner: Learner[LossOptions], batch: ScoredRollouts, step: int) -> tuple[Signal, Staleness, float]:

@@ -63,7 +63,7 @@ class Offline:
         """
         self._cache, self._config, method = cache, config, METHODS[config.method]
         # asked for first: where they are missing, they must be made before anything is scored again
-        outputs = {TEACHER: scored_rollouts(cache, config, TEACHER)} if method.outputs else {}
+        outputs = {TEACHER: scored_rollouts(cache, config, TEACHER)} if config.needs_outputs else {}
         samples = scored_rollouts(cache, config, STUDENT) if method.samples and config.offline else []
         self._refs = ({STUDENT: samples} if method.samples else {}) | outputs
         if (wanted := (recorded or {}).get("segments")) is not None:
@@ -246,17 +246,17 @@ def scored_rollouts(cache: Cache, config: LearnConfig, kind: str) -> list[Scored
 
     Raises CacheError where there are none, or some with fewer logits.
     """
-    teacher, method = cache.select_teacher(config.scored_by), METHODS[config.method]
+    teacher = cache.select_teacher(config.scored_by)
     teacher.require_known(config.normalization, config.unfinished)
     policies, outputs = {policy.fingerprint for policy in cache.policies()}, set[str]()
-    if method.outputs and config.teacher_outputs is not None:
+    if config.needs_outputs and config.teacher_outputs is not None:
         outputs = {cache.select_policy(config.teacher_outputs, "--teacher-outputs").fingerprint}
-    elif method.outputs:
+    elif config.needs_outputs:
         outputs = {policy for policy in policies if in_precision(policy, teacher.dtype) == teacher.fingerprint}
     if kind == TEACHER:
         wanted = outputs
         none = (
-            f"--method {config.method} learns from teacher outputs, but no scored rollouts are of policy "
+            f"{config.method_text} learns from teacher outputs, but no scored rollouts are of policy "
             f"{config.teacher_outputs or teacher.name}; make them with `ketchup-cache rollout --student {teacher.name} "
             "--greedy` and `ketchup-cache score`, or name a policy with --teacher-outputs"
         )

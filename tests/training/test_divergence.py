@@ -243,12 +243,15 @@ def test_what_a_method_lacks_is_said_in_one_line(base, tmp_path):
 
     for method in ("seqkd", "kl", "js", "tvd"):
         refused(f"--method {method} learns from teacher outputs.*rollout --student", method=method)
+    refused("--method ketchup --anchor 0.1 learns from teacher outputs", method="ketchup", anchor=0.1)
     score(ScoreConfig(teacher=str(teacher), cache=tmp_path / "outputs", device="cpu", keep_top=8))
     nobody = "no scored rollouts of a student; make some with `rollout` and `score`"
     refused(nobody, cache="outputs", method="js", keep_top=8)
     make_cache(tmp_path / "cache", teacher, teacher, prompts=3, seed=1)
     # found by its fingerprint, without --teacher-outputs
     assert source(method="seqkd").batch(0, None).from_teacher.all()
+    anchored = source(method="ketchup", anchor=0.1, batch_size=4).batch(0, None)
+    assert anchored.from_teacher.tolist() == [False, False, True, True]
     refused("--keep-top 8", method="kl", keep_top=8)
     refused("--keep-top 8", method="reverse-kl", keep_top=8)
     refused("no policy `nobody`", method="kl", teacher_outputs="nobody")

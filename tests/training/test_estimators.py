@@ -234,6 +234,32 @@ def test_a_baseline_of_the_exact_step_is_of_its_future(baseline):
         torch.testing.assert_close(other.optimizer.gradient[name], value, rtol=0, atol=1e-7)
 
 
+def test_the_anchor_adds_the_cross_entropy_of_the_outputs_to_the_gradient_of_the_others():
+    """However the two kinds lie in the batch. The cross-entropy is that of the model's own forward pass."""
+    samples, outputs = [(2, 3, EOS), (3, EOS)], [(2, EOS), (0, 2, 3)]
+    table, anchored = policy()[1], 0.7
+
+    def gradient(options: LossOptions, rows, *from_teacher) -> tuple[dict[str, torch.Tensor], float]:
+        model = copy.deepcopy(student())
+        learner = Learner(model, Head.of(model, VOCAB), CapturedGradient(model), options)
+        logprob = np.array([float(table[row[:t]][row[t]].detach()) for row in rows for t in range(len(row))])
+        found = policy_gradient_step(learner, scored(rows, logprob, VOCAB), 0, *from_teacher)
+        return learner.optimizer.gradient, found.loss
+
+    options = LossOptions(weights="gae", lam=0.7, exact=True, keep_top=VOCAB)
+    plain, loss = gradient(options, samples)
+    mixed = [samples[0], outputs[0], outputs[1], samples[1]]
+    kinds = np.array([False, True, True, False])
+    got, anchored_loss = gradient(options.model_copy(update={"anchor": anchored}), mixed, kinds)
+    model = policy()[0]
+    model.zero_grad()
+    entropy = -sum(table[row[:t]][row[t]] for row in outputs for t in range(len(row))) / 5
+    (anchored * entropy).backward(retain_graph=True)
+    wanted = {name: plain[name].double() + p.grad for name, p in model.named_parameters() if name in plain}
+    assert_same({name: value.double() for name, value in got.items()}, wanted)
+    assert anchored_loss == pytest.approx(loss + anchored * float(entropy.detach()), abs=1e-5)
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
