@@ -21,6 +21,7 @@ from benchmarks.real.settings import (
     SEEDS,
     SEQKD_RATES,
     Row,
+    row_of,
     rows,
 )
 
@@ -56,12 +57,15 @@ def chosen_of(done: Records, group: str, settings: Mapping[str, Any]) -> dict[st
 
 
 def chosen(done: Records) -> dict[str, Any]:
-    """Of each group, of each method of the group kl, and of SeqKD on new outputs."""
+    """Of each group, of SeqKD on new outputs, and, by `rows`, of each row of the groups."""
     found = {group: chosen_of(done, group, settings) for group, settings in GROUPS.items()}
-    for method in ("reverse-kl", "minillm"):
-        found[method] = chosen_of(done, "kl", {k: o for k, o in GROUPS["kl"].items() if o["method"] == method})
     found["seqkd"] = chosen_of(done, "seqkd", {f"{lr:g}": {"lr": lr} for lr in SEQKD_RATES})
-    return found
+    rows = {}
+    for group, settings in GROUPS.items():
+        for row in dict.fromkeys(map(row_of, settings)):
+            tried = {label: options for label, options in settings.items() if row_of(label) == row}
+            rows[row] = chosen_of(done, group, tried)["options"]
+    return found | {"rows": rows}
 
 
 def affordable(done: Records) -> int:
@@ -73,15 +77,12 @@ def affordable(done: Records) -> int:
 
 
 def table_rows(done: Records) -> dict[str, Row]:
-    return rows({kind: won["options"] for kind, won in done["chosen"].items()})
+    return rows(done["chosen"]["rows"], {group: winner(done, group) for group in GROUPS})
 
 
 def winner(done: Records, group: str) -> str:
-    """The row of the table that a group's winner is; a row's own name stays."""
-    if group not in GROUPS:
-        return group
-    options, table = done["chosen"][group]["options"], table_rows(done)
-    return next(label for label, row in table.items() if dict(row.options) == options)
+    """The row that a group's winner is; a row's own name stays."""
+    return row_of(done["chosen"][group]["label"]) if group in GROUPS else group
 
 
 def best_gradient(done: Records) -> str:

@@ -200,7 +200,7 @@ def run(place: Place, name: str, row: Row, seed: int, *, test: bool) -> dict[str
     folders = {"refreshed": f"begun/{seed}", "outputs": "outputs", "offline": f"offline/{seed}"}
     if not cache.exists():
         shutil.copytree(place / folders.get(row.source, f"offline/{another}"), cache)
-    both = row.options.get("method") in ("js", "tvd")
+    both = row.options.get("method") in ("js", "tvd") or "anchor" in row.options
     if both:
         tool("merge", cache, place / "outputs", into=cache)
     given = {**LEARN, **row.options, "seed": seed, "eval_data": place / "dev.jsonl", "out": out}

@@ -68,14 +68,18 @@ TEACHER_AGAIN = {"dropout": True, "lr": 1e-3, "epochs": 10}
 """What is different in its second stage."""
 K = {"method": "ketchup", "tail": "jump"}
 GAE, EXACT = {"weights": "gae", "lam": 0.7}, {"exact": True, "keep_top": KEEP_TOP}
+NONE, CENTRED, ANCHORED = {"weights": "flat", "lam": 0.0}, {"cost": "centred"}, {"anchor": 1.0}
 REVERSE_KL = {"method": "reverse-kl", "keep_top": KEEP_TOP, "baseline": "none"}
-NEW = {
-    "gae 0.7": GAE,
-    "gae 0.7, centred": GAE | {"cost": "centred"},
-    "exact": EXACT | {"weights": "flat", "lam": 0.0},
-    "exact, gae 0.7, centred": EXACT | GAE | {"cost": "centred"},
+NEW: dict[str, tuple[Options, tuple[float, ...]]] = {
+    "gae 0.7, centred": (GAE | CENTRED, (4e-4,)),
+    "gae 0.7, centred, anchored": (GAE | CENTRED | ANCHORED, (1e-3,)),
+    "exact": (EXACT | NONE, (3e-3,)),
+    "exact, anchored": (EXACT | NONE | ANCHORED, (3e-3, 6e-3)),
+    "exact, gae 0.7, centred, anchored": (EXACT | GAE | CENTRED | ANCHORED, (1e-3,)),
+    "exact with cost kl, anchored": (EXACT | NONE | ANCHORED | {"cost": "kl"}, (3e-3, 6e-3)),
 }
-"""What the gradient diagnostic leaves: at every bias GAE is steadier than the comb and flat weights."""
+"""What the gradient diagnostic leaves: at every bias GAE is steadier than the comb and flat weights; and the anchor on
+teacher outputs. With their learning rates."""
 GROUPS: dict[str, dict[str, Options]] = {
     "llmr": {
         f"LLMR, {baseline}, {lr:g}": {"method": "llmr", "baseline": baseline, "lr": lr}
@@ -89,11 +93,16 @@ GROUPS: dict[str, dict[str, Options]] = {
             f"MiniLLM, {lr:g}": {"method": "minillm", "keep_top": KEEP_TOP, "lr": lr} for lr in (3e-4, 1e-3, 3e-3, 6e-3)
         },
     },
-    "new": {f"{name}, {lr:g}": {**options, "lr": lr} for name, options in NEW.items() for lr in (1e-3, 3e-3)},
+    "new": {f"{name}, {lr:g}": {**options, "lr": lr} for name, (options, rates) in NEW.items() for lr in rates},
 }
-"""Each has 16 runs on the dev set: eight settings on two starts."""
+"""Each has 16 runs on the dev set: eight settings on two starts. A setting is called ROW, RATE."""
 
-GROUP_OF = {"LLMR": "llmr", "K =": "paper", "reverse KL": "kl", "MiniLLM": "kl"}
+
+def row_of(setting: str) -> str:
+    """Of the table, by the name of one of its settings."""
+    return setting.rsplit(", ", 1)[0]
+
+
 AS_RELEASED = {
     "method": "ketchup", "greedy": True, "normalization": "centred", "tail": "jump", "end_weight": 1.0,
     "clip_return": 50.0, "baseline": "batch-mean",
@@ -127,28 +136,24 @@ class Row:
     source: Literal["refreshed", "outputs", "offline", "another's"] = "refreshed"
 
 
-def rows(chosen: Mapping[str, Options]) -> dict[str, Row]:
-    """Those of `learn` in the table. chosen: of each group, the options that won on the dev set."""
-    llmr, paper, new = (dict(chosen[group]) for group in ("llmr", "paper", "new"))
-    rate = {method: {"lr": chosen[method]["lr"]} for method in ("reverse-kl", "minillm")}
-    reverse_kl, outputs = REVERSE_KL | rate["reverse-kl"], {"keep_top": KEEP_TOP, "baseline": "none"}
+def rows(chosen: Mapping[str, Options], won: Mapping[str, str]) -> dict[str, Row]:
+    """Those of `learn` in the table. chosen: of each row of the groups, the options with the rate that was best on the
+    dev set. won: of each group, the row that was."""
+    paper, reverse_kl = dict(chosen[won["paper"]]), dict(chosen["reverse KL"])
+    rate = {"lr": reverse_kl["lr"]}
     released = AS_RELEASED | {"k": paper["k"], "lr": paper["lr"]}
     table = {
-        "LLMR": Row(llmr | {"baseline": "none"}),
-        "LLMR + mean": Row(llmr | {"baseline": "mean"}),
-        "LLMR + min-variance": Row(llmr | {"baseline": "min-variance"}),
-        **{f"K = {k}": Row(paper | {"k": k}) for k in (2, 4, 8, 16)},
-        **{name: Row(options | {"lr": new["lr"]}) for name, options in NEW.items()},
-        "reverse KL": Row(reverse_kl),
+        "LLMR": Row({**chosen["LLMR, mean"], "baseline": "none"}),
+        **{name: Row(options) for name, options in chosen.items()},
         FRESH: Row(reverse_kl | {"refresh_every": 1, "reuse": 1}),
-        "MiniLLM": Row({"method": "minillm", "keep_top": KEEP_TOP, **rate["minillm"]}),
-        "KL": Row({"method": "kl", **outputs, **rate["reverse-kl"]}, "outputs"),
-        "JS": Row({"method": "js", **outputs, **rate["reverse-kl"]}),
-        "TVD": Row({"method": "tvd", **outputs, **rate["reverse-kl"]}),
+        "KL": Row({"method": "kl", "keep_top": KEEP_TOP, "baseline": "none", **rate}, "outputs"),
+        "JS": Row({"method": "js", "keep_top": KEEP_TOP, "baseline": "none", **rate}),
+        "TVD": Row({"method": "tvd", "keep_top": KEEP_TOP, "baseline": "none", **rate}),
         "as released": Row(released),
         **{f"as released, {name}": Row(released | back) for name, back in TURNED_BACK.items()},
     }
-    return table | cache_rows({"LLMR": llmr, "paper": paper, "new": new, "reverse KL": reverse_kl})
+    methods = {group: chosen[won[group]] for group in ("llmr", "paper", "new")}
+    return table | cache_rows({**methods, "reverse KL": reverse_kl})
 
 
 def cache_rows(methods: Mapping[str, Options]) -> dict[str, Row]:

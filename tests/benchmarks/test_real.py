@@ -81,11 +81,11 @@ def test_what_won_on_dev_is_a_row_of_the_table():
     assert done["chosen"]["paper"] == won
     assert done["chosen"]["seqkd"]["options"] == {"lr": SEQKD_RATES[0]}
     table = choices.table_rows(done)
-    assert len(table) == 23 + 16
+    assert len(table) == 25 + 16
     for row in table.values():
         LearnConfig(**PLACES, **options_of(row.options, "t" if row.source == "refreshed" else None))
     assert choices.winner(done, "paper") == "K = 4"
-    assert choices.winner(done, "llmr") == "LLMR + mean"
+    assert choices.winner(done, "llmr") == "LLMR, mean"
     assert {choices.winner(done, name) for pair in COMPARED for name in pair} <= {*table, "start", "SeqKD, new outputs"}
     assert choices.best_gradient(done) == "K = 4"
     assert choices.affordable(done) == 3000  # 30 s of scoring, at 100 outputs a second
@@ -138,7 +138,7 @@ def test_every_job_comes_once_and_the_page_has_every_row(tmp_path, monkeypatch):
     assert "| MiniLLM | 0.70 | 0.80 | 1.00 | 2.00 | – |" in text  # seeds 5, 0, 1, 2
     assert "| K = 2 | 12.0 ± 1.1 | 1.0 ± 0.0 |\n| flat 0.25 | 12.0 ± 1.1 |" in text
     assert "Covariances make 60% of the variance" in text
-    assert "| K = 4 − LLMR + mean | +1.00 | +0.50 to +1.50 | 0.030 |  |" in text
+    assert "| K = 4 − LLMR, mean | +1.00 | +0.50 to +1.50 | 0.030 |  |" in text
     assert "| +0.60 > −0.3 |" in text
 
 
