@@ -42,6 +42,7 @@ from benchmarks.real.settings import (
     SEQKD_RATES,
     TASKS,
     Row,
+    experiments,
 )
 
 Job = tuple[str, Callable[[], Any]]
@@ -63,12 +64,15 @@ def order(place: Place) -> Iterator[Job]:
     yield from diagnosed(place, done, DEV_SEEDS[:1])
     yield from on_dev(place, done)
     yield from starts(place, done, lr, SEEDS)
+    if "chosen" in done:
+        yield from table(place, done, SEEDS)
     for seed in CONVERGED:
         name = f"doubled/{seed}"
         yield name, lambda s=seed, n=name: jobs.start(place, s, lr, 2 * place.task.epochs, n)
     yield from diagnosed(place, done, OTHER_SEEDS)
     if "chosen" in done:
-        yield from table(place, done)
+        yield from table(place, done, OTHER_SEEDS)
+        yield from tried(place, done)
 
 
 def starts(place: Place, done: dict[str, Any], lr: float, seeds: Sequence[int]) -> Iterator[Job]:
@@ -108,8 +112,8 @@ def on_dev(place: Place, done: dict[str, Any]) -> Iterator[Job]:
         yield "chosen", lambda: chosen(done)
 
 
-def table(place: Place, done: dict[str, Any]) -> Iterator[Job]:
-    """The compared rows come first, on all their starts."""
+def table(place: Place, done: dict[str, Any], of: Sequence[int]) -> Iterator[Job]:
+    """The rows that are on the starts `of`: those that are compared, with the tests, or the others."""
     given, more = {"lr": done["chosen"]["seqkd"]["options"]["lr"], "test": True}, affordable(done)
     seqkd = {
         "SeqKD continued": given | {"outputs": 0},
@@ -118,8 +122,8 @@ def table(place: Place, done: dict[str, Any]) -> Iterator[Job]:
     }
     rows = table_rows(done)
     seeds = seeds_by_row(done, ("start", *seqkd, *rows))
-    todo = [(label, seed) for label, given in seeds.items() for seed in given]
-    for label, seed in sorted(todo, key=lambda one: (seeds[one[0]] != SEEDS, one[1])):
+    todo = [(label, seed) for seed in of for label, given in seeds.items() if given == of]
+    for label, seed in todo:
         name = f"run/{label}/{seed}"
         if f"begun/{seed}" not in done:
             continue
@@ -129,9 +133,17 @@ def table(place: Place, done: dict[str, Any]) -> Iterator[Job]:
             yield name, lambda n=name, s=seed, g=seqkd[label]: jobs.continued(place, n, s, **g)
         elif rows[label].source in ("refreshed", "outputs") or all(f"offline/{s}" in done for s in OTHER_SEEDS):
             yield name, lambda n=name, r=rows[label], s=seed: jobs.run(place, n, r, s, test=True)
-    for one, other in comparisons(done):
+    for one, other in comparisons(done) if of == SEEDS else ():
         if all(f"run/{row}/{seed}" in done for row in (one, other) for seed in SEEDS):
             yield f"compared/{one}/{other}", lambda pair=(one, other): bootstrap(place, *pair)
+
+
+def tried(place: Place, done: dict[str, Any]) -> Iterator[Job]:
+    """Experiments B, C and E, on the dev set."""
+    for label, options in experiments(done["chosen"]["rows"]).items():
+        for seed in CONVERGED:
+            name = f"tried/{label}/{seed}"
+            yield name, lambda n=name, o=options, s=seed: jobs.run(place, n, Row(o), s, test=False)
 
 
 def work(place: Place, until: float) -> int:

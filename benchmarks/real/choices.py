@@ -91,8 +91,11 @@ def best_gradient(done: Records) -> str:
 
 
 def comparisons(done: Records) -> list[tuple[str, str]]:
-    """Pairs of rows: the three that are tested together, then the best policy gradient against reverse KL."""
-    return [(winner(done, one), winner(done, other)) for one, other in COMPARED] + [(best_gradient(done), FRESH)]
+    """Pairs of rows: the three that are tested together, then the best policy gradient against reverse KL, and the best
+    new row against the paper's, which describes."""
+    new, paper = winner(done, "new"), winner(done, "paper")
+    pairs = [(winner(done, one), winner(done, other)) for one, other in COMPARED]
+    return [*pairs, (best_gradient(done), FRESH), (new, paper)]
 
 
 def seeds_by_row(done: Records, labels: Iterable[str]) -> dict[str, Sequence[int]]:

@@ -166,3 +166,25 @@ def cache_rows(methods: Mapping[str, Options]) -> dict[str, Row]:
         alone = {**options, "refresh_every": None, "reuse": None}
         found |= {f"{name}, offline": Row(alone, "offline"), f"{name}, another's": Row(alone, "another's")}
     return found
+
+
+def experiments(chosen: Mapping[str, Options]) -> dict[str, Options]:
+    """B: the price of ending, by the weight of the future, of its last cost, and the cost. C: the anchor's weight. E:
+    rollouts nearer to what is evaluated. chosen: as for `rows`."""
+    found: dict[str, Options] = {}
+    base = {**chosen["gae 0.7, centred"]}
+    for lam, cost, end in ((0.1, "gap", None), (0.5, "gap", None), (0.5, "gap", 1.0), (0.5, "centred", None)):
+        ending = "" if end is None else f", end weight {end:g}"
+        found[f"B: flat {lam:g}, {cost}{ending}"] = base | {
+            "weights": "flat", "lam": lam, "cost": cost, "end_weight": end,
+        }  # fmt: skip
+    for row in ("exact", "exact with cost kl, anchored", "LLMR, mean"):
+        for beta in (0.1, 0.3, 1.0):
+            found[f"C: {row.removesuffix(', anchored')}, anchor {beta:g}"] = {**chosen[row], "anchor": beta}
+    draws: dict[str, Options] = {
+        "temperature 0.5": {"temperature": 0.5}, "temperature 0.7": {"temperature": 0.7}, "top-p 0.9": {"top_p": 0.9},
+        "greedy": {"greedy": True},
+    }  # fmt: skip
+    for name, draw in draws.items():
+        found[f"E: exact, {name}"] = {**chosen["exact"], **draw}
+    return found

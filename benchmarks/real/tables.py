@@ -125,6 +125,18 @@ def dev_table(done: Records) -> str:
     return markdown(["group", "setting", "dev BLEU, mean", "by start", ""], body)
 
 
+def tried_table(done: Records) -> str:
+    """Experiments B, C and E on dev: the best evaluation of each run, and the last, over starts."""
+    labels = dict.fromkeys(name.split("/")[1] for name in done if name.startswith("tried/"))
+    body = []
+    for label in labels:
+        found = [done[name]["learn"] for name in done if name.startswith(f"tried/{label}/")]
+        last = [record["curve"][-1] for record in found]
+        figures = [[best(record) for record in found], *([line[of] for line in last] for of in ("bleu", "length_mean"))]
+        body.append([label, *map(mean_se, figures), str(len(found))])
+    return markdown(["dev", "BLEU, best", "BLEU, last", "length, last", "starts"], body)
+
+
 def starts_text(name: str, done: Records) -> str:
     teacher = done["teacher"]
     rates = sorted(float(key.split("/")[1]) for key in done if key.startswith("grid/"))
@@ -176,6 +188,8 @@ def page(name: str, done: Records) -> str:
         parts.append(f"Covariances make {covariance:.0%} of the variance of the sum of a rollout's gaps.\n")
     if any(key.startswith("dev/") for key in done):
         parts += ["## Chosen on the dev set\n", dev_table(done)]
+    if any(key.startswith("tried/") for key in done):
+        parts += ["## The price of ending, the anchor, and other rollouts\n", tried_table(done)]
     if "chosen" in done:
         parts += ["## Test split\n", rows_table(done, labels(done))]
         parts.append(

@@ -20,6 +20,7 @@ from benchmarks.real.settings import (
     SEQKD_RATES,
     STEPS,
     TASKS,
+    experiments,
 )
 from ketchup_cache.config.commands import LearnConfig
 
@@ -84,6 +85,8 @@ def test_what_won_on_dev_is_a_row_of_the_table():
     assert len(table) == 25 + 16
     for row in table.values():
         LearnConfig(**PLACES, **options_of(row.options, "t" if row.source == "refreshed" else None))
+    for options in experiments(done["chosen"]["rows"]).values():
+        LearnConfig(**PLACES, **options_of(options))
     assert choices.winner(done, "paper") == "K = 4"
     assert choices.winner(done, "llmr") == "LLMR, mean"
     assert {choices.winner(done, name) for pair in COMPARED for name in pair} <= {*table, "start", "SeqKD, new outputs"}
@@ -138,6 +141,7 @@ def test_every_job_comes_once_and_the_page_has_every_row(tmp_path, monkeypatch):
     assert "| MiniLLM | 0.70 | 0.80 | 1.00 | 2.00 | – |" in text  # seeds 5, 0, 1, 2
     assert "| K = 2 | 12.0 ± 1.1 | 1.0 ± 0.0 |\n| flat 0.25 | 12.0 ± 1.1 |" in text
     assert "Covariances make 60% of the variance" in text
+    assert "| C: exact, anchor 0.1 | 22.0 ± 0.0 | 21.0 ± 0.0 | 15.0 ± 0.0 | 3 |" in text
     assert "| K = 4 − LLMR, mean | +1.00 | +0.50 to +1.50 | 0.030 |  |" in text
     assert "| +0.60 > −0.3 |" in text
 
