@@ -26,6 +26,8 @@ from benchmarks.real.settings import (
 )
 
 Records = Mapping[str, Any]
+SEQKD = ("SeqKD continued", "SeqKD, new outputs", "SeqKD, new outputs, longer")
+"""Rows that go on with pre-distillation."""
 CONVERGED = (5, 6, 0)
 """Starts on which twice the epochs are tried."""
 
@@ -103,6 +105,16 @@ def seeds_by_row(done: Records, labels: Iterable[str]) -> dict[str, Sequence[int
     compared = {row for pair in comparisons(done) for row in pair}
     found = {label: SEEDS if label in compared else OTHER_SEEDS for label in labels}
     return dict(sorted(found.items(), key=lambda item: item[1] != SEEDS))
+
+
+def runs(done: Records, label: str) -> list[dict[str, Any]]:
+    """Of a row, by start."""
+    names = (name.rsplit("/", 1) for name in done)
+    return [done[f"{row}/{seed}"] for row, seed in sorted(n for n in names if len(n) == 2) if row == f"run/{label}"]
+
+
+def labels(done: Records) -> list[str]:
+    return [label for label in ("start", *SEQKD, *table_rows(done)) if runs(done, label)]
 
 
 # ----------------------------------------------------------------------------------------------------------- tests

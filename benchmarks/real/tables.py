@@ -10,7 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.real import figures
 from benchmarks.real.choices import (
+    SEQKD,
     Records,
     affordable,
     best,
@@ -20,14 +22,15 @@ from benchmarks.real.choices import (
     gain_of_doubling,
     grid_name,
     holm,
-    table_rows,
+    labels,
+    runs,
     winner,
 )
 from benchmarks.real.place import RESULTS
 from benchmarks.real.settings import BATCH, COMPARED, FRESH, GROUPS, MARGIN, REFRESH, REUSE, STEPS, TASKS
+from ketchup_cache.report.plots import write_png
 
 ROOT = Path(__file__).resolve().parents[2]
-SEQKD = ("SeqKD continued", "SeqKD, new outputs", "SeqKD, new outputs, longer")
 GRADIENT = """`analyze --gradient` on rollouts of the starts. Cosine with the unbiased gradient; agreement of halves;
 norm over that of the reference; signal over noise of a batch of 256; how hard it pushes the length, K = 1 at −1.
 """
@@ -40,16 +43,6 @@ def mean_se(values: Sequence[float], digits: int = 1) -> str:
     if len(values) < 2:
         return f"{values[0]:.{digits}f}"
     return f"{np.mean(values):.{digits}f} ± {np.std(values, ddof=1) / len(values) ** 0.5:.{digits}f}"
-
-
-def runs(done: Records, label: str) -> list[dict[str, Any]]:
-    """Of a row, by start."""
-    names = (name.rsplit("/", 1) for name in done)
-    return [done[f"{row}/{seed}"] for row, seed in sorted(n for n in names if len(n) == 2) if row == f"run/{label}"]
-
-
-def labels(done: Records) -> list[str]:
-    return [label for label in ("start", *SEQKD, *table_rows(done)) if runs(done, label)]
 
 
 def columns(done: Records) -> dict[str, Callable[[list[dict[str, Any]]], str]]:
@@ -246,3 +239,8 @@ def write() -> None:
     for file, text in pages().items():
         file.write_text(text, encoding="utf-8")
         print(file.relative_to(ROOT))
+    for name in TASKS:
+        file = RESULTS / f"{name}.json"
+        if file.exists():
+            for title, figure in figures.figures(json.loads(file.read_text(encoding="utf-8"))):
+                write_png(figure, RESULTS / f"{name}-{title}.png")

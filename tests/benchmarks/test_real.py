@@ -125,7 +125,7 @@ def test_every_job_comes_once_and_the_page_has_every_row(tmp_path, monkeypatch):
     assert len(names) == len(set(names))
     done = place.records()
     compared = {row for pair in choices.comparisons(done) for row in pair}
-    rows = ["start", *tables.SEQKD, *choices.table_rows(done)]
+    rows = ["start", *choices.SEQKD, *choices.table_rows(done)]
     runs = [name for name in names if name.startswith("run/")]
     assert len(runs) == sum(len(SEEDS if row in compared else OTHER_SEEDS) for row in rows)
     assert {name.split("/")[1] for name in runs[: len(SEEDS) * len(compared)]} == compared
