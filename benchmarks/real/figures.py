@@ -41,7 +41,7 @@ def returns(done: Records) -> Figure:
         axes.set(title=f"{title}, test split", yticks=range(len(known)), yticklabels=known)
         axes.grid(axis="x", alpha=0.3)
     panels[0].invert_yaxis()
-    panels[1].set_xlabel("o: a start   |: mean   ×: mean of the last checkpoints")
+    figure.supxlabel("o: a start   |: mean   ×: mean of the last checkpoints", fontsize="small")
     return figure
 
 
