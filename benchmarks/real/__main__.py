@@ -139,7 +139,7 @@ def table(place: Place, done: dict[str, Any], of: Sequence[int]) -> Iterator[Job
 
 
 def tried(place: Place, done: dict[str, Any]) -> Iterator[Job]:
-    """Experiments B, C and E, on the dev set."""
+    """Experiments B, C, E and the uses of a rollout, on the dev set."""
     for label, options in experiments(done["chosen"]["rows"]).items():
         for seed in CONVERGED:
             name = f"tried/{label}/{seed}"

@@ -170,7 +170,7 @@ def cache_rows(methods: Mapping[str, Options]) -> dict[str, Row]:
 
 def experiments(chosen: Mapping[str, Options]) -> dict[str, Options]:
     """B: the price of ending, by the weight of the future, of its last cost, and the cost. C: the anchor's weight. E:
-    rollouts nearer to what is evaluated. chosen: as for `rows`."""
+    rollouts nearer to what is evaluated. F: how often each is used. chosen: as for `rows`."""
     found: dict[str, Options] = {}
     base = {**chosen["gae 0.7, centred"]}
     for lam, cost, end in ((0.1, "gap", None), (0.5, "gap", None), (0.5, "gap", 1.0), (0.5, "centred", None)):
@@ -187,4 +187,6 @@ def experiments(chosen: Mapping[str, Options]) -> dict[str, Options]:
     }  # fmt: skip
     for name, draw in draws.items():
         found[f"E: exact, {name}"] = {**chosen["exact"], **draw}
+    for reuse in (1, 8):
+        found[f"F: exact, {reuse} uses"] = {**chosen["exact"], "refresh_every": 4 * reuse, "reuse": reuse}
     return found

@@ -51,6 +51,11 @@ def columns(done: Records) -> dict[str, Callable[[list[dict[str, Any]]], str]]:
     def per_run(run: Mapping[str, Any], name: str) -> float:
         return run["learn"].get(name, 0) if "learn" in run else 0
 
+    def spent(run: Mapping[str, Any]) -> float:
+        """Of all steps: a run that was interrupted has the seconds of its last part alone in `seconds`."""
+        phases = [run.get("learn", {}).get(name) for name in ("sample_s", "score_s", "load_s", "train_s", "eval_s")]
+        return run.get("seconds", 0) if None in phases else sum(phases)
+
     return {
         "BLEU": lambda found: mean_se([run["test"]["bleu"] for run in found]),
         "chrF": lambda found: mean_se([run["test"]["chrf"] for run in found]),
@@ -65,7 +70,7 @@ def columns(done: Records) -> dict[str, Callable[[list[dict[str, Any]]], str]]:
         "scored": lambda found: f"{np.mean([run.get('scored', 0) for run in found]) / 1000:,.0f}k",
         "generated": lambda found: f"{np.mean([run.get('generated', 0) for run in found]) / 1000:,.0f}k",
         "cache": lambda found: f"{np.mean([run.get('bytes', 0) for run in found]) / 1e6:.1f} MB",
-        "seconds": lambda found: f"{np.mean([run.get('seconds', 0) for run in found]):.0f}",
+        "seconds": lambda found: f"{np.mean([spent(run) for run in found]):.0f}",
         "starts": lambda found: str(len(found)),
     }
 
@@ -182,7 +187,7 @@ def page(name: str, done: Records) -> str:
     if any(key.startswith("dev/") for key in done):
         parts += ["## Chosen on the dev set\n", dev_table(done)]
     if any(key.startswith("tried/") for key in done):
-        parts += ["## The price of ending, the anchor, and other rollouts\n", tried_table(done)]
+        parts += ["## The price of ending, the anchor, other rollouts, and their uses, on dev\n", tried_table(done)]
     if "chosen" in done:
         parts += ["## Test split\n", rows_table(done, labels(done))]
         parts.append(
