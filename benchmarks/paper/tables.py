@@ -52,7 +52,7 @@ def paper_table(records: Iterable[Record]) -> str:
 
 
 def summary_table(records: Iterable[Record]) -> str:
-    """All methods on all tasks in one table, to one decimal; README and docs/results.md copy lines of it."""
+    """All methods on all tasks in one table, to one decimal; docs/results.md has it."""
     records = list(records)
     columns = [(task, metric) for task in TASKS.values() for metric in (RETURN, task.headline, LENGTH)]
     titles = [f"{t.name}: {m.title}" if m == RETURN else m.title for t, m in columns]
