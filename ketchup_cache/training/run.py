@@ -13,6 +13,7 @@ OUT/report.json            written last: the run is finished
 
 from __future__ import annotations
 
+import copy
 import fcntl
 import json
 import re
@@ -37,7 +38,8 @@ from ketchup_cache.config.resolve import flag
 from ketchup_cache.console import Report, one_line, progress, say, warn
 from ketchup_cache.errors import ConfigError, WriteError
 from ketchup_cache.files import publishing, write_file, writing
-from ketchup_cache.models import origin
+from ketchup_cache.models import lora
+from ketchup_cache.models.folders import ORIGIN
 from ketchup_cache.models.load import quiet
 from ketchup_cache.models.origin import Origin
 from ketchup_cache.training.alarms import Alarm, Alarms
@@ -342,6 +344,10 @@ class Run:
         """What `publish` writes. known: of the origin, all but command, step and metrics. cache: that it reads."""
         self._parts, self._origin, self._cache = (model, tokenizer), known, cache
 
+    def result(self) -> PreTrainedModel:
+        """The model as it is written: itself, or with --lora-merge a copy with its adapter merged."""
+        return lora.merge(copy.deepcopy(self._parts[0])) if self.config.lora_merge else self._parts[0]
+
     def publish(
         self,
         name: str,
@@ -351,11 +357,12 @@ class Run:
     ) -> None:
         """Write the model as it is, with its tokenizer, origin and card, as OUT/name. Raises WriteError."""
         with _saving(self.out / name) as partial, quiet():
-            for part in self._parts:
-                part.save_pretrained(partial)
+            lora.save(model := self.result(), partial)
+            self._parts[1].save_pretrained(partial)
             now = {"tool": TOOL, "command": self.command, "step": step, "metrics": dict(metrics or {})}
+            now["base"] = getattr(model, "base_fingerprint", None)
             known = self._origin.model_copy(update=now)
-            write_file(partial / origin.FILE, as_json(known.model_dump(mode="json")))
+            write_file(partial / ORIGIN, as_json(known.model_dump(mode="json")))
             pins = read_pins(self.pins_path) if self.pins_path.exists() else []
             card = model_card(unsealed(self.out / "config.json"), known, variants or {}, self._cache, pins)
             (partial / "README.md").write_text(card, encoding="utf-8")
@@ -391,9 +398,9 @@ def _say(alarms: Sequence[Alarm]) -> list[str]:
 
 
 def _weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """Parameters by name, tied ones once, and buffers that are part of the model's state."""
+    """Parameters in training by name, tied ones once, and buffers that are part of the model's state."""
     buffers = {name: b for name, b in model.named_buffers() if name in model.state_dict()}
-    return {name: p.detach() for name, p in model.named_parameters()} | buffers
+    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad} | buffers
 
 
 @contextmanager
