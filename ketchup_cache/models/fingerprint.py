@@ -61,7 +61,7 @@ def weights_fingerprint(model: str | Path) -> str:
 def base_fingerprint(folder: Path) -> str:
     """Of a model, or of that which an adapter belongs to. Raises ModelError, as above."""
     if not (adapter := read_adapter(folder)):
-        return _of_files(folder, read_json(folder / "config.json"))
+        return _of_files(folder)
     found = base_fingerprint(adapter.base)
     if adapter.base_fingerprint not in (None, found):
         what = f"its base {adapter.base} is not the model that this adapter was trained on"
@@ -70,11 +70,13 @@ def base_fingerprint(folder: Path) -> str:
     return found
 
 
-def _of_files(folder: Path, config: dict[str, Any]) -> str:
+def _of_files(folder: Path, config: dict[str, Any] | None = None) -> str:
+    """config: instead of config.json."""
+
     def tensor(entry: WeightEntry) -> Tensor:
         return entry.name, entry.dtype, entry.shape, hashlib.sha256(entry.data).hexdigest()
 
-    return _fingerprint(weight_entries(folder), tensor, config)
+    return _fingerprint(weight_entries(folder), tensor, config or read_json(folder / "config.json"))
 
 
 def _of_adapter(config: dict[str, Any], base: str) -> dict[str, Any]:
