@@ -6,7 +6,7 @@ a missing weight with random numbers, or tie it to another, with no more than a 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -215,12 +215,7 @@ def _checkpoint_layers(model: PreTrainedModel) -> None:
     if not layers:
         raise ModelError(f"{type(model).__name__} does not mark its layers: leave --gradient-checkpointing out")
     for layer in layers:
-        layer.forward = partial(_again, layer.forward)
-
-
-def _again(forward: Callable[..., Any], *given: Any, **options: Any) -> Any:
-    wanted = torch.is_grad_enabled()
-    return checkpoint(forward, *given, use_reentrant=False, **options) if wanted else forward(*given, **options)
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
 
 
 def input_device(model: PreTrainedModel) -> torch.device:

@@ -42,6 +42,8 @@ def attach(model: PreTrainedModel, name: str, adapter: Adapter | None, options: 
         torch.manual_seed(getattr(options, "seed", 0))  # of A: a run that goes on begins with the same
         model.add_adapter(config, NAME)
     config.base_model_name_or_path, model.base_fingerprint = name, base
+    if isinstance(config.target_modules, set):  # in another order in every process
+        config.target_modules = sorted(config.target_modules)
     head, linear = model.get_output_embeddings(), peft.tuners.lora.Linear
     adapted = {path: layer for path, layer in model.named_modules() if hasattr(layer, "base_layer")}
     if odd := [path for path, layer in adapted.items() if layer is head or not isinstance(layer, linear)]:

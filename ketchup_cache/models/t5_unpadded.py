@@ -80,7 +80,7 @@ def _stack(
         return _feed_forward(block.layer[-1], states)
 
     for block in map(_computing, stack.block):
-        again = stack.gradient_checkpointing and torch.is_grad_enabled()
+        again = stack.gradient_checkpointing
         states = checkpoint(computed, block, states, use_reentrant=False) if again else computed(block, states)
     return stack.dropout(_norm(_computing(stack.final_layer_norm), states))
 

@@ -36,7 +36,7 @@ from ketchup_cache.cache.cache import Cache
 from ketchup_cache.config.commands import LearnConfig, PretrainConfig
 from ketchup_cache.config.resolve import flag
 from ketchup_cache.console import Report, one_line, progress, say, warn
-from ketchup_cache.errors import ConfigError, WriteError
+from ketchup_cache.errors import ConfigError, MismatchError, WriteError
 from ketchup_cache.files import publishing, write_file, writing
 from ketchup_cache.models import lora
 from ketchup_cache.models.folders import ORIGIN
@@ -138,8 +138,13 @@ class Run:
         """Record the options, and what they resolved to, once the run is known to be possible, and `restore` has read
         its checkpoint. resolved: with `steps`.
 
-        Raises ConfigError where a run has taken more steps already.
+        Raises ConfigError where a run has taken more steps already, MismatchError where the weights beside an adapter
+        are others than they were.
         """
+        whose = "student" if self.command == "learn" else "model"
+        if lora.adapter_weights(self._parts[0]) and self.recorded.get(whose, resolved[whose]) != resolved[whose]:
+            what = "is not as it was when this run of an adapter began; bring it back, or choose another --out"
+            raise MismatchError(f"{self.out}: {whose} {getattr(self.config, whose)} {what}")
         steps, before = resolved["steps"], self.recorded.get("steps", resolved["steps"])
         if steps < self.resumed:
             what = f"{self.out} holds a run that has taken {self.resumed} steps, more than {steps}"
