@@ -136,10 +136,8 @@ class Run:
 
     def write_config(self, resolved: dict[str, Any]) -> None:
         """Record the options, and what they resolved to, once the run is known to be possible, and `restore` has read
-        its checkpoint. resolved: with `steps`.
-
-        Raises ConfigError where a run has taken more steps already, MismatchError where the weights beside an adapter
-        are others than they were.
+        its checkpoint. resolved: with `steps`. Raises ConfigError where a run has taken more steps already, and
+        MismatchError where the weights beside an adapter are others than they were.
         """
         whose = "student" if self.command == "learn" else "model"
         if lora.adapter_weights(self._parts[0]) and self.recorded.get(whose, resolved[whose]) != resolved[whose]:
