@@ -86,16 +86,20 @@ def set_up(folder: Path) -> Path:
         (folder / "env" / ".installed").touch()
     if not (folder / NAME / "tokenizer.json").exists():
         subprocess.run([python, "-c", CONVERT, folder / NAME], check=True)
-    student = folder / "student"
-    if not student.exists():
-        model, tokenizer = load_model(str(folder / NAME), device="cpu"), load_tokenizer(str(folder / NAME))
-        kept = [layer for i, layer in enumerate(model.model.layers) if i % 5 != 4]
-        for place, layer in enumerate(kept):
-            layer.self_attn.layer_idx = place
-        model.model.layers, model.config.num_hidden_layers = torch.nn.ModuleList(kept), len(kept)
-        model.save_pretrained(student)
-        tokenizer.save_pretrained(student)
+    if not (folder / "student").exists():
+        reduce(folder / NAME, folder / "student", 5)
     return python
+
+
+def reduce(whole: Path, student: Path, every: int) -> None:
+    """The same model without every so many-th layer."""
+    model, tokenizer = load_model(str(whole), device="cpu"), load_tokenizer(str(whole))
+    kept = [layer for i, layer in enumerate(model.model.layers) if i % every != every - 1]
+    for place, layer in enumerate(kept):
+        layer.self_attn.layer_idx = place
+    model.model.layers, model.config.num_hidden_layers = torch.nn.ModuleList(kept), len(kept)
+    model.save_pretrained(student)
+    tokenizer.save_pretrained(student)
 
 
 @contextmanager

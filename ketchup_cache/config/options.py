@@ -268,7 +268,31 @@ class ReturnOptions(Config):
         return {"tail": self.tail, "normalization": self.normalization, "unfinished": self.unfinished}
 
 
-class StepOptions(Config):
+class StudentOptions(Config):
+    """What is trained"""
+
+    lora_rank: Count = 0
+    """Train a LoRA adapter of this rank beside the frozen weights (docs/lora.md). 0: all weights; or, where the folder
+    given is an adapter's, that adapter."""
+    lora_alpha: Above0 | None = None
+    """Scale of the adapter: it is multiplied by this over the rank. Default: twice the rank."""
+    lora_targets: Annotated[tuple[str, ...], BeforeValidator(split_list), Field(min_length=1)] = ("all-linear",)
+    """Linear layers that get an adapter, comma-separated, by the ends of their names (q_proj,v_proj). all-linear: all
+    but the head."""
+    lora_merge: bool = False
+    """Write best/ and last/ as whole models, with the adapter merged, in place of adapters."""
+    gradient_checkpointing: bool = False
+    """Keep the inputs of the layers alone, and compute the rest again in the backward pass: less memory, more time."""
+
+    @model_validator(mode="after")
+    def _adapter_is_new(self) -> StudentOptions:
+        for name in ("lora_alpha", "lora_targets"):
+            if not self.lora_rank and getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name} is of a new adapter: give --lora-rank too")
+        return self
+
+
+class StepOptions(StudentOptions):
     """Optimizer"""
 
     lr: Above0 = 1e-5

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 
 from ketchup_cache.console import one_line
 from ketchup_cache.errors import ModelError
-from ketchup_cache.files import read_small
+from ketchup_cache.models.folders import ADAPTER, ADAPTER_WEIGHTS, SCALING, read_adapter, read_json, resolve_folder
 from ketchup_cache.provenance import TokenizerInfo, canonical_json
 
 if TYPE_CHECKING:
@@ -33,8 +33,6 @@ VOLATILE_KEYS = {
 }  # fmt: skip
 """Parts of config.json that change no logit: where it came from, how it was saved, what it returns beside logits."""
 
-
-MAX_JSON_BYTES = 2**26
 Tensor = tuple[str, str, tuple[int, ...], str]
 """Name, safetensors' name of the number format, shape, and SHA-256 of the bytes."""
 
@@ -49,37 +47,66 @@ class WeightEntry(NamedTuple):
     data: memoryview
 
 
-def weights_fingerprint(folder: Path) -> str:
-    """SHA-256 of a checkpoint folder's weights and architecture.
+def weights_fingerprint(model: str | Path) -> str:
+    """SHA-256 of a checkpoint's weights and architecture; of an adapter, of its weights, its scaling and its base.
 
-    Raises ModelError for missing or damaged files.
+    model: a folder; as a string, also a Hub id. Raises ModelError for missing or damaged files, and for a base that is
+    not the one that the adapter was trained on.
     """
+    folder = resolve_folder(model) if isinstance(model, str) else model
+    whole, adapter = base_fingerprint(folder), read_adapter(folder)
+    return _of_files(folder, _of_adapter(adapter.config, whole)) if adapter else whole
+
+
+def base_fingerprint(folder: Path) -> str:
+    """Of a model, or of that which an adapter belongs to. Raises ModelError, as above."""
+    if not (adapter := read_adapter(folder)):
+        return _of_files(folder)
+    found = base_fingerprint(adapter.base)
+    if adapter.base_fingerprint not in (None, found):
+        what = f"its base {adapter.base} is not the model that this adapter was trained on"
+        todo = f"bring back that of fingerprint {str(adapter.base_fingerprint)[:12]}, or name it in {ADAPTER}"
+        raise ModelError(f"{folder}: {what}; {todo}")
+    return found
+
+
+def _of_files(folder: Path, config: dict[str, Any] | None = None) -> str:
+    """config: instead of config.json."""
 
     def tensor(entry: WeightEntry) -> Tensor:
         return entry.name, entry.dtype, entry.shape, hashlib.sha256(entry.data).hexdigest()
 
-    return _fingerprint(weight_entries(folder), tensor, read_json(folder / "config.json"))
+    return _fingerprint(weight_entries(folder), tensor, config or read_json(folder / "config.json"))
+
+
+def _of_adapter(config: dict[str, Any], base: str) -> dict[str, Any]:
+    return {"base": base, **{key: config.get(key, default) or default for key, default in SCALING.items()}}
 
 
 def state_fingerprint(model: PreTrainedModel) -> str:
-    """The same hash of weights in memory: that of the folder which `model.save_pretrained` would write."""
+    """The same hash of weights in memory: that of the folder which `lora.save` would write."""
     import torch
     from safetensors.torch import _TYPES
     from transformers.modeling_utils import remove_tied_weights_from_state_dict, revert_weight_conversion
 
+    from ketchup_cache.models import lora
+
     names = {dtype: name for name, dtype in _TYPES.items()}
-    saved = {
-        key: value for key, value in model.state_dict().items() if key not in (model._keys_to_ignore_on_save or ())
-    }
-    # under the names of the file, which are others than in memory for some architectures (GPT-NeoX)
-    state = revert_weight_conversion(model, remove_tied_weights_from_state_dict(saved, model))
+    state: Any = lora.adapter_weights(model)
+    if state:
+        config = _of_adapter(model.peft_config[lora.NAME].to_dict(), model.base_fingerprint)
+    else:
+        kept = {k: value for k, value in model.state_dict().items() if k not in (model._keys_to_ignore_on_save or ())}
+        # under the names of the file, which are others than in memory for some architectures (GPT-NeoX)
+        state = revert_weight_conversion(model, remove_tied_weights_from_state_dict(kept, model))
+        config = json.loads(model.config.to_json_string())
 
     def tensor(name: str) -> Tensor:
         value = state[name].detach().contiguous().cpu()
         digest = hashlib.sha256(value.reshape(-1).view(torch.uint8).numpy()).hexdigest()
         return name, names[value.dtype], tuple(value.shape), digest
 
-    return _fingerprint(state, tensor, json.loads(model.config.to_json_string()))
+    return _fingerprint(state, tensor, config)
 
 
 def _fingerprint(items: Iterable[Any], tensor: Callable[[Any], Tensor], config: dict[str, Any]) -> str:
@@ -112,13 +139,14 @@ def weight_entries(folder: Path) -> list[WeightEntry]:
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    single = folder / (ADAPTER_WEIGHTS if (folder / ADAPTER).is_file() else "model.safetensors")
+    index = folder / f"{single.name}.index.json"
     if single.is_file():
         return [single]
     if not index.is_file():
         pickled = any(folder.glob("*.bin"))
         hint = "only pickled .bin ones, which can run code: convert them" if pickled else "save it with save_pretrained"
-        raise ModelError(f"{folder}: has no weights in safetensors format (model.safetensors); {hint}")
+        raise ModelError(f"{folder}: has no weights in safetensors format ({single.name}); {hint}")
     shards = read_json(index).get("weight_map")
     if not isinstance(shards, dict) or not all(isinstance(s, str) and Path(s).name == s for s in shards.values()):
         raise ModelError(f"{index}: is not an index of weight files beside it")
@@ -141,19 +169,6 @@ def _read_header(file: Path) -> Iterator[WeightEntry]:
     for name, tensor in header.items():
         data = content[begin:][slice(*tensor["data_offsets"])]
         yield WeightEntry(name, tensor["dtype"], tuple(tensor["shape"]), file, data)
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """A JSON file of a model folder. Raises ModelError where it is missing, unreadable or not an object."""
-    try:
-        value = json.loads(read_small(file, MAX_JSON_BYTES))
-    except FileNotFoundError:
-        raise ModelError(f"{file.parent}: has no {file.name}, so it is not a model folder") from None
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{file}: can't be read ({one_line(error)}); copy or download the model again") from None
-    if not isinstance(value, dict):
-        raise ModelError(f"{file}: is not a JSON object; copy or download the model again")
-    return value
 
 
 # --------------------------------------------------------------------------------------------------- tokenizers

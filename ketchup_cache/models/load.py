@@ -6,40 +6,34 @@ a missing weight with random numbers, or tie it to another, with no more than a 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
 from tokenizers import Tokenizer
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.activations import NewGELUActivation
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.auto import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from ketchup_cache.console import one_line, say, silence
+from ketchup_cache.config.options import StudentOptions
+from ketchup_cache.console import one_line, silence
 from ketchup_cache.errors import MismatchError, ModelError
-from ketchup_cache.models.fingerprint import PROBES, first_difference, read_json, tokenizer_info, weight_entries
+from ketchup_cache.models import lora
+from ketchup_cache.models.fingerprint import PROBES, base_fingerprint, first_difference, tokenizer_info, weight_entries
+from ketchup_cache.models.folders import Adapter, read_adapter, read_json, resolve_folder, whole_folder
+from ketchup_cache.models.t5_unpadded import is_ragged
 from ketchup_cache.provenance import TokenizerInfo
-
-SNAPSHOT_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.py"]
-"""Weights, configuration and tokenizer files; never pickles."""
 
 TOKENIZER_FILES = ["tokenizer.json", "tokenizer_config.json", "*.model", "vocab.*"]
 
-GONE_FOLDERS = ("student", "model")
-"""What `best` of a run was called by version 1."""
-
-RUN_FILES = (".lock", "metrics.jsonl", "report.json")
-"""What the folder of a run has, and that of a model has not."""
-
 LAYERS = ("num_hidden_layers", "num_layers", "num_decoder_layers", "encoder_layers", "decoder_layers")
-
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
 def pick_device(device: str) -> torch.device:
@@ -57,40 +51,15 @@ def pick_device(device: str) -> torch.device:
     return torch.device(device)
 
 
-def resolve_folder(name: str) -> Path:
-    """The folder itself, or a local snapshot of the Hub repository `owner/name` (downloaded where it is not there yet).
-
-    Raises ModelError where there is no such folder and the Hub does not give it either.
-    """
-    folder = Path(name).expanduser()
-    if folder.name in GONE_FOLDERS and not folder.exists() and (folder.parent / "best").is_dir():
-        say(f"{name}: is {folder.parent / 'best'} now; a later version will not find it here")
-        folder = folder.parent / "best"
-    if folder.is_dir():
-        if any((folder / file).exists() for file in RUN_FILES) and not any(folder.glob("*.safetensors")):
-            best = folder / "best"
-            which = f"its model is {best}" if best.is_dir() else "without a model yet; run its command again"
-            raise ModelError(f"{name}: is the folder of a run of `pretrain` or `learn`; {which}")
-        return folder
-    if folder.exists():
-        raise ModelError(f"{name}: is a file; give the folder that holds config.json and the weights")
-    if not HUB_ID.fullmatch(name):
-        raise ModelError(f"{name}: no such folder")
-    try:
-        with quiet():
-            return Path(snapshot_download(name, allow_patterns=SNAPSHOT_FILES))
-    except Exception as error:  # the Hub's errors have no common base: HTTP, offline mode, name, disk
-        what = f"no such folder, and the Hugging Face Hub does not give it ({one_line(error)})"
-        raise ModelError(f"{name}: {what}") from error
-
-
 def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer of a model.
 
     Raises ModelError where there is none, where it has no end-of-sequence token, and where it ends every text with
     one although the model is decoder-only: the prompt would be over before the completion begins.
     """
-    folder = resolve_folder(name)
+    folder, whole = resolve_folder(name), whole_folder(name)
+    if not any(file for pattern in TOKENIZER_FILES for file in folder.glob(pattern)):
+        folder = whole
     if not any(file for pattern in TOKENIZER_FILES for file in folder.glob(pattern)):
         raise ModelError(f"{name}: holds no tokenizer (tokenizer.json or the like); save the model's tokenizer there")
     with _loading(name, "its tokenizer "):
@@ -99,7 +68,7 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedT
             tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
     if tokenizer.eos_token_id is None:
         raise ModelError(f"{name}: its tokenizer has no end-of-sequence token (eos_token); completions would never end")
-    ends = tokenizer("a")["input_ids"][-1:] == [tokenizer.eos_token_id] and (folder / "config.json").is_file()
+    ends = tokenizer("a")["input_ids"][-1:] == [tokenizer.eos_token_id] and (whole / "config.json").is_file()
     if ends and not is_encoder_decoder(name, trust_remote_code=trust_remote_code):
         what = f"ends every text with {tokenizer.eos_token!r}, but a decoder-only model goes on from its prompt"
         todo = "set add_eos_token to false in tokenizer_config.json (or change its post-processor)"
@@ -141,7 +110,7 @@ def _encodes_as_its_file(tokenizer: PreTrainedTokenizerBase, file: Path) -> bool
 
 def is_encoder_decoder(name: str, *, trust_remote_code: bool = False) -> bool:
     """From the configuration alone; False for a decoder-only model. Raises ModelError where it can't be read."""
-    folder = resolve_folder(name)
+    folder = whole_folder(name)
     read_json(folder / "config.json")
     with _loading(name):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
@@ -155,15 +124,21 @@ def load_model(
     device: str = "auto",
     device_map: str | None = None,
     trust_remote_code: bool = False,
+    fit: StudentOptions | None = None,
 ) -> PreTrainedModel:
-    """An encoder-decoder or decoder-only model in eval mode, on `device` or spread over devices by `device_map`.
+    """An encoder-decoder or decoder-only model in eval mode, on `device` or spread over devices by `device_map`. The
+    folder of a LoRA adapter is the model with the adapter merged.
 
-    dtype: float32 or bfloat16. Not float16: T5's feed-forward layers overflow it and give NaN.
+    dtype: float32 or bfloat16. Not float16: T5's feed-forward layers overflow it and give NaN. fit: of a model that
+    is to be trained; an adapter, its own or a new one, then stays beside the weights, which are frozen.
     Raises ModelError for a folder that is missing, incomplete, damaged or of another kind of model, for weights that
-    are missing, left over or of another shape, and for a device that is not there.
+    are missing, left over or of another shape, for a device that is not there, and for options that do not fit the
+    folder.
     """
     target = None if device_map else pick_device(device)
-    folder = resolve_folder(name)
+    adapter, folder = read_adapter(resolve_folder(name)), whole_folder(name)
+    if fit:
+        _refuse_unfit(name, adapter, folder, fit)
     raw_config, entries = read_json(folder / "config.json"), weight_entries(folder)
     trust = {"trust_remote_code": trust_remote_code}
     with _loading(name):
@@ -185,7 +160,28 @@ def load_model(
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ModelError(f"{name}: does not fit on the devices (device_map {device_map!r}): use bfloat16 or more GPUs")
     fuse_gelu(model)
+    if adapter or (fit and fit.lora_rank):
+        own = str(adapter.config["base_model_name_or_path"]) if adapter else name
+        own = str(folder.absolute()) if Path(own).expanduser().exists() else own
+        base = base_fingerprint(resolve_folder(name))
+        with _loading(name):
+            lora.attach(model, own, adapter, fit or StudentOptions(), base)
+        if not fit:
+            lora.merge(model)
+    if fit and fit.gradient_checkpointing:
+        _checkpoint_layers(model)
     return (model.to(target) if target else model).eval()
+
+
+def _refuse_unfit(name: str, adapter: Adapter | None, folder: Path, options: StudentOptions) -> None:
+    """Raise ModelError where the options of an adapter do not fit the folder that is to be trained."""
+    if adapter and options.lora_rank:
+        what = f"is an adapter of rank {adapter.config.get('r')} already, which goes on being trained"
+        raise ModelError(f"{name}: {what}; leave --lora-rank out, or start from the merged model")
+    if options.lora_merge and not (adapter or options.lora_rank):
+        raise ModelError(f"{name}: is no adapter, so there is nothing for --lora-merge to merge; give --lora-rank too")
+    if (adapter or options.lora_rank) and "quantization_config" in read_json(folder / "config.json"):
+        raise ModelError(f"{name}: is quantised; adapters on such weights (QLoRA) need a GPU, and are not supported")
 
 
 @contextmanager
@@ -207,6 +203,19 @@ def fuse_gelu(model: PreTrainedModel) -> None:
         for name, child in module.named_children():
             if type(child) is NewGELUActivation:
                 setattr(module, name, nn.GELU(approximate="tanh"))
+
+
+def _checkpoint_layers(model: PreTrainedModel) -> None:
+    """From now on, keep the inputs of the layers for the backward pass, and compute the rest of each again: the same
+    gradient. transformers' own switch works in train mode alone, that is with dropout."""
+    if is_ragged(model):
+        model.encoder.gradient_checkpointing = model.decoder.gradient_checkpointing = True
+        return
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not layers:
+        raise ModelError(f"{type(model).__name__} does not mark its layers: leave --gradient-checkpointing out")
+    for layer in layers:
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
 
 
 def input_device(model: PreTrainedModel) -> torch.device:

@@ -11,10 +11,10 @@ from ketchup_cache.config.options import PromptOptions
 from ketchup_cache.console import one_line, warn
 from ketchup_cache.errors import ConfigError, MismatchError, ModelError
 from ketchup_cache.models.fingerprint import tokenizer_info
-from ketchup_cache.models.load import load_tokenizer, resolve_folder
+from ketchup_cache.models.folders import ORIGIN, resolve_folder
+from ketchup_cache.models.load import load_tokenizer
 from ketchup_cache.provenance import PolicyInfo, PromptForm, Record, TokenizerInfo
 
-FILE = "ketchup-cache-origin.json"
 AnyOptions = TypeVar("AnyOptions", bound=PromptOptions)
 
 
@@ -33,12 +33,14 @@ class Origin(Record):
     """The form of the prompts that it was trained with."""
     tokenizer: TokenizerInfo | None = None
     """What encoded them."""
+    base: str | None = None
+    """Of an adapter: fingerprint of the model that it belongs to."""
 
 
 def read_origin(model: str) -> Origin:
     """An empty one where the folder holds none, or can't be found. Raises ModelError for one that is damaged."""
     try:
-        path = resolve_folder(model) / FILE
+        path = resolve_folder(model) / ORIGIN
     except ModelError:  # whoever loads the model says it
         return Origin()
     try:

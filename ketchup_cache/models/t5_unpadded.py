@@ -23,6 +23,7 @@ import transformers
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from ketchup_cache.types import Ragged, offsets_of
 
@@ -71,11 +72,16 @@ def _stack(
     states = stack.embed_tokens(int_tensor(ids, weight.device))
     states = stack.dropout(states.float() if _widened(weight) else states)
     bias = _Bias(rows.longest, causal=across is not None)
-    for block in map(_computing, stack.block):
+
+    def computed(block: Any, states: Tensor) -> Tensor:
         states = _attend(block.layer[0], states, rows, bias=bias)
         if across is not None:
             states = _attend(block.layer[1], states, across, others=encoded)
-        states = _feed_forward(block.layer[-1], states)
+        return _feed_forward(block.layer[-1], states)
+
+    for block in map(_computing, stack.block):
+        again = stack.gradient_checkpointing
+        states = checkpoint(computed, block, states, use_reentrant=False) if again else computed(block, states)
     return stack.dropout(_norm(_computing(stack.final_layer_norm), states))
 
 

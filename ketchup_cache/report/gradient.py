@@ -29,7 +29,7 @@ from ketchup_cache.errors import CacheError, ConfigError
 from ketchup_cache.files import write_file
 from ketchup_cache.models.fingerprint import tokenizer_info, weights_fingerprint
 from ketchup_cache.models.head import Head
-from ketchup_cache.models.load import load_model, load_tokenizer, resolve_folder
+from ketchup_cache.models.load import load_model, load_tokenizer
 from ketchup_cache.sharing.remote_cache import open_cache
 from ketchup_cache.training.batches import Stream
 from ketchup_cache.training.optimizer import Learner, Optimizer
@@ -104,7 +104,7 @@ def gradient_report(config: AnalyzeConfig) -> GradientReport:
     """
     if not config.student:
         raise ConfigError(["--gradient differentiates a student: give --student, whose rollouts are in the cache"])
-    cache, own = open_cache(config.cache), weights_fingerprint(resolve_folder(config.student))
+    cache, own = open_cache(config.cache), weights_fingerprint(config.student)
     with_top, refs = (
         [ref for ref in cache.scored(config.scored_by, keep_top=n) if ref.policy.fingerprint == own] for n in (1, 0)
     )

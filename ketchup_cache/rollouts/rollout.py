@@ -27,7 +27,7 @@ from ketchup_cache.config.commands import RolloutConfig
 from ketchup_cache.config.options import SamplingOptions
 from ketchup_cache.console import Report, progress
 from ketchup_cache.models.fingerprint import tokenizer_info, weights_fingerprint
-from ketchup_cache.models.load import load_model, load_tokenizer, resolve_folder
+from ketchup_cache.models.load import load_model, load_tokenizer
 from ketchup_cache.models.origin import prompts_as_trained
 from ketchup_cache.provenance import DataInfo, PolicyInfo, Sampling, TokenizerInfo, require_same_tokenizer
 from ketchup_cache.rollouts.calculator import Calculator
@@ -101,7 +101,7 @@ def rollout(config: RolloutConfig) -> RolloutReport:
     info = tokenizer_info(tokenizer, config.student)
     kept = tokenize_prompts(examples, tokenizer, config)
     prompts = kept.prompts
-    policy = PolicyInfo(name=config.student, fingerprint=weights_fingerprint(resolve_folder(config.student)))
+    policy = PolicyInfo(name=config.student, fingerprint=weights_fingerprint(config.student))
     calculator = Calculator(tokenizer, config.student) if config.calculator else None
 
     cache = open_cache(config.cache, create=True)

@@ -25,7 +25,8 @@ from ketchup_cache.config.commands import ScoreConfig
 from ketchup_cache.console import one_line, printable, say
 from ketchup_cache.errors import MismatchError, ModelError, ServerError
 from ketchup_cache.models.fingerprint import PROBES, tokenizer_info
-from ketchup_cache.models.load import is_encoder_decoder, load_tokenizer, resolve_folder
+from ketchup_cache.models.folders import resolve_folder
+from ketchup_cache.models.load import is_encoder_decoder, load_tokenizer
 from ketchup_cache.provenance import Served, TeacherInfo
 from ketchup_cache.types import TOKEN_DTYPE, Ragged, Rollouts, Scores, TopLogits
 

@@ -15,7 +15,7 @@ from ketchup_cache.errors import MismatchError, ModelError, NumericsError
 from ketchup_cache.models.fingerprint import tokenizer_info, weights_fingerprint
 from ketchup_cache.models.forward import Batch, computes_prompts_once, states_and_next
 from ketchup_cache.models.head import Head
-from ketchup_cache.models.load import load_model, load_tokenizer, resolve_folder
+from ketchup_cache.models.load import load_model, load_tokenizer
 from ketchup_cache.models.memory import MOST, TokenBudget, free, out_of_memory
 from ketchup_cache.provenance import TeacherInfo, TokenizerInfo, in_precision
 from ketchup_cache.types import TOKEN_DTYPE, Ragged, Rollouts, Scores, TopLogits
@@ -49,7 +49,7 @@ class Teacher:
     def identify(name: str, options: ScoringOptions) -> tuple[TeacherInfo, TokenizerInfo]:
         """Who the teacher is, from its files alone: no weights are loaded. Raises ModelError."""
         tokenizer = tokenizer_info(load_tokenizer(name, trust_remote_code=options.trust_remote_code), name)
-        fingerprint = in_precision(weights_fingerprint(resolve_folder(name)), options.dtype)
+        fingerprint = in_precision(weights_fingerprint(name), options.dtype)
         return TeacherInfo(name=name, fingerprint=fingerprint, dtype=options.dtype), tokenizer
 
     @torch.no_grad()

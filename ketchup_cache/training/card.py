@@ -13,7 +13,7 @@ from ketchup_cache.models.origin import Origin
 from ketchup_cache.text.tokens import visible
 
 CARD = """---
-library_name: transformers
+library_name: {library}
 tags: [knowledge-distillation, ketchup-cache]
 {base}---
 
@@ -60,7 +60,8 @@ def model_card(
         yield "made by", ", ".join([made["tool"], *(f"{name} {value}" for name, value in made["versions"].items())])
 
     texts = {k: v if isinstance(v, str) else json.dumps(v) for k, v in options.items() if k != "out"}
-    return CARD.format(base=base, command=made["command"], rows=_rows(facts()), options=_rows(texts.items()))
+    parts = {"base": base, "library": "peft" if origin.base else "transformers", "command": made["command"]}
+    return CARD.format(**parts, rows=_rows(facts()), options=_rows(texts.items()))
 
 
 def _rows(facts: Any) -> str:

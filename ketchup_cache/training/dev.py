@@ -98,9 +98,10 @@ class DevSet:
         self._publish, self._best, self._path = publish, out / "best", out / "dev.jsonl"
 
     def start(self, model: PreTrainedModel, head: Head, tokenizer: PreTrainedTokenizerBase) -> None:
-        """model: as the run starts with it, before a checkpoint is read. A copy of it stays in memory."""
+        """model: as the run starts with it, before a checkpoint is read. A copy of what is trained stays in memory."""
         self._model, self._head, self._tokenizer = model, head, tokenizer
-        self._first = copy.deepcopy(model).eval().requires_grad_(False)
+        frozen = {id(parameter): parameter for parameter in model.parameters() if not parameter.requires_grad}
+        self._first = copy.deepcopy(model, frozen).eval().requires_grad_(False)
         added = getattr(self._first, "final_logits_bias", None)
         self._first_head = replace(head, projection=self._first.get_output_embeddings(), bias=added)
 

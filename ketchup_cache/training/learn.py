@@ -141,7 +141,7 @@ def learn(config: LearnConfig, callbacks: Sequence[Callback] = ()) -> LearnRepor
             teacher = config.teacher_name or config.teacher or cache.select_teacher(config.scored_by).name
             _warn_of_origin(config, origin, teacher)
         began = time.perf_counter()
-        model = load_model(config.student, device=config.device, trust_remote_code=config.trust_remote_code)
+        model = load_model(config.student, device=config.device, trust_remote_code=config.trust_remote_code, fit=config)
         load_s = time.perf_counter() - began
         learner = Learner(model, Head.of(model, info.vocab_size), Optimizer(model, config, source.steps), config)
         came = origin.model_copy(update={"prompts": form or origin.prompts, "tokenizer": info})
@@ -149,8 +149,8 @@ def learn(config: LearnConfig, callbacks: Sequence[Callback] = ()) -> LearnRepor
         dev = DevSet(config, data, run.out, run.publish, source.steps, known, returns) if data else None
         if dev is not None:
             dev.start(model, learner.head, tokenizer)
-        resolved = {"student": state_fingerprint(model), "steps": source.steps, **source.resolved()}
-        resolved["form"] = form.model_dump() if form else None
+        resolved = {"steps": source.steps, **source.resolved(), "form": form.model_dump() if form else None}
+        resolved["student"] = model.base_fingerprint if config.lora_rank else state_fingerprint(model)
         state = run.restore(learner)
         if dev is not None:
             dev.restore(run.resumed)
@@ -189,7 +189,7 @@ def learn(config: LearnConfig, callbacks: Sequence[Callback] = ()) -> LearnRepor
         times: dict[str, Any] = {name: sum(line.get(name, 0) for line in lines) for name in TIMES}
         times["load_s"] += round(load_s, 4)
         skipped = sum(line["action_tokens"] == 0 for line in lines)
-        done = run.done, skipped, run.resumed, run.seconds, state_fingerprint(model)
+        done = run.done, skipped, run.resumed, run.seconds, state_fingerprint(run.result())
         report = LearnReport(
             str(run.out / "best"),
             *done,

@@ -95,7 +95,7 @@ def pretrain(config: PretrainConfig, callbacks: Sequence[Callback] = ()) -> Pret
         if run.recorded.get("data", digest) != digest:
             what = "is not the data that the run began with; bring it back, or choose another --out"
             raise MismatchError(f"{config.data or config.cache}: {what}")
-        model = load_model(config.model, device=config.device, trust_remote_code=config.trust_remote_code)
+        model = load_model(config.model, device=config.device, trust_remote_code=config.trust_remote_code, fit=config)
         head = Head.of(model, info.vocab_size)
         if config.data and tokenizer.eos_token_id not in eos_ids(model):
             raise ModelError(
@@ -110,8 +110,8 @@ def pretrain(config: PretrainConfig, callbacks: Sequence[Callback] = ()) -> Pret
         dev = DevSet(config, dev_data, run.out, run.publish, steps, run.recorded) if dev_data else None
         if dev is not None:
             dev.start(model, head, tokenizer)
-        resolved = {"model": state_fingerprint(model), "examples": rows, "steps": steps, "data": digest}
-        resolved["segments"] = given.segments
+        resolved = {"examples": rows, "steps": steps, "data": digest, "segments": given.segments}
+        resolved["model"] = model.base_fingerprint if config.lora_rank else state_fingerprint(model)
         run.restore(learner)
         if dev is not None:
             dev.restore(run.resumed)
@@ -147,9 +147,10 @@ def pretrain(config: PretrainConfig, callbacks: Sequence[Callback] = ()) -> Pret
         model.eval()
         n = max(1, min(per_epoch, len(losses) // 2))
         first, last = (float(np.mean(part)) if part else None for part in (losses[:n], losses[-n:]))
-        done = str(run.out / "best"), rows, run.done, run.resumed, run.seconds, first, last, state_fingerprint(model)
+        done = str(run.out / "best"), rows, run.done, run.resumed, run.seconds, first, last
         lost = {what: n for what, n in given.lost.items() if n}
-        report = PretrainReport(*done, lost, run.stopped, dev.summary() if dev else None)
+        summary = dev.summary() if dev else None
+        report = PretrainReport(*done, state_fingerprint(run.result()), lost, run.stopped, summary)
         run.finish(report, dev)
     return report
 

@@ -13,6 +13,7 @@ OUT/report.json            written last: the run is finished
 
 from __future__ import annotations
 
+import copy
 import fcntl
 import json
 import re
@@ -35,9 +36,10 @@ from ketchup_cache.cache.cache import Cache
 from ketchup_cache.config.commands import LearnConfig, PretrainConfig
 from ketchup_cache.config.resolve import flag
 from ketchup_cache.console import Report, one_line, progress, say, warn
-from ketchup_cache.errors import ConfigError, WriteError
+from ketchup_cache.errors import ConfigError, MismatchError, WriteError
 from ketchup_cache.files import publishing, write_file, writing
-from ketchup_cache.models import origin
+from ketchup_cache.models import lora
+from ketchup_cache.models.folders import ORIGIN
 from ketchup_cache.models.load import quiet
 from ketchup_cache.models.origin import Origin
 from ketchup_cache.training.alarms import Alarm, Alarms
@@ -134,10 +136,13 @@ class Run:
 
     def write_config(self, resolved: dict[str, Any]) -> None:
         """Record the options, and what they resolved to, once the run is known to be possible, and `restore` has read
-        its checkpoint. resolved: with `steps`.
-
-        Raises ConfigError where a run has taken more steps already.
+        its checkpoint. resolved: with `steps`. Raises ConfigError where a run has taken more steps already, and
+        MismatchError where the weights beside an adapter are others than they were.
         """
+        whose = "student" if self.command == "learn" else "model"
+        if lora.adapter_weights(self._parts[0]) and self.recorded.get(whose, resolved[whose]) != resolved[whose]:
+            what = "is not as it was when this run of an adapter began; bring it back, or choose another --out"
+            raise MismatchError(f"{self.out}: {whose} {getattr(self.config, whose)} {what}")
         steps, before = resolved["steps"], self.recorded.get("steps", resolved["steps"])
         if steps < self.resumed:
             what = f"{self.out} holds a run that has taken {self.resumed} steps, more than {steps}"
@@ -342,6 +347,10 @@ class Run:
         """What `publish` writes. known: of the origin, all but command, step and metrics. cache: that it reads."""
         self._parts, self._origin, self._cache = (model, tokenizer), known, cache
 
+    def result(self) -> PreTrainedModel:
+        """The model as it is written: itself, or with --lora-merge a copy with its adapter merged."""
+        return lora.merge(copy.deepcopy(self._parts[0])) if self.config.lora_merge else self._parts[0]
+
     def publish(
         self,
         name: str,
@@ -351,11 +360,12 @@ class Run:
     ) -> None:
         """Write the model as it is, with its tokenizer, origin and card, as OUT/name. Raises WriteError."""
         with _saving(self.out / name) as partial, quiet():
-            for part in self._parts:
-                part.save_pretrained(partial)
+            lora.save(model := self.result(), partial)
+            self._parts[1].save_pretrained(partial)
             now = {"tool": TOOL, "command": self.command, "step": step, "metrics": dict(metrics or {})}
+            now["base"] = getattr(model, "base_fingerprint", None)
             known = self._origin.model_copy(update=now)
-            write_file(partial / origin.FILE, as_json(known.model_dump(mode="json")))
+            write_file(partial / ORIGIN, as_json(known.model_dump(mode="json")))
             pins = read_pins(self.pins_path) if self.pins_path.exists() else []
             card = model_card(unsealed(self.out / "config.json"), known, variants or {}, self._cache, pins)
             (partial / "README.md").write_text(card, encoding="utf-8")
@@ -391,9 +401,9 @@ def _say(alarms: Sequence[Alarm]) -> list[str]:
 
 
 def _weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """Parameters by name, tied ones once, and buffers that are part of the model's state."""
+    """Parameters in training by name, tied ones once, and buffers that are part of the model's state."""
     buffers = {name: b for name, b in model.named_buffers() if name in model.state_dict()}
-    return {name: p.detach() for name, p in model.named_parameters()} | buffers
+    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad} | buffers
 
 
 @contextmanager

@@ -19,7 +19,6 @@ from ketchup_cache.config.methods import METHODS
 from ketchup_cache.console import say
 from ketchup_cache.errors import CacheError
 from ketchup_cache.models.fingerprint import state_fingerprint, weights_fingerprint
-from ketchup_cache.models.load import resolve_folder
 from ketchup_cache.provenance import PolicyInfo, PromptForm, TokenizerInfo, in_precision
 from ketchup_cache.rollouts.calculator import Calculator
 from ketchup_cache.rollouts.rollout import ensure_rollouts
@@ -149,7 +148,7 @@ class OnPolicy(Offline):
         super().__init__(cache, config, recorded, self._prompts * config.samples * config.epochs * config.reuse)
         self._require(wanted, [id_ for id_, _ in self._prompt_segments])
         # of the files, as `rollout` takes it: a checkpoint of the Hub may hold tensors that the model does not
-        self._start = weights_fingerprint(resolve_folder(config.student))
+        self._start = weights_fingerprint(config.student)
         held = [(id_, info) for id_, info in cache.rollouts() if info.policy.fingerprint == self._start]
         drawn = config.greedy, config.calculator
         same = [id_ for id_, info in held if (info.sampling.greedy, info.sampling.calculator) == drawn]
@@ -261,7 +260,7 @@ def scored_rollouts(cache: Cache, config: LearnConfig, kind: str) -> list[Scored
             "--greedy` and `ketchup-cache score`, or name a policy with --teacher-outputs"
         )
     else:
-        mine = {weights_fingerprint(resolve_folder(config.student))} if not config.policy else set[str]()
+        mine = {weights_fingerprint(config.student)} if not config.policy else set[str]()
         wanted = {cache.select_policy(config.policy).fingerprint} if config.policy else policies - outputs
         own = {ref.policy.fingerprint for ref in cache.scored(config.scored_by)} & mine & wanted
         wanted = own or wanted

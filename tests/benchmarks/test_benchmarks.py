@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import decoder_pair, soak, timed_run, trl_live
+from benchmarks import decoder_pair, lora, soak, timed_run, trl_live
 from benchmarks.common import forget_peak, merged, peak, run, sample
 from ketchup_cache import open_cache
 from tests.helpers.errors import refuses
@@ -102,6 +102,12 @@ def test_the_parts_of_a_timed_command_are_its_own(tmp_path):
     assert all(len(row) == len(timed_run.HEAD) for row in rows)
     faster = live["work"]["seconds"] / alone["parts"]["learn"]["work"]["seconds"]
     assert float(rows[2][timed_run.HEAD.index("× live (wall)")]) == pytest.approx(faster, abs=0.01)
+
+
+def test_the_table_of_the_lora_page_is_that_of_its_results():
+    results = ROOT / "benchmarks/results/lora.json"
+    table = lora.drawn(json.loads(results.read_text())) if results.exists() else ""
+    assert lora.shown((ROOT / "docs/lora.md").read_text()).strip() == table
 
 
 GIVEN = {"lr": 1, "k": 4, "baseline": "mean", "samples": 8, "steps": 3}

@@ -9,7 +9,8 @@ from transformers.activations import NewGELUActivation
 
 from ketchup_cache.errors import ModelError
 from ketchup_cache.models.fingerprint import state_fingerprint, weights_fingerprint
-from ketchup_cache.models.load import is_encoder_decoder, load_model, load_tokenizer, pick_device, resolve_folder
+from ketchup_cache.models.folders import resolve_folder
+from ketchup_cache.models.load import is_encoder_decoder, load_model, load_tokenizer, pick_device
 from tests.helpers.errors import refuses
 from tests.helpers.models import FAMILIES, edit_config, make_model, make_t5, make_tokenizer, save_decoder, save_model
 

@@ -20,7 +20,7 @@ from ketchup_cache.config.commands import EvaluateConfig, LearnConfig, PretrainC
 from ketchup_cache.errors import ConfigError, DataError, MismatchError, ModelError, WriteError
 from ketchup_cache.evaluation.evaluate import evaluate
 from ketchup_cache.models.fingerprint import weights_fingerprint
-from ketchup_cache.models.load import resolve_folder
+from ketchup_cache.models.folders import resolve_folder
 from ketchup_cache.models.origin import read_origin
 from ketchup_cache.rollouts.rollout import rollout
 from ketchup_cache.scoring.score import score
