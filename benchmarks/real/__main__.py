@@ -34,6 +34,7 @@ from benchmarks.real.choices import (
 from benchmarks.real.place import Place, Stopped, locked
 from benchmarks.real.settings import (
     DEV_SEEDS,
+    FEWER,
     GROUPS,
     LONGER,
     OTHER_SEEDS,
@@ -69,6 +70,8 @@ def order(place: Place) -> Iterator[Job]:
     for seed in CONVERGED:
         name = f"doubled/{seed}"
         yield name, lambda s=seed, n=name: jobs.start(place, s, lr, 2 * place.task.epochs, n)
+    if "chosen" in done:
+        yield from (job for job in table(place, done, OTHER_SEEDS) if job[0].startswith("run/SeqKD"))
     yield from diagnosed(place, done, OTHER_SEEDS)
     if "chosen" in done:
         yield from table(place, done, OTHER_SEEDS)
@@ -119,10 +122,11 @@ def table(place: Place, done: dict[str, Any], of: Sequence[int]) -> Iterator[Job
         "SeqKD continued": given | {"outputs": 0},
         "SeqKD, new outputs": given | {"outputs": more},
         "SeqKD, new outputs, longer": given | {"outputs": more, "times": LONGER},
+        **{f"SeqKD, {outputs:,} new outputs": given | {"outputs": outputs} for outputs in FEWER},
     }
     rows = table_rows(done)
     seeds = seeds_by_row(done, ("start", *seqkd, *rows))
-    todo = [(label, seed) for seed in of for label, given in seeds.items() if given == of]
+    todo = [(label, seed) for label, given in seeds.items() if given == of for seed in of]
     for label, seed in todo:
         name = f"run/{label}/{seed}"
         if f"begun/{seed}" not in done:

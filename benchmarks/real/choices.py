@@ -13,6 +13,7 @@ from benchmarks.real.place import Place
 from benchmarks.real.settings import (
     COMPARED,
     DEV_SEEDS,
+    FEWER,
     FRESH,
     GROUPS,
     MARGIN,
@@ -26,7 +27,12 @@ from benchmarks.real.settings import (
 )
 
 Records = Mapping[str, Any]
-SEQKD = ("SeqKD continued", "SeqKD, new outputs", "SeqKD, new outputs, longer")
+SEQKD = (
+    "SeqKD continued",
+    "SeqKD, new outputs",
+    "SeqKD, new outputs, longer",
+    *(f"SeqKD, {outputs:,} new outputs" for outputs in FEWER),
+)
 """Rows that go on with pre-distillation."""
 CONVERGED = (5, 6, 0)
 """Starts on which twice the epochs are tried."""

@@ -123,6 +123,8 @@ FRESH = "reverse KL, fresh"
 MARGIN = 0.3
 """BLEU by which the best policy gradient may be worse than FRESH (a one-sided test)."""
 SEQKD_RATES = (2e-3, 4e-3, 8e-3, 1.6e-2)
+FEWER = (400, 800, 1600)
+"""New outputs of rows that tell how many of them scoring is worth."""
 LONGER = 4
 """How many times as long the longer of the rows of SeqKD on new outputs is."""
 
