@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from benchmarks.real.choices import Records, comparisons, labels, runs
+from benchmarks.real.settings import BATCH
 from ketchup_cache.report.plots import COLOURS, DASHES, FIGURE, MARKERS, variance_bias_figure, weights_figure
 
 
@@ -46,7 +47,7 @@ def returns(done: Records) -> Figure:
 
 
 def curves(done: Records) -> Figure:
-    """Figure 3: BLEU and length on the dev set against tokens trained on: the compared rows, mean over starts."""
+    """Figure 3: BLEU and length on the dev set against completions trained on: the compared rows, mean over starts."""
     rows = [row for row in dict.fromkeys(row for pair in comparisons(done) for row in pair) if row != "start"]
     figure = Figure((9, 3.8), **FIGURE)
     panels = figure.subplots(1, 2)
@@ -56,10 +57,10 @@ def curves(done: Records) -> Figure:
         style: Any = {"color": COLOURS[place % len(COLOURS)], "marker": MARKERS[place], "markersize": 4}
         style["linestyle"] = DASHES[place % len(DASHES)]
         for axes, of in zip(panels, ("bleu", "length_mean"), strict=True):
-            mean = [[np.mean([curve[i][name] for curve in found]) for i in range(steps)] for name in ("tokens", of)]
-            axes.plot(np.array(mean[0]) / 1000, mean[1], label=row, **style)
+            mean = [[np.mean([curve[i][name] for curve in found]) for i in range(steps)] for name in ("step", of)]
+            axes.plot(np.array(mean[0]) * BATCH / 1000, mean[1], label=row, **style)
     for axes, title in zip(panels, ("BLEU on the dev set", "length of the outputs, tokens"), strict=True):
-        axes.set(title=title, xlabel="thousand tokens trained on")
+        axes.set(title=title, xlabel="thousand completions trained on")
         axes.grid(alpha=0.3)
     panels[0].legend(frameon=False, fontsize=8)
     return figure
