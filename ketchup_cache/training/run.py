@@ -45,9 +45,10 @@ from ketchup_cache.training.card import model_card
 from ketchup_cache.training.dev import DevRecord, DevSet, read_dev
 from ketchup_cache.training.optimizer import Learner
 from ketchup_cache.training.records import as_json, read_pins, sealed, sha256, unsealed
+from ketchup_cache.training.tracking import Trackers
 from ketchup_cache.version import TOOL
 
-MAY_CHANGE = {"out", "checkpoint_every", "save_limit", "trust_remote_code", "scores_timeout"}
+MAY_CHANGE = {"out", "checkpoint_every", "save_limit", "trust_remote_code", "scores_timeout", "track"}
 MAY_CHANGE |= {"teacher_url", "in_flight", "idle_timeout", "retry_for", "max_disagreement"}
 """Options that a resumed run may change, since no number depends on them."""
 LENGTH = {"steps", "epochs", "patience"}
@@ -87,6 +88,7 @@ class Run:
         self.recorded: dict[str, Any] = {}
         """What the options resolved to when the run began; empty for a new one."""
         self._lengthened, self._interrupted = False, 0
+        self._trackers = Trackers(config.track, self.out)
         self._began = time.monotonic()
 
     def stop(self, why: str = "callback") -> None:
@@ -107,7 +109,10 @@ class Run:
             except BlockingIOError:
                 raise ConfigError([f"{self.out}: another process is running there; choose another --out"]) from None
             self._match_config()
-            yield self
+            try:
+                yield self
+            finally:
+                self._trackers.finish()
 
     def _match_config(self) -> None:
         path, lines = self.out / "config.json", self._lines()
@@ -146,9 +151,10 @@ class Run:
             say(f"the {self.resumed} steps taken had the learning rates of a run of {before} steps")
         (self.out / "report.json").unlink(missing_ok=True)
         versions = {"torch": torch.__version__, "transformers": version("transformers")}
-        record = {"tool": TOOL, "versions": versions, "command": self.command}
+        record: dict[str, Any] = {"tool": TOOL, "versions": versions, "command": self.command}
         record |= {"options": self.config.model_dump(mode="json"), "resolved": resolved}
         write_file(self.out / "config.json", sealed(record))
+        self._trackers.start(record["options"], self.resumed)
 
     # -------------------------------------------------------------------------------------------------- loop
 
@@ -177,6 +183,7 @@ class Run:
                     line["alarms"] = _say(alarms.step(line))
                 with writing(self.metrics_path), self.metrics_path.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(line) + "\n")
+                self._trackers.log("train", line)
                 for callback in self.callbacks:
                     callback.on_step(self, line)
                 self.done += 1
@@ -221,6 +228,7 @@ class Run:
         if alarms:
             record = record.model_copy(update={"alarms": tuple(_say(alarms.dev(record.model_dump(mode="json"))))})
         dev.record(record)
+        self._trackers.log("dev", record.model_dump(mode="json"))
         for callback in self.callbacks:
             callback.on_evaluation(self, record.model_dump(mode="json"))
         return record.best
@@ -292,6 +300,7 @@ class Run:
                     what = f"{self.out / name}: is not as it was written up to step {record['step']}"
                     raise WriteError(f"{what}; bring it back, or choose another --out")
         self.resumed, self._began = record["step"], time.monotonic()
+        self._trackers.look()
         if self.metrics_path.exists():  # a line that a kill left unfinished goes too
             write_file(self.metrics_path, b"".join(self._lines()[: self.resumed]))
         if not self.resumed:
