@@ -49,8 +49,12 @@ class Trackers:
 
         Raises ConfigError where a tracker can't be started.
         """
+        if not self._names:
+            return
+        from accelerate import PartialState
         from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
+        PartialState()  # which its log asks for
         plain = bool | int | float | str | None
         config = {key: value if isinstance(value, plain) else json.dumps(value) for key, value in options.items()}
         del config["out"]
