@@ -5,6 +5,7 @@ Options that several commands share are in config/options.py, so that each means
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -322,11 +323,22 @@ class PushConfig(CopyOptions):
     """Options of `ketchup-cache push`."""
 
     cache: CacheAddress
-    """Cache whose segments are copied: a path or an address."""
+    """Cache whose segments are copied: a path or an address. Or the folder of a trained model."""
     url: str
-    """Target: a path, s3://bucket/name, gs://…, or hf://datasets/owner/name. It is made if it does not exist."""
+    """Target: a path, s3://bucket/name, gs://…, or hf://datasets/owner/name; of a model, hf://owner/name. It is made if
+    it does not exist."""
     license: str | None = None
-    """License id for the card of a Hub data set. Default: it stays as it is."""
+    """License id for the card of a Hub data set. Default: it stays as it is. That of a model is for its README.md."""
+
+    @property
+    def of_a_model(self) -> bool:
+        return bool(re.match("hf://(?!datasets/)", self.url))
+
+    @model_validator(mode="after")
+    def _license_is_of_a_cache(self) -> PushConfig:
+        if self.license and self.of_a_model:
+            raise ValueError("license is of a cache; write that of a model into the README.md of its folder")
+        return self
 
 
 class PullConfig(CopyOptions):
