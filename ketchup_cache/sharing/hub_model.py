@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,8 @@ from ketchup_cache.models.load import SNAPSHOT_FILES, resolve_folder
 from ketchup_cache.sharing.stores import persistently
 
 _ADDRESS = re.compile(r"hf://([\w-][\w.-]*/[\w-][\w.-]*)/?")
-PRIVATE = ["*/*", ".*", "optimizer*", "*.partial"]
-"""Never sent."""
+PRIVATE = [".*", "optimizer*"]
+"""Never sent, nor is what lies in folders."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,6 @@ def push_model(source: str, address: str, *, dry_run: bool = False, api: Any = N
     where the Hub can't be reached or refuses.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.utils import filter_repo_objects
 
     if not (found := _ADDRESS.fullmatch(address)):
         todo = "of a model it is hf://owner/name, of a cache hf://datasets/owner/name"
@@ -52,16 +53,22 @@ def push_model(source: str, address: str, *, dry_run: bool = False, api: Any = N
     if not (folder / "config.json").is_file() or not any(folder.glob("*.safetensors")):
         what = "is no folder of a trained model (config.json, *.safetensors)"
         raise ModelError(f"{source}: {what}; a cache goes to hf://datasets/{found[1]}")
-    patterns: dict[str, Any] = {"allow_patterns": [*SNAPSHOT_FILES, "README.md"], "ignore_patterns": PRIVATE}
-    names = tuple(filter_repo_objects(sorted(path.name for path in folder.iterdir() if path.is_file()), **patterns))
-    report = ModelReport(source, address, names, sum((folder / name).stat().st_size for name in names), dry_run)
+    there = sorted(path.name for path in folder.iterdir() if path.is_file())
+    names = [n for n in there if _fits(n, [*SNAPSHOT_FILES, "README.md"]) and not _fits(n, PRIVATE)]
+    size = sum((folder / name).stat().st_size for name in names)
+    report = ModelReport(source, address, tuple(names), size, dry_run)
     if dry_run:
         return report
-    hub, where = api or HfApi(), {"repo_id": found[1], "repo_type": "model"}
+    hub: Any = api or HfApi()
+    where = {"repo_id": found[1], "repo_type": "model"}
 
     def send() -> None:
         hub.create_repo(**where, private=True, exist_ok=True)
-        hub.upload_folder(**where, folder_path=folder, commit_message="A model by ketchup-cache", **patterns)
+        hub.upload_folder(**where, folder_path=folder, commit_message="A model by ketchup-cache", allow_patterns=names)
 
     persistently(address, send, writing=True)
     return report
+
+
+def _fits(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatch(name, pattern) for pattern in patterns)

@@ -1,4 +1,4 @@
-"""Caches and models on the Hub, against a stand-in for HfApi that keeps a repository in memory. The Hub is not reached."""
+"""Caches and models on the Hub, against a stand-in for HfApi that keeps a repository in memory."""
 
 import inspect
 from pathlib import Path
@@ -35,12 +35,12 @@ class FakeApi:
         assert (repo_id, exist_ok) == ("lab/xsum", True)
         self.private, self.kind = private, repo_type
 
-    def upload_folder(self, *, repo_id, folder_path, commit_message, repo_type, allow_patterns, ignore_patterns):
+    def upload_folder(self, *, repo_id, folder_path, commit_message, repo_type, allow_patterns):
         if self.offline:
             raise self.offline
         assert (repo_id, repo_type) == ("lab/xsum", self.kind)
         there = [str(path.relative_to(folder_path)) for path in folder_path.rglob("*") if path.is_file()]
-        chosen = filter_repo_objects(there, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns)
+        chosen = filter_repo_objects(there, allow_patterns=allow_patterns)
         self.files |= {name: (folder_path / name).read_bytes() for name in chosen}
 
     def list_repo_tree(self, repo_id, *, path_in_repo, repo_type, revision):
