@@ -256,7 +256,7 @@ class ShowConfig(shared.PromptOptions, shared.SelectOptions, shared.ReturnOption
         return first, int(stop or sys.maxsize) if colon else first + 1
 
 
-class ReportConfig(Config):
+class ReportConfig(shared.DeviceOptions):
     """Options of `ketchup-cache report`."""
 
     runs: Annotated[tuple[Path, ...], BeforeValidator(lambda v: [v] if isinstance(v, str) else v), Field(min_length=1)]
@@ -265,6 +265,9 @@ class ReportConfig(Config):
     """HTML file to write. It loads nothing."""
     rollouts: Count = 24
     """Rollouts to show token by token, of all runs together."""
+    student: Literal["best", "last"] | None = None
+    """Model of each run that gives these rollouts its probabilities, and so importance ratios. Default: no model is
+    loaded."""
 
 
 class AnalyzeConfig(shared.SelectOptions, shared.ReturnOptions, shared.DeviceOptions):

@@ -22,11 +22,16 @@ from ketchup_cache.config.options import LOWER_IS_BETTER, SelectOptions
 from ketchup_cache.console import Report, one_line, printable, size_text
 from ketchup_cache.errors import DataError, KetchupError
 from ketchup_cache.evaluation.compare import read_outputs, values_of_each
+from ketchup_cache.evaluation.outputs import token_logprob
 from ketchup_cache.files import write_file
+from ketchup_cache.models.fingerprint import tokenizer_info
+from ketchup_cache.models.head import Head
+from ketchup_cache.models.load import load_model
 from ketchup_cache.report.analyze import analyze
 from ketchup_cache.report.rows import Part, cache_of_run, load_part, parts, record, tokenizer_of
 from ketchup_cache.text.tokens import visible
 from ketchup_cache.training.dev import read_dev
+from ketchup_cache.training.optimizer import all_rows
 from ketchup_cache.training.records import unsealed
 from ketchup_cache.version import TOOL
 
@@ -68,7 +73,7 @@ def report(config: ReportConfig) -> PageReport:
     tokenizer that can't be opened costs the page its rollouts, and is noted."""
     once, share = [path.resolve().name for path in config.runs], len(config.runs)
     data: Record = {"tool": TOOL, "lower": LOWER_IS_BETTER, "curves": CURVES, "notes": [], "bias": []}
-    data |= {"runs": [], "samples": [], "logged": [], "rollouts": []}
+    data |= {"runs": [], "samples": [], "logged": [], "rollouts": [], "student": config.student}
     for i, path in enumerate(config.runs):
         name = once[i] if once.count(once[i]) == 1 else str(path)
         try:
@@ -85,7 +90,7 @@ def report(config: ReportConfig) -> PageReport:
             run["cache"] = {"cache": cache.address, "segments": " ".join(id_[:12] for id_ in cache.segment_ids())}
             for kind, models in (("teacher", cache.teachers()), ("policy", cache.policies()[:1])):
                 run["cache"] |= {kind: ", ".join(f"{model.name} ({model.fingerprint})" for model in models)}
-            rows = _rollouts(path, cache, found, config.rollouts // share, TOKENS // share)
+            rows = _rollouts(path, cache, found, config, share)
             data["bias"] = data["bias"] or _bias(cache, found, options)
         except KetchupError as error:
             data["notes"].append(f"{name}: no rollouts are shown: {one_line(error)}.")
@@ -168,14 +173,26 @@ def _samples(path: Path, options: Record, most: int) -> tuple[str, list[Record]]
     return by, [dict(zip(keys, row, strict=True)) for row in _some(list(zip(*columns, strict=True)), most)]
 
 
-def _rollouts(path: Path, cache: Cache, found: Sequence[Part], most: int, tokens: int) -> list[Record]:
-    """Some of the scored rollouts, from all of the run alike."""
+def _rollouts(path: Path, cache: Cache, found: Sequence[Part], config: ReportConfig, share: int) -> list[Record]:
+    """Some of the scored rollouts, from all of the run alike. share: how many runs there are."""
     tokenizer, rows = tokenizer_of(cache, str(path / "last") if (path / "last").is_dir() else None), list[Record]()
-    wanted = _some([(part, i) for part in found for i in range(part[2] - part[1])], most)
+    wanted = _some([(part, i) for part in found for i in range(part[2] - part[1])], config.rollouts // share)
+    tokens = TOKENS // share
+    if config.student:
+        model = load_model(
+            name := str(path / config.student), device=config.device, trust_remote_code=config.trust_remote_code
+        )
+        head = Head.of(model, tokenizer_info(tokenizer, name).vocab_size)
     for part in dict.fromkeys(part for part, _ in wanted):
-        joined = load_part(cache, part)
-        for i in (i for other, i in wanted if other == part):
+        joined, chosen = load_part(cache, part), [i for other, i in wanted if other == part]
+        if config.student:
+            batch = all_rows(joined.take(np.array(chosen)))
+            ends = np.cumsum(batch.completions.lengths)[:-1]
+            now = dict(zip(chosen, np.split(token_logprob(model, head, batch), ends), strict=True))
+        for i in chosen:
             rows.append(record(joined, i, part, tokenizer, TOP))
+            if config.student:
+                rows[-1]["student_logprob"] = [round(float(value), 5) for value in now[i]]
             if (tokens := tokens - len(rows[-1]["ids"])) < 0:
                 return rows[:-1]
     return [row for row in rows if row["ids"]]
