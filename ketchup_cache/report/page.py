@@ -39,7 +39,7 @@ CURVES = {
     "return_mean": "Return G₁ of the rollouts (nats)",
     "variance": "Variance of the return that is learned from (nats²)",
     "length_mean": "Length of the rollouts (tokens)", "entropy": "Entropy of the policy (nats per token)",
-    "ess": "Effective sample size (share)", "teacher_kl": "KL(student‖teacher) (nats per token)", "loss": "Loss",
+    "ess": "Effective sample size (share)", "teacher_kl": "KL(student‖teacher) (nats per token)", "loss": "Loss (each method has its own)",
 }  # fmt: skip
 TIMES = ("sample_s", "score_s", "load_s", "train_s")
 POINTS, SAMPLES, LOGGED, TOKENS, TOP = 500, 500, 200, 12_000, 5
@@ -47,7 +47,7 @@ POINTS, SAMPLES, LOGGED, TOKENS, TOP = 500, 500, 200, 12_000, 5
 TEXT = 1500
 """Bytes of a text at most; more are cut off, and marked."""
 EDGE = 10
-"""Steps at both ends that a return is a mean of."""
+"""Steps at both ends that a return is a mean of; of a short run, half of its steps."""
 Record = dict[str, Any]
 
 
@@ -78,7 +78,8 @@ def report(config: ReportConfig) -> PageReport:
         name = once[i] if once.count(once[i]) == 1 else str(path)
         try:
             made = unsealed(path / "config.json")
-            run, options = _run(path) | {"name": name, "config": made}, made["options"]
+            options = made["options"]
+            run = _run(path, options) | {"name": name, "config": made}
             run["by"], samples = _samples(path, options, SAMPLES // share)
             logged = _some(json_lines(path / "samples.jsonl"), LOGGED // share)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -128,19 +129,22 @@ def _plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _run(path: Path) -> Record:
-    """What its metrics and evaluations say."""
+def _run(path: Path, options: Record) -> Record:
+    """What its metrics and evaluations say. `returns` are of fresh rollouts alone: fixed ones say nothing of the
+    student."""
     lines, devs = json_lines(path / "metrics.jsonl"), [line for _, line in read_dev(path) if line]
     for line in lines:
         line["variance"] = None if line.get("k_return_sd") is None else line["k_return_sd"] ** 2
     points = {key: [(line["step"], line.get(key)) for line in lines] for key in CURVES}
     for key in devs[0]["metrics"] if devs else ():
         points[f"{key} on the dev set"] = [(line["step"], line["metrics"].get(key)) for line in devs]
-    returns = [line["return_mean"] for line in lines if line.get("return_mean") is not None]
+    fresh = any(options.get(name) for name in ("teacher", "teacher_url", "scores_from"))
+    returns = [line["return_mean"] for line in lines if fresh and line.get("return_mean") is not None]
+    edge = max(1, min(EDGE, len(returns) // 2))
     seconds = {key: round(sum(line.get(key, 0.0) for line in lines), 3) for key in TIMES}
     return {
         "curves": {key: thin for key, values in points.items() if (thin := _thin(values))[0]},
-        "returns": [float(np.mean(part)) for part in (returns[:EDGE], returns[-EDGE:]) if part],
+        "returns": [float(np.mean(part)) for part in (returns[:edge], returns[-edge:]) if part],
         "seconds": seconds | {"eval_s": round(sum(line["seconds"] for line in devs), 3)},
         "dev": [line for line in devs if line["best"] or line in (devs[0], devs[-1])],
         "alarms": [f"{name} (step {line['step']})" for line in [*lines, *devs] for name in line.get("alarms", ())],

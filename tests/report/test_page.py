@@ -147,6 +147,14 @@ def test_it_fits_in_both_themes_and_is_used_by_keyboard(written, browser):
     )
     gains = "[...document.querySelectorAll('.sample h3')].map(h => Number(h.textContent.match(/\\(([^)]*)\\)/)[1]))"
     assert (found := shown.run(gains)) == sorted(found, reverse=True)
+    drawn = "[...document.querySelectorAll('#%s svg text')].map(text => text.textContent).join()"
+    curves, bias = (shown.run(drawn % section) for section in ("curves", "bias"))
+    shown.run("document.querySelector('#curves input').click()")  # without the first run, the axes fit the other
+    assert shown.run("document.querySelectorAll('#curves figure .c0').length") == 0
+    assert shown.run(drawn % "curves") != curves
+    assert shown.run(drawn % "bias") == bias
+    shown.run("document.querySelector('#curves input').click()")
+    assert shown.run(drawn % "curves") == curves
     assert shown.complaints == []
 
 
