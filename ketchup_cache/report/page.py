@@ -39,7 +39,8 @@ CURVES = {
     "return_mean": "Return G₁ of the rollouts (nats)",
     "variance": "Variance of the return that is learned from (nats²)",
     "length_mean": "Length of the rollouts (tokens)", "entropy": "Entropy of the policy (nats per token)",
-    "ess": "Effective sample size (share)", "teacher_kl": "KL(student‖teacher) (nats per token)", "loss": "Loss (each method has its own)",
+    "ess": "Effective sample size (share)", "teacher_kl": "KL(student‖teacher) (nats per token)",
+    "loss": "Loss (each method has its own)",
 }  # fmt: skip
 TIMES = ("sample_s", "score_s", "load_s", "train_s")
 POINTS, SAMPLES, LOGGED, TOKENS, TOP = 500, 500, 200, 12_000, 5
