@@ -42,7 +42,7 @@ bench: .venv/.installed
 	$(BIN)/python -m benchmarks.large_checkpoint --short
 	$(BIN)/python -m benchmarks.gpu --short
 
-# the page that docs/training.md links
+# the report of the demo's runs as a page for the docs
 demo-report: demo
 	$(BIN)/ketchup-cache report $(OUT)/k1 $(OUT)/k4 $(OUT)/exact --student best --out docs/demo-report.html
 
