@@ -6,7 +6,7 @@ OUT ?= demo-run
 # Python of an environment with TRL, for `make bench`; none: TRL is left out
 TRL ?=
 
-.PHONY: demo test lint format bench soak paper-table real-table served-test schemas clean
+.PHONY: demo demo-report test lint format bench soak paper-table real-table served-test schemas clean
 
 demo: .venv/.installed
 	$(BIN)/ketchup-cache demo --out $(OUT)
@@ -41,6 +41,10 @@ bench: .venv/.installed
 	$(BIN)/python -m benchmarks.dev_set --short
 	$(BIN)/python -m benchmarks.large_checkpoint --short
 	$(BIN)/python -m benchmarks.gpu --short
+
+# the report of the demo's runs as a page for the docs
+demo-report: demo
+	$(BIN)/ketchup-cache report $(OUT)/k1 $(OUT)/k4 $(OUT)/exact --student best --out docs/demo-report.html
 
 # adds to the tally in benchmarks/results/soak.json and docs/trust.md; `make test` has a short form
 MINUTES ?= 40

@@ -5,6 +5,7 @@ Options that several commands share are in config/options.py, so that each means
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -255,7 +256,7 @@ class ShowConfig(shared.PromptOptions, shared.SelectOptions, shared.ReturnOption
         return first, int(stop or sys.maxsize) if colon else first + 1
 
 
-class ReportConfig(Config):
+class ReportConfig(shared.DeviceOptions):
     """Options of `ketchup-cache report`."""
 
     runs: Annotated[tuple[Path, ...], BeforeValidator(lambda v: [v] if isinstance(v, str) else v), Field(min_length=1)]
@@ -264,6 +265,9 @@ class ReportConfig(Config):
     """HTML file to write. It loads nothing."""
     rollouts: Count = 24
     """Rollouts to show token by token, of all runs together."""
+    student: Literal["best", "last"] | None = None
+    """Model of each run that gives these rollouts its probabilities, and so importance ratios. Default: no model is
+    loaded."""
 
 
 class AnalyzeConfig(shared.SelectOptions, shared.ReturnOptions, shared.DeviceOptions):
@@ -322,11 +326,22 @@ class PushConfig(CopyOptions):
     """Options of `ketchup-cache push`."""
 
     cache: CacheAddress
-    """Cache whose segments are copied: a path or an address."""
+    """Cache whose segments are copied: a path or an address. Or the folder of a trained model."""
     url: str
-    """Target: a path, s3://bucket/name, gs://…, or hf://datasets/owner/name. It is made if it does not exist."""
+    """Target: a path, s3://bucket/name, gs://…, or hf://datasets/owner/name; of a model, hf://owner/name. It is made if
+    it does not exist."""
     license: str | None = None
-    """License id for the card of a Hub data set. Default: it stays as it is."""
+    """License id for the card of a Hub data set. Default: it stays as it is. That of a model is for its README.md."""
+
+    @property
+    def of_a_model(self) -> bool:
+        return bool(re.match("hf://(?!datasets/)", self.url))
+
+    @model_validator(mode="after")
+    def _license_is_of_a_cache(self) -> PushConfig:
+        if self.license and self.of_a_model:
+            raise ValueError("license is of a cache; write that of a model into the README.md of its folder")
+        return self
 
 
 class PullConfig(CopyOptions):

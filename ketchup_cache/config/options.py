@@ -313,6 +313,9 @@ class StepOptions(StudentOptions):
     """Optimizer steps between checkpoints. 0: none before the end."""
     save_limit: Count = 2
     """Number of newest checkpoints to keep, also after the end, so that the run can be lengthened. 0: none after it."""
+    track: Annotated[tuple[Literal["tensorboard", "wandb"], ...], BeforeValidator(split_list)] = ()
+    """Experiment trackers that get every number of metrics.jsonl and dev.jsonl too, comma-separated: tensorboard (in
+    OUT/tensorboard) and wandb (signed in to, or with WANDB_MODE=offline)."""
 
 
 class LossOptions(ReturnOptions, StepOptions):

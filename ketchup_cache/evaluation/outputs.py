@@ -99,7 +99,6 @@ class Outputs:
         write_file(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode())
 
 
-@torch.no_grad()
 def reference_loss(model: PreTrainedModel, head: Head, data: EvalSet, tokenizer: PreTrainedTokenizerBase) -> float:
     """Cross-entropy of the references with their EOS, by teacher forcing: nats per token, over all tokens.
 
@@ -109,13 +108,21 @@ def reference_loss(model: PreTrainedModel, head: Head, data: EvalSet, tokenizer:
         raise DataError(f"{data.data}: metric loss needs references: set --target-field, or choose another metric")
     bare = not model.config.is_encoder_decoder
     targets = Ragged.from_rows([target_ids(tokenizer, text, bare=bare) for text in data.targets], TOKEN_DTYPE)
-    rows, total = np.arange(len(targets)), 0.0
-    batch = Batch(data.prompts, rows, targets)
+    return -float(token_logprob(model, head, Batch(data.prompts, np.arange(len(targets)), targets)).mean(dtype=float))
+
+
+@torch.no_grad()
+def token_logprob(model: PreTrainedModel, head: Head, batch: Batch) -> NDArray[np.float32]:
+    """log π(a_t) of every completion token of a batch, [N], nats."""
+    values = np.zeros(len(batch.completions.values), np.float32)
     with evaluating(model):
-        for part in map(batch.take, batch.split(rows, LOSS_TOKENS, once=computes_prompts_once(model))):
+        rows = np.flatnonzero(batch.completions.lengths > 0)
+        for chosen in batch.split(rows, LOSS_TOKENS, once=computes_prompts_once(model)):
+            part = batch.take(chosen)
             wanted = torch.from_numpy(part.completions.values).long().to(head.device)
-            total -= float(head.log_prob(completion_states(model, part), wanted).double().sum())
-    return total / len(targets.values)
+            logprob = head.log_prob(completion_states(model, part), wanted)
+            values[batch.completions.places(chosen)[0]] = logprob.float().cpu().numpy()
+    return values
 
 
 def _targets(examples: Sequence[Example], options: DataOptions) -> list[str] | None:

@@ -22,11 +22,16 @@ from ketchup_cache.config.options import LOWER_IS_BETTER, SelectOptions
 from ketchup_cache.console import Report, one_line, printable, size_text
 from ketchup_cache.errors import DataError, KetchupError
 from ketchup_cache.evaluation.compare import read_outputs, values_of_each
+from ketchup_cache.evaluation.outputs import token_logprob
 from ketchup_cache.files import write_file
+from ketchup_cache.models.fingerprint import tokenizer_info
+from ketchup_cache.models.head import Head
+from ketchup_cache.models.load import load_model
 from ketchup_cache.report.analyze import analyze
 from ketchup_cache.report.rows import Part, cache_of_run, load_part, parts, record, tokenizer_of
 from ketchup_cache.text.tokens import visible
 from ketchup_cache.training.dev import read_dev
+from ketchup_cache.training.optimizer import all_rows
 from ketchup_cache.training.records import unsealed
 from ketchup_cache.version import TOOL
 
@@ -34,7 +39,8 @@ CURVES = {
     "return_mean": "Return G₁ of the rollouts (nats)",
     "variance": "Variance of the return that is learned from (nats²)",
     "length_mean": "Length of the rollouts (tokens)", "entropy": "Entropy of the policy (nats per token)",
-    "ess": "Effective sample size (share)", "teacher_kl": "KL(student‖teacher) (nats per token)", "loss": "Loss",
+    "ess": "Effective sample size (share)", "teacher_kl": "KL(student‖teacher) (nats per token)",
+    "loss": "Loss (each method has its own)",
 }  # fmt: skip
 TIMES = ("sample_s", "score_s", "load_s", "train_s")
 POINTS, SAMPLES, LOGGED, TOKENS, TOP = 500, 500, 200, 12_000, 5
@@ -42,7 +48,7 @@ POINTS, SAMPLES, LOGGED, TOKENS, TOP = 500, 500, 200, 12_000, 5
 TEXT = 1500
 """Bytes of a text at most; more are cut off, and marked."""
 EDGE = 10
-"""Steps at both ends that a return is a mean of."""
+"""Steps at both ends that a return is a mean of; of a short run, half of its steps."""
 Record = dict[str, Any]
 
 
@@ -68,12 +74,13 @@ def report(config: ReportConfig) -> PageReport:
     tokenizer that can't be opened costs the page its rollouts, and is noted."""
     once, share = [path.resolve().name for path in config.runs], len(config.runs)
     data: Record = {"tool": TOOL, "lower": LOWER_IS_BETTER, "curves": CURVES, "notes": [], "bias": []}
-    data |= {"runs": [], "samples": [], "logged": [], "rollouts": []}
+    data |= {"runs": [], "samples": [], "logged": [], "rollouts": [], "student": config.student}
     for i, path in enumerate(config.runs):
         name = once[i] if once.count(once[i]) == 1 else str(path)
         try:
             made = unsealed(path / "config.json")
-            run, options = _run(path) | {"name": name, "config": made}, made["options"]
+            options = made["options"]
+            run = _run(path, options) | {"name": name, "config": made}
             run["by"], samples = _samples(path, options, SAMPLES // share)
             logged = _some(json_lines(path / "samples.jsonl"), LOGGED // share)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -85,7 +92,7 @@ def report(config: ReportConfig) -> PageReport:
             run["cache"] = {"cache": cache.address, "segments": " ".join(id_[:12] for id_ in cache.segment_ids())}
             for kind, models in (("teacher", cache.teachers()), ("policy", cache.policies()[:1])):
                 run["cache"] |= {kind: ", ".join(f"{model.name} ({model.fingerprint})" for model in models)}
-            rows = _rollouts(path, cache, found, config.rollouts // share, TOKENS // share)
+            rows = _rollouts(path, cache, found, config, share)
             data["bias"] = data["bias"] or _bias(cache, found, options)
         except KetchupError as error:
             data["notes"].append(f"{name}: no rollouts are shown: {one_line(error)}.")
@@ -123,19 +130,22 @@ def _plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _run(path: Path) -> Record:
-    """What its metrics and evaluations say."""
+def _run(path: Path, options: Record) -> Record:
+    """What its metrics and evaluations say. `returns` are of fresh rollouts alone: fixed ones say nothing of the
+    student."""
     lines, devs = json_lines(path / "metrics.jsonl"), [line for _, line in read_dev(path) if line]
     for line in lines:
         line["variance"] = None if line.get("k_return_sd") is None else line["k_return_sd"] ** 2
     points = {key: [(line["step"], line.get(key)) for line in lines] for key in CURVES}
     for key in devs[0]["metrics"] if devs else ():
         points[f"{key} on the dev set"] = [(line["step"], line["metrics"].get(key)) for line in devs]
-    returns = [line["return_mean"] for line in lines if line.get("return_mean") is not None]
+    fresh = any(options.get(name) for name in ("teacher", "teacher_url", "scores_from"))
+    returns = [line["return_mean"] for line in lines if fresh and line.get("return_mean") is not None]
+    edge = max(1, min(EDGE, len(returns) // 2))
     seconds = {key: round(sum(line.get(key, 0.0) for line in lines), 3) for key in TIMES}
     return {
         "curves": {key: thin for key, values in points.items() if (thin := _thin(values))[0]},
-        "returns": [float(np.mean(part)) for part in (returns[:EDGE], returns[-EDGE:]) if part],
+        "returns": [float(np.mean(part)) for part in (returns[:edge], returns[-edge:]) if part],
         "seconds": seconds | {"eval_s": round(sum(line["seconds"] for line in devs), 3)},
         "dev": [line for line in devs if line["best"] or line in (devs[0], devs[-1])],
         "alarms": [f"{name} (step {line['step']})" for line in [*lines, *devs] for name in line.get("alarms", ())],
@@ -168,14 +178,26 @@ def _samples(path: Path, options: Record, most: int) -> tuple[str, list[Record]]
     return by, [dict(zip(keys, row, strict=True)) for row in _some(list(zip(*columns, strict=True)), most)]
 
 
-def _rollouts(path: Path, cache: Cache, found: Sequence[Part], most: int, tokens: int) -> list[Record]:
-    """Some of the scored rollouts, from all of the run alike."""
+def _rollouts(path: Path, cache: Cache, found: Sequence[Part], config: ReportConfig, share: int) -> list[Record]:
+    """Some of the scored rollouts, from all of the run alike. share: how many runs there are."""
     tokenizer, rows = tokenizer_of(cache, str(path / "last") if (path / "last").is_dir() else None), list[Record]()
-    wanted = _some([(part, i) for part in found for i in range(part[2] - part[1])], most)
+    wanted = _some([(part, i) for part in found for i in range(part[2] - part[1])], config.rollouts // share)
+    tokens = TOKENS // share
+    if config.student:
+        model = load_model(
+            name := str(path / config.student), device=config.device, trust_remote_code=config.trust_remote_code
+        )
+        head = Head.of(model, tokenizer_info(tokenizer, name).vocab_size)
     for part in dict.fromkeys(part for part, _ in wanted):
-        joined = load_part(cache, part)
-        for i in (i for other, i in wanted if other == part):
+        joined, chosen = load_part(cache, part), [i for other, i in wanted if other == part]
+        if config.student:
+            batch = all_rows(joined.take(np.array(chosen)))
+            ends = np.cumsum(batch.completions.lengths)[:-1]
+            now = dict(zip(chosen, np.split(token_logprob(model, head, batch), ends), strict=True))
+        for i in chosen:
             rows.append(record(joined, i, part, tokenizer, TOP))
+            if config.student:
+                rows[-1]["student_logprob"] = [round(float(value), 5) for value in now[i]]
             if (tokens := tokens - len(rows[-1]["ids"])) < 0:
                 return rows[:-1]
     return [row for row in rows if row["ids"]]

@@ -363,9 +363,11 @@ def persistently(what: str, call: Callable[[], Value], *, writing: bool = False)
             return call()
         except (FileNotFoundError, FileExistsError, KetchupError, ImportError):
             raise
-        except PermissionError as error:
-            raise failed(f"{what}: access is refused ({reason(error)}); check your credentials and rights") from None
         except Exception as error:  # clients raise errors of many libraries
+            status = getattr(getattr(error, "response", None), "status_code", None)
+            if isinstance(error, PermissionError) or status in (401, 403):
+                todo = "check your credentials and rights"
+                raise failed(f"{what}: access is refused ({reason(error)}); {todo}") from None
             if attempt == TRIES - 1 or time.monotonic() > ends:
                 advice = "check the connection and run the command again; what has arrived is kept"
                 raise failed(f"{what}: can't be reached ({reason(error)}); {advice}") from None

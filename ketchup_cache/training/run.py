@@ -24,37 +24,35 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ketchup_cache.cache.cache import Cache
 from ketchup_cache.config.commands import LearnConfig, PretrainConfig
 from ketchup_cache.config.resolve import flag
-from ketchup_cache.console import Report, one_line, progress, say, warn
+from ketchup_cache.console import Report, progress, say, warn
 from ketchup_cache.errors import ConfigError, MismatchError, WriteError
-from ketchup_cache.files import publishing, write_file, writing
+from ketchup_cache.files import write_file, writing
 from ketchup_cache.models import lora
 from ketchup_cache.models.folders import ORIGIN
 from ketchup_cache.models.load import quiet
 from ketchup_cache.models.origin import Origin
+from ketchup_cache.training import checkpoints
 from ketchup_cache.training.alarms import Alarm, Alarms
 from ketchup_cache.training.card import model_card
 from ketchup_cache.training.dev import DevRecord, DevSet, read_dev
 from ketchup_cache.training.optimizer import Learner
 from ketchup_cache.training.records import as_json, read_pins, sealed, sha256, unsealed
+from ketchup_cache.training.tracking import Trackers
 from ketchup_cache.version import TOOL
 
-MAY_CHANGE = {"out", "checkpoint_every", "save_limit", "trust_remote_code", "scores_timeout"}
+MAY_CHANGE = {"out", "checkpoint_every", "save_limit", "trust_remote_code", "scores_timeout", "track"}
 MAY_CHANGE |= {"teacher_url", "in_flight", "idle_timeout", "retry_for", "max_disagreement"}
 """Options that a resumed run may change, since no number depends on them."""
 LENGTH = {"steps", "epochs", "patience"}
 """Options by which a run is lengthened, also a finished one."""
-TENSORS = ("model.safetensors", "optimizer.safetensors")
 State = Callable[[], dict[str, Any]]
 """Returns what a checkpoint holds besides weights and optimizer."""
 Step = Callable[[int], tuple[dict[str, Any], str]]
@@ -89,6 +87,7 @@ class Run:
         self.recorded: dict[str, Any] = {}
         """What the options resolved to when the run began; empty for a new one."""
         self._lengthened, self._interrupted = False, 0
+        self._trackers = Trackers(config.track, self.out)
         self._began = time.monotonic()
 
     def stop(self, why: str = "callback") -> None:
@@ -109,7 +108,10 @@ class Run:
             except BlockingIOError:
                 raise ConfigError([f"{self.out}: another process is running there; choose another --out"]) from None
             self._match_config()
-            yield self
+            try:
+                yield self
+            finally:
+                self._trackers.finish()
 
     def _match_config(self) -> None:
         path, lines = self.out / "config.json", self._lines()
@@ -151,9 +153,10 @@ class Run:
             say(f"the {self.resumed} steps taken had the learning rates of a run of {before} steps")
         (self.out / "report.json").unlink(missing_ok=True)
         versions = {"torch": torch.__version__, "transformers": version("transformers")}
-        record = {"tool": TOOL, "versions": versions, "command": self.command}
+        record: dict[str, Any] = {"tool": TOOL, "versions": versions, "command": self.command}
         record |= {"options": self.config.model_dump(mode="json"), "resolved": resolved}
         write_file(self.out / "config.json", sealed(record))
+        self._trackers.start(record["options"], self.resumed)
 
     # -------------------------------------------------------------------------------------------------- loop
 
@@ -182,6 +185,7 @@ class Run:
                     line["alarms"] = _say(alarms.step(line))
                 with writing(self.metrics_path), self.metrics_path.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(line) + "\n")
+                self._trackers.log("train", line)
                 for callback in self.callbacks:
                     callback.on_step(self, line)
                 self.done += 1
@@ -226,6 +230,7 @@ class Run:
         if alarms:
             record = record.model_copy(update={"alarms": tuple(_say(alarms.dev(record.model_dump(mode="json"))))})
         dev.record(record)
+        self._trackers.log("dev", record.model_dump(mode="json"))
         for callback in self.callbacks:
             callback.on_evaluation(self, record.model_dump(mode="json"))
         return record.best
@@ -256,17 +261,8 @@ class Run:
         return round(time.monotonic() - self._began, 1)
 
     def _save_checkpoint(self, step: int, learner: Learner, state: dict[str, Any]) -> None:
-        """After `step` optimizer steps. Earlier checkpoints over the limit go once this one is on the disk."""
-        target = self.out / "checkpoints" / f"step-{step:08d}"
-        with _saving(target) as partial:
-            save_file(_weights(learner.model), partial / "model.safetensors")
-            save_file(learner.optimizer.tensors(), partial / "optimizer.safetensors")
-            hashes = {name: sha256((partial / name).read_bytes()) for name in TENSORS}
-            record = {"step": step, "sha256": hashes | {n: sha256(c) for n, c in self._written(step).items()}}
-            (partial / "state.json").write_bytes(sealed({**record, "state": state}))
-        keep = max(self.config.save_limit, 1)
-        for other in sorted(target.parent.glob("step-????????"))[:-keep]:
-            shutil.rmtree(other, ignore_errors=True)
+        """After `step` optimizer steps."""
+        checkpoints.save(self.out, step, learner, state, self._written(step), keep=max(self.config.save_limit, 1))
 
     def restore(self, learner: Learner) -> dict[str, Any]:
         """Load the newest checkpoint into model and optimizer; returns its state, {} where there is none.
@@ -275,28 +271,13 @@ class Run:
 
         Raises WriteError where the checkpoint, or the metrics of its steps, are not as they were written.
         """
-        found = sorted((self.out / "checkpoints").glob("step-????????"))
-        record: dict[str, Any] = {"step": 0, "state": {}}
-        if found:
-            back = f"to go on from {found[-2].name}" if len(found) > 1 else f"and choose another --out than {self.out}"
-            try:
-                record = unsealed(found[-1] / "state.json")
-                contents = {name: (found[-1] / name).read_bytes() for name in TENSORS}
-                if wrong := [name for name, content in contents.items() if sha256(content) != record["sha256"][name]]:
-                    raise ValueError(f"{wrong[0]} is not as it was written")
-                weights, moments = (load(contents[name]) for name in TENSORS)
-                learner.optimizer.load_tensors(moments)
-                with torch.no_grad():
-                    for name, tensor in _weights(learner.model).items():
-                        tensor.copy_(weights[name])
-            except (OSError, SafetensorError, KeyError, ValueError, RuntimeError, ConfigError) as error:
-                what = f"{found[-1]}: damaged checkpoint ({one_line(error)}); delete it {back}"
-                raise WriteError(what) from error
-            for name, content in self._written(record["step"]).items():
-                if sha256(content) != record["sha256"][name]:
-                    what = f"{self.out / name}: is not as it was written up to step {record['step']}"
-                    raise WriteError(f"{what}; bring it back, or choose another --out")
+        record = checkpoints.load_newest(self.out, learner)
+        for name, content in self._written(record["step"]).items() if "sha256" in record else ():
+            if sha256(content) != record["sha256"][name]:
+                what = f"{self.out / name}: is not as it was written up to step {record['step']}"
+                raise WriteError(f"{what}; bring it back, or choose another --out")
         self.resumed, self._began = record["step"], time.monotonic()
+        self._trackers.look()
         if self.metrics_path.exists():  # a line that a kill left unfinished goes too
             write_file(self.metrics_path, b"".join(self._lines()[: self.resumed]))
         if not self.resumed:
@@ -359,7 +340,7 @@ class Run:
         variants: Mapping[str, str] | None = None,
     ) -> None:
         """Write the model as it is, with its tokenizer, origin and card, as OUT/name. Raises WriteError."""
-        with _saving(self.out / name) as partial, quiet():
+        with checkpoints.saving(self.out / name) as partial, quiet():
             lora.save(model := self.result(), partial)
             self._parts[1].save_pretrained(partial)
             now = {"tool": TOOL, "command": self.command, "step": step, "metrics": dict(metrics or {})}
@@ -398,23 +379,3 @@ def _say(alarms: Sequence[Alarm]) -> list[str]:
     for alarm in alarms:
         warn(f"step {alarm.step}: {alarm.text}")
     return [alarm.name for alarm in alarms]
-
-
-def _weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """Parameters in training by name, tied ones once, and buffers that are part of the model's state."""
-    buffers = {name: b for name, b in model.named_buffers() if name in model.state_dict()}
-    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad} | buffers
-
-
-@contextmanager
-def _saving(target: Path) -> Iterator[Path]:
-    """`publishing` of files that safetensors and tokenizers write: their errors are no OSError, the latter's have no
-    class of their own."""
-    try:
-        with publishing(target) as partial:
-            yield partial
-    except Exception as error:
-        if type(error) not in (SafetensorError, Exception):
-            raise
-        what = f"{target}: can't be written ({one_line(error)}): free space or choose another place"
-        raise WriteError(what) from error

@@ -5,6 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
+from transformers import AutoModelForSeq2SeqLM
 
 from ketchup_cache import k_step_returns
 from ketchup_cache.cli import main
@@ -15,7 +16,8 @@ from tests.helpers.browser import CHROMIUM, Page
 from tests.helpers.caches import make_cache
 from tests.helpers.errors import fails
 from tests.helpers.learning import config, metrics
-from tests.helpers.models import write_prompts
+from tests.helpers.models import VOCAB, write_prompts
+from tests.helpers.oracle import row_logits
 
 NEEDED = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium: apt-get install chromium")
 HOSTILE = "</script><img src=x onerror=alert(1)><!--<script>\u202e\x1b[31m {{DATA}}"
@@ -97,6 +99,30 @@ def test_the_page_computes_what_k_step_returns_computes(written, runs, browser):
 
 
 @NEEDED
+def test_a_student_gives_its_probabilities_and_the_ratios_that_training_takes(written, runs, browser, tmp_path):
+    assert main(["report", str(runs[1]), "--student", "last", "--out", str(tmp_path / "r.html")]) == 0
+    shown, rows = browser(tmp_path / "r.html"), data_of(tmp_path / "r.html")["rollouts"]
+    model = AutoModelForSeq2SeqLM.from_pretrained(runs[1] / "last").eval()
+    known = {row.completion_tokens.tobytes(): row for row in runs[0].rows()}
+    facts = "[...document.querySelectorAll('#detail div')].map(div => div.innerText.split('\\n'))"
+    ratios = []
+    for number in (0, 7, 17):
+        true = known[np.int32(rows[number]["ids"]).tobytes()]
+        logits = row_logits(model, true.prompt_tokens, true.completion_tokens)[:, :VOCAB]
+        expected = logits.log_softmax(1)[range(len(logits)), true.completion_tokens.astype(int)].detach().numpy()
+        np.testing.assert_allclose(rows[number]["student_logprob"], expected, atol=2e-5)
+        shown.give("rollout", number)
+        told = dict(pair for pair in shown.run(facts) if len(pair) == 2)
+        ratios.append(np.exp(expected[0] - true.behavior_logprob[0]))
+        assert float(told["student's, last model"]) == pytest.approx(np.exp(expected[0]), rel=6e-3)
+        assert float(told["importance ratio"].partition(" ")[0]) == pytest.approx(ratios[-1], rel=6e-3)
+        assert ("(counts as 2)" in told["importance ratio"]) == (ratios[-1] > 2)
+    assert len(set(ratios)) > 1
+    assert dict(browser(written).run(facts))["importance ratio"] == "see report --student"
+    assert shown.complaints == []
+
+
+@NEEDED
 def test_it_fits_in_both_themes_and_is_used_by_keyboard(written, browser):
     shown, papers = browser(written), set()
     for width in (1280, 400):
@@ -120,6 +146,14 @@ def test_it_fits_in_both_themes_and_is_used_by_keyboard(written, browser):
     )
     gains = "[...document.querySelectorAll('.sample h3')].map(h => Number(h.textContent.match(/\\(([^)]*)\\)/)[1]))"
     assert (found := shown.run(gains)) == sorted(found, reverse=True)
+    drawn = "[...document.querySelectorAll('#%s svg text')].map(text => text.textContent).join()"
+    curves, bias = (shown.run(drawn % section) for section in ("curves", "bias"))
+    shown.run("document.querySelector('#curves input').click()")  # without the first run, the axes fit the other
+    assert shown.run("document.querySelectorAll('#curves figure .c0').length") == 0
+    assert shown.run(drawn % "curves") != curves
+    assert shown.run(drawn % "bias") == bias
+    shown.run("document.querySelector('#curves input').click()")
+    assert shown.run(drawn % "curves") == curves
     assert shown.complaints == []
 
 

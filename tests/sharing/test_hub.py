@@ -1,4 +1,4 @@
-"""Caches on the Hub, against a stand-in for HfApi that keeps a repository in memory. The real Hub is not reached."""
+"""Caches and models on the Hub, against a stand-in for HfApi that keeps a repository in memory."""
 
 import inspect
 from pathlib import Path
@@ -7,27 +7,41 @@ from types import SimpleNamespace
 import pytest
 import yaml
 from huggingface_hub import HfApi
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from huggingface_hub.utils import filter_repo_objects
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from ketchup_cache import open_cache
 from ketchup_cache.cache.inspect import verify
 from ketchup_cache.errors import CacheError, WriteError
+from ketchup_cache.models.fingerprint import weights_fingerprint
 from ketchup_cache.sharing import stores, transfer
-from tests.helpers.errors import refuses
+from ketchup_cache.training.learn import learn
+from tests.helpers.caches import make_cache
+from tests.helpers.errors import fails, refuses
+from tests.helpers.learning import config, run
 from tests.helpers.segments import fill
 
 URL = "hf://datasets/lab/xsum"
 
 
 class FakeApi:
-    """The four calls that are used, with the argument names of the real ones."""
+    """The five calls that are used, with the argument names of the real ones."""
 
     def __init__(self):
         self.files, self.commits, self.private, self.offline, self.conflicts = {}, [], None, False, 0
 
     def create_repo(self, repo_id, *, repo_type, private, exist_ok):
-        assert (repo_id, repo_type, exist_ok) == ("lab/xsum", "dataset", True)
-        self.private = private
+        assert (repo_id, exist_ok) == ("lab/xsum", True)
+        self.private, self.kind = private, repo_type
+
+    def upload_folder(self, *, repo_id, folder_path, commit_message, repo_type, allow_patterns):
+        if self.offline:
+            raise self.offline
+        assert (repo_id, repo_type) == ("lab/xsum", self.kind)
+        there = [str(path.relative_to(folder_path)) for path in folder_path.rglob("*") if path.is_file()]
+        chosen = filter_repo_objects(there, allow_patterns=allow_patterns)
+        self.files |= {name: (folder_path / name).read_bytes() for name in chosen}
 
     def list_repo_tree(self, repo_id, *, path_in_repo, repo_type, revision):
         found = [name for name in self.files if name.startswith(path_in_repo + "/")]
@@ -62,7 +76,7 @@ def api(monkeypatch):
 
 
 def test_the_stand_in_takes_the_arguments_of_the_real_client():
-    for name in ("create_repo", "list_repo_tree", "create_commit", "hf_hub_download"):
+    for name in ("create_repo", "list_repo_tree", "create_commit", "hf_hub_download", "upload_folder"):
         real = inspect.signature(getattr(HfApi, name)).parameters
         assert set(inspect.signature(getattr(FakeApi, name)).parameters) <= set(real), name
 
@@ -116,3 +130,42 @@ def test_conflicts_are_tried_again_and_errors_hide_tokens(api, cache, tmp_path):
     api.offline = True
     lost = refuses(CacheError, "can't be reached", transfer.copy, URL, tmp_path / "b")
     assert "SECRET" not in lost
+
+
+def test_a_trained_model_goes_to_a_model_repository_with_its_card_and_nothing_private(
+    api, tmp_path, folders, monkeypatch, capsys
+):
+    monkeypatch.setattr("huggingface_hub.HfApi", lambda: api)
+    monkeypatch.setattr(stores, "FIRST_PAUSE_S", 0.001)
+    make_cache(tmp_path / "cache", *folders)
+    learn(config(tmp_path, folders))
+    best, model = tmp_path / "run" / "best", "hf://lab/xsum"
+    private = [".lock", ".env.json", "optimizer.safetensors", "checkpoints/model.safetensors", "notes.pdf", "a.partial"]
+    for name in private:
+        (best / name).parent.mkdir(exist_ok=True)
+        (best / name).write_bytes(b"private")
+    run("push", best, model, "--dry-run")
+    assert api.files == {}
+    run("push", best, model)
+    assert (api.private, api.kind) == (True, "model")
+    assert api.files.keys() >= {"README.md", "ketchup-cache-origin.json", "model.safetensors", "tokenizer.json"}
+    assert not {name.rpartition("/")[2] for name in api.files} & set(private)
+    assert b"private" not in api.files.values()
+    there = tmp_path / "there"
+    there.mkdir()
+    for name, content in api.files.items():
+        (there / name).write_bytes(content)
+    assert AutoModelForSeq2SeqLM.from_pretrained(there).config.model_type == "t5"
+    assert AutoTokenizer.from_pretrained(there)("the cat")["input_ids"] == [3, 5, 1]
+    assert weights_fingerprint(there) == weights_fingerprint(best)
+
+    assert f"its model is {best}" in fails(capsys, "push", tmp_path / "run", model)
+    assert "hf://datasets/lab/xsum" in fails(capsys, "push", tmp_path / "cache", model)
+    assert "hf://owner/name" in fails(capsys, "push", best, f"{model}@v1")
+    assert "README.md" in fails(capsys, "push", best, model, "--license", "mit")
+    api.offline = OfflineModeIsEnabled("no network at https://hub/x?token=SECRET")
+    assert "SECRET" not in (told := fails(capsys, "push", best, model))
+    assert "can't be reached" in told
+    api.offline = RuntimeError("403")
+    api.offline.response = SimpleNamespace(status_code=403)
+    assert "check your credentials" in fails(capsys, "push", best, model)

@@ -13,7 +13,7 @@ from ketchup_cache import open_cache
 from ketchup_cache.config.commands import LearnConfig, PretrainConfig, RolloutConfig
 from ketchup_cache.errors import CacheError, ConfigError, KetchupError, MismatchError, WriteError
 from ketchup_cache.rollouts.rollout import rollout
-from ketchup_cache.training import run as run_module
+from ketchup_cache.training import checkpoints
 from ketchup_cache.training.learn import learn
 from ketchup_cache.training.pretrain import pretrain
 from tests.helpers.caches import make_cache
@@ -41,7 +41,7 @@ def flip(path: Path, place: float, bit: int) -> None:
 def test_no_flipped_bit_is_trained_on(killed, tmp_path):
     """Anywhere in the newest checkpoint, in the options, and in the metrics of the steps done."""
     rng, newest = np.random.default_rng(0), "checkpoints/step-00000004"
-    names = ["config.json", "metrics.jsonl", *(f"{newest}/{name}" for name in (*run_module.TENSORS, "state.json"))]
+    names = ["config.json", "metrics.jsonl", *(f"{newest}/{name}" for name in (*checkpoints.TENSORS, "state.json"))]
     sizes = {name: (killed.out / name).stat().st_size for name in names}
     lines = (killed.out / "metrics.jsonl").read_bytes().splitlines(keepends=True)
     done = sum(map(len, lines[:4])) / sizes["metrics.jsonl"]
@@ -148,8 +148,8 @@ def test_a_full_disk_while_weights_are_written_is_one_line(killed, monkeypatch, 
     def full(*args, **options):
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
-    owner = run_module if name == "save_file" else "transformers.PreTrainedModel"
-    monkeypatch.setattr(owner, name, full) if owner is run_module else monkeypatch.setattr(f"{owner}.{name}", full)
+    owner = checkpoints if name == "save_file" else "transformers.PreTrainedModel"
+    monkeypatch.setattr(owner, name, full) if owner is checkpoints else monkeypatch.setattr(f"{owner}.{name}", full)
     with pytest.raises(WriteError, match=r"can't be written .*free space or choose another place") as caught:
         learn(killed)
     assert "\n" not in str(caught.value)
