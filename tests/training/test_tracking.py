@@ -3,6 +3,7 @@
 import json
 import shutil
 import struct
+import time
 from importlib.metadata import PackageNotFoundError
 
 import numpy as np
@@ -105,8 +106,12 @@ def test_wandb_has_the_same_and_is_told_no_secret(options, monkeypatch):
     with killed_before(3):
         learn(options)
     learn(options)
-    found, config = of_wandb(options.out)
     wanted = expected(options.out)
+    for _ in range(300):  # W&B's own process may still be writing when its run is finished
+        found, config = of_wandb(options.out)
+        if found.keys() == wanted.keys() and len(found["dev/chrf"]) == len(wanted["dev/chrf"]):
+            break
+        time.sleep(0.1)
     assert {name: [s for s, _ in v] for name, v in found.items()} == {n: [s for s, _ in v] for n, v in wanted.items()}
     for name in ("train/loss", "dev/chrf"):
         np.testing.assert_allclose(found[name], wanted[name])
