@@ -46,17 +46,28 @@ class TokenizerInfo(Record):
 
 
 class PromptForm(Record):
-    """What was made of each text before a model was given it: the options of these names."""
+    """What was made of each text before a model was given it: the options of these names. Of conversations `chat` is
+    true."""
 
     template: str = "{prompt}"
     chat: bool = False
     system: str = ""
+    template_arg: tuple[str, ...] = ()
+    """`NAME=JSON`, by name. Left out where there are none."""
+    prefill: str = ""
+    """Left out where there is none."""
+
+    @model_serializer(mode="wrap")
+    def _without_nothing(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {name: value for name, value in dump(self).items() if value or name not in ("template_arg", "prefill")}
 
     def __str__(self) -> str:
         return (
             f"--template {self.template!r}"
             + (" --chat" if self.chat else "")
             + (f" --system {self.system!r}" if self.system else "")
+            + "".join(f" --template-arg {one}" for one in self.template_arg)
+            + (f" --prefill {self.prefill!r}" if self.prefill else "")
         )
 
 
@@ -65,7 +76,7 @@ class DataInfo(Record):
     fingerprint: Sha256
     """Of the rendered prompt texts, in order."""
     template: str
-    """`{prompt}` where the text was used as it is; with a chat, the whole turn."""
+    """`{prompt}` where the text was used as it is; with a chat, the whole turn; `{messages}` of conversations."""
     form: PromptForm | None = None
     """The options that made the prompts; null where the writer did not record them."""
 
