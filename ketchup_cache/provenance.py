@@ -6,10 +6,10 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable
+from operator import not_
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, StringConstraints, model_serializer
-from pydantic_core.core_schema import SerializerFunctionWrapHandler
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, StringConstraints
 
 from ketchup_cache.errors import MismatchError
 
@@ -52,14 +52,10 @@ class PromptForm(Record):
     template: str = "{prompt}"
     chat: bool = False
     system: str = ""
-    template_arg: tuple[str, ...] = ()
+    template_arg: tuple[str, ...] = Field(default=(), exclude_if=not_)
     """`NAME=JSON`, by name. Left out where there are none."""
-    prefill: str = ""
+    prefill: str = Field(default="", exclude_if=not_)
     """Left out where there is none."""
-
-    @model_serializer(mode="wrap")
-    def _without_nothing(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return {name: value for name, value in dump(self).items() if value or name not in ("template_arg", "prefill")}
 
     def __str__(self) -> str:
         return (
@@ -129,13 +125,9 @@ class TeacherInfo(Record):
     dtype: str
     """Precision of the body: `served` where only the server knows. The head and its reductions always run in float32.
     """
-    served: Served | None = None
+    served: Served | None = Field(default=None, exclude_if=not_)
     """Of a teacher behind a server: its logits are log-probabilities, so their mean is not known. Left out for one that
     ran in the process."""
-
-    @model_serializer(mode="wrap")
-    def _without_nothing(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return {name: value for name, value in dump(self).items() if name != "served" or value is not None}
 
     def answers_as(self, other: TeacherInfo) -> bool:
         """Whether both are behind servers, and the probe finds one model."""

@@ -56,13 +56,12 @@ def split_list(value: Any) -> Any:
 
 
 def _arguments(value: Any) -> Any:
-    """NAME=VALUE texts, or a mapping: in one spelling, in the order of the names. A value that is no JSON is text."""
-    if not isinstance(value, dict):
-        pairs = [str(one).partition("=") for one in (value if isinstance(value, (list, tuple)) else [value])]
-        if not all(name.strip().isidentifier() and equals for name, equals, _ in pairs):
-            raise ValueError("must be NAME=VALUE, as enable_thinking=false")
-        value = {name.strip(): _json_or_text(text) for name, _, text in pairs}
-    return tuple(f"{name}={json.dumps(value[name], ensure_ascii=False, sort_keys=True)}" for name in sorted(value))
+    """NAME=VALUE texts in one spelling, in the order of the names, of each the last."""
+    texts = [str(one) for one in (value if isinstance(value, (list, tuple)) else [value])]
+    if not all(re.match(r"[^\W\d]\w*=", text) for text in texts):
+        raise ValueError("must be NAME=VALUE, as enable_thinking=false")
+    given = {name: _json_or_text(text) for name, text in (text.split("=", 1) for text in texts)}
+    return tuple(f"{name}={json.dumps(given[name], ensure_ascii=False)}" for name in sorted(given))
 
 
 def _json_or_text(text: str) -> Any:
@@ -132,11 +131,6 @@ class PromptOptions(Config):
         if self.chat and self.long_prompts == "truncate":
             raise ValueError("chat with long_prompts truncate would cut off the end of the turn: use refuse or drop")
         return self
-
-    @property
-    def template_args(self) -> dict[str, Any]:
-        """`template_arg` as the chat template takes them."""
-        return {name: json.loads(text) for name, _, text in (one.partition("=") for one in self.template_arg)}
 
 
 class DataOptions(PromptOptions):

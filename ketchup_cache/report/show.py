@@ -5,7 +5,7 @@ All that comes from data and models is made `visible`: nothing of it steers the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,7 +89,7 @@ def _of_data(config: ShowConfig) -> Iterator[Record]:
             what = "--chat is" if options.chat else "a conversation has"
             raise DataError(f"{config.what}: {what} the template of a tokenizer: give one with --tokenizer")
         for e in examples:
-            yield {"row": places[e.row], "prompt": e.prompt, "reference": e.target, "about": _number(e.references)}
+            yield {"row": places[e.row], "prompt": e.prompt, "reference": "\n".join(e.references) or None, "about": {}}
         return
     tokenizer = load_tokenizer(config.tokenizer)
     stops = [tokenizer.eos_token_id]
@@ -104,21 +104,17 @@ def _of_data(config: ShowConfig) -> Iterator[Record]:
             whole = reply_ids(tokenizer, example)
             row["ending"] = "finished" if len(whole[:limit]) == len(whole) else "cut"
             row["reference"] = "".join(pieces(tokenizer, whole[:limit]))
-            more = "".join(f", {text}" for text in _number(example.references).values())
+            more = f", the first of {len(example.references)}" * bool(example.more)
             row["about"]["reference"] = f"{len(whole[:limit])} tokens, {row['ending']}{more}"
         yield row
-
-
-def _number(references: Sequence[str]) -> dict[str, str]:
-    return {"reference": f"the first of {len(references)}"} if len(references) > 1 else {}
 
 
 def _of_outputs(path: Path, config: ShowConfig) -> Iterator[Record]:
     start, stop = config.span
     for number, row in enumerate(read_outputs(path)[start:stop], start=start):
-        texts = {"prompt": row["prompt"], "completion": row["output"], "reference": row["target"]}
+        texts = {"prompt": row["prompt"], "completion": row["output"], "reference": "\n".join(targets_of(row)) or None}
         ending = ENDINGS[bool(row["finished"])] if "finished" in row else ""
-        yield {"row": number, **texts, "ending": ending, "about": {"completion": ending} | _number(targets_of(row))}
+        yield {"row": number, **texts, "ending": ending, "about": {"completion": ending}}
 
 
 def _of_cache(cache: Cache, config: ShowConfig, how: Record, tokenizer: str | None) -> Iterator[Record]:

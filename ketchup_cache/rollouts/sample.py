@@ -121,7 +121,6 @@ def stop_ids(model: str, *, trust_remote_code: bool = False) -> list[int]:
     folder, known = resolve_folder(model), SimpleNamespace(name_or_path=model, config=None, generation_config=None)
     with suppress(OSError, ValueError):
         known.config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
-    with suppress(OSError, ValueError):
         known.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
     return eos_ids(known)
 

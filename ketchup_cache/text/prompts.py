@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import string
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
@@ -91,12 +92,7 @@ def parse_template(template: str) -> list[tuple[str, str | None]]:
 
 
 def by_template(
-    talk: Conversation,
-    tokenizer: PreTrainedTokenizerBase,
-    options: PromptOptions,
-    where: str = "--chat: the",
-    *,
-    closed: bool = False,
+    talk: Conversation, tokenizer: PreTrainedTokenizerBase, options: PromptOptions, where: str, *, closed: bool = False
 ) -> str:
     """The messages by the tokenizer's chat template, with the assistant's turn opened, and begun by `options.prefill`;
     `closed`: with the reply as that turn. where: how an error begins.
@@ -107,7 +103,8 @@ def by_template(
     turns, system = [*talk.messages, *([talk.reply] if closed and talk.reply else [])], options.system
     if system and (own := turns[0]["role"] != "system"):
         turns.insert(0, {"role": "system", "content": system})
-    how: dict[str, Any] = {"tools": talk.tools, "add_generation_prompt": not closed} | options.template_args
+    how: dict[str, Any] = {"tools": talk.tools, "add_generation_prompt": not closed}
+    how |= {name: json.loads(text) for name, text in (one.split("=", 1) for one in options.template_arg)}
     try:
         (text := str(tokenizer.apply_chat_template(turns, tokenize=False, **how))).encode()
     except Exception as error:  # a template's own errors (no system turns, as Gemma's; roles) and Jinja's
@@ -122,7 +119,7 @@ def by_template(
 
 def user_turn(text: str, tokenizer: PreTrainedTokenizerBase, options: PromptOptions) -> str:
     """`text` as the user's turn of a chat: `by_template`."""
-    return by_template(Conversation([{"role": "user", "content": text}]), tokenizer, options)
+    return by_template(Conversation([{"role": "user", "content": text}]), tokenizer, options, "--chat: the")
 
 
 def _in_conversation(
@@ -147,26 +144,22 @@ def _in_conversation(
     return replace(example, prompt=prompt, target=example.target or reply[:at], written=(reply[:at], ends[end]))
 
 
-def check_chat(options: PromptOptions, tokenizer: PreTrainedTokenizerBase, *, messages: bool) -> None:
+def _check_chat(options: PromptOptions, tokenizer: PreTrainedTokenizerBase, *, messages: bool) -> None:
     """Say where a chat template does not open the assistant's turn. messages: whether the data are conversations.
 
-    Raises ConfigError for what can't be used: options of a chat without one, a tokenizer without a template, a cut
-    through a conversation, an argument that the template does not know.
+    Raises ConfigError for a tokenizer without a template, a cut through a conversation, and an argument that the
+    template does not know.
     """
-    if not options.chat and not messages:
-        if options.template_arg or options.prefill:
-            raise ConfigError(["--template-arg and --prefill are of a chat: set --chat too, or leave them out"])
-        return
     if not tokenizer.chat_template:
         what, todo = ("messages", "take a chat model") if messages else ("--chat", "leave --chat out")
         raise ConfigError([f"{what}: the model's tokenizer has no chat template: {todo}, or use --template"])
     if options.long_prompts == "truncate":
         raise ConfigError(["long_prompts truncate would cut off the end of a conversation: use refuse or drop"])
-    for name in (name for name in options.template_args if name not in str(tokenizer.chat_template)):
-        raise ConfigError([f"--template-arg {name}: the chat template knows no such name: leave it out"])
+    for one in (one for one in options.template_arg if one.split("=")[0] not in str(tokenizer.chat_template)):
+        raise ConfigError([f"--template-arg {one}: the chat template knows no such name: leave it out"])
     turn = Conversation([{"role": "user", "content": "x"}])
     with suppress(ConfigError):  # a template that wants more turns is refused, if it is, at a row
-        shut, opened = (by_template(turn, tokenizer, PromptOptions(), closed=closed) for closed in (True, False))
+        shut, opened = (by_template(turn, tokenizer, PromptOptions(), "", closed=closed) for closed in (True, False))
         if len(opened) <= len(shut):
             say("--chat: the chat template does not open the assistant's turn; the model goes on behind the user's")
 
@@ -209,11 +202,14 @@ def tokenize_prompts(
     special tokens stay.
 
     Raises DataError for a prompt without tokens, for one that is refused, for a conversation that the template can't
-    render, or whose reply does not go on from its prompt, and where no prompt is left; the errors of `check_chat` and
-    `user_turn`.
+    render, or whose reply does not go on from its prompt, and where no prompt is left; ConfigError for a chat that
+    can't be had, and the errors of `by_template`.
     """
     messages, given = examples[0].talk is not None, len(examples)
-    check_chat(options, tokenizer, messages=messages)
+    if messages or options.chat:
+        _check_chat(options, tokenizer, messages=messages)
+    elif options.template_arg or options.prefill:
+        raise ConfigError(["--template-arg and --prefill are of a chat: set --chat too, or leave them out"])
     if messages:
         examples = [_in_conversation(example, tokenizer, options, stops) for example in examples]
     elif options.chat:

@@ -80,14 +80,14 @@ def read_examples(
     if not examples:
         after = f" after the first {options.skip:,}" if options.skip else ""
         raise DataError(f"{options.data}: holds no rows{after}")
-    if any(example.talk for example in examples):
-        if plain := [example.row for example in examples if not example.talk]:
-            raise DataError(f"{options.data}: {unit} {plain[0]}: has no messages, but other rows have some")
-        if options.template != "{prompt}":
-            why = f"is for plain prompts, and {options.data} holds messages"
-            raise ConfigError([f"--template {options.template!r} {why}: leave it out, or set --messages-field ''"])
-        return examples
-    _require_column(options, names, examples)
+    plain = [example.row for example in examples if not example.talk]
+    if plain and len(plain) < len(examples):
+        raise DataError(f"{options.data}: {unit} {plain[0]}: has no messages, but other rows have some")
+    if not plain and options.template != "{prompt}":
+        why = f"is for plain prompts, and {options.data} holds messages"
+        raise ConfigError([f"--template {options.template!r} {why}: leave it out, or set --messages-field ''"])
+    if plain:
+        _require_column(options, names, examples)
     return examples
 
 
@@ -139,7 +139,7 @@ def _turns(
     if isinstance(completion, list):
         messages += _messages(completion, f"{where}: completion")
     elif references and (completion or not messages or messages[-1]["role"] != "assistant"):
-        messages.append({"role": "assistant", "content": references[0]})
+        messages.append({"role": "assistant", "content": options.prefill + references[0]})
     start = len(given) if from_prompt and len(messages) > len(given) else 1
     replies = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
     places = [place for place in replies if place >= start][-1 if turns == "last" else 0 :]
@@ -149,7 +149,6 @@ def _turns(
         what = "no message of the assistant stands behind another" if messages else "there is no message"
         raise DataError(f"{where}: {what}: leave the row out")
     examples, tools = [], record.get("tools") or None
-    tools = _loads(tools, f"{where}: 'tools'") if isinstance(tools, str) else tools
     for place in places:
         reply = messages[place] if place < len(messages) else {}
         text = str(reply.get("content") or "").removeprefix(options.prefill)
@@ -192,12 +191,12 @@ def _references(record: Record, options: DataOptions, where: str) -> tuple[str, 
     if "target_field" not in options.model_fields_set:
         names += ["targets"] * isinstance(record.get("targets"), list)
         names += ["completion"] * (isinstance(record.get("completion"), str) and record.get("target") is None)
-    texts = []
+    texts: list[str] = []
     for name in names:
         found = _column(record, name)
-        for one in found if isinstance(found, list) else [found]:
-            if isinstance(found, list) or not (one is None or (isinstance(one, str) and not one.strip())):
-                texts.append(_text({name: one}, name, where, "--target-field").removeprefix(options.prefill))
+        none = found is None or (isinstance(found, str) and not found.strip())
+        several = found if isinstance(found, list) else [found] * (not none)
+        texts += [_text({name: one}, name, where, "--target-field").removeprefix(options.prefill) for one in several]
     return tuple(dict.fromkeys(texts))
 
 
