@@ -152,7 +152,8 @@ def _turns(
     for place in places:
         reply = messages[place] if place < len(messages) else {}
         text = str(reply.get("content") or "").removeprefix(options.prefill)
-        texts = references if references and turns is None else (text,) * bool(text)
+        own = (_text({"content": text}, "content", where, "--messages-field"),) if text.strip() else ()
+        texts = references if references and turns is None else own
         talk = Conversation(messages[:place], reply or None, tools)
         examples.append(Example("", texts[0] if texts else None, row, None, texts[1:], talk))
     return examples
@@ -166,10 +167,10 @@ def _messages(given: list[Any], where: str) -> list[Record]:
             raise DataError(f'{where}: message {place} has no role; one looks like {{"role": "user", "content": "…"}}')
         messages.append({key: value for key, value in message.items() if value is not None or key == "content"})
         if isinstance(parts := message.get("content"), list):
-            texts: list[Any] = [part.get("text") if isinstance(part, dict) else part for part in parts]
-            if not all(isinstance(text, str) for text in texts):
-                raise DataError(f"{where}: message {place} has a part that is no text; leave the row out")
-            messages[-1]["content"] = "".join(texts)
+            try:
+                messages[-1]["content"] = "".join(part if isinstance(part, str) else part["text"] for part in parts)
+            except (TypeError, KeyError):
+                raise DataError(f"{where}: message {place} has a part that is no text; leave the row out") from None
     return messages
 
 
@@ -280,9 +281,7 @@ def _json(file: Path, data: str) -> list[Record]:
     found = _loads(text, data)
     found = found.get("data") if isinstance(found, dict) else found
     if not isinstance(found, list) or not all(isinstance(record, dict) for record in found):
-        raise DataError(
-            f'{data}: must be a list of JSON objects, or {{"data": [...]}}; of lines of JSON, name it .jsonl'
-        )
+        raise DataError(f'{data}: is no list of JSON objects, nor {{"data": [...]}}; name lines of JSON .jsonl')
     return found
 
 

@@ -87,8 +87,8 @@ def test_every_format_gives_the_messages_as_they_are(tmp_path, monkeypatch, name
 
 def test_what_is_wrong_with_a_json_file_is_one_line(tmp_path, monkeypatch):
     for text, message in (
-        ('{"data": [1]}', "must be a list of JSON objects"),
-        ('{"messages": []}', "of lines of JSON, name it .jsonl"),
+        ('{"data": [1]}', "is no list of JSON objects"),
+        ('{"messages": []}', "name lines of JSON .jsonl"),
         ('[{"prompt": "a"},\n]', "not valid JSON (Illegal trailing comma before end of array, line 1, column"),
         ("[" * 10**5, "not readable as JSON"),
         ("[]", "holds no rows"),
