@@ -106,8 +106,7 @@ def test_from_messages_to_a_trained_student(tmp_path, capsys):
     run("evaluate", "--model", student, "--data", tmp_path / "p.jsonl", "--metrics", "exact", *CPU,
         "--outputs", tmp_path / "o.jsonl")  # fmt: skip
     assert json_lines(tmp_path / "o.jsonl")[0]["prompt"] == "<s>+ << user dog >> << assistant "
-    capsys.readouterr()
     run("rollout", "--student", student, "--data", data, "--first", 1, "--cache", cache, "--prefill", "dog", *CPU)
-    said = capsys.readouterr().err
-    assert "was trained with --template-arg ('plus=true',), not (), --prefill '', not 'dog'" in said
+    said = "was trained with --template-arg ('plus=true',), not (), --prefill '', not 'dog'"
+    assert said in capsys.readouterr().err
     assert "--tokenizer" in fails(capsys, "show", data)

@@ -71,14 +71,10 @@ def test_a_column_of_lists_from_the_data_to_the_outputs_and_to_compare(tmp_path,
     assert (exact.a, exact.b, chrf.a, chrf.b) == (result.metrics["exact"], 100, result.metrics["chrf"], 100)
     assert bleu.variant.startswith("nrefs:var|bs:50")
     (tmp_path / "b").write_text("".join(json.dumps(row | {"targets": ["two"]}) + "\n" for row in other))
-    refuses(
-        DataError,
-        "not outputs for the same prompts and targets",
-        compare,
-        CompareConfig(a=tmp_path / "a", b=tmp_path / "b"),
-    )
+    files = CompareConfig(a=tmp_path / "a", b=tmp_path / "b")
+    refuses(DataError, "not outputs for the same prompts and targets", compare, files)
     (tmp_path / "b").write_text(json.dumps(other[0] | {"targets": "two"}) + "\n")
-    refuses(DataError, "holds no outputs", compare, CompareConfig(a=tmp_path / "a", b=tmp_path / "b"))
+    refuses(DataError, "holds no outputs", compare, files)
 
 
 @pytest.mark.skipif(not SCITLDR.is_file(), reason=f"no SciTLDR at {SCITLDR}")

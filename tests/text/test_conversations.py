@@ -1,6 +1,5 @@
 """Conversations: the turns that are examples, what the chat template makes of them, and a line for every odd row."""
 
-import gzip
 import json
 from unittest.mock import Mock
 
@@ -13,7 +12,7 @@ from ketchup_cache.config.options import DataOptions
 from ketchup_cache.errors import ConfigError, DataError, KetchupError
 from ketchup_cache.provenance import PromptForm
 from ketchup_cache.text import read
-from ketchup_cache.text.prompts import form_of, reply_ids, tokenize_prompts
+from ketchup_cache.text.prompts import form_of, tokenize_prompts
 from ketchup_cache.text.read import data_info, read_examples
 from tests.helpers.errors import refuses
 from tests.helpers.models import MARKED, chat_tokenizer
@@ -33,7 +32,7 @@ CALL = [
     *said("user two"),
     {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "big", "arguments": {"x": 1}}}]},
     {"role": "tool", "content": "3", "name": "big"},
-    {"role": "assistant", "content": [{"type": "text", "text": "three "}, {"type": "text", "text": "cat"}]},
+    {"role": "assistant", "content": "three cat"},
 ]
 OTHER = [*CALL[:1], {**CALL[1], "tool_calls": [{"function": {"name": "red", "arguments": {"y": "z"}}}]}]
 
@@ -57,48 +56,36 @@ def pairs(examples):
     return [(example.prompt, example.written[0]) for example in examples]
 
 
-@pytest.mark.parametrize("name", ["d.jsonl", "d.jsonl.gz", "d.json", "D.JSON", "d.parquet", "owner/name"])
+@pytest.mark.parametrize("name", ["d.jsonl", "d.json", "D.JSON", "d.parquet", "owner/name"])
 def test_every_format_gives_the_messages_as_they_are(tmp_path, monkeypatch, name):
     """A table has the keys of all messages in each, null where they were not given."""
-    rows = [{"messages": CALL, "tools": None}, {"messages": OTHER, "tools": [{"name": "red"}]}]
-    table = [
-        {**row, "messages": [{**m, "content": str(m["content"] or "") or None} for m in row["messages"]]}
-        for row in rows
-    ]
-    path = tmp_path / name
+    rows, path = [{"messages": CALL}, {"messages": OTHER, "tools": [{"name": "red"}]}], tmp_path / name
     if name in ("d.parquet", "owner/name"):
-        rows = table  # a column of a table has one type
         pq.write_table(pa.Table.from_pylist(rows), path := tmp_path / "d.parquet")
-    elif name == "d.jsonl.gz":
-        path.write_bytes(gzip.compress(write(tmp_path / "d.jsonl", *rows).read_bytes()))
+        asked = Mock(return_value=pq.read_table(path).to_pylist())
+        monkeypatch.setattr(datasets, "load_dataset", asked if name == "owner/name" else datasets.load_dataset)
     elif name == "d.jsonl":
         write(path, *rows)
     else:
         path.write_text("\ufeff" + json.dumps(rows if name == "d.json" else {"version": 1, "data": rows}))
-    if name == "owner/name":
-        monkeypatch.setattr(datasets, "load_dataset", Mock(return_value=pq.read_table(path).to_pylist()))
-        path = name
-    first, second = read_examples(options(path))
-    text = "three cat" if rows is not table else table[0]["messages"][3]["content"]
-    assert (first.talk.messages, first.talk.reply) == (CALL[:3], {"role": "assistant", "content": text})
+    first, second = read_examples(options("owner/name" if name == "owner/name" else path))
+    assert (first.talk.messages, first.talk.reply) == (CALL[:3], CALL[3])
     assert (second.talk.messages, second.talk.reply, second.talk.tools) == (OTHER[:1], OTHER[1], [{"name": "red"}])
-    assert (first.target, second.target, first.row, second.row) == (text, None, 1, 2)
+    assert (first.target, second.target, first.row, second.row) == ("three cat", None, 1, 2)
 
 
 def test_what_is_wrong_with_a_json_file_is_one_line(tmp_path, monkeypatch):
+    given = options(tmp_path / "d.json")
     for text, message in (
-        ('{"data": [1]}', "is no list of JSON objects"),
+        ('{"data": [1]}', "is no list of JSON objects, nor"),
         ('{"messages": []}', "name lines of JSON .jsonl"),
-        ('[{"prompt": "a"},\n]', "not valid JSON (Illegal trailing comma before end of array, line 1, column"),
+        ('[{"prompt": "a"}\n}', r"not valid JSON \(.*, line 2, column 1\)"),
         ("[" * 10**5, "not readable as JSON"),
-        ("[]", "holds no rows"),
     ):
         (tmp_path / "d.json").write_text(text)
-        assert message.split(" (")[0] in refuses(DataError, "d.json: ", read_examples, options(tmp_path / "d.json"))
+        refuses(DataError, f"d.json: {message}|{message}", read_examples, given)
     monkeypatch.setattr(read, "MAX_JSON", 1)
-    refuses(
-        DataError, "can't be read .it has more than 1 bytes.; JSON lines", read_examples, options(tmp_path / "d.json")
-    )
+    refuses(DataError, "can't be read .it has more than 1 bytes.; JSON lines", read_examples, given)
 
 
 def test_the_forms_of_trl_are_the_same_conversation(tmp_path):
@@ -107,10 +94,9 @@ def test_the_forms_of_trl_are_the_same_conversation(tmp_path):
     forms = [{"prompt": talk, "completion": reply}, {"prompt": talk, "completion": "the cat runs"}]
     forms += [{"messages": talk, "target": "the cat runs"}, {"prompt": talk, "target": "the cat runs"}]
     (whole,) = rendered(tmp_path, {"messages": THREE})
-    for row in forms:
+    for row, count in zip(forms, (1, 1, 3, 1), strict=True):
         (one,) = rendered(tmp_path, row)
         assert (one, one.written) == (whole, whole.written)
-        count = 3 if "messages" in row else 1
         assert len(rendered(tmp_path, row, turns="all")) == count
     (one,) = rendered(tmp_path, {"prompt": talk})
     assert (one.prompt, one.target) == (whole.prompt, None)
@@ -122,26 +108,10 @@ def test_the_forms_of_trl_are_the_same_conversation(tmp_path):
     assert one.talk == read_examples(options(tmp_path, {"messages": THREE}))[0].talk
 
 
-def test_what_is_learned_is_what_the_templates_own_marks_say(tmp_path):
-    """transformers' mask of {% generation %}, over the whole conversation: its ids, one turn after the other."""
-    tokenizer, (one, two, three) = chat_tokenizer(MARKED), rendered(tmp_path, {"messages": THREE}, turns="all")
-    how = {"return_assistant_tokens_mask": True, "return_dict": True, "add_special_tokens": False}
-    whole = tokenizer.apply_chat_template(THREE, **how)
-    marked = [id_ for id_, mask in zip(whole["input_ids"], whole["assistant_masks"], strict=True) if mask]
-    assert [id_ for turn in (one, two, three) for id_ in reply_ids(tokenizer, turn)] == marked
-    assert tokenizer.convert_ids_to_tokens(marked) == "two dog </s> red </s> the cat runs </s>".split()
-    for turn in (one, two, three):
-        both = tokenizer(turn.prompt, add_special_tokens=False)["input_ids"] + reply_ids(tokenizer, turn)
-        assert both == whole["input_ids"][: len(both)]
-    assert rendered(tmp_path, {"messages": THREE}, turns="last") == [three]
-    assert [e.written for e in rendered(tmp_path, {"messages": THREE}, stops=[])] == [None]
-
-
 def test_a_turn_is_learned_behind_what_the_model_sees_when_it_writes_it(tmp_path):
     """A template that keeps the reasoning of the last turn only, as Qwen3's, and writes on behind the end."""
-    template = MARKED.replace(
-        "{{ turn.content }} </s>", "{% if loop.last %}{{ turn.why }} / {% endif %}{{ turn.content }} </s> +"
-    )
+    why = "{{ turn.why + ' / ' if loop.last }}{{ turn.content }} </s> +"
+    template = MARKED.replace("{{ turn.content }} </s>", why)
     talk = [dict(m, why=why) if m["role"] == "assistant" else m for m, why in zip(THREE[1:5], "-1-2", strict=True)]
     (before, one), (after, two) = pairs(rendered(tmp_path, {"messages": talk}, template=template, turns="all"))
     assert (one, two) == ("1 / two dog ", "2 / red ")
@@ -175,17 +145,17 @@ OPENS = MARKED.replace("%}<< assistant {% endif", "%}<< assistant who {% endif")
 CALLS = MARKED.replace("{{ turn.content }}", "{{ turn.content or turn.tool_calls[0].function.name }}")
 
 
-@pytest.mark.parametrize(
-    ("messages", "template", "learned"),
-    [
-        (said("assistant red", "user who", "assistant cat"), MARKED, "cat "),
-        (said("user who", "assistant red", "assistant cat"), MARKED, "red |cat "),
-        (said("critic who", "assistant red"), MARKED, "red "),
-        (said("user who", "assistant cat", "user big"), MARKED, "cat "),
-        (CALL, CALLS, "big |three cat "),
-    ],
-    ids=["opens", "twice", "unknown", "open", "call"],
-)
+PARTS = [*CALL[:3], {"role": "assistant", "content": [{"type": "text", "text": "three "}, "cat"]}]
+ODD = [
+    (said("assistant red", "user who", "assistant cat"), MARKED, "cat "),
+    (said("user who", "assistant red", "assistant cat"), MARKED, "red |cat "),
+    (said("critic who", "assistant red"), MARKED, "red "),
+    (said("user who", "assistant cat", "user big"), MARKED, "cat "),
+    (PARTS, CALLS, "big |three cat "),
+]
+
+
+@pytest.mark.parametrize(("messages", "template", "learned"), ODD, ids="opens twice unknown open parts".split())
 def test_odd_rows_are_what_the_template_makes_of_them(tmp_path, messages, template, learned):
     found = pairs(rendered(tmp_path, {"messages": messages}, template=template, turns="all"))
     assert "|".join(text for _, text in found) == learned
@@ -198,6 +168,7 @@ def test_a_row_with_nothing_to_learn_can_be_sampled_for(tmp_path):
     assert one.target == "red "
 
 
+ONE = said("user who", "assistant red")
 REFUSED = [
     (said("user who"), {}, "line 2: no message of the assistant stands behind another"),
     (said("assistant who"), {}, "line 2: no message of the assistant stands behind another"),
@@ -208,15 +179,15 @@ REFUSED = [
     (None, {}, "line 2: has no messages, but other rows have some"),
     (said("tool who", "assistant red"), {"template": ROLES}, "row 2: the chat template can't be used (no role tool)"),
     (said("user \ud800", "assistant red"), {}, "row 2: the chat template can't be used ('utf-8' codec"),
-    (said("user who", "assistant red"), {"template": OPENS},
+    (ONE, {"template": OPENS},
      "row 1: the chat template writes the assistant's turn otherwise than a prompt begins it"),
-    (said("user who", "assistant red"), {"prefill": "the "}, "begins it ('"),
-    (said("user who", "assistant red"), {"template": MARKED.replace("</s>", "")},
+    (ONE, {"prefill": "the "}, "begins it ('"),
+    (ONE, {"template": MARKED.replace("</s>", "")},
      "row 1: the chat template ends the assistant's turn with no token at which the model stops ('</s>')"),
-    (said("user who", "assistant red"), {"template": None}, "messages: the model's tokenizer has no chat template"),
-    (said("user who", "assistant red"), {"of_text": "Q: {prompt}"}, "--template 'Q: {prompt}' is for plain prompts"),
-    (said("user who", "assistant red"), {"long_prompts": "truncate"}, "would cut off the end of a conversation"),
-    (said("user who", "assistant red"), {"template_arg": "x=1"}, "--template-arg x=1: the chat template knows no such"),
+    (ONE, {"template": None}, "messages: the model's tokenizer has no chat template"),
+    (ONE, {"of_text": "Q: {prompt}"}, "--template 'Q: {prompt}' is for plain prompts"),
+    (ONE, {"long_prompts": "truncate"}, "would cut off the end of a conversation"),
+    (ONE, {"template_arg": "x=1"}, "--template-arg x=1: the chat template knows no such"),
 ]  # fmt: skip
 
 
@@ -234,9 +205,7 @@ def test_what_can_not_be_used_is_one_line_with_the_row(tmp_path, messages, given
 def test_options_of_a_chat_without_a_chat_are_refused(tmp_path):
     for given in ({"prefill": "the"}, {"template_arg": "a=1"}):
         how = options(tmp_path, {"prompt": "the cat"}, **given)
-        refuses(
-            ConfigError, "are of a chat: set --chat too", tokenize_prompts, read_examples(how), chat_tokenizer(), how
-        )
+        refuses(ConfigError, "of a chat: set --chat", tokenize_prompts, read_examples(how), chat_tokenizer(), how)
     for wrong in ("plus", "=1", "a b=1", 5):
         with pytest.raises(ValueError, match="must be NAME=VALUE"):
             DataOptions(data="d", template_arg=wrong)
