@@ -59,7 +59,7 @@ def pairs(examples):
 @pytest.mark.parametrize("name", ["d.jsonl", "d.json", "D.JSON", "d.parquet", "owner/name"])
 def test_every_format_gives_the_messages_as_they_are(tmp_path, monkeypatch, name):
     """A table has the keys of all messages in each, null where they were not given."""
-    rows, path = [{"messages": CALL}, {"messages": OTHER, "tools": [{"name": "red"}]}], tmp_path / name
+    rows, path = [{"messages": CALL, "tools": None}, {"messages": OTHER, "tools": [{"name": "red"}]}], tmp_path / name
     if name in ("d.parquet", "owner/name"):
         pq.write_table(pa.Table.from_pylist(rows), path := tmp_path / "d.parquet")
         asked = Mock(return_value=pq.read_table(path).to_pylist())
