@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 ROOMS = "config method text models cache sharing rollouts scoring evaluation training report".split()
 """Folders, each of which imports only from those before it, and from the root."""
-BUDGET = {"ketchup_cache": 9_060, "tests": 11_910}
+BUDGET = {"ketchup_cache": 9_060, "tests": 11_914}
 """Lines of code at most (`code_lines`)."""
 
 
