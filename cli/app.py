@@ -18,7 +18,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from ketchup_cache.config.commands import COMMANDS
-from ketchup_cache.config.options import Config, Positive
+from ketchup_cache.config.options import Config, Positive, split_list
 from ketchup_cache.config.resolve import flag, resolve
 from ketchup_cache.errors import ConfigError, KetchupError, printable
 from ketchup_cache.shipped import recipe
@@ -144,17 +144,19 @@ def _panel(config_class: type[Config], name: str) -> str:
 def _parameter(name: str, info: FieldInfo, positional: bool, panel: str) -> inspect.Parameter:
     """Every flag is read as text and checked by the config class, so that all wrong values are reported at once."""
     text = info.description or ""
-    if not info.is_required() and info.default not in (None, "", PydanticUndefined):
+    if not info.is_required() and info.default not in (None, "", (), PydanticUndefined):
         shown = ",".join(map(str, info.default)) if isinstance(info.default, tuple) else str(info.default)
         text += f"  [default: {shown if not isinstance(info.default, bool) else shown.lower()}]"
+    by_comma = any(getattr(one, "func", None) is split_list for one in info.metadata)
+    several = typing.get_origin(info.annotation) is tuple and not by_comma
     if positional:
         argument = typer.Argument(metavar=name.upper(), help=text, show_default=False, rich_help_panel="Arguments")
-        several = typing.get_origin(info.annotation) is tuple
         return _keyword(name, list[str] | None if several else str | None, argument, None)
     if info.annotation is bool:
         both = f"{flag(name)}/--no-{name.replace('_', '-')}"
         return _option(name, bool | None, text, words=both, panel=panel)
-    return _option(name, str | None, text, metavar=_metavar(info), panel=panel)
+    kind, metavar = (list[str] | None, "NAME=VALUE") if several else (str | None, _metavar(info))
+    return _option(name, kind, text, metavar=metavar, panel=panel)
 
 
 def _option(

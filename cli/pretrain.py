@@ -13,6 +13,9 @@ from .app import Result, command
         "",
         "# teacher fine-tuning: learn references",
         "ketchup-cache pretrain --model google/flan-t5-xl --data train.jsonl --out teacher",
+        "",
+        "# conversations: rows with a column `messages`; all turns of the assistant",
+        "ketchup-cache pretrain --model Qwen/Qwen3-0.6B --data chats.jsonl --out chat",
     ]
 )
 def pretrain(config: PretrainConfig) -> Result:

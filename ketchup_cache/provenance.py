@@ -6,10 +6,10 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable
+from operator import not_
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, StringConstraints, model_serializer
-from pydantic_core.core_schema import SerializerFunctionWrapHandler
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, StringConstraints
 
 from ketchup_cache.errors import MismatchError
 
@@ -46,17 +46,24 @@ class TokenizerInfo(Record):
 
 
 class PromptForm(Record):
-    """What was made of each text before a model was given it: the options of these names."""
+    """What was made of each text before a model was given it: the options of these names. Of conversations `chat` is
+    true."""
 
     template: str = "{prompt}"
     chat: bool = False
     system: str = ""
+    template_arg: tuple[str, ...] = Field(default=(), exclude_if=not_)
+    """`NAME=JSON`, by name. Left out where there are none."""
+    prefill: str = Field(default="", exclude_if=not_)
+    """Left out where there is none."""
 
     def __str__(self) -> str:
         return (
             f"--template {self.template!r}"
             + (" --chat" if self.chat else "")
             + (f" --system {self.system!r}" if self.system else "")
+            + "".join(f" --template-arg {one}" for one in self.template_arg)
+            + (f" --prefill {self.prefill!r}" if self.prefill else "")
         )
 
 
@@ -65,7 +72,7 @@ class DataInfo(Record):
     fingerprint: Sha256
     """Of the rendered prompt texts, in order."""
     template: str
-    """`{prompt}` where the text was used as it is; with a chat, the whole turn."""
+    """`{prompt}` where the text was used as it is; with a chat, the whole turn; `{messages}` of conversations."""
     form: PromptForm | None = None
     """The options that made the prompts; null where the writer did not record them."""
 
@@ -118,13 +125,9 @@ class TeacherInfo(Record):
     dtype: str
     """Precision of the body: `served` where only the server knows. The head and its reductions always run in float32.
     """
-    served: Served | None = None
+    served: Served | None = Field(default=None, exclude_if=not_)
     """Of a teacher behind a server: its logits are log-probabilities, so their mean is not known. Left out for one that
     ran in the process."""
-
-    @model_serializer(mode="wrap")
-    def _without_nothing(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return {name: value for name, value in dump(self).items() if name != "served" or value is not None}
 
     def answers_as(self, other: TeacherInfo) -> bool:
         """Whether both are behind servers, and the probe finds one model."""

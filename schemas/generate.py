@@ -25,8 +25,11 @@ class _EveryFieldRequired(GenerateJsonSchema):
 
 def manifest_schema() -> dict[str, Any]:
     schema = {"$schema": DIALECT} | Manifest.model_json_schema(schema_generator=_EveryFieldRequired)
-    rollouts, teacher = schema["$defs"]["RolloutsInfo"], schema["$defs"]["TeacherInfo"]
-    for record, key in ((schema, "author"), (rollouts, "finished"), (teacher, "served")):
+    may_lack = {"RolloutsInfo": ["finished"], "TeacherInfo": ["served"], "PromptForm": ["template_arg", "prefill"]}
+    for record, key in [
+        (schema, "author"),
+        *((schema["$defs"][name], key) for name in may_lack for key in may_lack[name]),
+    ]:
         record["required"].remove(key)
         del record["properties"][key]["default"]  # it stands for a key that is not there
     return schema

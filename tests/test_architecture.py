@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 ROOMS = "config method text models cache sharing rollouts scoring evaluation training report".split()
 """Folders, each of which imports only from those before it, and from the root."""
-BUDGET = {"ketchup_cache": 9_210, "tests": 12_030}
+BUDGET = {"ketchup_cache": 9_460, "tests": 12_410}
 """Lines of code at most (`code_lines`)."""
 
 

@@ -7,6 +7,7 @@ So an id pins every byte of the data, and of everything its parents hold.
 from __future__ import annotations
 
 import hashlib
+from operator import not_
 from typing import Annotated, Literal
 
 from pydantic import Field, StringConstraints, model_validator
@@ -56,7 +57,7 @@ class RolloutsInfo(Record):
     """compact: log-probabilities in float16."""
     original: Sha256 | None = None
     """Of a compact segment of version 1: id of the lossless one with the same rows. Readers use each row once."""
-    finished: int | None = Field(default=None, ge=0)
+    finished: int | None = Field(default=None, ge=0, exclude_if=lambda count: count is None)
     """Rollouts that ended in EOS before the length limit. Not in version 1."""
 
 
@@ -89,7 +90,7 @@ class Manifest(Record):
     version: Literal[1, 2] = 2
     tool: str
     """Name and version of the program that wrote the segment."""
-    author: Annotated[str, StringConstraints(min_length=1, max_length=200)] = ""
+    author: Annotated[str, StringConstraints(min_length=1, max_length=200)] = Field(default="", exclude_if=not_)
     """Who made the segment, in version 1, where they chose to say so. Left out of the bytes otherwise."""
     created: str
     """UTC, ISO 8601, to the microsecond: `2026-01-31T12:00:00.000000Z`."""
@@ -106,12 +107,7 @@ class Manifest(Record):
 
     def to_bytes(self) -> bytes:
         """Canonical JSON: sorted keys, no spaces, UTF-8. The id is the hash of exactly these bytes."""
-        record = self.model_dump(mode="json")
-        if not self.author:
-            del record["author"]
-        if record["info"].get("finished", 0) is None:
-            del record["info"]["finished"]
-        return provenance.canonical_json(record)
+        return provenance.canonical_json(self.model_dump(mode="json"))
 
     @property
     def data_bytes(self) -> int:

@@ -45,6 +45,8 @@ class PretrainConfig(shared.DevOptions, shared.DataOptions, shared.StepOptions, 
     """Cache whose finished rollouts are learned (pre-distillation, SeqKD). Not with --data."""
     policy: str | None = None
     """With --cache: policy whose rollouts are learned, by name or start of its fingerprint."""
+    turns: Literal["all", "last"] = "all"
+    """With --data, of a conversation: which turns of the assistant are learned."""
     epochs: Positive = 5
     """Passes over the data."""
     batch_size: Positive = 8

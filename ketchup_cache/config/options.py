@@ -5,6 +5,7 @@ Parts of the program take the group that they need, so a test or a script gives 
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -54,6 +55,22 @@ def split_list(value: Any) -> Any:
     return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
 
 
+def _arguments(value: Any) -> Any:
+    """NAME=VALUE texts in one spelling, in the order of the names, of each the last."""
+    texts = [str(one) for one in (value if isinstance(value, (list, tuple)) else [value])]
+    if not all(re.match(r"[^\W\d]\w*=", text) for text in texts):
+        raise ValueError("must be NAME=VALUE, as enable_thinking=false")
+    given = {name: _json_or_text(text) for name, text in (text.split("=", 1) for text in texts)}
+    return tuple(f"{name}={json.dumps(given[name], ensure_ascii=False)}" for name in sorted(given))
+
+
+def _json_or_text(text: str) -> Any:
+    try:
+        return json.loads(text, parse_constant=str)
+    except (ValueError, RecursionError):
+        return text
+
+
 RougeTokenizer = Literal["ascii", "unicode", "characters"]
 
 
@@ -84,7 +101,11 @@ class PromptOptions(Config):
     prompt_field: str = "prompt"
     """Column of the prompts. translation.en is the part `en` of the column `translation`."""
     target_field: str = "target"
-    """Column of the references."""
+    """Column of the references: texts, or lists of texts where there are several. Without it, also `targets` and
+    `completion`."""
+    messages_field: str = "messages"
+    """Column of conversations: lists of messages, each with a role and a content. A row that has one, or whose prompt
+    is such a list, is rendered by the tokenizer's chat template. Empty: no such column is looked for."""
     template: str = "{prompt}"
     """Text given to the model. {prompt} is replaced by the prompt."""
     max_prompt_tokens: Positive = 1024
@@ -95,7 +116,13 @@ class PromptOptions(Config):
     chat: bool = False
     """Wrap each prompt as a user turn by the tokenizer's chat template, and open the assistant's turn."""
     system: str = ""
-    """Text of a system turn before the prompt. Needs --chat."""
+    """Text of a system turn before the prompt; of a conversation, where it has none of its own. Needs --chat."""
+    template_arg: Annotated[tuple[str, ...], BeforeValidator(_arguments)] = ()
+    """Argument of the chat template, as enable_thinking=false; may be given several times. The value is JSON, else
+    text."""
+    prefill: str = ""
+    """Text that the assistant's turn begins with. It is a part of the prompt: it is not learned, and is in no output;
+    references that begin with it are taken without it."""
 
     @model_validator(mode="after")
     def _whole_turns(self) -> PromptOptions:
@@ -110,7 +137,7 @@ class DataOptions(PromptOptions):
     """Prompts"""
 
     data: str
-    """Prompts: a .jsonl, .csv or .parquet file, or a Hugging Face dataset (owner/name or owner/name:config)."""
+    """Prompts: a .jsonl, .json, .csv or .parquet file, or a Hugging Face dataset (owner/name or owner/name:config)."""
     split: str = "train"
     """Split of a Hugging Face dataset."""
     skip: Count = 0

@@ -20,12 +20,15 @@ from ketchup_cache.errors import ConfigError, DataError
 from ketchup_cache.evaluation.task_metrics import (
     NOT_OF_TEXTS,
     SACREBLEU,
+    Targets,
     check_metrics,
     compute,
     of_each,
     of_texts,
+    references,
     rouge_tokenizer,
     sacrebleu_metric,
+    streams,
 )
 
 ALPHA = 0.05
@@ -105,12 +108,12 @@ def compare(config: CompareConfig) -> Comparison:
     Raises DataError for files that are no outputs of `evaluate`, or not of the same data with references.
     """
     ours, theirs = (read_outputs(path) for path in (config.a, config.b))
-    if [(row["id"], row["target"]) for row in ours] != [(row["id"], row["target"]) for row in theirs]:
+    if [(row["id"], targets_of(row)) for row in ours] != [(row["id"], targets_of(row)) for row in theirs]:
         what = "are not outputs for the same prompts and targets in the same order"
         raise DataError(f"{config.a} and {config.b}: {what}; make them with the same --data")
-    targets = [row["target"] for row in ours]
-    if None in targets:
-        raise DataError(f"{config.a}: example {targets.index(None) + 1} has no target to compare with")
+    targets = [targets_of(row) for row in ours]
+    if [] in targets:
+        raise DataError(f"{config.a}: example {targets.index([]) + 1} has no target to compare with")
     a, b = ([row["output"] for row in rows] for rows in (ours, theirs))
     metrics = of_texts(config.metrics)
     if NOT_OF_TEXTS.intersection(config.metrics):
@@ -129,7 +132,7 @@ def compare(config: CompareConfig) -> Comparison:
     order = np.argsort(gain, kind="stable")
 
     def shown(places: NDArray) -> tuple[dict[str, Any], ...]:
-        texts = [{"prompt": ours[i]["prompt"], "target": targets[i], "a": a[i], "b": b[i]} for i in places]
+        texts = [{"prompt": ours[i]["prompt"], "target": targets[i][0], "a": a[i], "b": b[i]} for i in places]
         numbers = [{"a_value": float(values[0][i]), "b_value": float(values[1][i])} for i in places]
         return tuple(text | of_both for text, of_both in zip(texts, numbers, strict=True))
 
@@ -149,7 +152,7 @@ def compare(config: CompareConfig) -> Comparison:
 
 
 def _difference(
-    name: str, a: list[str], b: list[str], targets: list[str], draws: NDArray, rouge: RougeTokenizer
+    name: str, a: list[str], b: list[str], targets: Targets, draws: NDArray, rouge: RougeTokenizer
 ) -> Difference:
     """draws: [resamples, examples] int."""
     values = [compute([name], outputs, targets, rouge) for outputs in (a, b)]
@@ -157,7 +160,7 @@ def _difference(
     if name in SACREBLEU:
         # the first system is the baseline, which has no p of its own
         signatures, scores = PairedTest(
-            [("a", a), ("b", b)], {name: sacrebleu_metric(name)}, [targets], "bs", len(draws)
+            [("a", a), ("b", b)], {name: sacrebleu_metric(name)}, streams(targets), "bs", len(draws)
         )()
         ((key, signature),) = signatures.items()
         # of equal outputs it says p = 1/(resamples + 1)
@@ -174,14 +177,14 @@ def _difference(
     return Difference(name, before, after, p, variant, float(low), float(high))
 
 
-def _own_difference(name: str, a: list[str], b: list[str], targets: list[str], draw: NDArray) -> float:
+def _own_difference(name: str, a: list[str], b: list[str], targets: Targets, draw: NDArray) -> float:
     picked = [targets[i] for i in draw]
     before, after = (compute([name], [texts[i] for i in draw], picked)[name] for texts in (a, b))
     return float(after) - float(before)
 
 
 def values_of_each(
-    metrics: Sequence[str], systems: Sequence[list[str]], targets: list[str], rouge: RougeTokenizer
+    metrics: Sequence[str], systems: Sequence[list[str]], targets: Targets, rouge: RougeTokenizer
 ) -> tuple[str, list[NDArray]]:
     """For choosing examples: the first metric that is a mean over examples, else chrF of each sentence; its name, and
     the value of each example of each system."""
@@ -189,8 +192,8 @@ def values_of_each(
     if by != "chrf":
         return by, [np.array(of_each(by, outputs, targets, rouge)) for outputs in systems]
     chrf = sacrebleu_metric("chrf")
-    pairs = [zip(outputs, targets, strict=True) for outputs in systems]
-    return by, [np.array([chrf.sentence_score(o, [t]).score for o, t in pair]) for pair in pairs]
+    pairs = [zip(outputs, map(references, targets), strict=True) for outputs in systems]
+    return by, [np.array([chrf.sentence_score(o, several).score for o, several in pair]) for pair in pairs]
 
 
 def _cut(text: str) -> str:
@@ -212,6 +215,11 @@ def read_outputs(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def targets_of(row: dict[str, Any]) -> list[str]:
+    """All references of such a row."""
+    return list(row.get("targets", [] if row["target"] is None else [row["target"]]))
+
+
 def is_outputs(path: Path) -> bool:
     """Whether the first line of a file is one that `read_outputs` takes."""
     try:
@@ -222,4 +230,6 @@ def is_outputs(path: Path) -> bool:
 
 
 def _is_output(row: Any) -> bool:
-    return isinstance(row, dict) and all(key in row and isinstance(row[key], kind) for key, kind in KEYS.items())
+    if not isinstance(row, dict) or not all(key in row and isinstance(row[key], kind) for key, kind in KEYS.items()):
+        return False
+    return isinstance(several := row.get("targets", []), list) and all(isinstance(text, str) for text in several)

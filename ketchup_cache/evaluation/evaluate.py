@@ -101,7 +101,7 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
         todo = "choose a teacher that shares it, or leave --teacher out"
         ours = tokenizer_info(tokenizer, config.model)
         require_same_encoding(ours, scorer.tokenizer, what, todo, download=True, **trust)
-    data = EvalSet.read(config, tokenizer, config.metrics, config.rouge_tokenizer)
+    data = EvalSet.read(config, tokenizer, config.model, config.metrics, config.rouge_tokenizer)
     outputs, loss = _of_model(config, data, tokenizer)
     gc.collect()
     torch.cuda.empty_cache()

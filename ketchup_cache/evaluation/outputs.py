@@ -24,8 +24,8 @@ from ketchup_cache.models.head import Head
 from ketchup_cache.models.load import evaluating, model_name
 from ketchup_cache.provenance import Sampling
 from ketchup_cache.rollouts.calculator import Calculator
-from ketchup_cache.rollouts.sample import sample_completions
-from ketchup_cache.text.prompts import Example, target_ids, tokenize_prompts
+from ketchup_cache.rollouts.sample import sample_completions, stop_ids
+from ketchup_cache.text.prompts import Example, reply_ids, tokenize_prompts
 from ketchup_cache.text.read import read_examples
 from ketchup_cache.types import TOKEN_DTYPE, Ragged, Rollouts, Scores
 
@@ -35,25 +35,36 @@ LOSS_TOKENS = 16_384
 
 @dataclass(frozen=True)
 class EvalSet:
-    """Examples as a model is given them. prompts: their token ids. targets: the references, None where no example has
-    one. left_out, cut: examples over the prompt limit that are not here, and that lost tokens."""
+    """Examples as a model is given them. prompts: their token ids. targets: the references of each, None where no
+    example has one. left_out, cut: examples over the prompt limit that are not here, and that lost tokens."""
 
     data: str
     examples: list[Example]
     prompts: Ragged
-    targets: list[str] | None
+    targets: list[tuple[str, ...]] | None
     left_out: int
     cut: int
     rouge: RougeTokenizer = "ascii"
 
     @classmethod
     def read(
-        cls, options: DataOptions, tokenizer: PreTrainedTokenizerBase, metrics: Sequence[str], by: RougeTokenizer | None
+        cls,
+        options: DataOptions,
+        tokenizer: PreTrainedTokenizerBase,
+        model: str,
+        metrics: Sequence[str],
+        by: RougeTokenizer | None,
     ) -> EvalSet:
-        """by: what ROUGE counts. Raises DataError for unusable data, or targets that a metric can't use; ConfigError
-        for an unusable template, chat template or function of the user's."""
+        """model: whose stop tokens end the replies of conversations. by: what ROUGE counts.
+
+        Raises DataError for unusable data, or targets that a metric can't use; ConfigError for an unusable template,
+        chat template or function of the user's."""
         examples = read_examples(options)
-        kept = tokenize_prompts(examples, tokenizer, options)
+        # a reply without a text of its own, which calls tools, is compared as the template writes it
+        written = "loss" in metrics or any(e.talk and e.talk.reply and e.target is None for e in examples)
+        trust = getattr(options, "trust_remote_code", False)
+        stops = stop_ids(model, trust_remote_code=trust) if examples[0].talk and written else []
+        kept = tokenize_prompts(examples, tokenizer, options, stops=stops)
         targets = _targets(kept.examples, options)
         check_metrics(metrics, targets or [])
         by = rouge_tokenizer(by, metrics, targets or [])
@@ -94,20 +105,21 @@ class Outputs:
         rows = zip(data.examples, self.texts, self.rollouts.finished.tolist(), strict=True)
         records = (
             {"id": e.id.hex(), "prompt": e.prompt, "output": output, "target": e.target, "finished": finished}
+            | ({"targets": e.references} if e.more else {})
             for e, output, finished in rows
         )
         write_file(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode())
 
 
 def reference_loss(model: PreTrainedModel, head: Head, data: EvalSet, tokenizer: PreTrainedTokenizerBase) -> float:
-    """Cross-entropy of the references with their EOS, by teacher forcing: nats per token, over all tokens.
+    """Cross-entropy of the (first) references with their EOS, by teacher forcing: nats per token, over all tokens.
 
     Raises DataError where the data has no references.
     """
     if data.targets is None:
         raise DataError(f"{data.data}: metric loss needs references: set --target-field, or choose another metric")
     bare = not model.config.is_encoder_decoder
-    targets = Ragged.from_rows([target_ids(tokenizer, text, bare=bare) for text in data.targets], TOKEN_DTYPE)
+    targets = Ragged.from_rows([reply_ids(tokenizer, example, bare=bare) for example in data.examples], TOKEN_DTYPE)
     return -float(token_logprob(model, head, Batch(data.prompts, np.arange(len(targets)), targets)).mean(dtype=float))
 
 
@@ -125,9 +137,9 @@ def token_logprob(model: PreTrainedModel, head: Head, batch: Batch) -> NDArray[n
     return values
 
 
-def _targets(examples: Sequence[Example], options: DataOptions) -> list[str] | None:
+def _targets(examples: Sequence[Example], options: DataOptions) -> list[tuple[str, ...]] | None:
     """The references; None where no example has one. A mean over a part of the data would pass for one over all."""
-    targets = [example.target for example in examples if example.target is not None]
+    targets = [example.references for example in examples if example.references]
     if targets and len(targets) < len(examples):
         row = next(example.row for example in examples if example.target is None)
         raise DataError(

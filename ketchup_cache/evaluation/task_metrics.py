@@ -12,6 +12,7 @@ import sys
 import unicodedata
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import zip_longest
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,6 +23,8 @@ from ketchup_cache.console import one_line, say
 from ketchup_cache.errors import ConfigError, DataError
 
 Texts = Sequence[str]
+Targets = Sequence[str | Texts]
+"""Of each output one reference, or several."""
 Values = dict[str, float | str]
 ROUGE = ("rouge1", "rouge2", "rougeL")
 COUNTED: dict[RougeTokenizer, str] = {
@@ -40,16 +43,18 @@ GSM8K_ANSWER = re.compile(r"#### (\-?[0-9\.\,]+)")
 """The final answer in a GSM8K solution, as the data set's authors define it (Cobbe et al., 2021)."""
 
 
-def compute(metrics: Texts, outputs: Texts, targets: Texts, rouge: RougeTokenizer = "ascii") -> Values:
-    """Scores of all outputs, one reference each. Empty outputs are wrong answers, not errors.
+def compute(metrics: Texts, outputs: Texts, targets: Targets, rouge: RougeTokenizer = "ascii") -> Values:
+    """Scores of all outputs. Empty outputs are wrong answers, not errors.
 
     Returns, for the metrics asked for and in their order (`loss` and `return` are not of texts, and are passed over):
         rouge1, rouge2, rougeL, or rouge for all three: F1, mean over examples, by the tokenizer `rouge`, and
-            rouge_variant, which names it.
+            rouge_variant, which names it. Of several references that with the highest F1 counts (Lin, 2004).
         bleu, chrf, ter: of the whole corpus by sacrebleu (Post, 2018), each with NAME_signature. Lower TER is better.
-        exact: share of the outputs that equal their target, outer white space aside.
-        accuracy, gsm8k: share whose final answer (`GSM8K_ANSWER`, commas removed) is the target's, compared as text.
-        package.module:function: what it returns for the lists of outputs and targets.
+            Of several references, whose number may vary: as sacrebleu takes them.
+        exact: share of the outputs that equal a target, outer white space aside.
+        accuracy, gsm8k: share whose final answer (`GSM8K_ANSWER`, commas removed) is a target's, compared as text.
+        package.module:function: what it returns for the lists of outputs and targets; where an example has several,
+            the targets are lists of texts.
 
     Raises:
         ConfigError, DataError: see `check_metrics`; DataError also where a function of the user's fails.
@@ -69,14 +74,14 @@ def of_texts(metrics: Sequence[str]) -> list[str]:
     return [one for name in metrics for one in (ROUGE if name == "rouge" else [name]) if one not in NOT_OF_TEXTS]
 
 
-def check_metrics(metrics: Sequence[str], targets: Sequence[str]) -> None:
+def check_metrics(metrics: Sequence[str], targets: Targets) -> None:
     """Raise DataError where a metric can't use a target, ConfigError where a function of the user's can't be imported:
     worth knowing before anything is decoded."""
     for name in of_texts(metrics):
         if ":" in name:
             _own(name)
     for row, target in enumerate(targets if {"gsm8k", "accuracy"} & set(metrics) else (), start=1):
-        if final_answer(target) is None:
+        if None in map(final_answer, references(target)):
             raise DataError(
                 f"target of example {row} has no final answer `#### NUMBER`, which metric accuracy (gsm8k) needs: "
                 "check --target-field, or choose another metric"
@@ -89,12 +94,18 @@ def final_answer(solution: str) -> str | None:
     return match.group(1).replace(",", "") if match else None
 
 
-def rouge_tokenizer(asked: RougeTokenizer | None, metrics: Sequence[str], targets: Sequence[str]) -> RougeTokenizer:
+def references(target: str | Texts) -> list[str]:
+    """All of one output."""
+    return [target] if isinstance(target, str) else list(target)
+
+
+def rouge_tokenizer(asked: RougeTokenizer | None, metrics: Sequence[str], targets: Targets) -> RougeTokenizer:
     """The one that was asked for; without any, `ascii` where it fits the references, else `unicode`, which is said.
 
     Raises DataError where the one asked for loses more than `MOST_LOST` of their letters.
     """
-    letters = "".join(letter for target in targets for letter in target.lower() if letter.isalnum())
+    texts = (text.lower() for target in targets for text in references(target))
+    letters = "".join(letter for text in texts for letter in text if letter.isalnum())
     lost = sum(not letter.isascii() for letter in letters) / max(len(letters), 1)
     if not {"rouge", *ROUGE}.intersection(metrics) or lost <= MOST_LOST or asked not in (None, "ascii"):
         return asked or "ascii"
@@ -119,17 +130,18 @@ ANSWERS: dict[str, Callable[[str], str | None]] = {
 """Metrics that are a share of right answers → the answer in a text."""
 
 
-def of_each(metric: str, outputs: Texts, targets: Texts, rouge: RougeTokenizer = "ascii") -> list[float] | None:
+def of_each(metric: str, outputs: Texts, targets: Targets, rouge: RougeTokenizer = "ascii") -> list[float] | None:
     """The metric of every single output, in percent, where the whole is their mean; None for other metrics."""
+    pairs = list(zip(outputs, map(references, targets), strict=True))
     if metric in ROUGE:
         from rouge_score.rouge_scorer import RougeScorer
 
         own: Any = None if rouge == "ascii" else SimpleNamespace(tokenize=partial(_of_any_script, rouge))
-        score = RougeScorer([metric], use_stemmer=True, tokenizer=own).score
-        return [100 * score(target, output)[metric].fmeasure for output, target in zip(outputs, targets, strict=True)]
+        best = RougeScorer([metric], use_stemmer=True, tokenizer=own).score_multi
+        return [100 * best(several, output)[metric].fmeasure for output, several in pairs]
     if metric in ANSWERS:
         answer = ANSWERS[metric]
-        return [100.0 * (answer(output) == answer(target)) for output, target in zip(outputs, targets, strict=True)]
+        return [100.0 * (answer(output) in map(answer, several)) for output, several in pairs]
     return None
 
 
@@ -140,18 +152,24 @@ def sacrebleu_metric(name: str) -> Any:
     return {"bleu": BLEU, "chrf": CHRF, "ter": TER}[name]()
 
 
-def _values(name: str, outputs: Sequence[str], targets: Sequence[str], rouge: RougeTokenizer) -> Values:
+def streams(targets: Targets) -> list[list[str | None]]:
+    """As sacrebleu takes them: the first references of all, the second ones, …; None where an output has fewer."""
+    return [list(stream) for stream in zip_longest(*map(references, targets))]
+
+
+def _values(name: str, outputs: Sequence[str], targets: Targets, rouge: RougeTokenizer) -> Values:
     if name in SACREBLEU:
         metric = sacrebleu_metric(name)
-        score = metric.corpus_score(list(outputs), [list(targets)]).score
+        score = metric.corpus_score(list(outputs), streams(targets)).score
         return {name: score, f"{name}_signature": str(metric.get_signature())}
     if (each := of_each(name, outputs, targets, rouge)) is not None:
         variant = f"rouge-score, F1, {COUNTED[rouge]}, rougeL over the whole text"
         return {name: sum(each) / len(each)} | ({"rouge_variant": variant} if name in ROUGE else {})
-    return {name: _own(name)(outputs, targets)}
+    several = [references(target) for target in targets]
+    return {name: _own(name)(outputs, [one for one, *more in several] if max(map(len, several)) == 1 else several)}
 
 
-def _own(name: str) -> Callable[[Sequence[str], Sequence[str]], float]:
+def _own(name: str) -> Callable[[Texts, Targets], float]:
     """A function of the user's, `package.module:function`. The folder that the program runs in is searched too."""
     module, _, attribute = name.partition(":")
     if "" not in sys.path:
@@ -161,7 +179,7 @@ def _own(name: str) -> Callable[[Sequence[str], Sequence[str]], float]:
     except Exception as error:  # whatever its module does when it is imported
         raise ConfigError([f"metric {name}: can't be imported ({one_line(error)})"]) from error
 
-    def score(outputs: Sequence[str], targets: Sequence[str]) -> float:
+    def score(outputs: Texts, targets: Targets) -> float:
         try:
             value = float(function(list(outputs), list(targets)))
         except Exception as error:

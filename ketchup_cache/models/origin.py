@@ -8,6 +8,7 @@ from typing import TypeVar
 from pydantic import Field, ValidationError
 
 from ketchup_cache.config.options import PromptOptions
+from ketchup_cache.config.resolve import flag
 from ketchup_cache.console import one_line, warn
 from ketchup_cache.errors import ConfigError, MismatchError, ModelError
 from ketchup_cache.models.fingerprint import tokenizer_info
@@ -67,9 +68,10 @@ def prompts_as_trained(options: AnyOptions, model: str, form: PromptForm | None 
     if known is None:
         return options
     given = {name: getattr(options, name) for name in PromptForm.model_fields if name in options.model_fields_set}
-    others = {name: value for name, value in given.items() if value != getattr(known, name)}
+    also = dict.fromkeys(["system", "template_arg", "prefill"] if given else [])  # not taken over then: said, if so
+    others = {name: now for name in also | given if (now := getattr(options, name)) != getattr(known, name)}
     if others:
-        texts = ", ".join(f"--{name} {getattr(known, name)!r}, not {value!r}" for name, value in others.items())
+        texts = ", ".join(f"{flag(name)} {getattr(known, name)!r}, not {value!r}" for name, value in others.items())
         warn(f"{model}: was trained with {texts}")
     if given:  # a template of the user's inside a remembered chat would be neither form
         return options

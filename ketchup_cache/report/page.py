@@ -21,7 +21,7 @@ from ketchup_cache.config.commands import AnalyzeConfig, ReportConfig
 from ketchup_cache.config.options import LOWER_IS_BETTER, SelectOptions
 from ketchup_cache.console import Report, one_line, printable, size_text
 from ketchup_cache.errors import DataError, KetchupError
-from ketchup_cache.evaluation.compare import read_outputs, values_of_each
+from ketchup_cache.evaluation.compare import read_outputs, targets_of, values_of_each
 from ketchup_cache.evaluation.outputs import token_logprob
 from ketchup_cache.files import write_file
 from ketchup_cache.models.fingerprint import tokenizer_info
@@ -172,7 +172,8 @@ def _samples(path: Path, options: Record, most: int) -> tuple[str, list[Record]]
     if None in targets or len(after) != len(before):
         return "", []
     outputs = [[row["output"] for row in rows] for rows in (before, after)]
-    by, values = values_of_each(options["metric"], outputs, targets, options.get("rouge_tokenizer") or "unicode")
+    refs = list(map(targets_of, before))
+    by, values = values_of_each(options["metric"], outputs, refs, options.get("rouge_tokenizer") or "unicode")
     keys = ("row", "prompt", "reference", "before", "after", "was", "now")
     columns = range(len(targets)), [row["prompt"] for row in before], targets, *outputs, *values
     return by, [dict(zip(keys, row, strict=True)) for row in _some(list(zip(*columns, strict=True)), most)]

@@ -6,6 +6,7 @@ All that comes from data and models is made `visible`: nothing of it steers the 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -17,13 +18,14 @@ from ketchup_cache.cache.cache import Cache
 from ketchup_cache.config.commands import ShowConfig
 from ketchup_cache.config.options import DataOptions
 from ketchup_cache.console import Report, printable
-from ketchup_cache.errors import DataError
-from ketchup_cache.evaluation.compare import is_outputs, read_outputs
+from ketchup_cache.errors import DataError, ModelError
+from ketchup_cache.evaluation.compare import is_outputs, read_outputs, targets_of
 from ketchup_cache.method.returns import rollout_returns
 from ketchup_cache.models.load import load_tokenizer
 from ketchup_cache.report.rows import cache_of_run, load_part, parts, record, tokenizer_of
+from ketchup_cache.rollouts.sample import stop_ids
 from ketchup_cache.sharing.remote_cache import open_cache
-from ketchup_cache.text.prompts import target_ids, tokenize_prompts
+from ketchup_cache.text.prompts import reply_ids, tokenize_prompts
 from ketchup_cache.text.read import read_examples
 from ketchup_cache.text.tokens import pieces, visible
 from ketchup_cache.training.records import unsealed
@@ -83,28 +85,34 @@ def _of_data(config: ShowConfig) -> Iterator[Record]:
     examples = read_examples(options)
     places = {example.row: row for row, example in enumerate(examples, start=start)}
     if config.tokenizer is None:
-        if options.chat:
-            raise DataError(f"{config.what}: --chat is the template of a tokenizer: give one with --tokenizer")
-        yield from ({"row": places[e.row], "prompt": e.prompt, "reference": e.target, "about": {}} for e in examples)
+        if options.chat or examples[0].talk:
+            what = "--chat is" if options.chat else "a conversation has"
+            raise DataError(f"{config.what}: {what} the template of a tokenizer: give one with --tokenizer")
+        for e in examples:
+            yield {"row": places[e.row], "prompt": e.prompt, "reference": "\n".join(e.references) or None, "about": {}}
         return
     tokenizer = load_tokenizer(config.tokenizer)
-    kept = tokenize_prompts(examples, tokenizer, options)
+    stops = [tokenizer.eos_token_id]
+    with suppress(ModelError):  # of a tokenizer without a model
+        stops = stop_ids(config.tokenizer)
+    kept = tokenize_prompts(examples, tokenizer, options, stops=stops)
     for example, ids in zip(kept.examples, kept.prompts.tokens, strict=True):
         row: Record = {"row": places[example.row], "prompt": "".join(pieces(tokenizer, ids.tolist()))}
         at_limit = options.long_prompts == "truncate" and len(ids) == options.max_prompt_tokens
         row["about"] = {"prompt": f"{len(ids)} tokens" + ", cut at --max-prompt-tokens" * at_limit}
         if example.target is not None:
-            whole = target_ids(tokenizer, example.target)
+            whole = reply_ids(tokenizer, example)
             row["ending"] = "finished" if len(whole[:limit]) == len(whole) else "cut"
             row["reference"] = "".join(pieces(tokenizer, whole[:limit]))
-            row["about"]["reference"] = f"{len(whole[:limit])} tokens, {row['ending']}"
+            more = f", the first of {len(example.references)}" * bool(example.more)
+            row["about"]["reference"] = f"{len(whole[:limit])} tokens, {row['ending']}{more}"
         yield row
 
 
 def _of_outputs(path: Path, config: ShowConfig) -> Iterator[Record]:
     start, stop = config.span
     for number, row in enumerate(read_outputs(path)[start:stop], start=start):
-        texts = {"prompt": row["prompt"], "completion": row["output"], "reference": row["target"]}
+        texts = {"prompt": row["prompt"], "completion": row["output"], "reference": "\n".join(targets_of(row)) or None}
         ending = ENDINGS[bool(row["finished"])] if "finished" in row else ""
         yield {"row": number, **texts, "ending": ending, "about": {"completion": ending}}
 

@@ -33,7 +33,7 @@ from ketchup_cache.provenance import DataInfo, PolicyInfo, Sampling, TokenizerIn
 from ketchup_cache.rollouts.calculator import Calculator
 from ketchup_cache.rollouts.sample import sample_completions
 from ketchup_cache.sharing.remote_cache import open_cache
-from ketchup_cache.text.prompts import tokenize_prompts, without_duplicates
+from ketchup_cache.text.prompts import tokenize_prompts
 from ketchup_cache.text.read import data_info, read_examples
 from ketchup_cache.types import Prompts, Ragged, Rollouts, concatenated
 
@@ -97,9 +97,8 @@ def rollout(config: RolloutConfig) -> RolloutReport:
     began, config = time.monotonic(), prompts_as_trained(config, config.student)
     given = read_examples(config)
     tokenizer = load_tokenizer(config.student, trust_remote_code=config.trust_remote_code)
-    examples = without_duplicates(given)
     info = tokenizer_info(tokenizer, config.student)
-    kept = tokenize_prompts(examples, tokenizer, config)
+    kept = tokenize_prompts(given, tokenizer, config, unique=True)
     prompts = kept.prompts
     policy = PolicyInfo(name=config.student, fingerprint=weights_fingerprint(config.student))
     calculator = Calculator(tokenizer, config.student) if config.calculator else None
@@ -123,8 +122,9 @@ def rollout(config: RolloutConfig) -> RolloutReport:
         rows += int(inside.sum())
         tokens += int(rollouts.completions.lengths[inside].sum())
         finished += int(rollouts.finished[inside].sum())
-    duplicates, too_long, seconds = len(given) - len(examples), len(examples) - len(prompts), time.monotonic() - began
-    return RolloutReport(len(prompts), duplicates, too_long, kept.cut, rows, tokens, finished, rows - new, seconds)
+    too_long, seconds = len(given) - kept.duplicates - len(prompts), time.monotonic() - began
+    left_out = kept.duplicates, too_long, kept.cut
+    return RolloutReport(len(prompts), *left_out, rows, tokens, finished, rows - new, seconds)
 
 
 # ----------------------------------------------------------------------------------------------------------- prompts

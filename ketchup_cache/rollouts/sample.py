@@ -13,6 +13,8 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Iterator
+from contextlib import suppress
+from types import SimpleNamespace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -20,10 +22,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
+from transformers import AutoConfig, GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 from transformers.generation import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from ketchup_cache.errors import ConfigError, DataError, ModelError, NumericsError
+from ketchup_cache.models.folders import whole_folder
 from ketchup_cache.models.forward import check_positions, decoder_start, forget, longest_mixed, of_one_length, padded
 from ketchup_cache.models.load import evaluating, input_device, model_name
 from ketchup_cache.provenance import Sampling
@@ -105,13 +108,22 @@ def sample_completions(
     return rollouts.take(np.argsort(rollouts.prompt_index, kind="stable"))  # the samples of a prompt are in order
 
 
-def eos_ids(model: PreTrainedModel) -> list[int]:
+def eos_ids(model: Any) -> list[int]:
     """Ids that end a completion; some models have several. Raises ModelError where there is none."""
     for config in (model.generation_config, model.config):
         eos = getattr(config, "eos_token_id", None)
         if eos is not None:
             return list(eos) if isinstance(eos, (list, tuple)) else [eos]
     raise ModelError(f"{model_name(model)}: its config has no eos_token_id")
+
+
+def stop_ids(model: str, *, trust_remote_code: bool = False) -> list[int]:
+    """`eos_ids` of a model that is not loaded. Raises ModelError where there are none."""
+    folder, known = whole_folder(model), SimpleNamespace(name_or_path=model, config=None, generation_config=None)
+    with suppress(OSError, ValueError):
+        known.config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
+        known.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    return eos_ids(known)
 
 
 def _batches(lengths: NDArray, samples: int, batch: int, mixed: float) -> Iterator[tuple[NDArray[np.int64], slice]]:

@@ -18,15 +18,16 @@ from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
 from ketchup_cache.config.options import DataOptions
 from ketchup_cache.console import one_line, silence
-from ketchup_cache.errors import DataError
+from ketchup_cache.errors import ConfigError, DataError
+from ketchup_cache.files import read_small
 from ketchup_cache.provenance import DataInfo
-from ketchup_cache.text.prompts import Example, form_of, parse_template, user_turn
+from ketchup_cache.text.prompts import Conversation, Example, form_of, parse_template, user_turn
 
 Record = dict[str, Any]
 """One row of the data: column → value."""
@@ -35,18 +36,25 @@ HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(:[\w.-]+)?")
 FILE_SUFFIX = re.compile(r"\.[A-Za-z]+$")
 """What marks a name as a file's; a version at the end of a dataset's name (`owner/name-1.5`) does not."""
 JSONL = (".jsonl", ".jsonl.gz")
-SUFFIXES = ".jsonl, .jsonl.gz, .csv or .parquet"
+SUFFIXES = ".jsonl, .jsonl.gz, .json, .csv or .parquet"
+MAX_JSON = 2**30
+"""Bytes of a .json file, which is read as a whole."""
 
 
-def read_examples(options: DataOptions, *, need_target: bool = False) -> list[Example]:
+def read_examples(
+    options: DataOptions, *, need_target: bool = False, turns: Literal["all", "last"] | None = None
+) -> list[Example]:
     """The prompts, and where they are there (or `need_target`) the references, in the order of the data.
+
+    turns: which of the assistant's turns in a conversation are examples, each with what stands before it; by default
+    the one that ends it, or that would come next.
 
     Raises ConfigError for an unusable template, DataError for data that is missing, unreadable or incomplete.
     """
     template = parse_template(options.template)
     sources = {name: (name, "--template") for _, name in template if name}
     sources["prompt"] = (options.prompt_field, "--prompt-field")
-    columns = [options.target_field, *(column for column, _ in sources.values())]
+    columns = [options.target_field, "completion", *(column for column, _ in sources.values())]
     unit = "line" if options.data.lower().endswith(JSONL) else "row"
     stop = options.skip + options.limit if options.limit else None
     examples, names = [], set[str]()
@@ -56,25 +64,34 @@ def read_examples(options: DataOptions, *, need_target: bool = False) -> list[Ex
     with silence(datasets.logging, huggingface_hub.logging), tempfile.TemporaryDirectory() as locks:
         for row, record in islice(_records(options, columns, locks), options.skip, stop):
             where = f"{options.data}: {unit} {row}"
+            names |= record.keys()
+            references = _references(record, options, where)
+            if talks := _turns(record, options, references, turns, row, where):
+                examples += talks
+                continue
             texts = {name: _text(record, column, where, flag) for name, (column, flag) in sources.items()}
             parts = [part for literal, name in template for part in (literal, texts[name] if name else "")]
             longest = max(range(1, len(parts), 2), key=lambda i: len(parts[i]))
             start = sum(map(len, parts[:longest]))
-            target: str | None = None
-            found = _column(record, options.target_field)
-            if need_target or not (found is None or (isinstance(found, str) and not found.strip())):
-                target = _text(record, options.target_field, where, "--target-field")
-            span = start, start + len(parts[longest])
-            examples.append(Example("".join(parts), target, row, span))
-            names |= record.keys()
+            if need_target and not references:
+                references = (_text(record, options.target_field, where, "--target-field"),)
+            span, target = (start, start + len(parts[longest])), references[0] if references else None
+            examples.append(Example("".join(parts), target, row, span, references[1:]))
     if not examples:
         after = f" after the first {options.skip:,}" if options.skip else ""
         raise DataError(f"{options.data}: holds no rows{after}")
-    _require_column(options, names, examples)
+    plain = [example.row for example in examples if not example.talk]
+    if plain and len(plain) < len(examples):
+        raise DataError(f"{options.data}: {unit} {plain[0]}: has no messages, but other rows have some")
+    if not plain and options.template != "{prompt}":
+        why = f"is for plain prompts, and {options.data} holds messages"
+        raise ConfigError([f"--template {options.template!r} {why}: leave it out, or set --messages-field ''"])
+    if plain:
+        _require_column(options, names, examples)
     return examples
 
 
-def data_info(examples: Iterable[Example], options: DataOptions, tokenizer: PreTrainedTokenizerBase) -> DataInfo:
+def data_info(examples: Sequence[Example], options: DataOptions, tokenizer: PreTrainedTokenizerBase) -> DataInfo:
     """Name and content hash of the prompts, for the manifest.
 
     With `options.chat`, the template that is recorded is the whole turn, as `tokenizer` renders it.
@@ -84,8 +101,10 @@ def data_info(examples: Iterable[Example], options: DataOptions, tokenizer: PreT
         text = example.prompt.encode()
         content.update(len(text).to_bytes(8, "little") + text)
     name = f"{options.data} [{options.split}]" if _is_hub_name(options.data) else options.data
-    template = user_turn(options.template, tokenizer, options.system) if options.chat else options.template
-    return DataInfo(name=name, fingerprint=content.hexdigest(), template=template, form=form_of(options))
+    form, template = form_of(options, examples), options.template
+    if form.chat:
+        template = "{messages}" if examples[0].talk else user_turn(template, tokenizer, options)
+    return DataInfo(name=name, fingerprint=content.hexdigest(), template=template, form=form)
 
 
 def _require_column(options: DataOptions, names: set[str], examples: Sequence[Example]) -> None:
@@ -99,6 +118,62 @@ def _require_column(options: DataOptions, names: set[str], examples: Sequence[Ex
         raise DataError(f"{options.data}: no field {options.target_field!r}: {hint} set --target-field")
 
 
+# ----------------------------------------------------------------------------------------------------- conversations
+
+
+def _turns(
+    record: Record, options: DataOptions, references: tuple[str, ...], turns: str | None, row: int, where: str
+) -> list[Example]:
+    """The examples in a row's conversation (`read_examples`); none of a row of plain text.
+
+    Its end, where it has none, is the `completion` or the reference. Of a prompt with an end, that alone is learned.
+    """
+    found, prompt = _column(record, options.messages_field), _column(record, options.prompt_field)
+    if not isinstance(found, list) and options.messages_field and "messages_field" in options.model_fields_set:
+        raise DataError(f"{where}: {options.messages_field!r} is no list of messages; set --messages-field")
+    from_prompt = not isinstance(found, list)
+    if not isinstance(given := prompt if from_prompt else found, list):
+        return []
+    messages = _messages(given, where)
+    completion = record.get("completion") if from_prompt else None
+    if isinstance(completion, list):
+        messages += _messages(completion, f"{where}: completion")
+    elif references and (completion or not messages or messages[-1]["role"] != "assistant"):
+        messages.append({"role": "assistant", "content": options.prefill + references[0]})
+    start = len(given) if from_prompt and len(messages) > len(given) else 1
+    replies = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
+    places = [place for place in replies if place >= start][-1 if turns == "last" else 0 :]
+    if turns is None:
+        places = [len(messages) - (len(messages) - 1 in replies)]
+    if not any(places):
+        what = "no message of the assistant stands behind another" if messages else "there is no message"
+        raise DataError(f"{where}: {what}: leave the row out")
+    examples, tools = [], record.get("tools") or None
+    for place in places:
+        reply = messages[place] if place < len(messages) else {}
+        text = str(reply.get("content") or "").removeprefix(options.prefill)
+        own = (_text({"content": text}, "content", where, "--messages-field"),) if text.strip() else ()
+        texts = references if references and turns is None else own
+        talk = Conversation(messages[:place], reply or None, tools)
+        examples.append(Example("", texts[0] if texts else None, row, None, texts[1:], talk))
+    return examples
+
+
+def _messages(given: list[Any], where: str) -> list[Record]:
+    """As the template takes them: keys that are null are not there, and parts of text are one text."""
+    messages = []
+    for place, message in enumerate(given, start=1):
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise DataError(f'{where}: message {place} has no role; one looks like {{"role": "user", "content": "…"}}')
+        messages.append({key: value for key, value in message.items() if value is not None or key == "content"})
+        if isinstance(parts := message.get("content"), list):
+            try:
+                messages[-1]["content"] = "".join(part if isinstance(part, str) else part["text"] for part in parts)
+            except (TypeError, KeyError):
+                raise DataError(f"{where}: message {place} has a part that is no text; leave the row out") from None
+    return messages
+
+
 # ----------------------------------------------------------------------------------------------------------- columns
 
 
@@ -108,6 +183,22 @@ def _column(record: Record, name: str) -> Any:
     for part in [name] if name in record or "." not in name else name.split("."):
         value = value.get(part) if isinstance(value, dict) else None
     return value
+
+
+def _references(record: Record, options: DataOptions, where: str) -> tuple[str, ...]:
+    """Of the column that is named; by default of `target` and `targets`, or of TRL's `completion`. A prefill at their
+    beginning is left out."""
+    names = [options.target_field]
+    if "target_field" not in options.model_fields_set:
+        names += ["targets"] * isinstance(record.get("targets"), list)
+        names += ["completion"] * (isinstance(record.get("completion"), str) and record.get("target") is None)
+    texts: list[str] = []
+    for name in names:
+        found = _column(record, name)
+        none = found is None or (isinstance(found, str) and not found.strip())
+        several = found if isinstance(found, list) else [found] * (not none)
+        texts += [_text({name: one}, name, where, "--target-field").removeprefix(options.prefill) for one in several]
+    return tuple(dict.fromkeys(texts))
 
 
 def _text(record: Record, name: str, where: str, flag: str) -> str:
@@ -136,7 +227,8 @@ def _records(options: DataOptions, columns: Iterable[str], locks: str) -> Iterat
     if _is_hub_name(data):
         name, _, config = data.partition(":")
         failure = f"no such file, and the Hugging Face Hub does not give split {options.split!r} of such a dataset"
-        yield from enumerate(_rows(f"{data}: {failure}", name, config or None, split=options.split), start=1)
+        rows = _rows(f"{data}: {failure}", name, config or None, split=options.split)
+        yield from enumerate((row | _of_arrow(row) for row in rows), start=1)
         return
     if "://" in data:
         public = re.sub(r"(?<=://)[^/@]*@", "", data)  # without user name and password
@@ -155,6 +247,8 @@ def _records(options: DataOptions, columns: Iterable[str], locks: str) -> Iterat
         for row, line in enumerate(read("text", encoding="utf-8-sig"), start=1):
             if line["text"].strip():
                 yield row, _parsed(line["text"], f"{data}: line {row}")
+    elif name.endswith(".json"):
+        yield from enumerate(_json(file, data), start=1)
     elif name.endswith(".csv"):
         for row, record in enumerate(read("csv", na_filter=False, converters=dict.fromkeys(columns, str)), start=1):
             if "__index_level_0__" in record:
@@ -162,7 +256,7 @@ def _records(options: DataOptions, columns: Iterable[str], locks: str) -> Iterat
             yield row, record
     elif name.endswith(".parquet"):
         # a batch size of our own: the library's, the first row group's, is an error for a file without rows
-        yield from enumerate(read("parquet", batch_size=4096), start=1)
+        yield from enumerate((row | _of_arrow(row) for row in read("parquet", batch_size=4096)), start=1)
     else:
         raise DataError(f"{data}: unknown kind of file; give a {SUFFIXES} file")
 
@@ -171,14 +265,38 @@ def _is_hub_name(data: str) -> bool:
     return bool(HUB_NAME.fullmatch(data)) and not FILE_SUFFIX.search(data) and not Path(data).exists()
 
 
-def _parsed(text: str, where: str) -> Record:
+def _of_arrow(value: Any) -> Any:
+    """As it was before it was a table: there every message has the keys of all, null where it had none itself."""
+    if isinstance(value, dict):
+        return {key: _of_arrow(one) for key, one in value.items() if one is not None or key == "content"}
+    return [_of_arrow(one) for one in value] if isinstance(value, list) else value
+
+
+def _json(file: Path, data: str) -> list[Record]:
+    """The records of a .json file: a list of them, or {"data": [...]}."""
     try:
-        record = json.loads(text)
+        text = read_small(file, MAX_JSON).decode("utf-8-sig")
+    except (OSError, ValueError) as error:
+        raise DataError(f"{data}: can't be read ({one_line(error)}); JSON lines (.jsonl) have no limit") from None
+    found = _loads(text, data)
+    found = found.get("data") if isinstance(found, dict) else found
+    if not isinstance(found, list) or not all(isinstance(record, dict) for record in found):
+        raise DataError(f'{data}: is no list of JSON objects, nor {{"data": [...]}}; name lines of JSON .jsonl')
+    return found
+
+
+def _loads(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
     except json.JSONDecodeError as error:
-        raise DataError(f"{where}: not valid JSON ({error.msg}, column {error.colno})") from None
+        place = f"line {error.lineno}, " if error.lineno > 1 else ""
+        raise DataError(f"{where}: not valid JSON ({error.msg}, {place}column {error.colno})") from None
     except (ValueError, RecursionError) as error:  # a number of 5,000 digits, a thousand brackets
         raise DataError(f"{where}: not readable as JSON ({one_line(error)})") from None
-    if not isinstance(record, dict):
+
+
+def _parsed(text: str, where: str) -> Record:
+    if not isinstance(record := _loads(text, where), dict):
         raise DataError(f'{where}: not a JSON object; a line looks like {{"prompt": "…"}}')
     return record
 

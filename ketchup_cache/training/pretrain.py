@@ -26,9 +26,9 @@ from ketchup_cache.models.head import Head
 from ketchup_cache.models.load import is_encoder_decoder, load_model, load_tokenizer
 from ketchup_cache.models.origin import Origin, prompts_as_trained
 from ketchup_cache.provenance import PolicyInfo, PromptForm, TokenizerInfo, require_same_tokenizer
-from ketchup_cache.rollouts.sample import eos_ids
+from ketchup_cache.rollouts.sample import stop_ids
 from ketchup_cache.sharing.remote_cache import open_cache
-from ketchup_cache.text.prompts import form_of, target_ids, tokenize_prompts
+from ketchup_cache.text.prompts import form_of, reply_ids, tokenize_prompts
 from ketchup_cache.text.read import read_examples
 from ketchup_cache.training.batches import seed_of
 from ketchup_cache.training.dev import DevSet, best_text
@@ -90,18 +90,13 @@ def pretrain(config: PretrainConfig, callbacks: Sequence[Callback] = ()) -> Pret
             given = _from_references(prompts, tokenizer)
         data = given.batch
         how = config.metric, config.rouge_tokenizer
-        dev_data = EvalSet.read(prompts.dev_data, tokenizer, *how) if prompts.dev_data else None
+        dev_data = EvalSet.read(prompts.dev_data, tokenizer, config.model, *how) if prompts.dev_data else None
         digest = given.digest
         if run.recorded.get("data", digest) != digest:
             what = "is not the data that the run began with; bring it back, or choose another --out"
             raise MismatchError(f"{config.data or config.cache}: {what}")
         model = load_model(config.model, device=config.device, trust_remote_code=config.trust_remote_code, fit=config)
         head = Head.of(model, info.vocab_size)
-        if config.data and tokenizer.eos_token_id not in eos_ids(model):
-            raise ModelError(
-                f"{config.model}: its tokenizer ends texts with {tokenizer.eos_token!r} (id {tokenizer.eos_token_id}), "
-                f"at which the model does not stop (eos_token_id {eos_ids(model)}): make them agree in its config.json"
-            )
         rows = len(data.completions)
         per_epoch = rows // (batch_size := min(config.batch_size, rows))
         steps = per_epoch * config.epochs
@@ -175,11 +170,18 @@ class Examples:
 
 
 def _from_references(config: PretrainConfig, tokenizer: PreTrainedTokenizerBase) -> Examples:
-    """Raises DataError for targets over the limit where they are refused, and where no example is left."""
-    given = read_examples(config, need_target=True)
-    kept, limit = tokenize_prompts(given, tokenizer, config), config.max_new_tokens
+    """Raises DataError for targets over the limit where they are refused, and where no example is left; ModelError for
+    a model that does not stop where they end."""
+    given = read_examples(config, need_target=True, turns=config.turns)
     bare = not is_encoder_decoder(config.model, trust_remote_code=config.trust_remote_code)
-    targets = [target_ids(tokenizer, example.target or "", bare=bare) for example in kept.examples]
+    stops = stop_ids(config.model, trust_remote_code=config.trust_remote_code)
+    if not given[0].talk and tokenizer.eos_token_id not in stops:
+        raise ModelError(
+            f"{config.model}: its tokenizer ends texts with {tokenizer.eos_token!r} (id {tokenizer.eos_token_id}), "
+            f"at which the model does not stop (eos_token_id {stops}): make them agree in its config.json"
+        )
+    kept, limit = tokenize_prompts(given, tokenizer, config, stops=stops), config.max_new_tokens
+    targets = [reply_ids(tokenizer, example, bare=bare) for example in kept.examples]
     long = np.array([len(ids) > limit for ids in targets])
     lost = {"prompts cut": kept.cut, "prompts left out": len(given) - len(kept.examples)}
     lost |= {f"targets {'left out' if config.long_targets == 'drop' else 'cut'}": int(long.sum())}
@@ -195,7 +197,7 @@ def _from_references(config: PretrainConfig, tokenizer: PreTrainedTokenizerBase)
     if not len(rows):
         raise DataError(f"{config.data}: no example left: raise --max-new-tokens")
     completions = Ragged.from_rows([targets[row][:limit] for row in rows], TOKEN_DTYPE)
-    return Examples(Batch(kept.prompts.tokens, rows, completions), (), form_of(config), lost)
+    return Examples(Batch(kept.prompts.tokens, rows, completions), (), form_of(config, given), lost)
 
 
 def _from_cache(config: PretrainConfig, info: TokenizerInfo, wanted: list[str] | None) -> Examples:

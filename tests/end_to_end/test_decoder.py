@@ -6,7 +6,6 @@ import random
 import numpy as np
 import pytest
 from tokenizers.normalizers import Replace
-from tokenizers.processors import TemplateProcessing
 
 from ketchup_cache import open_cache
 from ketchup_cache.config.commands import EvaluateConfig, PretrainConfig, RolloutConfig
@@ -20,7 +19,16 @@ from ketchup_cache.text.read import data_info, read_examples
 from ketchup_cache.training.pretrain import pretrain
 from tests.helpers.errors import fails, refuses
 from tests.helpers.learning import json_lines, metrics, run
-from tests.helpers.models import VOCAB, WORDS, make_decoder, make_decoder_tokenizer, save_decoder
+from tests.helpers.models import (
+    CHAT,
+    VOCAB,
+    WORDS,
+    chat_tokenizer,
+    make_decoder,
+    make_decoder_tokenizer,
+    save_decoder,
+    with_bos,
+)
 from tests.helpers.oracle import plain_logits, plain_row_scores
 
 NOUNS = WORDS[18:23]
@@ -91,14 +99,6 @@ def test_pretrain_rollout_score_learn_evaluate(tmp_path, capsys):
             np.testing.assert_allclose(np.atleast_1d(getattr(row, name)), expected, rtol=0, atol=1e-4)
 
 
-def with_bos(tokenizer):
-    """As Llama's and Gemma's: <s> before every text."""
-    tokenizer.add_special_tokens({"bos_token": "<s>"})
-    bos = tokenizer.convert_tokens_to_ids("<s>")
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", bos)])
-    return tokenizer
-
-
 def test_what_can_not_be_used_is_refused_in_one_line(tmp_path):
     """A model that does not stop where its tokenizer ends texts; a prompt of which the tokenizer makes nothing."""
     folder, data = save_decoder(tmp_path / "m", eos_token_id=7), write_task(tmp_path / "d.jsonl", 6, 0)
@@ -114,17 +114,7 @@ def test_what_can_not_be_used_is_refused_in_one_line(tmp_path):
 
 # --------------------------------------------------------------------------------------------------------- chat
 
-CHAT = (
-    "{{ bos_token or '' }}{% for turn in messages %}<< {{ turn.role }} {{ turn.content }} >> {% endfor %}"
-    "{% if add_generation_prompt %}<< assistant{% endif %}"
-)
 NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}" + CHAT
-
-
-def chat_tokenizer(template: str | None = CHAT):
-    tokenizer = with_bos(make_decoder_tokenizer([*WORDS, "user", "system", "assistant"]))
-    tokenizer.chat_template = template
-    return tokenizer
 
 
 def test_a_chat_prompt_is_one_user_turn_with_the_assistants_open(tmp_path):

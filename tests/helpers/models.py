@@ -34,6 +34,33 @@ def make_decoder_tokenizer(words: list[str] | None = None, **options):
     return wrap_tokenizer(tokenizer, **options)
 
 
+CHAT = (
+    "{{ bos_token or '' }}{% for turn in messages %}<< {{ turn.role }} {{ turn.content }} >> {% endfor %}"
+    "{% if add_generation_prompt %}<< assistant{% endif %}"
+)
+MARKED = (
+    "{{ bos_token }}{% for turn in messages %}{% if turn.role == 'assistant' %}<< assistant {% generation %}"
+    "{{ turn.content }} </s>{% endgeneration %} {% else %}<< {{ turn.role }} {{ turn.content }} >> {% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}<< assistant {% endif %}"
+)
+"""A template that ends the assistant's turn, and marks what it writes."""
+
+
+def with_bos(tokenizer):
+    """As Llama's and Gemma's: <s> before every text."""
+    tokenizer.add_special_tokens({"bos_token": "<s>"})
+    bos = tokenizer.convert_tokens_to_ids("<s>")
+    single = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", bos)])
+    tokenizer.backend_tokenizer.post_processor = single
+    return tokenizer
+
+
+def chat_tokenizer(template: str | None = CHAT):
+    tokenizer = with_bos(make_decoder_tokenizer([*WORDS, "user", "system", "assistant"]))
+    tokenizer.chat_template = template
+    return tokenizer
+
+
 def train_byte_level(texts: list[str], vocab_size: int):
     """Byte-level BPE, so that every text is encoded without unknown tokens and decoded to itself; adds </s>."""
     tokenizer = Tokenizer(models.BPE())
