@@ -13,7 +13,8 @@ import pytest
 import transformers
 from safetensors import SafetensorError
 
-from ketchup_cache.training import run
+from ketchup_cache.models import lora
+from ketchup_cache.training import checkpoints
 
 NAMES = ("os.mkdir", "os.rename", "os.symlink")
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
@@ -57,7 +58,8 @@ def stand_in(patch: pytest.MonkeyPatch) -> None:
         patch.setattr(module, name, write)
 
     rust = SafetensorError(f"Error while serializing: I/O error: {FULL}")
-    before(run, "save_file", lambda tensors, path: path, rust)
+    for module in (checkpoints, lora):
+        before(module, "save_file", lambda tensors, path, *_: path, rust)
     before(transformers.modeling_utils, "safe_save_file", lambda tensors, path, **_: path, rust)
     fast = transformers.PreTrainedTokenizerFast
     before(fast, "_save_pretrained", lambda self, save_directory, *_, **__: save_directory, Exception(FULL))
