@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -61,6 +62,12 @@ def browser(tmp_path_factory):
 def data_of(path):
     text = path.read_text(encoding="utf-8").split('id="data">')[1]
     return json.loads(text[: text.index("</script>")])
+
+
+def test_the_page_in_the_docs_has_the_script_of_today():
+    """`make demo-report` makes it anew; its data are of a machine that may be another."""
+    made = Path(__file__).parents[2] / "docs/demo-report.html"
+    assert page._html(data_of(made)) == made.read_bytes()
 
 
 @NEEDED
