@@ -46,7 +46,8 @@ def push_model(source: str, address: str, *, dry_run: bool = False, api: Any = N
 
     if not (found := _ADDRESS.fullmatch(address)):
         todo = "of a model it is hf://owner/name, of a cache hf://datasets/owner/name"
-        raise CacheError(f"{address}: is not an address of a repository on the Hub; {todo}")
+        shown = "the address" if re.search("[@?#]", address) else address  # which may hold credentials
+        raise CacheError(f"{shown}: is not that of a repository on the Hub, and must hold no user or revision; {todo}")
     folder = Path(source).expanduser()
     if folder.is_dir():
         folder = resolve_folder(source).resolve()

@@ -111,10 +111,10 @@ def test_rollouts_may_be_used_several_times(words, tmp_path, monkeypatch):
     """A third of the rollouts, each in three steps of its phase, in batches of other companions."""
     batches = []
 
-    def watched(learner, batch, step):
+    def watched(learner, batch, step, *more):
         rows = zip(batch.rollouts.prompt_index, batch.rollouts.completions, strict=True)
         batches.append([(batch.prompts.tokens[index].tobytes(), row.tobytes()) for index, row in rows])
-        return policy_gradient_step(learner, batch, step)
+        return policy_gradient_step(learner, batch, step, *more)
 
     monkeypatch.setattr(ketchup_cache.training.learn, "policy_gradient_step", watched)
     assert main(flat(words | {"--refresh-every": 6, "--steps": 18, "--reuse": 3})) == 0
