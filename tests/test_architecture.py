@@ -188,3 +188,9 @@ def test_an_installation_adds_one_top_level_module(tmp_path):
     assert {p.split(".")[0] for p in packages} == {"ketchup_cache"}
     on_disk = {".".join(p.parent.relative_to(ROOT).parts) for p in (ROOT / "ketchup_cache").rglob("__init__.py")}
     assert on_disk <= set(packages)
+
+
+def test_the_readme_is_short():
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= 150
+    assert not [line for line in lines if len(line) > 140]
