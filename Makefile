@@ -6,7 +6,7 @@ OUT ?= demo-run
 # Python of an environment with TRL, for `make bench`; none: TRL is left out
 TRL ?=
 
-.PHONY: demo demo-report test lint format bench soak paper-table real-table served-test schemas clean
+.PHONY: demo demo-report test test-oldest test-newest lint format bench soak paper-table real-table served-test docs schemas clean
 
 demo: .venv/.installed
 	$(BIN)/ketchup-cache demo --out $(OUT)
@@ -15,7 +15,13 @@ test: .venv/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest -n $(WORKERS)
+	$(BIN)/pytest -n $(WORKERS) --dist worksteal
+
+# all tests with the oldest, or the newest, versions that pyproject.toml allows; each has an environment of its own
+test-oldest test-newest:
+	test -x .venv-$@/bin/python || $(PYTHON) -m venv .venv-$@
+	.venv-$@/bin/python -m pip install --quiet --disable-pip-version-check -c .ci/$@.txt -e '.[dev]'
+	.venv-$@/bin/python -m pytest -n $(WORKERS) --dist worksteal
 
 lint: .venv/.installed
 	$(BIN)/ruff check .
@@ -32,6 +38,7 @@ bench: .venv/.installed
 	$(BIN)/python -m benchmarks.scoring
 	$(BIN)/python -m benchmarks.loading --short
 	$(BIN)/python -m benchmarks.growth --short
+	$(BIN)/python -m benchmarks.lab --short
 	$(BIN)/python -m benchmarks.sweep --short
 	$(BIN)/python -m benchmarks.live_teacher --short
 	$(BIN)/python -m benchmarks.trl_live --short --trl-python "$(TRL)"
@@ -39,6 +46,8 @@ bench: .venv/.installed
 	$(BIN)/python -m benchmarks.rollouts --short
 	$(BIN)/python -m benchmarks.keep_top --short
 	$(BIN)/python -m benchmarks.dev_set --short
+	$(BIN)/python -m benchmarks.processes --short
+	$(BIN)/python -m benchmarks.fsdp --short
 	$(BIN)/python -m benchmarks.large_checkpoint --short
 	$(BIN)/python -m benchmarks.gpu --short
 
@@ -64,6 +73,12 @@ real-table: .venv/.installed
 VLLM ?= ../ketchup-served
 served-test: .venv/.installed
 	$(BIN)/python -m benchmarks.served --folder "$(VLLM)"
+	$(BIN)/python -m benchmarks.engine --folder "$(VLLM)"
+
+# the site, into site/
+docs: .venv/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	$(BIN)/python -m mkdocs build --strict
 
 schemas: .venv/.installed
 	$(BIN)/python -m ketchup_cache.schemas.generate
@@ -74,4 +89,4 @@ schemas: .venv/.installed
 	touch $@
 
 clean:
-	rm -rf .venv demo-run build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .venv-test-* demo-run build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

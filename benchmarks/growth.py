@@ -15,7 +15,9 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from benchmarks.common import (
     FLAN_T5_XL,
@@ -80,6 +82,31 @@ def full_size() -> None:
     print(f"{measured['device']}, {rate / 1e12:.0f} TFLOP/s; weights of a prompt token {of_prompt / 1e9:.2f}e9, "
           f"of a completion token {of_completion / 1e9:.2f}e9\n")  # fmt: skip
     print(table(("", "rows", "tokens of prompt, completion (assumed)", "GPU-hours to score", "disk"), rows))
+    print("\n" + on_paper(10**10, measured["scoring"]))
+
+
+def on_paper(tokens: int, scoring: Sequence[Mapping[str, Any]]) -> str:
+    """What so many completion tokens cost, 4 completions of 25 to each prompt of 180, from what other scripts measured
+    on fewer. A request is one object or one page of 1,000 names."""
+    from ketchup_cache.rollouts.rollout import PROMPT_TOKENS_PER_SEGMENT, TOKENS_PER_SEGMENT
+
+    store, loading = (json.loads((RESULTS / f"{name}.json").read_text()) for name in ("store", "loading"))
+    prompt_tokens = tokens * 180 // 100
+    parts = {"prompts": prompt_tokens * store["prompts, bytes/token"]}
+    parts |= {kind: tokens * store[f"{kind}, bytes/token"] for kind in ("rollouts", "scores")}
+    segments = 2 * -(-tokens // TOKENS_PER_SEGMENT) + -(-prompt_tokens // PROMPT_TOKENS_PER_SEGMENT)
+    size = sum(parts.values())
+    hours = {f"scoring, {e['samples']} of each prompt": tokens / e["tokens_per_second"] / 3600 for e in scoring}
+    hours["an epoch of the loader, two cores"] = tokens / loading["large"]["tokens_per_second"] / 3600
+    hours["to copy it at 1 Gbit/s"] = size / 125e6 / 3600
+    rows = [
+        ("disk", ", ".join(f"{kind} {held / 1e9:,.0f} GB" for kind, held in parts.items()) + f"; {size / 1e9:,.0f} GB"),
+        ("segments", f"{segments:,} of {TOKENS_PER_SEGMENT:,} tokens"),
+        ("requests to write it, or to read all of it", f"{2 * segments:,}"),
+        ("requests to list it", f"{-(-segments // 1000):,}"),
+        *((what, f"{time:,.1f} h") for what, time in hours.items()),
+    ]
+    return table((f"{tokens:,} completion tokens", ""), rows)
 
 
 def main() -> None:

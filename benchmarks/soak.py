@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import platform
 import random
@@ -16,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALL
 
 import pytest
 
-from benchmarks import soak_damage as damage
+from benchmarks import soak_damage as damage, soak_processes as processes
 from ketchup_cache import open_cache
 from ketchup_cache.cache.inspect import clean, verify
 from ketchup_cache.files import write_file
@@ -49,7 +51,7 @@ from tests.helpers.trust import (
 ROOT = Path(__file__).parents[1]
 RESULTS, DOCS = ROOT / "benchmarks/results/soak.json", ROOT / "docs/trust.md"
 BEGIN, END = "<!-- written by benchmarks/soak.py -->", "<!-- end -->"
-NONE = "lost partial torn silent false_acknowledgements unclear two_creators early different accepted slow"
+NONE = "lost partial torn silent false_acknowledgements unclear two_creators early different accepted slow twice"
 GOOD = dict.fromkeys(NONE.split(), 0)
 """What every count of these names must be."""
 
@@ -98,11 +100,15 @@ def kill_score(folder: Path, times: int, seed: int) -> Count:
     student, teacher = models(folder)
     base, root = folder / "unscored", folder / "scored"
     make_cache(base, student, teacher, prompts=12, segments=3)
-    for segment_id, _ in open_cache(base).manifests("scores"):
-        (base / "manifests" / f"{segment_id}.json").unlink()
-        shutil.rmtree(base / "segments" / segment_id)
+    unscore(base)
     words = ["score", "--teacher", str(teacher), "--cache", str(root), "--commit-tokens", "12", "--device", "cpu"]
     return kill_command(words, root, lambda: copy(base, root), times, seed, others(folder, root))
+
+
+def unscore(root: Path) -> None:
+    for segment_id, _ in open_cache(root).manifests("scores"):
+        (root / "manifests" / f"{segment_id}.json").unlink()
+        shutil.rmtree(root / "segments" / segment_id)
 
 
 def others(folder: Path, root: Path) -> Callable[[int], object]:
@@ -114,7 +120,13 @@ def others(folder: Path, root: Path) -> Callable[[int], object]:
     return lambda number: transfer.copy(folder / f"other {number % 4}", root)
 
 
+def fingerprint(out: Path) -> str:
+    """Of the weights that a run ended with."""
+    return json.loads((out / "report.json").read_text())["fingerprint"]
+
+
 TRAINING = "--batch-size 8 --max-new-tokens 6 --checkpoint-every 1 --device cpu".split()
+ON_POLICY = "--steps 6 --refresh-every 2 --samples 2 --unfinished bootstrap".split()
 
 
 def kill_training(folder: Path, times: int, seed: int, command: str, *more: str) -> Count:
@@ -129,16 +141,44 @@ def kill_training(folder: Path, times: int, seed: int, command: str, *more: str)
         shutil.rmtree(out, ignore_errors=True)
         copy(base, root)
 
-    def result() -> str:
-        return json.loads((out / "report.json").read_text())["fingerprint"]
-
     add = others(folder, root)
 
     def grow(number: int) -> None:
         if (out / "config.json").exists():  # else the run has not begun, and may read all that is there
             add(number)
 
-    return kill_command(words, root, reset, times, seed, grow, result)
+    return kill_command(words, root, reset, times, seed, grow, lambda: fingerprint(out))
+
+
+def kill_ranks(folder: Path, times: int, seed: int, command: str) -> Count:
+    """`score`, or `learn` that samples and scores, in two processes."""
+    student, teacher = models(folder)
+    base, root, out = folder / "base", folder / "cache", folder / "run"
+    make_cache(base, student, teacher, prompts=12, segments=3)
+    words = [command, "--teacher", str(teacher), "--cache", str(root), "--device", "cpu"]
+    if command == "score":
+        unscore(base)
+        words += ["--commit-tokens", "12"]
+    else:
+        words += ["--student", str(student), "--out", str(out), *TRAINING, *ON_POLICY]
+
+    def reset() -> None:
+        shutil.rmtree(out, ignore_errors=True)
+        copy(base, root)
+
+    def result() -> Any:
+        return processes.values(root) if command == "score" else fingerprint(out)
+
+    def watched() -> set[str]:
+        return {path.name for place in (root / "manifests", out / "checkpoints") for path in place.glob("*")}
+
+    return processes.kill_ranks(words, watched, root, reset, result, times, seed)
+
+
+def kill_workers(folder: Path, times: int, seed: int) -> Count:
+    """In a process of its own: the others here are forked, and Ray has threads."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(processes.kill_workers, folder, models(folder), times, seed).result()
 
 
 def kill_rollout(folder: Path, times: int, seed: int) -> Count:
@@ -189,7 +229,7 @@ def troubles(folder: Path, seed: int, share: float) -> dict[str, tuple[str, int,
     def some(number: int) -> int:
         return max(1, round(number * share))
 
-    on_policy = "--teacher {teacher} --steps 6 --refresh-every 2 --samples 2 --unfinished bootstrap".split()
+    on_policy = ["--teacher", "{teacher}", *ON_POLICY]
     offline = "--epochs 2 --unfinished bootstrap".split()
     s3 = some(6)
     return {
@@ -198,6 +238,9 @@ def troubles(folder: Path, seed: int, share: float) -> dict[str, tuple[str, int,
         "kill learn, offline": ("kills", 60, lambda: kill_training(folder, some(8), seed, "learn", *offline)),
         "kill pretrain": ("kills", 60, lambda: kill_training(folder, some(8), seed, "pretrain", "--epochs", "2")),
         "kill rollout": ("kills", 60, lambda: kill_rollout(folder, some(8), seed)),
+        "kill a rank of learn": ("kills", 20, lambda: kill_ranks(folder, some(5), seed, "learn")),
+        "kill a rank of score": ("kills", 20, lambda: kill_ranks(folder, some(5), seed, "score")),
+        "kill a Ray worker": ("kills", 20, lambda: kill_workers(folder, some(10), seed)),
         "corrupt the folder of a run": ("cases", 1_000, lambda: damage.run_folders(folder, some(100), seed)),
         "forge a segment": ("cases", 100, lambda: damage.forged(folder, some(100), seed)),
         "hostile configs, models and servers": ("cases", 50, lambda: damage.hostile(folder)),

@@ -6,8 +6,10 @@ import inspect
 import io
 import json
 import os
+import re
 import sys
 import typing
+import webbrowser
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol, TextIO
@@ -18,23 +20,39 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from ketchup_cache.config.commands import COMMANDS
-from ketchup_cache.config.options import Config, Positive, split_list
+from ketchup_cache.config.names import ADVANCED, MOST_USED, did_you_mean
 from ketchup_cache.config.resolve import flag, resolve
+from ketchup_cache.config.values import Config, Positive, split_list
+from ketchup_cache.console import is_first
 from ketchup_cache.errors import ConfigError, KetchupError, printable
+from ketchup_cache.parallel.group import first_to_fail, group, leave, started
 from ketchup_cache.shipped import recipe
 from ketchup_cache.version import __version__
 
 app = typer.Typer(
     name="ketchup-cache",
     help="Distil language models by K-step reinforcement learning, from a teacher's scores computed once.",
-    rich_markup_mode=None,
-    add_completion=False,
+    rich_markup_mode="markdown",
+    suggest_commands=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 
+WIDEST = 20
+"""Letters of choices that still stand beside an option in help; more stand in its text."""
+
 # Newer releases of Typer carry a Click of their own; its errors have no public name there.
 _UsageError: type[Exception] = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
+
+
+EXAMPLES: dict[str, Sequence[str]] = {}
+"""Of each command, lines of its help."""
+COMMAND_PANELS = {
+    **dict.fromkeys(("pretrain", "rollout", "score", "learn"), "Distil"),
+    **dict.fromkeys(("evaluate", "compare", "analyze", "show", "report"), "Look and compare"),
+    **dict.fromkeys(("info", "verify", "push", "pull", "merge", "export"), "Caches"),
+    **dict.fromkeys(("demo", "recipes", "env"), "Begin"),
+}
 
 
 # What went away → what does the same now. For one release.
@@ -53,6 +71,10 @@ GONE_OPTIONS = {
 }
 
 
+SEVERAL = ("pretrain", "rollout", "score", "learn", "evaluate")
+"""Commands that a launcher (torchrun) may start in several processes."""
+
+
 class Result(Protocol):
     """What a command returns: a text for people and a dictionary for `--json`. shaded: as of `Report`."""
 
@@ -69,11 +91,7 @@ def command(
 
     def register(run: Callable[[Any], Result]) -> Callable[[Any], Result]:
         name = run.__name__
-        config_class = COMMANDS[name]
-        order = ["Required", *(_title(group) for group in config_class.__mro__)]
-        fields = sorted(
-            config_class.model_fields.items(), key=lambda field: order.index(_panel(config_class, field[0]))
-        )
+        fields, panels = COMMANDS[name].model_fields, panels_of(name)
 
         def invoke(**flags: Any) -> None:
             config_file, recipe_name, as_json = (flags.pop(key) for key in ("config", "recipe", "as_json"))
@@ -83,17 +101,29 @@ def command(
                 words = {flag(key): key.upper() for key in positional}
                 parts = (problem.split(" ", 1) for problem in error.problems)
                 raise ConfigError([" ".join([words.get(first, first), *rest]) for first, *rest in parts]) from None
-            result = run(config)
+            if started() and name not in SEVERAL:
+                raise ConfigError([f"`{name}` works in one process: start it without torchrun"])
+            group()
+            try:
+                result = run(config)
+            except KeyboardInterrupt:  # of which Typer would make an exit without a word
+                raise typer.Abort from None
+            leave()
+            if not is_first():
+                return
             if as_json:
                 utf8 = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
                 plain = not utf8 or sys.stdout.isatty()  # marks that turn a line of a terminal round are escaped too
                 print(json.dumps(result.to_dict(), ensure_ascii=plain, allow_nan=False))
             else:
                 print(result) if result.shaded else _print(str(result), sys.stdout)
+            watched = sys.stdin.isatty() and sys.stdout.isatty() and not as_json
+            if watched and (page := getattr(result, "page", "")) and typer.confirm(f"Open {page} in the browser?"):
+                webbrowser.open(Path(page).resolve().as_uri())
             if getattr(result, "ok", True) is False:
                 raise typer.Exit(2)
 
-        parameters = [_parameter(key, info, key in positional, _panel(config_class, key)) for key, info in fields]
+        parameters = [_parameter(key, fields[key], key in positional, panel) for key, panel in panels.items()]
         parameters += [
             _option("config", str | None, "YAML file with these options. Flags win.", metavar="FILE"),
             _option(
@@ -108,43 +138,54 @@ def command(
         parameters.sort(key=lambda p: p.name not in positional)
         invoke.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         invoke.__annotations__ = {p.name: p.annotation for p in parameters}
-        epilog = "\b\nExamples:\n" + "\n".join(f"  {line}" for line in examples)
-        app.command(name, cls=_Command, help=inspect.getdoc(run), epilog=epilog)(invoke)
+        app.command(name, cls=_Command, help=inspect.getdoc(run), rich_help_panel=COMMAND_PANELS[name])(invoke)
+        EXAMPLES[name] = examples
         return run
 
     return register
 
 
 class _Command(typer.core.TyperCommand):
-    """Its help lists options in panels, required ones first."""
+    """Its help has `--help` in the last panel, and ends in examples as they are typed."""
 
-    def format_options(self, ctx: Any, formatter: Any) -> None:
-        panels: dict[str, list[tuple[str, str]]] = {}
-        for parameter in self.get_params(ctx):
-            if (record := parameter.get_help_record(ctx)) is not None:
-                panels.setdefault(getattr(parameter, "rich_help_panel", None) or "General", []).append(record)
-        for title, records in panels.items():
-            with formatter.section(title):
-                formatter.write_dl(records)
+    def get_help_option(self, ctx: Any) -> Any:
+        option = super().get_help_option(ctx)
+        option.rich_help_panel = "General"  # type: ignore[union-attr]
+        return option
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        super().format_help(ctx, formatter)
+        print(" Examples:", *(f"   {line}" for line in EXAMPLES[self.name or ""]), sep="\n")
+
+
+def panels_of(command: str) -> dict[str, str]:
+    """Title of the panel of each option, in the order of help."""
+    config_class, used = COMMANDS[command], MOST_USED.get(command, ())
+    order = ["Required", "Most used", *(_title(group) for group in config_class.__mro__), "Advanced"]
+    panels = {key: _panel(config_class, key, used) for key in config_class.model_fields}
+    keys = sorted(panels, key=lambda key: (order.index(panels[key]), used.index(key) if key in used else 0))
+    return {key: panels[key] for key in keys}
 
 
 def _title(group: type) -> str:
-    """A group of options by its docstring; what a command has of its own is headed `Options`."""
+    """A group of options by its docstring; what a command has of its own is headed `More options`."""
     text = (group.__doc__ or "").splitlines() or [""]
-    return "Options" if text[0].startswith("Options of") else text[0]
+    return "More options" if text[0].startswith("Options of") else text[0]
 
 
-def _panel(config_class: type[Config], name: str) -> str:
-    """Title of the panel of an option: that of the group that declares it."""
+def _panel(config_class: type[Config], name: str, used: Sequence[str]) -> str:
+    """Title of the panel of an option: that of the group that declares it, unless it is among the first or last."""
     if config_class.model_fields[name].is_required():
         return "Required"
+    if name in used or name in ADVANCED:
+        return "Most used" if name in used else "Advanced"
     return _title(next(c for c in reversed(config_class.__mro__) if name in getattr(c, "__annotations__", {})))
 
 
 def _parameter(name: str, info: FieldInfo, positional: bool, panel: str) -> inspect.Parameter:
     """Every flag is read as text and checked by the config class, so that all wrong values are reported at once."""
     text = info.description or ""
-    if not info.is_required() and info.default not in (None, "", (), PydanticUndefined):
+    if not info.is_required() and info.default not in (None, "", (), False, PydanticUndefined):
         shown = ",".join(map(str, info.default)) if isinstance(info.default, tuple) else str(info.default)
         text += f"  [default: {shown if not isinstance(info.default, bool) else shown.lower()}]"
     by_comma = any(getattr(one, "func", None) is split_list for one in info.metadata)
@@ -154,8 +195,10 @@ def _parameter(name: str, info: FieldInfo, positional: bool, panel: str) -> insp
         return _keyword(name, list[str] | None if several else str | None, argument, None)
     if info.annotation is bool:
         both = f"{flag(name)}/--no-{name.replace('_', '-')}"
-        return _option(name, bool | None, text, words=both, panel=panel)
+        return _option(name, bool | None, text, words=both, metavar=" ", panel=panel)
     kind, metavar = (list[str] | None, "NAME=VALUE") if several else (str | None, _metavar(info))
+    if len(metavar) > WIDEST:
+        text, metavar = f"{text}  [{metavar}]", "NAME"
     return _option(name, kind, text, metavar=metavar, panel=panel)
 
 
@@ -170,7 +213,7 @@ def _option(
     panel: str = "",
 ) -> inspect.Parameter:
     option = typer.Option(
-        words or flag(name), metavar=metavar, help=text, show_default=False, rich_help_panel=panel or None
+        words or flag(name), metavar=metavar, help=text, show_default=False, rich_help_panel=panel or "General"
     )
     return _keyword(name, kind, option, default)
 
@@ -220,6 +263,20 @@ def _root(
         raise typer.Exit
 
 
+def _usage(error: Any) -> str:
+    """What is wrong with the words of a command line, with what was meant where that can be guessed."""
+    text = error.format_message().partition(" (Possible")[0].rstrip(".")
+    if wrong := re.match(r"No such command '(.*)'", text):
+        return text + did_you_mean(wrong[1], COMMANDS)
+    if (
+        (wrong := re.match(r"No such option:? '?(--[^\s']+)", text))
+        and error.ctx
+        and error.ctx.command.name in COMMANDS
+    ):
+        return text + did_you_mean(wrong[1], COMMANDS[error.ctx.command.name].model_fields, flag)
+    return text
+
+
 def _gone(arguments: Sequence[str]) -> str | None:
     """What to use in place of a command or an option that went away."""
     command = next((word for word in arguments if not word.startswith("-")), "")
@@ -250,14 +307,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KetchupError as error:
         if debug:
             raise
-        for line in str(error).split("\n"):
+        for line in str(error).split("\n") if first_to_fail() else ():
             _print(f"ketchup-cache: {line}")
         return 2
     except _UsageError as error:
-        _print(f"ketchup-cache: {error.format_message()}")  # type: ignore[attr-defined]
+        if is_first():
+            _print(f"ketchup-cache: {_usage(error)}")
         return 2
     except (KeyboardInterrupt, typer.Abort):
-        print("ketchup-cache: stopped; run the same command again to continue", file=sys.stderr)
+        if first_to_fail():
+            print("ketchup-cache: stopped; run the same command again to continue", file=sys.stderr)
         return 130
     except BrokenPipeError:
         return 141
@@ -265,7 +324,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # A failing disk can show up anywhere. A bug in this program is not an OSError and keeps its traceback.
         if debug:
             raise
-        _print(f"ketchup-cache: {' '.join(str(error).split())}")
+        if first_to_fail():
+            _print(f"ketchup-cache: {' '.join(str(error).split())}")
         return 2
 
 

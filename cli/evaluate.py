@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from ketchup_cache.config.commands import EvaluateConfig
+from ketchup_cache.console import is_first
 
 from .app import Result, command
 
@@ -15,5 +16,10 @@ from .app import Result, command
 def evaluate(config: EvaluateConfig) -> Result:
     """Decode greedily; report task metrics and the mean return."""
     from ketchup_cache.evaluation.evaluate import evaluate
+    from ketchup_cache.training.card import add_evaluation, card_of
 
-    return evaluate(config)
+    card = card_of(config.model) if config.card else None
+    report = evaluate(config)
+    if card and is_first():
+        add_evaluation(card, report.to_dict())
+    return report

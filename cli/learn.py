@@ -17,6 +17,10 @@ from .app import Result, command
         "# the same, scored elsewhere by `score --follow --cache s3://lab/xsum --teacher google/flan-t5-xl`",
         "ketchup-cache learn --student student/best --cache cache --k 4 --refresh-every 8 \\",
         "    --scores-from s3://lab/xsum --out run",
+        "",
+        "# new rollouts by a vLLM that serves the student, and gets its weights at every refresh",
+        "ketchup-cache learn --student student/best --cache cache --k 4 --refresh-every 16 \\",
+        "    --teacher Qwen/Qwen3-32B --student-url http://127.0.0.1:8000/v1 --student-name student --out run",
     ]
 )
 def learn(config: LearnConfig) -> Result:

@@ -1,6 +1,6 @@
 """Win rates of one system's outputs over another's, judged by a model behind an OpenAI-compatible endpoint (Table 2).
 
-    pip install ketchup-cache openai
+    pip install 'ketchup-cache[judge]'
     ketchup-cache evaluate --model k4/best --data test.jsonl --outputs k4.jsonl   # the same for the other system
     python examples/judge.py k4.jsonl kl.jsonl --judge-model NAME --base-url http://127.0.0.1:8000/v1 --limit 500
 
@@ -343,7 +343,7 @@ def _client(config: JudgeConfig) -> Any:
     try:
         import openai
     except ImportError:
-        raise ConfigError(["needs the openai package: pip install openai"]) from None
+        raise ConfigError(["needs the package openai: pip install 'ketchup-cache[judge]'"]) from None
     url, secret = config.base_url or os.environ.get("OPENAI_BASE_URL"), os.environ.get("OPENAI_API_KEY")
     if not url and not secret:
         raise ConfigError(["no endpoint: give --base-url, and its key in the environment as OPENAI_API_KEY"])

@@ -5,9 +5,11 @@ Progress has a rate and the time left: a bar on a terminal, a line a minute in a
 
 from __future__ import annotations
 
+import math
+import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from typing import Any, ClassVar
@@ -40,9 +42,15 @@ class Report:
         return asdict(self) | derived  # type: ignore[call-overload]
 
 
+def is_first() -> bool:
+    """Whether this process speaks: of those that a launcher (torchrun) started together, the first."""
+    return os.environ.get("RANK", "0") == "0" or os.environ.get("WORLD_SIZE", "1") == "1"
+
+
 def say(text: str) -> None:
-    """One line on stderr."""
-    print(f"ketchup-cache: {printable(text)}", file=sys.stderr, flush=True)
+    """One line on stderr, of the first process alone."""
+    if is_first():
+        print(f"ketchup-cache: {printable(text)}", file=sys.stderr, flush=True)
 
 
 def warn(text: str) -> None:
@@ -74,15 +82,22 @@ def silence(*logs: Any) -> ExitStack:
 class Bar:
     """What a worker holds: `advance(n)` after n more units, `note(text)` for a figure beside the bar."""
 
-    def __init__(self, label: str, total: int | None, unit: str, shown: Progress | None = None, done: int = 0) -> None:
-        """shown: the bars on the terminal; without them progress is lines in a log."""
+    def __init__(
+        self, label: str, total: int | None, unit: str, shown: Progress | None = None, done: int = 0, workers: int = 1
+    ) -> None:
+        """shown: the bars on the terminal; without them progress is lines in a log. workers: processes that advance as
+        this one does."""
+        self._workers = workers
         self.label, self.total, self.unit, self.text, self._shown = label, total, unit, "", shown
         self.done = self._before = done
-        self.began = self._logged = time.monotonic()
+        self.began = time.monotonic()
+        self._logged = self.began if is_first() else math.inf
         self.task = shown.add_task(label, total=total, completed=done, rate="", text="") if shown else None
 
     def advance(self, n: int = 1) -> None:
-        self.done += n
+        self.done += n * self._workers
+        for call in _listeners if is_first() else ():
+            call(self.label, self.done, self.total)
         if self._shown and self.task is not None:
             self._shown.update(self.task, completed=self.done, rate=self.rate, text=self.text)
         elif time.monotonic() - self._logged >= LOG_EVERY_S:
@@ -106,16 +121,30 @@ class Bar:
 
 
 _console = Console(stderr=True)
+_listeners: list[Callable[[str, int, int | None], None]] = []
 
 
 @contextmanager
-def progress(label: str, total: int | None = None, unit: str = "tokens", *, done: int = 0) -> Iterator[Bar]:
+def on_progress(call: Callable[[str, int, int | None], None]) -> Iterator[None]:
+    """While the block runs, every command calls `call(what, done, total)` as it goes on. what: rollouts, scoring, the
+    name of a run's command and the like. total: None where it is not known. What it raises ends the command."""
+    _listeners.append(call)
+    try:
+        yield
+    finally:
+        _listeners.remove(call)
+
+
+@contextmanager
+def progress(
+    label: str, total: int | None = None, unit: str = "tokens", *, done: int = 0, workers: int = 1
+) -> Iterator[Bar]:
     """Show progress on stderr while the block runs. `total`: units to do, None where that is not known. `done`: units
-    that were done before; the rate is of the others."""
-    if not _console.is_terminal:
-        yield Bar(label, total, unit, done=done)
+    that were done before; the rate is of the others. `workers`: as of `Bar`."""
+    if not (_console.is_terminal and is_first()):
+        yield Bar(label, total, unit, done=done, workers=workers)
         return
     text = TextColumn("{task.fields[text]}", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1))
     columns = ("{task.description}", BarColumn(8), MofNCompleteColumn(), "{task.fields[rate]}", TimeRemainingColumn())
     with Progress(*columns, text, console=_console, transient=True, expand=True) as shown:
-        yield Bar(label, total, unit, shown, done)
+        yield Bar(label, total, unit, shown, done, workers)

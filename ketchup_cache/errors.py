@@ -31,6 +31,9 @@ class ConfigError(KetchupError):
         self.problems = problems
         super().__init__(*problems)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (list(self.args),)
+
 
 class DataError(KetchupError):
     """Raised when a prompt file is missing, empty, malformed, lacks a field or holds a prompt that is too long."""
@@ -56,14 +59,18 @@ class NumericsError(KetchupError):
     """Raised when a NaN or infinity appears in logits, returns, loss or gradient."""
 
 
-class ServerError(KetchupError):
-    """Raised when a teacher's server does not answer, or answers what can't be. What it had scored by then is kept.
+class ProcessError(KetchupError):
+    """Raised when another of the processes that were started together has ended, or can't be met."""
 
-    places, scores: the rows that were done, and their scores.
+
+class ServerError(KetchupError):
+    """Raised when a model's server does not answer, or answers what can't be. What came before is kept.
+
+    places, done: the rows that were done, and what came of them.
     """
 
     places: Any = None
-    scores: Any = None
+    done: Any = None
 
 
 class WriteError(KetchupError):

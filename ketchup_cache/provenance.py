@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from operator import not_
 from typing import Annotated, Any, Literal
 
@@ -101,6 +101,35 @@ class Sampling(Record):
     """What stands between `<<` and `=` was computed, and its tokens forced."""
 
 
+class Mismatch(Record):
+    """How far the log-probabilities of an engine that drew completions are from those that the policy's own weights
+    gave in the process that asked for them (rollouts/engine.py): of each token the difference, in nats, 5 at most."""
+
+    engine: Name
+    """The name that the server has for the policy."""
+    mean: float = Field(ge=0, allow_inf_nan=False)
+    """Of the absolute differences."""
+    largest: float = Field(ge=0, allow_inf_nan=False)
+    far: float = Field(ge=0, le=1)
+    """Share of the tokens whose two probabilities differ by more than a factor of 2."""
+
+    def __str__(self) -> str:
+        return (
+            f"{self.engine}: its log-probabilities differ by {self.mean:.2g} nats on average, at most "
+            f"{self.largest:.2g}, {self.far:.2%} of the tokens by more than a factor of 2"
+        )
+
+    @classmethod
+    def of_all(cls, parts: Sequence[tuple[int, Mismatch]]) -> Mismatch | None:
+        """Of several parts, each with its number of tokens; None of nothing."""
+        total = sum(tokens for tokens, _ in parts)
+        if not total:
+            return None
+        mean, far = (sum(n * getattr(part, name) for n, part in parts) / total for name in ("mean", "far"))
+        names = ", ".join(dict.fromkeys(part.engine for _, part in parts))
+        return cls(engine=names, mean=mean, largest=max(part.largest for _, part in parts), far=min(far, 1.0))
+
+
 SAME_ANSWERS = 0.02
 """Nats by which the answers of one served model to the probe may differ from one day, or one replica, to another."""
 
@@ -166,6 +195,14 @@ def in_precision(fingerprint: str, dtype: str) -> str:
 
 def canonical_json(value: Any) -> bytes:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+
+
+OTHER_TOKENIZER = (
+    "a teacher and a student need one tokenizer, as the sizes of one family have (docs/families.md); of another "
+    "teacher its texts can be learned: `evaluate --model TEACHER --data DATA --outputs texts.jsonl`, then "
+    "`pretrain --model STUDENT --data texts.jsonl --target-field output`"
+)
+"""What to do about a pair with different tokenizers."""
 
 
 def require_same_tokenizer(mine: TokenizerInfo, theirs: TokenizerInfo, what: str) -> None:

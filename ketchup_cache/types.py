@@ -267,8 +267,8 @@ class ScoredRollouts:
 
 
 @dataclass(frozen=True)
-class Row:
-    """One scored rollout: 1-D arrays, and a few facts. See `Rollouts` and `Scores` for the meaning of each."""
+class UnscoredRow:
+    """One rollout: 1-D arrays of its T tokens, and a few facts. See `Rollouts` for the meaning of each."""
 
     prompt_id: str
     prompt_tokens: NDArray[np.int32]
@@ -276,21 +276,38 @@ class Row:
     behavior_logprob: NDArray[np.float32]
     forced: NDArray[np.bool_]
     finished: bool
+    policy: str
+
+    @staticmethod
+    def facts(part: ScoredRollouts, policy: str) -> dict[str, Any]:
+        """The fields of the only row of `part`, as views."""
+        rollouts, prompt = part.rollouts, part.rollouts.prompt_index[0]
+        known: dict[str, Any] = {"prompt_id": part.prompts.ids[prompt].tobytes().hex(), "policy": policy}
+        known |= {"prompt_tokens": part.prompts.tokens[prompt], "completion_tokens": rollouts.completions.values}
+        known |= {"behavior_logprob": rollouts.behavior_logprob, "forced": rollouts.forced}
+        return known | {"finished": bool(rollouts.finished[0])}
+
+
+@dataclass(frozen=True)
+class Row(UnscoredRow):
+    """One scored rollout. See `Scores` for the meaning of each array; all are [T]. top: the largest logits of each
+    state, [T, n], where they were kept."""
+
     q: NDArray[np.float32]
     max_q: NDArray[np.float32]
     logsumexp: NDArray[np.float32]
     mean_q: NDArray[np.float32]
     final_max_q: float
-    policy: str
     teacher: str
+    top: TopLogits | None = None
 
     @classmethod
     def of(cls, part: ScoredRollouts, row: int, policy: str, teacher: str) -> Row:
         """A row of scored rollouts. Its arrays are views."""
         one = part.take(slice(row, row + 1))
-        rollouts, scores, prompt = one.rollouts, one.scores, one.rollouts.prompt_index[0]
-        facts: dict[str, Any] = {"prompt_id": part.prompts.ids[prompt].tobytes().hex(), "policy": policy}
-        facts |= {"finished": bool(rollouts.finished[0]), "final_max_q": float(scores.final_max_q[0])}
-        facts |= {"prompt_tokens": part.prompts.tokens[prompt], "completion_tokens": rollouts.completions.values}
-        facts |= {"behavior_logprob": rollouts.behavior_logprob, "forced": rollouts.forced, **scores.per_token()}
-        return cls(**facts, teacher=teacher)
+        scores: dict[str, Any] = {
+            **one.scores.per_token(),
+            "final_max_q": float(one.scores.final_max_q[0]),
+            "top": one.scores.top,
+        }
+        return cls(**cls.facts(one, policy), **scores, teacher=teacher)

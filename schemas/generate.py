@@ -25,7 +25,11 @@ class _EveryFieldRequired(GenerateJsonSchema):
 
 def manifest_schema() -> dict[str, Any]:
     schema = {"$schema": DIALECT} | Manifest.model_json_schema(schema_generator=_EveryFieldRequired)
-    may_lack = {"RolloutsInfo": ["finished"], "TeacherInfo": ["served"], "PromptForm": ["template_arg", "prefill"]}
+    may_lack = {
+        "RolloutsInfo": ["finished", "engine"],
+        "TeacherInfo": ["served"],
+        "PromptForm": ["template_arg", "prefill"],
+    }
     for record, key in [
         (schema, "author"),
         *((schema["$defs"][name], key) for name in may_lack for key in may_lack[name]),

@@ -10,6 +10,9 @@ from ketchup_cache import open_cache
 
 os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
+os.fsync = lambda file: None
+"""A killed process loses nothing that it wrote: only a power cut would, and those are stood in for (test_crash.py)."""
+
 settings.register_profile("deterministic", derandomize=True, deadline=None)
 settings.load_profile("deterministic")
 

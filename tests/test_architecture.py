@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-ROOMS = "config method text models cache sharing rollouts scoring evaluation training report".split()
+ROOMS = "config method text parallel models cache sharing rollouts scoring evaluation training report".split()
 """Folders, each of which imports only from those before it, and from the root."""
-BUDGET = {"ketchup_cache": 9_460, "tests": 12_410}
+BUDGET = {"ketchup_cache": 11_442, "tests": 14_760}
 """Lines of code at most (`code_lines`)."""
 
 

@@ -21,13 +21,13 @@ from typing import Any
 
 from benchmarks.real import jobs, tables
 from benchmarks.real.choices import (
-    CONVERGED,
     affordable,
     best_rate,
     bootstrap,
     chosen,
     comparisons,
     grid_name,
+    inherited,
     seeds_by_row,
     table_rows,
 )
@@ -47,6 +47,8 @@ from benchmarks.real.settings import (
 )
 
 Job = tuple[str, Callable[[], Any]]
+CONVERGED = (*DEV_SEEDS, SEEDS[0])
+"""Starts on which twice the epochs are tried, and the experiments are made."""
 
 
 def order(place: Place) -> Iterator[Job]:
@@ -56,6 +58,9 @@ def order(place: Place) -> Iterator[Job]:
         yield name, lambda of=of: of(place)
         if name not in done:
             return
+    if place.task.like:
+        yield from alike(place, done)
+        return
     for lr in RATES:
         yield grid_name(lr), lambda lr=lr: jobs.start(place, DEV_SEEDS[0], lr, place.task.epochs, grid_name(lr))
     if any(grid_name(lr) not in done for lr in RATES):
@@ -67,15 +72,35 @@ def order(place: Place) -> Iterator[Job]:
     yield from starts(place, done, lr, SEEDS)
     if "chosen" in done:
         yield from table(place, done, SEEDS)
-    for seed in CONVERGED:
-        name = f"doubled/{seed}"
-        yield name, lambda s=seed, n=name: jobs.start(place, s, lr, 2 * place.task.epochs, n)
+    yield from doubled(place, lr, CONVERGED)
     if "chosen" in done:
         yield from (job for job in table(place, done, OTHER_SEEDS) if job[0].startswith("run/SeqKD"))
     yield from diagnosed(place, done, OTHER_SEEDS)
     if "chosen" in done:
         yield from table(place, done, OTHER_SEEDS)
         yield from tried(place, done)
+
+
+def alike(place: Place, done: dict[str, Any]) -> Iterator[Job]:
+    """Of a task that has the settings of another."""
+    yield "inherited", lambda: inherited(place.like().records())
+    if "inherited" not in done:
+        return
+    yield "chosen", lambda: done["inherited"]["chosen"]
+    lr = best_rate(done)
+    yield from starts(place, done, lr, SEEDS)
+    if "chosen" in done:
+        yield from table(place, done, SEEDS)
+    yield from doubled(place, lr, OTHER_SEEDS)
+    yield from diagnosed(place, done, OTHER_SEEDS)
+    if "chosen" in done:
+        yield from table(place, done, OTHER_SEEDS)
+
+
+def doubled(place: Place, lr: float, seeds: Sequence[int]) -> Iterator[Job]:
+    for seed in seeds:
+        name = f"doubled/{seed}"
+        yield name, lambda s=seed, n=name: jobs.start(place, s, lr, 2 * place.task.epochs, n)
 
 
 def starts(place: Place, done: dict[str, Any], lr: float, seeds: Sequence[int]) -> Iterator[Job]:

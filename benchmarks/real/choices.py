@@ -19,6 +19,7 @@ from benchmarks.real.settings import (
     MARGIN,
     OTHER_SEEDS,
     RATES,
+    ROWS_ALIKE,
     SEEDS,
     SEQKD_RATES,
     Row,
@@ -34,8 +35,6 @@ SEQKD = (
     *(f"SeqKD, {outputs:,} new outputs" for outputs in FEWER),
 )
 """Rows that go on with pre-distillation."""
-CONVERGED = (5, 6, 0)
-"""Starts on which twice the epochs are tried."""
 
 
 def best(record: Records, metric: str = "bleu") -> float:
@@ -47,14 +46,23 @@ def grid_name(lr: float) -> str:
     return f"grid/{lr:g}"
 
 
+def inherited(done: Records) -> dict[str, Any]:
+    """For a task that is like the one with the records `done`: its settings, the rate of pre-distillation, and how many
+    new outputs SeqKD has."""
+    return {"chosen": done["chosen"], "rate": best_rate(done), "affordable": affordable(done)}
+
+
 def best_rate(done: Records) -> float:
     """Of pre-distillation."""
+    if "inherited" in done:
+        return done["inherited"]["rate"]
     return max(RATES, key=lambda lr: best(done[grid_name(lr)]))
 
 
 def gain_of_doubling(done: Records) -> list[float]:
-    """Dev BLEU that twice the epochs add to each start of CONVERGED."""
-    return [best(done[f"doubled/{seed}"]) - best(done[f"starts/{seed}"]) for seed in CONVERGED]
+    """Dev BLEU that twice the epochs add to each start that they were tried on."""
+    seeds = [name.split("/")[1] for name in done if name.startswith("doubled/")]
+    return [best(done[f"doubled/{seed}"]) - best(done[f"starts/{seed}"]) for seed in seeds]
 
 
 def chosen_of(done: Records, group: str, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -78,6 +86,8 @@ def chosen(done: Records) -> dict[str, Any]:
 
 def affordable(done: Records) -> int:
     """Teacher outputs that cost as many teacher seconds as the scoring did in the paper's best row, on average."""
+    if "inherited" in done:
+        return done["inherited"]["affordable"]
     label = chosen_of(done, "paper", GROUPS["paper"])["label"]
     scoring = [done[f"dev/paper/{label}/{seed}"]["learn"]["score_s"] for seed in DEV_SEEDS]
     made = done["outputs"]["rollout"]
@@ -107,8 +117,10 @@ def comparisons(done: Records) -> list[tuple[str, str]]:
 
 
 def seeds_by_row(done: Records, labels: Iterable[str]) -> dict[str, Sequence[int]]:
-    """The compared rows come first."""
+    """The compared rows come first. A task that is like another has few others."""
     compared = {row for pair in comparisons(done) for row in pair}
+    if "inherited" in done:
+        labels = [label for label in labels if label in {*compared, *ROWS_ALIKE}]
     found = {label: SEEDS if label in compared else OTHER_SEEDS for label in labels}
     return dict(sorted(found.items(), key=lambda item: item[1] != SEEDS))
 

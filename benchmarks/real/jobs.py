@@ -49,13 +49,19 @@ def data(place: Place) -> dict[str, Any]:
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in part)
         (place / f"{name}.jsonl").parent.mkdir(parents=True, exist_ok=True)
         (place / f"{name}.jsonl").write_text(text, encoding="utf-8")
-    models.make_tokenizer([place / "train.jsonl"], place / "tokenizer")
+    if place.task.like:
+        shutil.copytree(place.like() / "tokenizer", place / "tokenizer")
+    else:
+        models.make_tokenizer([place / "train.jsonl"], place / "tokenizer")
     return {name: len(part) for name, part in rows.items()}
 
 
 def base(place: Place) -> dict[str, Any]:
     """What all students begin with, as a pre-trained model: it has learned to take noise out of the sentences of both
     languages, and has seen no translation."""
+    if place.task.like:
+        shutil.copytree(place.like() / "base", place / "base", symlinks=True)
+        return place.like().records()["base"]
     rng = random.Random(0)
     with (place / "noise.jsonl").open("w", encoding="utf-8") as file:
         for row in map(json.loads, (place / "train.jsonl").read_text(encoding="utf-8").splitlines()):

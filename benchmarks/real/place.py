@@ -9,11 +9,11 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.real.settings import Task
+from benchmarks.real.settings import TASKS, Task
 
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "real"
 
@@ -32,6 +32,10 @@ class Place:
 
     def __truediv__(self, name: str) -> Path:
         return self.work / self.task.name / name
+
+    def like(self) -> Place:
+        """Of the task that this one is like."""
+        return replace(self, task=TASKS[self.task.like or self.task.name])
 
     @property
     def results(self) -> Path:

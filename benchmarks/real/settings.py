@@ -43,7 +43,8 @@ class Task:
 
     labelled: prompts whose teacher outputs the students are pre-distilled on; the others of the training split have
     none, and learning uses those. None: all have one, and learning uses the same prompts. epochs: of pre-distillation.
-    base: the task whose teacher it has.
+    base: the task whose teacher it has. like: the task whose tokenizer, base and settings it has: nothing is chosen on
+    its own dev set, and it has ROWS_ALIKE beside the rows that are compared.
     """
 
     name: str
@@ -52,12 +53,13 @@ class Task:
     labelled: int | None = 4000
     epochs: int = 20
     base: str | None = None
+    like: str | None = None
 
 
 TASKS = {
     "ende": Task("ende", "prompt", "target"),
     "ende-all": Task("ende-all", "prompt", "target", labelled=None, epochs=6, base="ende"),
-    "deen": Task("deen", "target", "prompt"),
+    "deen": Task("deen", "target", "prompt", like="ende"),
 }
 TEACHER = {
     "epochs": 12, "batch_size": 64, "lr": 2e-3, "schedule": "linear", "warmup": 200, "weight_decay": 0.1,
@@ -120,6 +122,7 @@ TURNED_BACK = {
 COMPARED = (("paper", "llmr"), ("new", "start"), ("new", "SeqKD, new outputs"))
 """The three comparisons that are tested, by group or row; all else is descriptive."""
 FRESH = "reverse KL, fresh"
+ROWS_ALIKE = ("SeqKD continued", "reverse KL")
 MARGIN = 0.3
 """BLEU by which the best policy gradient may be worse than FRESH (a one-sided test)."""
 SEQKD_RATES = (2e-3, 4e-3, 8e-3, 1.6e-2)

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterator
+import time
+from collections.abc import Collection, Iterable, Iterator
 from copy import copy
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from ketchup_cache.cache import rules, segment_bytes, zarr_files
-from ketchup_cache.cache.index import Index, Range, ScoredRef, check_parent, distinct, parent_id
+from ketchup_cache.cache import index_file, rules, segment_bytes, zarr_files
+from ketchup_cache.cache.index import Entry, Index, Range, ScoredRef, check_parent, distinct, parent_id
 from ketchup_cache.cache.manifest import FORMAT, FileEntry, Info, Kind, Manifest, PromptsInfo, RolloutsInfo, ScoresInfo
-from ketchup_cache.cache.segment_bytes import Packed, SegmentStore
+from ketchup_cache.cache.segment_bytes import Packed, SegmentStore, parse_manifest
 from ketchup_cache.errors import CacheError, CorruptError, MismatchError, NumericsError
+from ketchup_cache.parallel.group import group
 from ketchup_cache.provenance import PolicyInfo, TeacherInfo
-from ketchup_cache.types import Prompts, Rollouts, Row, ScoredRollouts, Scores
+from ketchup_cache.types import Prompts, Rollouts, Row, ScoredRollouts, Scores, UnscoredRow
 from ketchup_cache.version import TOOL
 
 KEEP_DECODED = 2
 """Decoded segments of prompts, and of rollouts, that stay in memory: many scores segments share them."""
+SHOWN_S = 60.0
+"""After which a shared disk has shown on every machine what was written on one."""
 Value = TypeVar("Value", Prompts, Rollouts, Scores)
 
 
@@ -35,8 +39,9 @@ class Cache:
         self.store, self.address = store, store.address
         self.pinned: frozenset[str] | None = None
         """All other segments are as if they were not there, and no new ones are taken."""
-        self._parsed: dict[str, Manifest] = {}
-        self._index = index
+        self._entries: dict[str, Entry] = {}
+        self._shared: dict[Any, Any] = {}
+        self._index, self._looked = index, index is not None
         self._decoded: dict[str, Prompts | Rollouts] = {}
         self._keep_decoded = KEEP_DECODED
 
@@ -54,41 +59,69 @@ class Cache:
 
     def refresh(self) -> None:
         """See the segments that others have committed since."""
-        self._index = None
+        self._looked = False
+
+    def agree(self, own: Iterable[str] = ()) -> None:
+        """Show in all processes of a group the same segments: those that the first sees, with what each has committed.
+
+        own: ids of these. Raises CacheError where they are not to be seen here: the cache must be at one place for all.
+        """
+        if group().size > 1:
+            self.await_shown({id_ for ids in group().gathered(list(own)) for id_ in ids})
+            ids = group().from_first(self.segment_ids)
+            self.await_shown(ids)
+            self._index = Index({id_: self._entries[id_] for id_ in ids}, self.address)
+
+    def await_shown(self, ids: Collection[str]) -> None:
+        """Wait until segments of another process are seen here too, as on NFS. Raises CacheError after `SHOWN_S`."""
+        until = time.monotonic() + SHOWN_S
+        while missing := set(ids) - set(self.segment_ids()):
+            if time.monotonic() > until:
+                what = f"segment {min(missing)[:12]} of another process is not to be seen on this machine"
+                raise CacheError(f"{self.address}: {what}; use a --cache on a disk that all machines share")
+            time.sleep(0.02)
+            self.refresh()
 
     def pin(self, ids: Collection[str]) -> None:
         """Show these segments alone, and take no new ones. Raises MismatchError where one is missing."""
         if missing := set(ids) - set(self.segment_ids()):
             what = f"lacks {len(missing)} of the {len(ids)} pinned segments, {min(missing)[:12]} for one"
             raise MismatchError(f"{self.address}: {what}; use the cache of that run, or pull them")
-        self.pinned, self._index = frozenset(ids), None
+        self.pinned, self._looked = frozenset(ids), False
 
     # ------------------------------------------------------------------------------------------------- manifests
 
     @property
     def index(self) -> Index:
         """What the cache holds. Raises CorruptError for a damaged manifest, CacheError for one of a newer format."""
-        if self._index is None:
+        if not self._looked or self._index is None:
             ids = [id_ for id_ in self.store.segment_ids() if self.pinned is None or id_ in self.pinned]
-            new = [id_ for id_ in ids if id_ not in self._parsed]
-            parsed = segment_bytes.in_parallel(lambda id_: segment_bytes.read_manifest(self.store, id_)[0], new)
-            self._parsed |= zip(new, parsed, strict=True)
-            self._index = Index({id_: self._parsed[id_] for id_ in ids}, self.address)
+            new = [id_ for id_ in ids if id_ not in self._entries]
+            listed = self.pinned is None and len(new) == len(ids)
+            for id_, data in index_file.read_all(self.store, new, listed).items():
+                self._take(id_, parse_manifest(data, id_, self.address), data)
+            if self._index is None or self._index.entries.keys() != set(ids):
+                self._index = Index({id_: self._entries[id_] for id_ in ids}, self.address)
+            self._looked = True
         return self._index
 
     def segment_ids(self) -> list[str]:
         """Ids of all segments, in the order of commits."""
-        return list(self.index.manifests)
+        return list(self.index.entries)
 
-    def manifests(self, kind: Kind | None = None) -> list[tuple[str, Manifest]]:
-        """(id, manifest) of all segments of a kind, in the order of commits (time, then id)."""
-        return [(id_, m) for id_, m in self.index.manifests.items() if kind in (None, m.kind)]
+    def manifests(self, kind: Kind | None = None) -> list[tuple[str, Entry]]:
+        """(id, what the index keeps of the manifest) of all segments of a kind, in the order of commits (time, id)."""
+        return [(id_, m) for id_, m in self.index.entries.items() if kind in (None, m.kind)]
+
+    def entry(self, segment_id: str) -> Entry:
+        """What the index keeps of a manifest. Raises CacheError where there is no such segment."""
+        if segment_id not in self.index.entries:
+            raise CacheError(f"{self.address}: has no segment {segment_id}")
+        return self.index.entries[segment_id]
 
     def manifest(self, segment_id: str) -> Manifest:
-        """Raises CacheError where there is no such segment."""
-        if segment_id not in self.index.manifests:
-            raise CacheError(f"{self.address}: has no segment {segment_id}")
-        return self.index.manifests[segment_id]
+        """Read and checked anew. Raises CacheError where there is no such segment, CorruptError for a damaged one."""
+        return self.entry(segment_id) and segment_bytes.read_manifest(self.store, segment_id)[0]
 
     def rollouts(self) -> list[tuple[str, RolloutsInfo]]:
         """(id, info) of all rollouts segments, in the order of commits; the same rows only once."""
@@ -111,16 +144,18 @@ class Cache:
         """As `select_teacher`, of the policies that have rollouts here."""
         return self.index.select("policy", selector, option)
 
-    def scored(self, teacher: str | None = None, policy: str | None = None, *, keep_top: int = 0) -> list[ScoredRef]:
-        """Every row scored by a teacher once, in the order of commits.
+    def scored(
+        self, teacher: str | tuple[str | None, ...] | None = None, policy: str | None = None, *, keep_top: int = 0
+    ) -> list[ScoredRef]:
+        """Every row scored by a teacher once, in the order of commits; of several, those that each has scored.
 
         teacher, policy: name or start of fingerprint. Without a teacher, the only one there is; without a policy, all.
         keep_top: only rows whose scores keep at least this many of the largest logits.
         Raises CacheError where the teacher or policy is unknown or ambiguous, or a parent segment is missing.
         """
-        by = self.select_teacher(teacher).fingerprint
+        by = [self.select_teacher(one).fingerprint for one in (teacher if isinstance(teacher, tuple) else (teacher,))]
         of = self.select_policy(policy).fingerprint if policy is not None else None
-        return self.index.scored(by, of, keep_top)
+        return self.index.scored_by_all(by, of, keep_top)
 
     def unscored(self, teacher_fingerprint: str, *, keep_top: int = 0) -> list[Range]:
         """(rollouts id, row_start, row_stop) of all rows without scores by this teacher, in the order of commits.
@@ -157,7 +192,7 @@ class Cache:
         if self.pinned is not None:
             what = f"the pinned run has no such {info.kind}: repeat it with its own options and models"
             raise MismatchError(f"{self.address}: {what}")
-        parent = self.index.manifests.get(parent_id(info))
+        parent = self.index.entries.get(parent_id(info))
         if parent and info.tokenizer.encodes_as(parent.info.tokenizer):  # whose fingerprint may be an earlier version's
             same = {"fingerprint": parent.info.tokenizer.fingerprint}
             info = info.model_copy(update={"tokenizer": info.tokenizer.model_copy(update=same)})
@@ -171,14 +206,19 @@ class Cache:
         files = {zarr_files.ARCHIVE: FileEntry(length=len(archive), sha256=digest)}
         manifest = Manifest(format=FORMAT, version=2, info=info, arrays=entries, files=files, **counts, **made_by)
         segment_bytes.check_manifest(manifest)
-        self.store.put([Packed(manifest.id, manifest.to_bytes(), {zarr_files.ARCHIVE: archive})])
-        self._parsed[manifest.id] = manifest
-        self._index = Index({**self.index.manifests, manifest.id: manifest}, self.address)
-        return manifest.id
+        data = manifest.to_bytes()
+        id_ = hashlib.sha256(data).hexdigest()
+        self.store.put([Packed(id_, data, {zarr_files.ARCHIVE: archive})])
+        self._index = Index({**self.index.entries, id_: self._take(id_, manifest, data)}, self.address)
+        return id_
+
+    def _take(self, segment_id: str, manifest: Manifest, data: bytes) -> Entry:
+        """Keep what the index needs of a manifest. data: its bytes."""
+        return self._entries.setdefault(segment_id, Entry.of(manifest, len(data), self._shared))
 
     def _parent(self, info: Info, segment_id: str = "") -> Rollouts | None:
         """Check that the parent is there and fits; for scores, load it."""
-        check_parent(info, self.index.manifests, segment_id)
+        check_parent(info, self.index.entries, segment_id)
         return self.load_rollouts(info.rollouts) if isinstance(info, ScoresInfo) else None
 
     # -------------------------------------------------------------------------------------------------- load
@@ -213,19 +253,41 @@ class Cache:
 
     def load_scored(self, ref: ScoredRef) -> ScoredRollouts:
         """The rows of one reference. `prompts` is the whole parent; `prompt_index` points into it."""
-        info = self.manifest(ref.scores_id).info
-        assert isinstance(info, ScoresInfo)
         prompts, rollouts = self.load_prompts(ref.prompts_id), self.load_rollouts(ref.rollouts_id)
-        own = rollouts.completions.slice(info.row_start, info.row_stop)
-        scores = self.load_scores(ref.scores_id)
-        cut = scores.rows(own, ref.row_start - info.row_start, ref.row_stop - info.row_start)
-        return ScoredRollouts(prompts, rollouts.rows(ref.row_start, ref.row_stop), cut)
+        scores = self.load_scores_of(ref, ref.scores_id)
+        return ScoredRollouts(prompts, rollouts.rows(ref.row_start, ref.row_stop), scores)
+
+    def load_scores_of(self, ref: ScoredRef, scores_id: str) -> Scores:
+        """The scores of a reference's rows in one segment: its own, or one of those `beside` it."""
+        info = self.entry(scores_id).info
+        assert isinstance(info, ScoresInfo)
+        own = self.load_rollouts(ref.rollouts_id).completions.slice(info.row_start, info.row_stop)
+        scores = self.load_scores(scores_id)
+        return scores.rows(own, ref.row_start - info.row_start, ref.row_stop - info.row_start)
 
     def rows(self, teacher: str | None = None, policy: str | None = None) -> Iterator[Row]:
         """Every scored rollout, one at a time. Selects and raises as `scored`, at once; loads segment by segment."""
         refs = self.scored(teacher, policy)
         parts = ((ref, self.load_scored(ref)) for ref in refs)
         return (Row.of(part, i, ref.policy.name, ref.teacher.name) for ref, part in parts for i in range(len(part)))
+
+    def unscored_rows(self, teacher: str | None = None, policy: str | None = None) -> Iterator[UnscoredRow]:
+        """Every rollout without scores by this teacher, one at a time. Selects and raises as `scored`; in a cache
+        without scores, all rollouts are without."""
+        by = self.select_teacher(teacher).fingerprint if teacher is not None or self.teachers() else ""
+        of = self.select_policy(policy).fingerprint if policy is not None else None
+        infos = {id_: info for id_, info in self.rollouts() if of in (None, info.policy.fingerprint)}
+        found = [part for part in self.unscored(by) if part[0] in infos]
+
+        def rows(id_: str, start: int, stop: int) -> Iterator[UnscoredRow]:
+            rollouts, prompts = self.load_rollouts(id_), self.load_prompts(infos[id_].prompts)
+            for row in range(start, stop):
+                part = rollouts.rows(row, row + 1)
+                nothing = Scores.empty(len(part.completions.values), 1)
+                facts = UnscoredRow.facts(ScoredRollouts(prompts, part, nothing), infos[id_].policy.name)
+                yield UnscoredRow(**facts)
+
+        return (row for part in found for row in rows(*part))
 
     def _load(self, segment_id: str, wanted: type[Value]) -> Value:
         segment = self.load(segment_id)
@@ -238,7 +300,7 @@ class Cache:
         self._decode(packed.segment_id, packed)
 
     def _decode(self, segment_id: str, packed: Packed | None = None) -> rules.Segment:
-        manifest = self.manifest(segment_id)
+        manifest = parse_manifest(packed.manifest, segment_id, self.address) if packed else self.manifest(segment_id)
         parent = self._parent(manifest.info, segment_id)
         packed = packed or segment_bytes.read_segment(self.store, segment_id, manifest, b"")
         segment = rules.unpack(manifest.info, segment_bytes.arrays_of(packed, manifest, self.address))

@@ -154,13 +154,14 @@ def orphans(root: Path, keep: set[str]) -> tuple[list[Path], list[Path]]:
     """
     data = sorted(list_folder(root / "segments"))
     tmp, begun = [root / "tmp" / name for name in sorted(list_folder(root / "tmp"))], set()
+    tmp += sorted(root.glob(f".{FolderStore.INDEX}.*"))
     for stage in tmp:
         with suppress(FileNotFoundError, CacheError):
             begun.add(hashlib.sha256(read_file(stage / "manifest.json", MAX_MANIFEST_BYTES)).hexdigest())
     known = set(ids_among(list_folder(root / "manifests")))
     bare = [root / "segments" / name for name in data if name not in known]
-    lost = [path for path in bare if path.name not in begun and any((path / name).exists() for name in WHOLE)]
-    return [*(path for path in bare if path not in lost and path.name not in keep), *tmp], lost
+    lost = {path: None for path in bare if path.name not in begun and any((path / name).exists() for name in WHOLE)}
+    return [*(path for path in bare if path not in lost and path.name not in keep), *tmp], list(lost)
 
 
 def weigh(path: Path) -> tuple[float, int]:

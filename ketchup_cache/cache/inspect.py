@@ -14,11 +14,12 @@ from pydantic import BaseModel
 from ketchup_cache.cache import rules
 from ketchup_cache.cache.cache import Cache
 from ketchup_cache.cache.disk import FolderStore, delete, move_aside, orphans, weigh
-from ketchup_cache.cache.index import Index, check_parent, distinct, parent_id
-from ketchup_cache.cache.manifest import KINDS, Manifest, PromptsInfo, ScoresInfo
-from ketchup_cache.cache.segment_bytes import in_parallel, read_manifest, read_segment
+from ketchup_cache.cache.index import Entry, Index, check_parent, distinct, parent_id, read_entry
+from ketchup_cache.cache.manifest import KINDS, PromptsInfo, ScoresInfo
+from ketchup_cache.cache.segment_bytes import in_parallel, read_segment
 from ketchup_cache.console import Report, printable, size_text
 from ketchup_cache.errors import CacheError, KetchupError
+from ketchup_cache.provenance import Mismatch
 
 Record = dict[str, Any]
 
@@ -28,7 +29,8 @@ class CacheInfo(Report):
     """What `info` prints. Counts are over the whole cache; rows that are stored twice count once.
 
     finished: rollouts that ended in EOS before the length limit. policies, teachers: with the rows of each. sampling:
-    every different setting that rollouts were drawn with. listing: every segment, in the order of commits.
+    every different setting that rollouts were drawn with. engine: `Mismatch` of those that engines drew. listing: every
+    segment, in the order of commits.
     """
 
     path: str
@@ -41,6 +43,7 @@ class CacheInfo(Report):
     data: list[Record]
     sampling: list[Record]
     listing: list[Record]
+    engine: Record | None = None
 
     @property
     def segments(self) -> dict[str, int]:
@@ -77,6 +80,7 @@ class CacheInfo(Report):
             *(("data", f"{_id(d)}, template {d['template']!r}") for d in self.data),
             *(("tokenizer", f"{_id(t)}, {t['vocab_size']:,} tokens") for t in self.tokenizers),
             *(("sampling", ", ".join(f"{key} {value}" for key, value in s.items())) for s in self.sampling),
+            *([("engine", str(Mismatch(**self.engine)))] if self.engine else []),
             *(("policy", f"{_id(p)}{_step(p)}: {p['rollouts']:,} rollouts") for p in self.policies),
             *(("teacher", f"{_id(t)}, {t['dtype']}: {t['scored']:,} scored, {t['unscored']:,} not yet")
               for t in self.teachers),
@@ -88,7 +92,7 @@ class CacheInfo(Report):
 
 def describe(cache: Cache) -> CacheInfo:
     """Sum up a cache from its manifests. Raises CorruptError where one is damaged, CacheError for a missing parent."""
-    index, manifests = cache.index, cache.index.manifests
+    index, manifests = cache.index, cache.index.entries
     drawn, scored = Counter[str](), Counter[str]()
     finished = 0
     for id_, info in index.rollouts:
@@ -97,6 +101,7 @@ def describe(cache: Cache) -> CacheInfo:
         finished += int(cache.load_rollouts(id_).finished.sum()) if info.finished is None else info.finished
     for ref in index.scored():
         scored[ref.teacher.fingerprint] += ref.rows
+    engine = Mismatch.of_all([(manifests[id_].tokens, info.engine) for id_, info in index.rollouts if info.engine])
     total, of_teachers = drawn.total(), [(t, scored[t.fingerprint]) for t in cache.teachers()]
     return CacheInfo(
         path=cache.address,
@@ -109,6 +114,7 @@ def describe(cache: Cache) -> CacheInfo:
         data=_different(m.info.data for m in manifests.values() if isinstance(m.info, PromptsInfo)),
         sampling=_different(info.sampling for _, info in index.rollouts),
         listing=[_entry(id_, m) for id_, m in manifests.items()],
+        engine=engine.model_dump() if engine else None,
     )
 
 
@@ -138,7 +144,7 @@ def compare(one: Cache, other: Cache) -> Difference:
     ids = [set(cache.segment_ids()) for cache in (one, other)]
     only = {}
     for cache, missing in ((one, ids[0] - ids[1]), (other, ids[1] - ids[0])):
-        only[cache.address] = [_entry(id_, cache.manifest(id_)) for id_ in cache.segment_ids() if id_ in missing]
+        only[cache.address] = [_entry(id_, cache.entry(id_)) for id_ in cache.segment_ids() if id_ in missing]
     return Difference(only, len(ids[0] & ids[1]))
 
 
@@ -188,9 +194,10 @@ def verify(cache: Cache, *, deep: bool = True) -> VerifyReport:
         except KetchupError as error:
             return str(error)
 
-    ids = sorted(store.segment_ids())
-    found = dict(zip(ids, in_parallel(lambda id_: tried(read_manifest, store, id_), ids), strict=True))
-    manifests = {id_: read[0] for id_, read in found.items() if not isinstance(read, str)}
+    ids, shared = sorted(store.segment_ids()), dict[Any, Any]()
+    read_one = lambda id_: tried(lambda: read_entry(store, id_, shared)[0])  # noqa: E731
+    found = dict(zip(ids, in_parallel(read_one, ids), strict=True))
+    manifests = {id_: read for id_, read in found.items() if not isinstance(read, str)}
     problems = [read for read in found.values() if isinstance(read, str)]
     damaged = dict.fromkeys(id_ for id_, read in found.items() if isinstance(read, str))
     fresh, right = Cache(store, Index(manifests, cache.address)), 0
@@ -198,7 +205,7 @@ def verify(cache: Cache, *, deep: bool = True) -> VerifyReport:
     for id_, manifest in sorted(manifests.items(), key=lambda m: (KINDS.index(m[1].kind), parent_id(m[1].info), m[0])):
         said = [tried(fresh.load, id_) if deep else tried(check_parent, manifest.info, manifests, id_)]
         if not deep or isinstance(said[0], str):  # loading may have stopped at the parent
-            said.append(tried(read_segment, store, id_, manifest, b""))
+            said.append(tried(lambda id_: read_segment(store, id_, fresh.manifest(id_), b""), id_))
         wrong = [text for text in said if isinstance(text, str)]
         problems += wrong
         damaged |= {id_: None} if wrong or parent_id(manifest.info) in damaged else {}
@@ -220,10 +227,10 @@ def _disputes(cache: Cache, whole: set[str]) -> Iterator[str]:
     """A line for each two scores segments that disagree about the same rows of one teacher, with who wrote them."""
 
     def who(segment_id: str) -> str:
-        by = cache.manifest(segment_id).author
+        by = cache.entry(segment_id).author
         with suppress(AttributeError, OSError, KeyError):  # at an address, files have no owner
             by = by or (cache.path / "manifests" / f"{segment_id}.json").owner()
-        return f"{segment_id[:12]} of {cache.manifest(segment_id).created}" + f" by {by}" * bool(by)
+        return f"{segment_id[:12]} of {cache.entry(segment_id).created}" + f" by {by}" * bool(by)
 
     earlier: dict[tuple[str, str], list[tuple[str, ScoresInfo]]] = {}
     for id_, manifest in cache.manifests("scores"):
@@ -270,7 +277,7 @@ def clean(cache: Cache, *, hours: float = 24.0, dry_run: bool = False) -> tuple[
     if not isinstance(store, FolderStore):
         raise CacheError(f"{cache.address}: --clean is for folders; the next push completes what a killed one has left")
     limit, gone, young = time.time() - hours * 3600, [], 0
-    for path in orphans(store.path, {parent_id(m.info) for m in cache.index.manifests.values()})[0]:
+    for path in orphans(store.path, {parent_id(m.info) for m in cache.index.entries.values()})[0]:
         if weigh(path)[0] > limit:
             young += 1
         elif dry_run or delete(store.path, path):
@@ -278,7 +285,7 @@ def clean(cache: Cache, *, hours: float = 24.0, dry_run: bool = False) -> tuple[
     return tuple(gone), young
 
 
-def _entry(segment_id: str, manifest: Manifest) -> Record:
+def _entry(segment_id: str, manifest: Entry) -> Record:
     """A segment in one line. model: the data of prompts, the policy of rollouts, the teacher of scores."""
     info = manifest.info
     top = f", --keep-top {info.keep_top}" if isinstance(info, ScoresInfo) and info.keep_top else ""
@@ -287,7 +294,7 @@ def _entry(segment_id: str, manifest: Manifest) -> Record:
     return {
         **{name: getattr(manifest, name) for name in ("kind", "rows", "tokens", "created", "tool", "author")},
         "id": segment_id,
-        "bytes": manifest.data_bytes + len(manifest.to_bytes()),
+        "bytes": manifest.data_bytes + manifest.manifest_bytes,
         "stores": manifest.kind + compact + top,
         "model": _id(getattr(info, model).model_dump()),
         "parent": parent_id(info) or None,

@@ -6,7 +6,6 @@ So an id pins every byte of the data, and of everything its parents hold.
 
 from __future__ import annotations
 
-import hashlib
 from operator import not_
 from typing import Annotated, Literal
 
@@ -59,6 +58,8 @@ class RolloutsInfo(Record):
     """Of a compact segment of version 1: id of the lossless one with the same rows. Readers use each row once."""
     finished: int | None = Field(default=None, ge=0, exclude_if=lambda count: count is None)
     """Rollouts that ended in EOS before the length limit. Not in version 1."""
+    engine: provenance.Mismatch | None = Field(default=None, exclude_if=not_)
+    """Of rollouts that an engine drew behind a server. Left out for those that were drawn in the process."""
 
 
 class ScoresInfo(Record):
@@ -113,7 +114,3 @@ class Manifest(Record):
     def data_bytes(self) -> int:
         """Of all data files."""
         return sum(file.length for file in self.files.values())
-
-    @property
-    def id(self) -> str:
-        return hashlib.sha256(self.to_bytes()).hexdigest()

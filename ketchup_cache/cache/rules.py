@@ -12,7 +12,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from ketchup_cache.cache.manifest import ArrayEntry, Info, RolloutsInfo, ScoresInfo
+from ketchup_cache.cache.manifest import Info, RolloutsInfo, ScoresInfo
 from ketchup_cache.errors import CacheError, NumericsError
 from ketchup_cache.provenance import TokenizerInfo
 from ketchup_cache.types import PER_TOKEN, TOKEN_DTYPE, Prompts, Ragged, Rollouts, Scores, TopLogits
@@ -35,8 +35,8 @@ APART = {"float32": 2 * TOLERANCE, "bfloat16": 2.0**-4}
 of a token's numbers, or of 1."""
 
 
-def layout(info: Info, rows: int, tokens: int) -> dict[str, ArrayEntry]:
-    """All arrays a segment of this kind and size may hold."""
+def layout(info: Info, rows: int, tokens: int) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """All arrays a segment of this kind and size may hold: dtype and shape."""
     token = "uint16" if info.tokenizer.vocab_size <= 2**16 else "uint32"
     compact = getattr(info, "storage", "lossless") == "compact"
     per_row, per_token, real = (rows,), (tokens,), "float16" if compact else "float32"
@@ -57,7 +57,7 @@ def layout(info: Info, rows: int, tokens: int) -> dict[str, ArrayEntry]:
                 shapes |= {top_q: (real, (tokens, info.keep_top)), "top_ids": (token, (tokens, info.keep_top))}
                 if info.keep_top < info.tokenizer.vocab_size:
                     shapes[rest] = (real, per_token)
-    return {name: ArrayEntry(dtype=dtype, shape=shape) for name, (dtype, shape) in shapes.items()}
+    return shapes
 
 
 def pack(segment: Segment, info: Info) -> dict[str, NDArray]:
@@ -68,7 +68,7 @@ def pack(segment: Segment, info: Info) -> dict[str, NDArray]:
     if isinstance(segment, Rollouts) and not segment.forced.any():
         del arrays["forced"]
     stored = layout(info, *size(segment))
-    return {name: array.astype(stored[name].dtype, copy=False) for name, array in arrays.items() if name in stored}
+    return {name: array.astype(stored[name][0], copy=False) for name, array in arrays.items() if name in stored}
 
 
 def unpack(info: Info, arrays: Mapping[str, NDArray]) -> Segment:
@@ -135,7 +135,7 @@ def check(segment: Segment, info: Info, parent: Rollouts | None = None) -> None:
     wanted = layout(exact, rows, tokens)
     for name, array in _arrays(segment).items():
         if name in wanted:  # rest_logsumexp of nothing is not stored
-            _check_array(name, array, wanted[name])
+            _check_array(name, array, *wanted[name])
     if isinstance(segment, Prompts):
         _check_tokens("tokens", segment.tokens, info.tokenizer)
     elif isinstance(segment, Rollouts) and isinstance(info, RolloutsInfo):
@@ -240,8 +240,8 @@ def _beyond(ids: NDArray[np.int32], tokenizer: TokenizerInfo) -> NDArray[np.bool
     return ids.view(np.uint32) >= min(tokenizer.vocab_size, MAX_VOCABULARY)
 
 
-def _check_array(name: str, array: NDArray, entry: ArrayEntry) -> None:
-    dtype, shape = np.dtype(IN_MEMORY.get(entry.dtype, entry.dtype)), entry.shape
+def _check_array(name: str, array: NDArray, stored: str, shape: tuple[int, ...]) -> None:
+    dtype = np.dtype(IN_MEMORY.get(stored, stored))
     if array.dtype != dtype or array.shape != shape:
         raise CacheError(f"{name} is {array.dtype} {list(array.shape)}, must be {dtype} {list(shape)}")
     if dtype.kind == "f" and not np.isfinite(array).all():

@@ -57,6 +57,9 @@ class SegmentStore(Protocol):
     def segment_ids(self) -> list[str]:
         """Ids of all segments there now, in no special order."""
 
+    def index(self, limit: int) -> bytes:
+        """The file of all manifests (index_file.py), `limit` + 1 bytes at most. Raises FileNotFoundError."""
+
     def manifest(self, segment_id: str) -> bytes:
         """As it is stored, MAX_MANIFEST_BYTES + 1 bytes at most. Raises CorruptError where it is missing."""
 
@@ -73,6 +76,7 @@ class SegmentStore(Protocol):
 class KeyedStore:
     """The reading half of a `SegmentStore` that finds files by key: `manifests/ID.json`, `segments/ID/NAME`."""
 
+    INDEX = "manifests.jsonl"
     address: str
 
     def _get(self, key: str, limit: int) -> bytes:
@@ -85,6 +89,9 @@ class KeyedStore:
         except FileNotFoundError:
             return False
         return True
+
+    def index(self, limit: int) -> bytes:
+        return self._get(self.INDEX, limit)
 
     def manifest(self, segment_id: str) -> bytes:
         return self._must_get(f"manifests/{segment_id}.json", MAX_MANIFEST_BYTES)
@@ -115,8 +122,10 @@ def ids_among(names: Iterable[str]) -> list[str]:
     return [match[1] for name in names if (match := _MANIFEST_NAME.fullmatch(name))]
 
 
-def parse_manifest(data: bytes, segment_id: str, path: object) -> Manifest:
-    """Raises CorruptError where the bytes are not those of the id or break the format, CacheError where it is newer."""
+def parse_manifest(data: bytes, segment_id: str, address: str) -> Manifest:
+    """From the cache at `address`. Raises CorruptError where the bytes are not those of the id or break the format,
+    CacheError where it is newer."""
+    path = f"{address}/manifests/{segment_id}.json"
     if hashlib.sha256(data).hexdigest() != segment_id:
         raise CorruptError(f"{path}: its bytes are not those of its id; {RESTORE}")
     try:
@@ -143,7 +152,7 @@ def check_manifest(manifest: Manifest) -> None:
         raise CacheError(f"{manifest.rows} rows of scores for rows {info.row_start} to {info.row_stop}")
     wanted = rules.layout(info, manifest.rows, manifest.tokens)
     for name in sorted((wanted.keys() - (rules.OPTIONAL - arrays.keys())) | arrays.keys()):
-        if name not in wanted or arrays.get(name) != wanted[name]:
+        if name not in wanted or name not in arrays or (arrays[name].dtype, arrays[name].shape) != wanted[name]:
             raise CacheError(f"array {name!r} is not what {info.kind} of this size hold")
     total = max(zarr_files.decoded_bytes(arrays), manifest.data_bytes)
     if total > zarr_files.MAX_BYTES:
@@ -157,7 +166,7 @@ def check_manifest(manifest: Manifest) -> None:
 def read_manifest(store: SegmentStore, segment_id: str) -> tuple[Manifest, bytes]:
     """A segment's manifest and its bytes. Raises the errors of `parse_manifest`."""
     data = store.manifest(segment_id)
-    return parse_manifest(data, segment_id, f"{store.address}/manifests/{segment_id}.json"), data
+    return parse_manifest(data, segment_id, store.address), data
 
 
 def read_segment(

@@ -13,8 +13,10 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from ketchup_cache.config import options as shared
+from ketchup_cache.config.goal import GoalOptions
 from ketchup_cache.config.methods import METHODS
-from ketchup_cache.config.options import (
+from ketchup_cache.config.servers import EngineOptions, ScoringOptions
+from ketchup_cache.config.values import (
     Above0,
     CacheAddress,
     Config,
@@ -26,7 +28,7 @@ from ketchup_cache.config.options import (
     split_list,
 )
 
-OF_NEW_ROLLOUTS = {"refresh_every", "refresh_below_ess", "reuse"}
+OF_NEW_ROLLOUTS = {"refresh_every", "refresh_below_ess", "reuse", "student_url", "student_name"}
 """Options of `learn` that mean nothing without --teacher or --scores-from. A file may hold them all the same."""
 IntList = Annotated[tuple[int, ...], BeforeValidator(split_list), Field(json_schema_extra={"metavar": "INT,INT,…"})]
 
@@ -72,7 +74,7 @@ class PretrainConfig(shared.DevOptions, shared.DataOptions, shared.StepOptions, 
         return self
 
 
-class RolloutConfig(shared.SamplingOptions, shared.DataOptions, shared.DeviceOptions):
+class RolloutConfig(EngineOptions, shared.DataOptions, shared.RayOptions):
     """Options of `ketchup-cache rollout`."""
 
     student: str
@@ -83,7 +85,7 @@ class RolloutConfig(shared.SamplingOptions, shared.DataOptions, shared.DeviceOpt
     """Number of prompts to sample for. The others are stored too, for `learn` to sample later. 0: all."""
 
 
-class ScoreConfig(shared.ScoringOptions):
+class ScoreConfig(ScoringOptions, shared.RayOptions):
     """Options of `ketchup-cache score`."""
 
     teacher: str = ""
@@ -104,22 +106,21 @@ class ScoreConfig(shared.ScoringOptions):
     """With --follow: seconds between two looks for new rollouts."""
     until_idle: NotNegative = 0.0
     """With --follow: stop when there was nothing to score for this many seconds. 0: never."""
+    estimate: bool = False
+    """Only say how long it would take and what it would store, by a few rows that the teacher reads. Not --follow."""
 
     @model_validator(mode="after")
     def _a_teacher(self) -> ScoreConfig:
+        if self.estimate and self.follow:
+            raise ValueError("--estimate is of what waits now, and --follow has no end: give one of them")
         if not self.teacher and not self.teacher_url:
             raise ValueError("--teacher is missing: frozen model whose logits are the Q-values; or give --teacher-url")
+        if self.follow and self.engine == "ray":
+            raise ValueError("follow keeps one teacher in its process: start it on each machine, without --engine ray")
         return self
 
 
-class LearnConfig(
-    shared.LossOptions,
-    shared.SelectOptions,
-    shared.SamplingOptions,
-    shared.ScoringOptions,
-    shared.DevOptions,
-    shared.StepOptions,
-):
+class LearnConfig(GoalOptions, EngineOptions, ScoringOptions, shared.DevOptions, shared.StepOptions):
     """Options of `ketchup-cache learn`."""
 
     student: str
@@ -129,9 +130,6 @@ class LearnConfig(
     out: Path = Path("run")
     """Folder of the run. The trained student is in best/ and last/: the best on the dev set, and that of the last
     step."""
-    teacher: str | None = None
-    """Teacher that scores new rollouts in this process: a folder or a Hub id. Without it and --scores-from, learning is
-    offline: from the scores in the cache."""
     scores_from: str | None = None
     """Where `ketchup-cache score --follow` scores new rollouts, instead of --teacher: a path or an address; cache: in
     --cache itself."""
@@ -198,7 +196,9 @@ class LearnConfig(
         return self
 
 
-class EvaluateConfig(shared.DataOptions, shared.GreedyOptions, shared.ScoringOptions, shared.RougeOptions):
+class EvaluateConfig(
+    shared.DataOptions, shared.GreedyOptions, ScoringOptions, shared.RougeOptions, shared.ShardOptions
+):
     """Options of `ketchup-cache evaluate`."""
 
     model: str
@@ -214,6 +214,14 @@ class EvaluateConfig(shared.DataOptions, shared.GreedyOptions, shared.ScoringOpt
     """Normalization of that return: raw, centred or logprob."""
     outputs: Path | None = None
     """JSONL file that receives every prompt, output and target."""
+    card: bool = False
+    """Add the metrics to the model card: README.md in the folder of the model."""
+
+    @model_validator(mode="after")
+    def _card_is_of_the_whole(self) -> EvaluateConfig:
+        if self.card and self.shard:
+            raise ValueError("card holds metrics of whole data, and --shard makes those of a part: leave one out")
+        return self
 
 
 class CompareConfig(shared.RougeOptions):
@@ -318,7 +326,7 @@ class VerifyConfig(Config):
 
 
 class CopyOptions(Config):
-    """Options"""
+    """Copying"""
 
     dry_run: bool = False
     """Only say what would be copied."""
@@ -388,6 +396,10 @@ class RecipesConfig(Config):
     """Recipe to print with its commands. Default: a list of all."""
 
 
+class EnvConfig(Config):
+    """Options of `ketchup-cache env`."""
+
+
 class DemoConfig(Config):
     """Options of `ketchup-cache demo`."""
 
@@ -400,6 +412,6 @@ COMMANDS: dict[str, type[Config]] = {
     for config in (
         PretrainConfig, RolloutConfig, ScoreConfig, LearnConfig, EvaluateConfig, CompareConfig, AnalyzeConfig,
         ShowConfig, ReportConfig, InfoConfig,
-        VerifyConfig, PushConfig, PullConfig, MergeConfig, ExportConfig, DemoConfig, RecipesConfig,
+        VerifyConfig, PushConfig, PullConfig, MergeConfig, ExportConfig, DemoConfig, RecipesConfig, EnvConfig,
     )
 }  # fmt: skip

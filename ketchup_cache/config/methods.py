@@ -26,7 +26,7 @@ class MethodRule:
     fixed: Mapping[str, tuple[Any, str]] = field(default_factory=dict)
 
 
-_NO_RETURNS = {"baseline": ("none", "has no returns, so no baseline")} | {
+_NO_RETURNS = {"baseline": ("none", "has no returns, so no baseline"), "reward": ("", "has no returns")} | {
     name: (value, "has no returns")
     for name, value in (("weights", "comb"), ("cost", "gap"), ("exact", False), ("end_weight", None), ("anchor", 0.0))
 }

@@ -5,85 +5,27 @@ Parts of the program take the group that they need, so a test or a script gives 
 
 from __future__ import annotations
 
-import json
-import re
-from pathlib import Path
+from importlib.util import find_spec
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from ketchup_cache.config.methods import METHODS, Method
-
-Normalization = Literal["raw", "centred", "logprob", "advantage"]
-Baseline = Literal["none", "mean", "batch-mean", "min-variance", "leave-one-out"]
-
-
-METRICS = ("rouge1", "rouge2", "rougeL", "bleu", "chrf", "ter", "exact", "accuracy", "gsm8k", "rouge", "loss", "return")
-"""Names of metrics. gsm8k is accuracy by its older name; rouge is all three."""
-LOWER_IS_BETTER = ("ter", "loss")
-
-
-class Config(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-    @field_validator("*")
-    @classmethod
-    def _home(cls, value: Any) -> Any:
-        """A shell replaces ~ at the start of a word only: not in a YAML file, nor in --out=~/run."""
-        return value.expanduser() if isinstance(value, Path) else value
-
-
-def _folder_or_address(value: Path | str) -> Path | str:
-    return Path(value) if isinstance(value, str) and "://" not in value else value
-
-
-CacheAddress = Annotated[str | Path, AfterValidator(_folder_or_address)]
-"""A folder, or an address: pathlib would make one slash of the two in s3://."""
-Positive = Annotated[int, Field(ge=1)]
-Count = Annotated[int, Field(ge=0)]
-NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Above0 = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-
-
-def _tokens_or_auto(value: Any) -> Any:
-    if value == "auto" or (str(value).strip().isdecimal() and int(value) > 0):
-        return value
-    raise ValueError("must be a whole number of 1 or more, or auto")
-
-
-def split_list(value: Any) -> Any:
-    return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
-
-
-def _arguments(value: Any) -> Any:
-    """NAME=VALUE texts in one spelling, in the order of the names, of each the last."""
-    texts = [str(one) for one in (value if isinstance(value, (list, tuple)) else [value])]
-    if not all(re.match(r"[^\W\d]\w*=", text) for text in texts):
-        raise ValueError("must be NAME=VALUE, as enable_thinking=false")
-    given = {name: _json_or_text(text) for name, text in (text.split("=", 1) for text in texts)}
-    return tuple(f"{name}={json.dumps(given[name], ensure_ascii=False)}" for name in sorted(given))
-
-
-def _json_or_text(text: str) -> Any:
-    try:
-        return json.loads(text, parse_constant=str)
-    except (ValueError, RecursionError):
-        return text
-
-
-RougeTokenizer = Literal["ascii", "unicode", "characters"]
-
-
-def _metric(name: str) -> str:
-    if name in METRICS or re.fullmatch(r"\w+(\.\w+)*:\w+", name):
-        return name
-    raise ValueError(f"knows no metric {name!r}: choose from {', '.join(METRICS)}, or package.module:function")
-
-
-MetricList = Annotated[tuple[Annotated[str, AfterValidator(_metric)], ...], BeforeValidator(split_list)]
-
-
-TokensOrAuto = Annotated[Positive | Literal["auto"], BeforeValidator(_tokens_or_auto)]
+from ketchup_cache.config.values import (
+    Above0,
+    Baseline,
+    Config,
+    Count,
+    MetricList,
+    Normalization,
+    NotNegative,
+    Positive,
+    RougeTokenizer,
+    Shard,
+    chat_arguments,
+    own_function,
+    split_list,
+)
 
 
 class DeviceOptions(Config):
@@ -93,6 +35,46 @@ class DeviceOptions(Config):
     """Where models run: auto (a GPU if there is one), cpu, cuda, cuda:1, mps."""
     trust_remote_code: bool = False
     """Let a model's repository run its own Python code on this machine."""
+
+
+class ShardOptions(Config):
+    """Several machines"""
+
+    shard: Shard | None = None
+    """Do one part of the work, as 3/16: the third of sixteen. Which rows that is depends on the rows alone, so tasks
+    on any machines do all of it, none twice, without a coordinator. slurm: the part of this task of its array."""
+
+    def part_of(self, rows: int) -> range:
+        """Of so many rows, those of this part."""
+        part, parts = map(int, (self.shard or "1/1").split("/"))
+        return range(rows * (part - 1) // parts, rows * part // parts)
+
+
+class RayOptions(ShardOptions, DeviceOptions):
+    """Several machines"""
+
+    engine: Literal["local", "ray"] = "local"
+    """Where the work is done. local: in this process, or in those of torchrun. ray: by workers on a Ray cluster, which
+    may come and go (docs/machines.md)."""
+    ray_address: str = ""
+    """With --engine ray: address of the cluster. Default: that in RAY_ADDRESS, or the one that runs on this machine, or
+    a new one of this machine."""
+    ray_workers: Count = 0
+    """With --engine ray: number of workers. 0: as many as the cluster has room for, at any time."""
+    ray_cpus: Positive = 1
+    """With --engine ray: CPUs of a worker, and its threads."""
+    ray_gpus: NotNegative | None = None
+    """With --engine ray: GPUs of a worker; a part of one where workers share it. Default: 1 where the cluster has
+    any."""
+
+    @model_validator(mode="after")
+    def _ray_is_there(self) -> RayOptions:
+        given = [name for name in self.model_fields_set if name.startswith("ray_")]
+        if given and self.engine != "ray":
+            raise ValueError(f"{min(given)} is of workers on a cluster: give --engine ray too, or leave it out")
+        if self.engine == "ray" and find_spec("ray") is None:
+            raise ValueError("engine ray needs the package ray: pip install 'ketchup-cache[ray]'")
+        return self
 
 
 class PromptOptions(Config):
@@ -117,7 +99,7 @@ class PromptOptions(Config):
     """Wrap each prompt as a user turn by the tokenizer's chat template, and open the assistant's turn."""
     system: str = ""
     """Text of a system turn before the prompt; of a conversation, where it has none of its own. Needs --chat."""
-    template_arg: Annotated[tuple[str, ...], BeforeValidator(_arguments)] = ()
+    template_arg: Annotated[tuple[str, ...], BeforeValidator(chat_arguments)] = ()
     """Argument of the chat template, as enable_thinking=false; may be given several times. The value is JSON, else
     text."""
     prefill: str = ""
@@ -198,11 +180,13 @@ class DevOptions(PromptOptions, GreedyOptions, RougeOptions):
     @property
     def dev_data(self) -> DataOptions | None:
         """The dev set as `text.read` takes it; None without one."""
-        if not self.eval_data:
-            return None
+        return self.data_options(self.eval_data, self.eval_split, self.eval_limit) if self.eval_data else None
+
+    def data_options(self, data: str, split: str, limit: int = 0) -> DataOptions:
+        """Other data, its prompts in the same form."""
         given = PromptOptions.model_fields.keys() & self.model_fields_set
         same = {name: getattr(self, name) for name in given}
-        return DataOptions(data=self.eval_data, split=self.eval_split, limit=self.eval_limit, **same)
+        return DataOptions(data=data, split=split, limit=limit, **same)
 
 
 class SamplingOptions(Config):
@@ -223,7 +207,7 @@ class SamplingOptions(Config):
     seed: Count = 0
     """Seed of all sampling. The same seed gives the same rollouts."""
     rollout_batch: Positive = 64
-    """Completions generated at once."""
+    """Completions generated at once. Of an engine (--student-url): that are compared with the weights here at once."""
     calculator: bool = False
     """Compute what stands between << and = (annotations of GSM8K) and write the result for the model."""
 
@@ -231,39 +215,6 @@ class SamplingOptions(Config):
     def _greedy_is_one_sample(self) -> SamplingOptions:
         if self.greedy and self.samples > 1:
             raise ValueError("greedy gives the same completion every time: set --samples to 1")
-        return self
-
-
-class ScoringOptions(DeviceOptions):
-    """Teacher"""
-
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Precision of the teacher's body. The head and its reductions run in float32."""
-    batch_tokens: TokensOrAuto = "auto"
-    """Largest batch of the teacher, in tokens of prompts (each once) and completions. auto: what fits into memory."""
-    device_map: str | None = None
-    """Spread a large teacher over devices: auto, balanced or sequential (by accelerate)."""
-    teacher_url: str = ""
-    """Teacher behind a server: address of an OpenAI-compatible API, as http://host:8000/v1 (vLLM and others). The
-    options above do not apply. A key is read from the environment variable KETCHUP_CACHE_API_KEY."""
-    teacher_name: str = ""
-    """With --teacher-url: the name that the server has for the model."""
-    in_flight: Positive = 32
-    """With --teacher-url: requests at once."""
-    max_disagreement: Above0 = 0.01
-    """With --teacher-url: how far, in nats (root mean square), the server's answers to a row may differ from each
-    other."""
-    idle_timeout: Above0 = 300.0
-    """With --teacher-url: seconds without a byte after which a request is sent again."""
-    retry_for: Above0 = 900.0
-    """With --teacher-url: seconds that a row may take, tries included."""
-
-    @model_validator(mode="after")
-    def _server_is_named(self) -> ScoringOptions:
-        if bool(self.teacher_url) != bool(self.teacher_name):
-            raise ValueError("teacher_url and teacher_name go together: the address of a server, and its model")
-        if self.teacher_url and not re.fullmatch(r"https?://[^/?#@\s]+(/[^?#@\s]*)?", self.teacher_url):
-            raise ValueError("teacher_url must be like http://host:8000/v1, without a user, a password or a query")
         return self
 
 
@@ -310,6 +261,9 @@ class StudentOptions(Config):
     """Write best/ and last/ as whole models, with the adapter merged, in place of adapters."""
     gradient_checkpointing: bool = False
     """Keep the inputs of the layers alone, and compute the rest again in the backward pass: less memory, more time."""
+    fsdp: bool = False
+    """With torchrun: share weights, gradient and optimizer out among the processes (FSDP2), for a student that does not
+    fit on one GPU (docs/machines.md)."""
 
     @model_validator(mode="after")
     def _adapter_is_new(self) -> StudentOptions:
@@ -375,6 +329,11 @@ class LossOptions(ReturnOptions, StepOptions):
     the other samples of the prompt."""
     clip_return: Above0 = 100.0
     """Returns are clipped to plus or minus this, after normalization (paper, Tables 4 and 5)."""
+    reward: Annotated[str, AfterValidator(own_function)] = ""
+    """Task reward R of a completion, added to the return of each of its tokens, behind weights and clip and before the
+    baseline: a function of your own as package.module:function, or column:NAME of --reward-data."""
+    reward_weight: float = Field(default=1.0, allow_inf_nan=False)
+    """Factor of --reward."""
     max_ratio: Above0 = 2.0
     """Largest importance ratio policy/behaviour policy of a token."""
     importance: bool = True

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,8 @@ from pydantic_core import ErrorDetails
 
 from ketchup_cache.config.commands import COMMANDS, OF_NEW_ROLLOUTS
 from ketchup_cache.config.methods import METHODS
-from ketchup_cache.config.options import Config
+from ketchup_cache.config.names import did_you_mean
+from ketchup_cache.config.values import Config
 from ketchup_cache.errors import ConfigError
 from ketchup_cache.files import read_small
 from ketchup_cache.shipped import recipe, recipe_names
@@ -69,7 +70,7 @@ def _unused(values: dict[str, Any], flags: dict[str, Any]) -> set[str]:
     rule = METHODS.get(str(values.get("method")))
     both = values.get("scores_from") is not None and values.get("teacher") is not None
     other = "scores_from" if flags.get("teacher") is not None else "teacher"
-    offline = values.get("scores_from") is None and values.get("teacher") is None
+    offline = not {name for name in ("scores_from", "teacher", "teacher_url") if values.get(name) is not None}
     fixed = dict(rule.fixed if rule else {})
     weights, _ = fixed.get("weights", (values.get("weights") or "comb", ""))
     lacks = {"comb": {"lam"}, "mean": {"k", "tail", "lam"}}.get(str(weights), {"k", "tail"})
@@ -79,7 +80,7 @@ def _unused(values: dict[str, Any], flags: dict[str, Any]) -> set[str]:
 def find_recipe(name: str) -> Path:
     """File of a shipped recipe. Raises ConfigError where there is none of that name."""
     if name not in recipe_names():
-        hint = _did_you_mean(name, set(recipe_names())) or "; `ketchup-cache recipes` lists them"
+        hint = did_you_mean(name, recipe_names()) or "; `ketchup-cache recipes` lists them"
         raise ConfigError([f"no recipe `{name}`{hint}"])
     return recipe(name)
 
@@ -132,14 +133,14 @@ def _read_yaml(command: str, file: Path) -> tuple[dict[str, Any], list[str]]:
     loaded = load_yaml(file)
     shared = {key: value for key, value in loaded.items() if key not in (*COMMANDS, ABOUT)}
     known = {name for config_class in COMMANDS.values() for name in config_class.model_fields}
-    problems = [f"{file}: unknown key `{key}`{_did_you_mean(key, known)}" for key in shared if key not in known]
+    problems = [f"{file}: unknown key `{key}`{did_you_mean(key, known)}" for key in shared if key not in known]
     for name, config_class in COMMANDS.items():
         section, fields = loaded.get(name) or {}, config_class.model_fields
         if not isinstance(section, dict):
             problems.append(f"{file}: section `{name}` must hold `option: value` lines")
             continue
         unknown, where = [key for key in section if key not in fields], f"in section `{name}`"
-        problems += [f"{file}: unknown key `{key}` {where}{_did_you_mean(key, set(fields))}" for key in unknown]
+        problems += [f"{file}: unknown key `{key}` {where}{did_you_mean(key, fields)}" for key in unknown]
         if name == command:
             shared |= section
     return {key: value for key, value in shared.items() if key in COMMANDS[command].model_fields}, problems
@@ -148,11 +149,6 @@ def _read_yaml(command: str, file: Path) -> tuple[dict[str, Any], list[str]]:
 def flag(name: str) -> str:
     """`batch_size` → `--batch-size`."""
     return "--" + name.replace("_", "-")
-
-
-def _did_you_mean(key: str, known: set[str]) -> str:
-    close = difflib.get_close_matches(key, sorted(known), n=1)
-    return f": did you mean `{close[0]}`?" if close else ""
 
 
 def _explain(detail: ErrorDetails, config_class: type[Config]) -> str:
@@ -165,6 +161,7 @@ def _explain(detail: ErrorDetails, config_class: type[Config]) -> str:
         text = (config_class.model_fields[name].description or "").split(". ")[0].rstrip(".")
         return f"{flag(name)} is missing: {text[:1].lower()}{text[1:]}"
     if kind == "extra_forbidden":
-        return f"unknown option `{name}`{_did_you_mean(name, set(config_class.model_fields))}"
+        return f"unknown option `{name}`{did_you_mean(name, config_class.model_fields)}"
     wants = WANTS[kind].format(**context) if kind in WANTS else detail["msg"].lower()
-    return f"{flag(name)} {wants}, not {given!r}"
+    hint = did_you_mean(str(given), re.findall(r"'(.*?)'", wants)) if kind == "literal_error" else ""
+    return f"{flag(name)} {wants}, not {given!r}{hint}"

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from sacrebleu.significance import PairedTest
 
 from ketchup_cache.config.commands import CompareConfig
-from ketchup_cache.config.options import RougeTokenizer
-from ketchup_cache.console import Report, one_line, printable
+from ketchup_cache.config.values import RougeTokenizer
+from ketchup_cache.console import Report, one_line, printable, warn
 from ketchup_cache.errors import ConfigError, DataError
 from ketchup_cache.evaluation.task_metrics import (
     NOT_OF_TEXTS,
@@ -103,7 +103,7 @@ def compare(config: CompareConfig) -> Comparison:
 
     bleu, chrf and ter are tested by sacrebleu's own paired bootstrap. For the others, examples are drawn with
     replacement, both models on the same ones; p is the share of resamples whose difference is as far from the mean of
-    all as the one found is from 0.
+    all as the one found is from 0. The return is among these where both files were made with the same --teacher.
 
     Raises DataError for files that are no outputs of `evaluate`, or not of the same data with references.
     """
@@ -117,7 +117,7 @@ def compare(config: CompareConfig) -> Comparison:
     a, b = ([row["output"] for row in rows] for rows in (ours, theirs))
     metrics = of_texts(config.metrics)
     if NOT_OF_TEXTS.intersection(config.metrics):
-        raise ConfigError(["compare knows the texts only: leave loss and return out of --metrics"])
+        raise ConfigError(["leave loss and return out of --metrics: a return that both files hold comes by itself"])
     check_metrics(metrics, targets)
     rouge = rouge_tokenizer(config.rouge_tokenizer, metrics, targets)
     if len(targets) < FEWEST:
@@ -126,7 +126,8 @@ def compare(config: CompareConfig) -> Comparison:
         raise ConfigError([f"SACREBLEU_SEED must be a whole number, not {seed!r}"])
     rng = np.random.default_rng(int(seed))
     draws = rng.integers(0, len(targets), (config.resamples, len(targets)))
-    differences = tuple(_difference(name, a, b, targets, draws, rouge) for name in metrics)
+    differences = [_difference(name, a, b, targets, draws, rouge) for name in metrics]
+    differences += _of_returns(config, ours, theirs, draws)
     by, values = values_of_each(metrics, (a, b), targets, rouge)
     gain = np.subtract(*values[::-1])
     order = np.argsort(gain, kind="stable")
@@ -142,7 +143,7 @@ def compare(config: CompareConfig) -> Comparison:
         b=str(config.b),
         examples=len(targets),
         resamples=config.resamples,
-        differences=differences,
+        differences=tuple(differences),
         words_a=words[0],
         words_b=words[1],
         by=by,
@@ -170,11 +171,30 @@ def _difference(
         resampled = np.subtract(theirs, ours)[draws].mean(axis=1)
     else:  # a function of the user's, of the whole
         resampled = np.array([_own_difference(name, a, b, targets, draw) for draw in draws])
+    variant = next((text for text in values[0].values() if isinstance(text, str)), "")
+    return _tested(name, before, after, resampled, variant)
+
+
+def _tested(name: str, before: float, after: float, resampled: NDArray, variant: str) -> Difference:
+    """resampled: [resamples] float, the difference in each."""
     far = np.abs(resampled - resampled.mean()) >= abs(after - before)
     low, high = np.quantile(resampled, [ALPHA / 2, 1 - ALPHA / 2])
-    variant = next((text for text in values[0].values() if isinstance(text, str)), "")
-    p = float((far.sum() + 1) / (len(draws) + 1))
+    p = float((far.sum() + 1) / (len(resampled) + 1))
     return Difference(name, before, after, p, variant, float(low), float(high))
+
+
+def _of_returns(
+    config: CompareConfig, ours: list[dict[str, Any]], theirs: list[dict[str, Any]], draws: NDArray
+) -> list[Difference]:
+    """The return, in nats, where `evaluate --teacher` has put it into both files."""
+    of = [str(row["return_of"]) for row in (*ours, *theirs) if isinstance(row.get("return"), float)]
+    if len(of) < len(ours) + len(theirs):
+        return []
+    if len(set(of)) > 1:
+        warn(f"{config.a} and {config.b} hold returns of different teachers, which can't be compared")
+        return []
+    a, b = (np.array([row["return"] for row in rows]) for rows in (ours, theirs))
+    return [_tested("return", a.mean(), b.mean(), (b - a)[draws].mean(axis=1), of[0])]
 
 
 def _own_difference(name: str, a: list[str], b: list[str], targets: Targets, draw: NDArray) -> float:
@@ -206,6 +226,8 @@ KEYS: dict[str, Any] = {"id": str, "prompt": str, "output": str, "target": str |
 
 def read_outputs(path: Path) -> list[dict[str, Any]]:
     """The rows that `evaluate --outputs` wrote. Raises DataError."""
+    if path.is_dir():
+        raise DataError(f"{path}: is a folder; of a run, compare its outputs-best.jsonl, or what `evaluate` writes")
     try:
         rows = [json.loads(line) for line in path.read_bytes().splitlines()]
     except (OSError, ValueError, RecursionError) as error:

@@ -7,19 +7,21 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from ketchup_cache.config.commands import EvaluateConfig, ScoreConfig
-from ketchup_cache.config.options import Normalization, ScoringOptions
+from ketchup_cache.config.servers import ScoringOptions
+from ketchup_cache.config.values import Normalization
 from ketchup_cache.console import Report
-from ketchup_cache.evaluation.outputs import EvalSet, Outputs, one_step_returns, reference_loss
+from ketchup_cache.evaluation.outputs import EvalSet, Outputs, Returns, reference_loss
 from ketchup_cache.evaluation.task_metrics import Values, spread
 from ketchup_cache.models.fingerprint import tokenizer_info
 from ketchup_cache.models.head import Head
 from ketchup_cache.models.load import load_model, load_tokenizer, require_same_encoding
 from ketchup_cache.models.origin import prompts_as_trained
 from ketchup_cache.scoring.score import Scorer
-from ketchup_cache.types import Ragged, Rollouts
+from ketchup_cache.types import Rollouts
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,8 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
 
     Prompts have the form that the model was trained with (`prompts_as_trained`), unless an option says otherwise.
 
+    With `shard`, all is of that part of the examples.
+
     Raises MismatchError where the teacher's tokenizer encodes differently, DataError for unusable data or targets,
     ModelError for an unusable model, WriteError for `outputs`. All but the last before anything is decoded.
     """
@@ -102,11 +106,19 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
         ours = tokenizer_info(tokenizer, config.model)
         require_same_encoding(ours, scorer.tokenizer, what, todo, download=True, **trust)
     data = EvalSet.read(config, tokenizer, config.model, config.metrics, config.rouge_tokenizer)
+    if config.shard:
+        data = data.part(config.part_of(len(data.examples)))
     outputs, loss = _of_model(config, data, tokenizer)
     gc.collect()
     torch.cuda.empty_cache()
-    if config.outputs is not None:
+    if config.outputs is not None:  # before the teacher comes, which may fail
         outputs.write(config.outputs, data)
+    mean = None
+    if scorer is not None:
+        returns = Returns.under(scorer, data.prompts, outputs.rollouts, config.normalization)
+        mean = _mean_return(returns.values, outputs.rollouts, scorer, config.normalization)
+        if config.outputs is not None:
+            outputs.write(config.outputs, data, returns)
     lengths, scores = outputs.rollouts.completions.lengths, outputs.scores(data, config.metrics)
     return Evaluation(
         model=config.model,
@@ -118,7 +130,7 @@ def evaluate(config: EvaluateConfig) -> Evaluation:
         length_mean=float(lengths.mean()),
         length_sd=spread(lengths)[1],
         finished=float(outputs.rollouts.finished.mean()),
-        returns=_mean_return(data.prompts, outputs.rollouts, scorer, config.normalization) if scorer else None,
+        returns=mean,
     )
 
 
@@ -132,8 +144,7 @@ def _of_model(config: EvaluateConfig, data: EvalSet, tokenizer: PreTrainedTokeni
     return Outputs.of(model, data, tokenizer, vocab_size, config), loss
 
 
-def _mean_return(prompts: Ragged, rollouts: Rollouts, scorer: Scorer, normalization: Normalization) -> MeanReturn:
-    returns = one_step_returns(scorer.scores(prompts, rollouts), rollouts, normalization)
+def _mean_return(returns: NDArray, rollouts: Rollouts, scorer: Scorer, normalization: Normalization) -> MeanReturn:
     who = (scorer.info.name, scorer.info.fingerprint, normalization)
     return MeanReturn(*who, float(returns.mean()), *spread(returns)[1:], spread(returns[rollouts.finished])[0])
 

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ketchup_cache.config.options import DataOptions, GreedyOptions, Normalization, RougeTokenizer
+from ketchup_cache.config.options import DataOptions, GreedyOptions
+from ketchup_cache.config.values import Normalization, RougeTokenizer
 from ketchup_cache.console import progress
 from ketchup_cache.errors import DataError
 from ketchup_cache.evaluation.task_metrics import Values, check_metrics, compute, rouge_tokenizer
@@ -22,12 +23,16 @@ from ketchup_cache.method.returns import rollout_returns
 from ketchup_cache.models.forward import Batch, completion_states, computes_prompts_once
 from ketchup_cache.models.head import Head
 from ketchup_cache.models.load import evaluating, model_name
+from ketchup_cache.parallel.group import by_first, group
 from ketchup_cache.provenance import Sampling
 from ketchup_cache.rollouts.calculator import Calculator
 from ketchup_cache.rollouts.sample import sample_completions, stop_ids
 from ketchup_cache.text.prompts import Example, reply_ids, tokenize_prompts
 from ketchup_cache.text.read import read_examples
-from ketchup_cache.types import TOKEN_DTYPE, Ragged, Rollouts, Scores
+from ketchup_cache.types import TOKEN_DTYPE, Ragged, Rollouts
+
+if TYPE_CHECKING:
+    from ketchup_cache.scoring.score import Scorer
 
 LOSS_TOKENS = 16_384
 """Of prompts and references that go through the model at once."""
@@ -71,6 +76,14 @@ class EvalSet:
         left_out = len(examples) - len(kept.examples)
         return cls(options.data, kept.examples, kept.prompts.tokens, targets, left_out, kept.cut, by)
 
+    def part(self, rows: range) -> EvalSet:
+        """Some of the examples, next to each other. Raises DataError for none."""
+        if not rows:
+            raise DataError(f"{self.data}: {len(self.examples)} examples are too few for so many parts (--shard)")
+        place = slice(rows.start, rows.stop)
+        targets = None if self.targets is None else self.targets[place]
+        return replace(self, examples=self.examples[place], prompts=self.prompts.take(place), targets=targets)
+
 
 @dataclass(frozen=True)
 class Outputs:
@@ -91,22 +104,30 @@ class Outputs:
         """vocab_size: the tokenizer's. Raises what `sample_completions` raises."""
         greedy = Sampling(greedy=True, max_new_tokens=options.max_new_tokens, calculator=options.calculator)
         calculator = Calculator(tokenizer, model_name(model)) if options.calculator else None
-        with progress("decode", len(data.prompts), "outputs") as bar:
+        with progress("decode", len(data.prompts), "outputs", workers=group().size) as bar:
             how: Any = {"batch": options.rollout_batch, "calculator": calculator, "on_batch": bar.advance}
             rollouts = sample_completions(model, vocab_size, data.prompts, greedy, first_prompt=0, **how)
         return cls(rollouts, [tokenizer.decode(row, skip_special_tokens=True) for row in rollouts.completions])
 
     def scores(self, data: EvalSet, metrics: Sequence[str]) -> Values | None:
         """Those of the metrics that are of texts; None where the data has no targets."""
-        return compute(metrics, self.texts, data.targets, data.rouge) if data.targets is not None else None
+        targets = data.targets
+        if targets is None:
+            return None
+        return group().from_first(lambda: compute(metrics, self.texts, targets, data.rouge))
 
-    def write(self, path: Path, data: EvalSet) -> None:
+    @by_first
+    def write(self, path: Path, data: EvalSet, returns: Returns | None = None) -> None:
         """As JSONL: what `compare` and `show` read. Raises WriteError."""
-        rows = zip(data.examples, self.texts, self.rollouts.finished.tolist(), strict=True)
+        known: list[dict[str, Any]] = [{}] * len(self.texts)
+        if returns:
+            known = [{"return": value, "return_of": returns.of} for value in returns.values.tolist()]
+        rows = zip(data.examples, self.texts, self.rollouts.finished.tolist(), known, strict=True)
         records = (
             {"id": e.id.hex(), "prompt": e.prompt, "output": output, "target": e.target, "finished": finished}
             | ({"targets": e.references} if e.more else {})
-            for e, output, finished in rows
+            | more
+            for e, output, finished, more in rows
         )
         write_file(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode())
 
@@ -129,12 +150,12 @@ def token_logprob(model: PreTrainedModel, head: Head, batch: Batch) -> NDArray[n
     values = np.zeros(len(batch.completions.values), np.float32)
     with evaluating(model):
         rows = np.flatnonzero(batch.completions.lengths > 0)
-        for chosen in batch.split(rows, LOSS_TOKENS, once=computes_prompts_once(model)):
+        for chosen in group().mine(batch.split(rows, LOSS_TOKENS, once=computes_prompts_once(model))):
             part = batch.take(chosen)
             wanted = torch.from_numpy(part.completions.values).long().to(head.device)
             logprob = head.log_prob(completion_states(model, part), wanted)
             values[batch.completions.places(chosen)[0]] = logprob.float().cpu().numpy()
-    return values
+    return group().summed(values)
 
 
 def _targets(examples: Sequence[Example], options: DataOptions) -> list[tuple[str, ...]] | None:
@@ -149,7 +170,16 @@ def _targets(examples: Sequence[Example], options: DataOptions) -> list[tuple[st
     return targets or None
 
 
-def one_step_returns(scores: Scores, rollouts: Rollouts, normalization: Normalization) -> NDArray[np.float64]:
-    """[B] G_1 (Eq. 10, K = 1) of greedy outputs. One cut at the length limit counts with the gaps so far."""
-    (one_step,) = rollout_returns(rollouts, scores, [1], normalization=normalization, unfinished="bootstrap")
-    return one_step[:, 0]
+@dataclass(frozen=True)
+class Returns:
+    """Of greedy outputs under a teacher. values: [B] G_1 (Eq. 10, K = 1), nats; an output that was cut counts with the
+    gaps so far. of: what they are, which those of two models must have in common to be compared."""
+
+    values: NDArray[np.float64]
+    of: str
+
+    @classmethod
+    def under(cls, scorer: Scorer, prompts: Ragged, rollouts: Rollouts, normalization: Normalization) -> Returns:
+        scores = scorer.scores(prompts, rollouts)
+        (one_step,) = rollout_returns(rollouts, scores, [1], normalization=normalization, unfinished="bootstrap")
+        return cls(one_step[:, 0], f"G_1, {normalization}, teacher {scorer.info.fingerprint:.12}")

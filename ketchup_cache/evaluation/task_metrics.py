@@ -18,7 +18,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from ketchup_cache.config.options import RougeTokenizer
+from ketchup_cache.config.values import RougeTokenizer
 from ketchup_cache.console import one_line, say
 from ketchup_cache.errors import ConfigError, DataError
 
@@ -169,15 +169,19 @@ def _values(name: str, outputs: Sequence[str], targets: Targets, rouge: RougeTok
     return {name: _own(name)(outputs, [one for one, *more in several] if max(map(len, several)) == 1 else several)}
 
 
-def _own(name: str) -> Callable[[Texts, Targets], float]:
+def import_function(name: str, what: str) -> Callable[..., Any]:
     """A function of the user's, `package.module:function`. The folder that the program runs in is searched too."""
     module, _, attribute = name.partition(":")
     if "" not in sys.path:
         sys.path.insert(0, "")
     try:
-        function = getattr(importlib.import_module(module), attribute)
+        return getattr(importlib.import_module(module), attribute)
     except Exception as error:  # whatever its module does when it is imported
-        raise ConfigError([f"metric {name}: can't be imported ({one_line(error)})"]) from error
+        raise ConfigError([f"{what} {name}: can't be imported ({one_line(error)})"]) from error
+
+
+def _own(name: str) -> Callable[[Texts, Targets], float]:
+    function = import_function(name, "metric")
 
     def score(outputs: Texts, targets: Targets) -> float:
         try:

@@ -146,6 +146,7 @@ def _weight_files(folder: Path) -> list[Path]:
     if not index.is_file():
         pickled = any(folder.glob("*.bin"))
         hint = "only pickled .bin ones, which can run code: convert them" if pickled else "save it with save_pretrained"
+        hint = "only .gguf ones: make full weights of them (docs/quantised.md)" if any(folder.glob("*.gguf")) else hint
         raise ModelError(f"{folder}: has no weights in safetensors format ({single.name}); {hint}")
     shards = read_json(index).get("weight_map")
     if not isinstance(shards, dict) or not all(isinstance(s, str) and Path(s).name == s for s in shards.values()):

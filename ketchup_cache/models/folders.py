@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import re
 from pathlib import Path
@@ -66,6 +67,9 @@ def resolve_folder(name: str, revision: str | None = None) -> Path:
         return folder
     if folder.exists():
         raise ModelError(f"{name}: is a file; give the folder that holds config.json and the weights")
+    beside = [path.name for path in folder.parent.iterdir() if path.is_dir()] if folder.parent.is_dir() else []
+    if close := difflib.get_close_matches(folder.name, beside, n=1):
+        raise ModelError(f"{name}: no such folder; did you mean {folder.parent / close[0]}?")
     if not HUB_ID.fullmatch(name):
         raise ModelError(f"{name}: no such folder")
     from transformers.utils import logging  # brings torch

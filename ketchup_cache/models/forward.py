@@ -18,7 +18,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutput
 
 from ketchup_cache.errors import DataError, ModelError
 from ketchup_cache.models.batching import token_budget_batches
@@ -100,9 +99,11 @@ def states_and_next(model: PreTrainedModel, batch: Batch, next_state: NDArray[np
 def training_states(model: PreTrainedModel, batch: Batch, precision: Literal["float32", "bfloat16"]) -> Tensor:
     """`completion_states` in float32, [N, D], with its products in `precision`, and those of their gradients.
 
-    bfloat16 is torch's autocast: the weights are rounded for each product, and stay float32 themselves.
+    bfloat16 is torch's autocast: the weights are rounded for each product, and stay float32 themselves. Each is used
+    once in a pass, so none is kept rounded.
     """
-    with torch.autocast(input_device(model).type, torch.bfloat16, enabled=precision == "bfloat16"):
+    how: dict[str, Any] = {"enabled": precision == "bfloat16", "cache_enabled": False}
+    with torch.autocast(input_device(model).type, torch.bfloat16, **how):
         states = completion_states(model, batch)
     return states.float()
 
@@ -137,11 +138,13 @@ def _encoder_decoder_pass(model: PreTrainedModel, batch: Batch, read: NDArray[np
     check_positions(model, int(max(batch.prompts.lengths.max(initial=0), read.max(initial=0))))
     device = input_device(model)
     input_ids, prompt_mask = padded(batch.prompts, device)
-    encoded = model.get_encoder()(input_ids=input_ids, attention_mask=prompt_mask).last_hidden_state
+    output = model.get_encoder()(input_ids=input_ids, attention_mask=prompt_mask, return_dict=True)
+    encoded = output.last_hidden_state
     decoder_ids, decoder_mask = padded(_decoder_inputs(model, batch.completions, read), device)
     inputs: dict[str, Any] = {"decoder_input_ids": decoder_ids, "decoder_attention_mask": decoder_mask}
     inputs["attention_mask"] = prompt_mask[int_tensor(batch.prompt_index, device)]
-    of_rows = BaseModelOutput(last_hidden_state=encoded[int_tensor(batch.prompt_index, encoded.device)])
+    # some have a class with fields of their own that the decoder's side asks for (NLLB-MoE)
+    of_rows = type(output)(last_hidden_state=encoded[int_tensor(batch.prompt_index, encoded.device)])
     states = head_input(model, encoder_outputs=of_rows, **inputs)
     return states.flatten(0, 1), np.arange(len(read)) * states.shape[1]
 
@@ -227,13 +230,13 @@ def longest_mixed(model: PreTrainedModel) -> float:
     Found out once for a model, by a row alone and beside one whose positions are far off.
     Raises ModelError for a model that can't be brought to compute the row again as it did.
     """
-    if (found := _MIXED.get(model)) is not None:
+    if (found := MIXED.get(model)) is not None:
         return found
     config = model.config.get_text_config(decoder=True)
     rope, known = getattr(config, "rope_parameters", None), getattr(config, "max_position_embeddings", None)
     takes = inspect.signature(model.forward).parameters
     if not rope or known is None or "position_ids" not in takes or model.config.is_encoder_decoder:
-        return _MIXED.setdefault(model, math.inf)
+        return MIXED.setdefault(model, math.inf)
     window = min([known, *_originals(config.to_dict())])
     # attention goes by distances and weighs different tokens, so the row has both
     near = np.linspace(0, window - 1, 8).astype(np.int64)
@@ -247,10 +250,11 @@ def longest_mixed(model: PreTrainedModel) -> float:
     near_enough = (1e-3 if model.dtype == torch.float32 else 0.1) * alone.abs().max()
     if ((again - alone).abs() > near_enough).any():
         raise ModelError(f"{model_name(model)}: computes a row otherwise after a longer one: not supported")
-    return _MIXED.setdefault(model, math.inf if ((beside - alone).abs() <= near_enough).all() else window)
+    return MIXED.setdefault(model, math.inf if ((beside - alone).abs() <= near_enough).all() else window)
 
 
-_MIXED: WeakKeyDictionary[PreTrainedModel, float] = WeakKeyDictionary()
+MIXED: WeakKeyDictionary[PreTrainedModel, float] = WeakKeyDictionary()
+"""What `longest_mixed` has found out."""
 
 
 def _originals(config: Any) -> Iterator[int]:

@@ -7,7 +7,7 @@ them is noise. So the head's weights, products and reductions are float32 here, 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -32,6 +32,7 @@ BLOCK = {"cuda": 2**28, "cpu": 2**21}
 
 POST_OPERATIONS: dict[str, Callable[[float, Tensor], Tensor]] = {
     "final_logit_softcapping": lambda cap, logits: cap * torch.tanh(logits / cap),  # Gemma
+    "logits_soft_cap": lambda cap, logits: cap * torch.tanh(logits / cap),  # RecurrentGemma
     "logit_scale": lambda scale, logits: scale * logits,  # Cohere
     "logits_scaling": lambda divisor, logits: logits / divisor,  # Granite
 }
@@ -71,11 +72,16 @@ class Head:
         states, logits = _probe(model, vocab_size)
         tolerance = 1e-4 if weight.dtype == torch.float32 else 2**-6  # bfloat16 keeps 8 bits
         near = tolerance * logits.abs().max().item()
-        for operation in _post_operations(model):
+        for operation in _post_operations(model) if states.shape[1:] == weight.shape[1:] else ():
             head = cls(projection, added, operation, vocab_size)
             if torch.allclose(head.logits(states), logits, rtol=tolerance, atol=near):
                 return head
         raise ModelError(f"{name}: its logits can't be reproduced from its head's input; such a head is not supported")
+
+    def on(self, model: PreTrainedModel) -> Head:
+        """That of a copy of the model."""
+        added = getattr(model, "final_logits_bias", None)
+        return replace(self, projection=model.get_output_embeddings(), bias=added)
 
     @property
     def device(self) -> torch.device:
@@ -183,7 +189,7 @@ def _probe(model: PreTrainedModel, vocab_size: int) -> tuple[Tensor, Tensor]:
     prompts, completions = (Ragged.from_rows(tokens, np.int32) for tokens in rows)
     batch = Batch(prompts, np.array([0, 1, 2, 1]), completions)
     with evaluating(model):
-        own_passes = map(partial(_own_pass, model), prompts.take(batch.prompt_index), completions)
+        own_passes = map(partial(own_pass, model), prompts.take(batch.prompt_index), completions)
         states, logits = zip(*own_passes, strict=True)
         # fed one token more than the rows alone: a model that looks ahead is found out too
         ours, _ = states_and_next(model, batch, np.ones(4, np.bool_))
@@ -196,7 +202,7 @@ def _probe(model: PreTrainedModel, vocab_size: int) -> tuple[Tensor, Tensor]:
     return own, torch.cat(logits)[:, :vocab_size].float()
 
 
-def _own_pass(model: PreTrainedModel, prompt: NDArray, completion: NDArray) -> tuple[Tensor, Tensor]:
+def own_pass(model: PreTrainedModel, prompt: NDArray, completion: NDArray) -> tuple[Tensor, Tensor]:
     """The head's input [T, D] and the logits [T, vocabulary] for one completion."""
     inputs, first = {}, 0
     if model.config.is_encoder_decoder:

@@ -6,6 +6,7 @@ a missing weight with random numbers, or tie it to another, with no more than a 
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
@@ -24,11 +25,12 @@ from transformers.utils import logging as transformers_logging
 
 from ketchup_cache.config.options import StudentOptions
 from ketchup_cache.console import one_line, silence
-from ketchup_cache.errors import MismatchError, ModelError
+from ketchup_cache.errors import ConfigError, MismatchError, ModelError
 from ketchup_cache.models import lora
 from ketchup_cache.models.fingerprint import PROBES, base_fingerprint, first_difference, tokenizer_info, weight_entries
 from ketchup_cache.models.folders import Adapter, read_adapter, read_json, resolve_folder, whole_folder
 from ketchup_cache.models.t5_unpadded import is_ragged
+from ketchup_cache.parallel.group import group
 from ketchup_cache.provenance import TokenizerInfo
 
 TOKENIZER_FILES = ["tokenizer.json", "tokenizer_config.json", "*.model", "vocab.*"]
@@ -41,6 +43,7 @@ def pick_device(device: str) -> torch.device:
 
     Raises ModelError where that device does not exist.
     """
+    group()  # of several processes each has a GPU of its own, which is "cuda"
     there = ["cpu", *(["mps"] if torch.backends.mps.is_available() else [])]
     if torch.cuda.is_available():
         there += [*(f"cuda:{i}" for i in range(torch.cuda.device_count())), "cuda"]
@@ -125,21 +128,31 @@ def load_model(
     device_map: str | None = None,
     trust_remote_code: bool = False,
     fit: StudentOptions | None = None,
+    quantize: str = "none",
 ) -> PreTrainedModel:
     """An encoder-decoder or decoder-only model in eval mode, on `device` or spread over devices by `device_map`. The
     folder of a LoRA adapter is the model with the adapter merged.
 
     dtype: float32 or bfloat16. Not float16: T5's feed-forward layers overflow it and give NaN. fit: of a model that
-    is to be trained; an adapter, its own or a new one, then stays beside the weights, which are frozen.
+    is to be trained; an adapter, its own or a new one, then stays beside the weights, which are frozen. quantize: as
+    `ScoringOptions.quantize`; a model that was saved quantised is loaded as it is.
     Raises ModelError for a folder that is missing, incomplete, damaged or of another kind of model, for weights that
     are missing, left over or of another shape, for a device that is not there, and for options that do not fit the
-    folder.
+    folder; ConfigError for `fsdp` in a single process. With `fsdp` the model stays on the CPU.
     """
     target = None if device_map else pick_device(device)
     adapter, folder = read_adapter(resolve_folder(name)), whole_folder(name)
     if fit:
         _refuse_unfit(name, adapter, folder, fit)
+        if fit.fsdp and (group().size == 1 or (target and target.type == "mps")):
+            raise ConfigError(
+                ["--fsdp needs several processes, on GPUs or CPUs: start it by torchrun, or leave it out"]
+            )
     raw_config, entries = read_json(folder / "config.json"), weight_entries(folder)
+    quantised = raw_config.get("quantization_config") or {}
+    if quantize != "none" and (quantised or adapter):
+        what = f"is quantised already ({quantised.get('quant_method')})" if quantised else "is an adapter; merge it"
+        raise ModelError(f"{name}: {what}; or leave --quantize out")
     trust = {"trust_remote_code": trust_remote_code}
     with _loading(name):
         config = AutoConfig.from_pretrained(folder, local_files_only=True, **trust)
@@ -150,10 +163,15 @@ def load_model(
         with torch.device("meta"):
             shapes = {key: tuple(value.shape) for key, value in kind.from_config(config, **trust).state_dict().items()}
         # before loading: what transformers says of a head of another shape does not name it
-        for entry in entries:
+        for entry in [] if quantised else entries:
             if entry.shape != (expected := shapes.get(entry.name, entry.shape)):
                 raise ModelError(f"{name}: {entry.name} has shape {entry.shape}, but config.json makes it {expected}")
         options = {"config": config, "dtype": dtype, "device_map": device_map, "use_safetensors": True, **trust}
+        if quantize != "none":
+            options["quantization_config"] = _quantization(name, quantize, target)
+        if quantised or quantize.startswith("bnb"):  # bitsandbytes does not move what it has packed
+            options["device_map"] = device_map or {"": target}
+            target = None
         model, loading = kind.from_pretrained(folder, local_files_only=True, output_loading_info=True, **options)
     _refuse_incomplete(name, model, loading)
     _refuse_silently_tied(name, model, raw_config)
@@ -170,6 +188,8 @@ def load_model(
             lora.merge(model)
     if fit and fit.gradient_checkpointing:
         _checkpoint_layers(model)
+    if fit and fit.fsdp:  # its parts come to the device
+        target = None
     return (model.to(target) if target else model).eval()
 
 
@@ -180,8 +200,28 @@ def _refuse_unfit(name: str, adapter: Adapter | None, folder: Path, options: Stu
         raise ModelError(f"{name}: {what}; leave --lora-rank out, or start from the merged model")
     if options.lora_merge and not (adapter or options.lora_rank):
         raise ModelError(f"{name}: is no adapter, so there is nothing for --lora-merge to merge; give --lora-rank too")
-    if (adapter or options.lora_rank) and "quantization_config" in read_json(folder / "config.json"):
-        raise ModelError(f"{name}: is quantised; adapters on such weights (QLoRA) need a GPU, and are not supported")
+    if "quantization_config" in read_json(folder / "config.json"):
+        what = "is quantised; such weights are not trained, and adapters on them (QLoRA) are not supported"
+        raise ModelError(f"{name}: {what}: take the full weights")
+
+
+def _quantization(name: str, how: str, device: torch.device | None) -> Any:
+    """What transformers quantises by. Raises ModelError without the package, and where it would not give one answer."""
+    if how.startswith("bnb") and device and device.type == "cpu":
+        what = "bitsandbytes computes a row otherwise beside other rows there"
+        raise ModelError(f"{name}: --quantize {how} is not for a CPU ({what}): use int8, or a GPU")
+    package = "bitsandbytes" if how.startswith("bnb") else "torchao"
+    if importlib.util.find_spec(package) is None:
+        raise ModelError(f"{name}: --quantize {how} needs {package}: pip install 'ketchup-cache[quantize]'")
+    from transformers import BitsAndBytesConfig, TorchAoConfig  # they import both packages
+
+    if how == "int8":
+        from torchao.quantization import Int8WeightOnlyConfig
+
+        return TorchAoConfig(Int8WeightOnlyConfig())
+    if how == "bnb-int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
 
 
 @contextmanager
@@ -211,11 +251,15 @@ def _checkpoint_layers(model: PreTrainedModel) -> None:
     if is_ragged(model):
         model.encoder.gradient_checkpointing = model.decoder.gradient_checkpointing = True
         return
-    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-    if not layers:
-        raise ModelError(f"{type(model).__name__} does not mark its layers: leave --gradient-checkpointing out")
-    for layer in layers:
+    for layer in layers_of(model, "--gradient-checkpointing"):
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+
+
+def layers_of(model: PreTrainedModel, option: str) -> list[nn.Module]:
+    """The transformer layers. option: which needs them. Raises ModelError for a model that does not mark them."""
+    if layers := [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]:
+        return layers
+    raise ModelError(f"{type(model).__name__} does not mark its layers: leave {option} out")
 
 
 def input_device(model: PreTrainedModel) -> torch.device:

@@ -6,6 +6,7 @@ kills processes instead, only `auto` helps, which looks at what is free first.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -97,7 +98,7 @@ def free(device: torch.device) -> int:
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
-    return free_ram()
+    return free_ram() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # which those started together share
 
 
 def free_ram(cgroup: Path = Path("/sys/fs/cgroup")) -> int:

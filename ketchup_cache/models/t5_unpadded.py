@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -72,17 +72,22 @@ def _stack(
     states = stack.embed_tokens(int_tensor(ids, weight.device))
     states = stack.dropout(states.float() if _widened(weight) else states)
     bias = _Bias(rows.longest, causal=across is not None)
-
-    def computed(block: Any, states: Tensor) -> Tensor:
-        states = _attend(block.layer[0], states, rows, bias=bias)
-        if across is not None:
-            states = _attend(block.layer[1], states, across, others=encoded)
-        return _feed_forward(block.layer[-1], states)
-
     for block in map(_computing, stack.block):
+        computed = getattr(block, "unpadded", partial(compute_block, block))
+        given = states, rows, bias, encoded, across
         again = stack.gradient_checkpointing
-        states = checkpoint(computed, block, states, use_reentrant=False) if again else computed(block, states)
+        states = checkpoint(computed, *given, use_reentrant=False) if again else computed(*given)
     return stack.dropout(_norm(_computing(stack.final_layer_norm), states))
+
+
+def compute_block(
+    block: Any, states: Tensor, rows: Rows, bias: _Bias, encoded: Tensor | None, across: Rows | None
+) -> Tensor:
+    """One layer, [N, D] → [N, D]. A block may have it as a method of its own, `unpadded`, with FSDP's hooks around."""
+    states = _attend(block.layer[0], states, rows, bias=bias)
+    if across is not None:
+        states = _attend(block.layer[1], states, across, others=encoded)
+    return _feed_forward(block.layer[-1], states)
 
 
 # -------------------------------------------------------------------------------------------------------- layers

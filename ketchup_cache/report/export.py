@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 
 from ketchup_cache.cache.cache import Cache
 from ketchup_cache.config.commands import ExportConfig
+from ketchup_cache.config.options import SelectOptions
 from ketchup_cache.console import Report, printable, progress, size_text
 from ketchup_cache.errors import CacheError, ConfigError
 from ketchup_cache.files import publishing
@@ -73,11 +74,7 @@ def export(config: ExportConfig) -> ExportReport:
     if not rows:
         what = "rollouts that fit" if config.unscored else "scored rollouts that fit; --unscored takes the others too"
         raise CacheError(f"{cache.address}: holds no {what}")
-    tokenizers = {m.info.tokenizer.fingerprint: m.info.tokenizer.model_dump() for _, m in cache.manifests()}
-    teachers = [teacher.model_dump() for teacher in cache.teachers()]
-    about = {"tool": TOOL, "cache": cache.address, "tokenizers": list(tokenizers.values()), "teachers": teachers}
-    columns = OF_ROLLOUTS | OF_SCORES | (OF_TOP if config.keep_top else {})
-    schema = pa.schema(columns, {"ketchup-cache": json.dumps(about)})
+    schema = _schema(cache, config.keep_top)
     with publishing(config.out) as partial, progress("exporting", rows, "rollouts") as bar:
         file = partial / "rows.parquet"
         with pq.ParquetWriter(file, schema, compression="zstd") as writer:
@@ -99,20 +96,40 @@ def export(config: ExportConfig) -> ExportReport:
     return ExportReport(str(config.out), config.to, *counts, round(time.monotonic() - began, 2))
 
 
+def to_dataset(
+    cache: Cache, *, teacher: str | None = None, policy: str | None = None, keep_top: int = 0, unscored: bool = False
+) -> datasets.Dataset:
+    """The rollouts of a cache in memory, one row each, with the columns of `export`; that is for those that are larger.
+
+    teacher, policy, keep_top, unscored: as the options of `export`. Raises CacheError as `Cache.scored` does.
+    """
+    schema, select = _schema(cache, keep_top), SelectOptions(scored_by=teacher, policy=policy)
+    found = parts(cache, select, keep_top=keep_top, unscored=unscored)
+    tables = [pa.Table.from_pylist(some, schema) for part in found for some in _rows(cache, part, keep_top)]
+    return datasets.Dataset(pa.concat_tables(tables) if tables else schema.empty_table())
+
+
+def _schema(cache: Cache, keep_top: int) -> pa.Schema:
+    """Of the columns, with the tokenizers and teachers of the cache as metadata."""
+    tokenizers = {m.info.tokenizer.fingerprint: m.info.tokenizer.model_dump() for _, m in cache.manifests()}
+    teachers = [teacher.model_dump() for teacher in cache.teachers()]
+    about = {"tool": TOOL, "cache": cache.address, "tokenizers": list(tokenizers.values()), "teachers": teachers}
+    columns = OF_ROLLOUTS | OF_SCORES | (OF_TOP if keep_top else {})
+    return pa.schema(columns, {"ketchup-cache": json.dumps(about)})
+
+
 def _rows(cache: Cache, part: Part, keep_top: int) -> Iterator[list[dict[str, Any]]]:
     """The columns of each row, a few rows at a time."""
     id_, start, _, _, policy, ref = part
     joined = load_part(cache, part, keep_top)
-    rollouts, scores = joined.rollouts, joined.scores
     shared = {"policy_fingerprint": policy.fingerprint, "policy_step": policy.step, "rollouts_segment": id_}
     shared |= {"teacher_fingerprint": ref.teacher.fingerprint} if ref else dict.fromkeys(OF_SCORES)
     shared |= {"mean_q": None} if ref and ref.teacher.served else {}
 
     def columns(i: int) -> dict[str, Any]:
-        row = vars(Row.of(joined, i, policy.name, ref.teacher.name if ref else "")) | shared | {"row": start + i}
-        tokens = slice(*rollouts.completions.offsets[i : i + 2])
-        top = {"top_q": list(scores.top.q[tokens]), "top_ids": list(scores.top.ids[tokens])} if scores.top else {}
-        return row | top
+        row = Row.of(joined, i, policy.name, ref.teacher.name if ref else "")
+        top = {"top_q": list(row.top.q), "top_ids": list(row.top.ids)} if row.top else {}
+        return vars(row) | shared | {"row": start + i} | top
 
     for first in range(0, len(joined), ROWS):
         yield [columns(i) for i in range(first, min(first + ROWS, len(joined)))]

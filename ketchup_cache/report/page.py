@@ -18,7 +18,8 @@ import numpy as np
 
 from ketchup_cache.cache.cache import Cache
 from ketchup_cache.config.commands import AnalyzeConfig, ReportConfig
-from ketchup_cache.config.options import LOWER_IS_BETTER, SelectOptions
+from ketchup_cache.config.options import SelectOptions
+from ketchup_cache.config.values import LOWER_IS_BETTER
 from ketchup_cache.console import Report, one_line, printable, size_text
 from ketchup_cache.errors import DataError, KetchupError
 from ketchup_cache.evaluation.compare import read_outputs, targets_of, values_of_each
@@ -37,11 +38,14 @@ from ketchup_cache.version import TOOL
 
 CURVES = {
     "return_mean": "Return G₁ of the rollouts (nats)",
+    "reward_mean": "Task reward R of the rollouts",
     "variance": "Variance of the return that is learned from (nats²)",
     "length_mean": "Length of the rollouts (tokens)", "entropy": "Entropy of the policy (nats per token)",
     "ess": "Effective sample size (share)", "teacher_kl": "KL(student‖teacher) (nats per token)",
     "loss": "Loss (each method has its own)",
 }  # fmt: skip
+OF_FRESH = ("return_mean", "length_mean")
+"""Curves that say nothing where the rollouts stay the same."""
 TIMES = ("sample_s", "score_s", "load_s", "train_s")
 POINTS, SAMPLES, LOGGED, TOKENS, TOP = 500, 500, 200, 12_000, 5
 """At most: of a curve, examples before and after, logged rollouts, tokens of all rollouts, choices of a token."""
@@ -95,7 +99,8 @@ def report(config: ReportConfig) -> PageReport:
             rows = _rollouts(path, cache, found, config, share)
             data["bias"] = data["bias"] or _bias(cache, found, options)
         except KetchupError as error:
-            data["notes"].append(f"{name}: no rollouts are shown: {one_line(error)}.")
+            why = str(one_line(error)).removesuffix(": give a model that has it with --tokenizer")
+            data["notes"].append(f"{name} has no token view ({why}).")
         data["runs"].append(run)
         for key, some in (("samples", samples), ("logged", logged), ("rollouts", rows)):
             data[key] += [row | {"run": i} for row in some]
@@ -136,20 +141,25 @@ def _run(path: Path, options: Record) -> Record:
     lines, devs = json_lines(path / "metrics.jsonl"), [line for _, line in read_dev(path) if line]
     for line in lines:
         line["variance"] = None if line.get("k_return_sd") is None else line["k_return_sd"] ** 2
-    points = {key: [(line["step"], line.get(key)) for line in lines] for key in CURVES}
+    fresh = any(options.get(name) for name in ("teacher", "teacher_url", "scores_from"))
+    shown = [key for key in CURVES if fresh or key not in OF_FRESH]
+    points = {key: [(line["step"], line.get(key)) for line in lines] for key in shown}
     for key in devs[0]["metrics"] if devs else ():
         points[f"{key} on the dev set"] = [(line["step"], line["metrics"].get(key)) for line in devs]
-    fresh = any(options.get(name) for name in ("teacher", "teacher_url", "scores_from"))
     returns = [line["return_mean"] for line in lines if fresh and line.get("return_mean") is not None]
     edge = max(1, min(EDGE, len(returns) // 2))
+    report = path / "report.json"
+    said = json.loads(report.read_text(encoding="utf-8")).get("alarms", ()) if report.exists() else ()
+    texts = {one["name"]: one["text"] for one in said}
+    alarms = [(name, line["step"]) for line in [*lines, *devs] for name in line.get("alarms", ())]
     seconds = {key: round(sum(line.get(key, 0.0) for line in lines), 3) for key in TIMES}
     return {
         "curves": {key: thin for key, values in points.items() if (thin := _thin(values))[0]},
         "returns": [float(np.mean(part)) for part in (returns[:edge], returns[-edge:]) if part],
         "seconds": seconds | {"eval_s": round(sum(line["seconds"] for line in devs), 3)},
         "dev": [line for line in devs if line["best"] or line in (devs[0], devs[-1])],
-        "alarms": [f"{name} (step {line['step']})" for line in [*lines, *devs] for name in line.get("alarms", ())],
-        "finished": (path / "report.json").exists(),
+        "alarms": [{"name": name, "step": step, "text": texts.get(name, "")} for name, step in alarms],
+        "finished": report.exists(),
         "steps": len(lines),
     }
 
@@ -175,7 +185,7 @@ def _samples(path: Path, options: Record, most: int) -> tuple[str, list[Record]]
     refs = list(map(targets_of, before))
     by, values = values_of_each(options["metric"], outputs, refs, options.get("rouge_tokenizer") or "unicode")
     keys = ("row", "prompt", "reference", "before", "after", "was", "now")
-    columns = range(len(targets)), [row["prompt"] for row in before], targets, *outputs, *values
+    columns = range(len(targets)), [row["prompt"] for row in before], ["\n".join(of) for of in refs], *outputs, *values
     return by, [dict(zip(keys, row, strict=True)) for row in _some(list(zip(*columns, strict=True)), most)]
 
 

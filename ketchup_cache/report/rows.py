@@ -19,7 +19,7 @@ from ketchup_cache.provenance import PolicyInfo, require_same_tokenizer
 from ketchup_cache.sharing.remote_cache import open_cache
 from ketchup_cache.text.tokens import pieces
 from ketchup_cache.training.records import read_pins
-from ketchup_cache.types import PER_TOKEN, Row, ScoredRollouts, Scores
+from ketchup_cache.types import PER_TOKEN, Row, ScoredRollouts, Scores, TopLogits
 
 Part = tuple[str, int, int, str, PolicyInfo, ScoredRef | None]
 """Rows start to stop of a rollouts segment, its prompts segment, who sampled them, and where their scores are."""
@@ -52,15 +52,15 @@ def record(joined: ScoredRollouts, i: int, part: Part, tokenizer: PreTrainedToke
     """Row i of a part in plain values: the fields of `Row`, those of scores where there are any, with `tokens` and
     `prompt` as text. top: so many of the largest logits, as [token, q] of each state, where they were kept."""
     policy, ref = part[4:]
-    row, kept = vars(Row.of(joined, i, policy.name, ref.teacher.name if ref else "")), joined.scores.top
+    row = dict(vars(Row.of(joined, i, policy.name, ref.teacher.name if ref else "")))
+    kept: TopLogits | None = row.pop("top")
     prompt, ids = (row.pop(name).tolist() for name in ("prompt_tokens", "completion_tokens"))
     known = {key: value for key, value in row.items() if ref or key not in (*PER_TOKEN, "final_max_q")}
     values = {key: value.tolist() if isinstance(value, np.ndarray) else value for key, value in known.items()}
     for key in {"behavior_logprob", *PER_TOKEN} & known.keys():  # the shortest digits that are the same float32
         values[key] = [float(str(value)) for value in known[key]]
     if kept and ref and top:
-        tokens = slice(*joined.rollouts.completions.offsets[i : i + 2])
-        pairs = zip(kept.ids[tokens, :top].tolist(), kept.q[tokens, :top].tolist(), strict=True)
+        pairs = zip(kept.ids[:, :top].tolist(), kept.q[:, :top].tolist(), strict=True)
         values["top"] = [[[tokenizer.decode([id_]), round(q, 3)] for id_, q in zip(*p, strict=True)] for p in pairs]
     values |= {"prompt": "".join(pieces(tokenizer, prompt)), "prompt_tokens": len(prompt), "ids": ids}
     return values | {"tokens": pieces(tokenizer, ids), "scored": ref is not None, "policy_step": policy.step}

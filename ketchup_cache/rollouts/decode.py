@@ -117,7 +117,8 @@ class _Rows:
         # a decoder-only model goes on at the right end, so the padding is on the left
         tokens, self._mask = padded(prompts, self._device, left=not model.config.is_encoder_decoder)
         if model.config.is_encoder_decoder:
-            self._cache = EncoderDecoderCache(self._cache, _empty_cache(model))
+            # the encoder's states have no window, whatever layers the decoder has (T5Gemma)
+            self._cache = EncoderDecoderCache(self._cache, DynamicCache())
             self._encoded = _encode(model, prompts)
             tokens = torch.full((len(prompts), 1), decoder_start(model), device=self._device)
         self._read(tokens)

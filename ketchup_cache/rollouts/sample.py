@@ -10,7 +10,6 @@ another policy of it. They are set aside, and only the end-of-sequence and decod
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -25,14 +24,18 @@ from torch import Tensor
 from transformers import AutoConfig, GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 from transformers.generation import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
+from ketchup_cache.console import one_line
 from ketchup_cache.errors import ConfigError, DataError, ModelError, NumericsError
 from ketchup_cache.models.folders import whole_folder
 from ketchup_cache.models.forward import check_positions, decoder_start, forget, longest_mixed, of_one_length, padded
+from ketchup_cache.models.head import own_pass
 from ketchup_cache.models.load import evaluating, input_device, model_name
+from ketchup_cache.parallel.group import group
 from ketchup_cache.provenance import Sampling
 from ketchup_cache.rollouts.calculator import Calculator, ForcedResults
 from ketchup_cache.rollouts.decode import Decoding, can_decode, decode
 from ketchup_cache.rollouts.draw import draw, number_type, uniforms
+from ketchup_cache.rollouts.t5_decode import can_step
 from ketchup_cache.types import TOKEN_DTYPE, Ragged, Rollouts, concatenated
 
 
@@ -56,6 +59,7 @@ def sample_completions(
     too but for the last bits of products. torch's global random state is neither used nor changed.
     calculator: of the model's tokenizer; needed where `sampling.calculator` is set, and used nowhere else.
     on_batch: called with the number of new completions after each batch.
+    Of several processes (`parallel/group.py`) each computes its part of these batches; all get all of it.
 
     `prompt_index` of the result counts from the first of the given prompts. Greedy choices and forced tokens have log-
     probability 0.
@@ -66,22 +70,14 @@ def sample_completions(
     """
     if sampling.calculator and calculator is None:
         raise ValueError("sampling with the calculator needs the Calculator of the tokenizer")
-    if sampling.greedy and sampling.samples > 1:
-        raise ConfigError([f"--greedy gives the same completion {sampling.samples} times: set --samples 1"])
-    if (known := model.get_input_embeddings().weight.shape[0]) < vocab_size:
-        raise ModelError(f"the tokenizer has {vocab_size:,} tokens, but {model_name(model)} only {known:,}: not a pair")
-    if (empty := np.flatnonzero(prompts.lengths == 0)).size:
-        raise DataError(f"prompt {first_prompt + empty[0]} has no tokens; drop it or use a template that adds some")
-    longest_prompt, longest = int(prompts.lengths.max(initial=0)), sampling.max_new_tokens
-    encodes = model.config.is_encoder_decoder
-    check_positions(model, max(longest_prompt, longest) if encodes else longest_prompt + longest)
+    check_prompts(model, vocab_size, prompts, first_prompt, sampling)
     eos, longest = eos_ids(model), sampling.max_new_tokens
     way = decode if can_decode(model) else _generate
     made: list[Rollouts] = []
     with evaluating(model):
         mixed = longest_mixed(model)
-        beside = min(mixed - longest, _longest_padded(model, way, vocab_size, eos))
-        for places, part in _batches(prompts.lengths, sampling.samples, batch, beside):
+        beside = min(mixed - longest, _longest_padded(model, way, vocab_size))
+        for places, part in group().mine(_batches(prompts.lengths, sampling.samples, batch, beside)):
             if mixed < math.inf:
                 forget(model)
             forcing = ForcedResults(calculator) if calculator and sampling.calculator else None
@@ -104,8 +100,23 @@ def sample_completions(
             made.append(Rollouts(index, completions, logprob.cpu().numpy()[inside], forced[inside], finished))
             if on_batch is not None:
                 on_batch(len(tokens))
-    rollouts = concatenated(made)
+    rollouts = concatenated(group().in_order(made))
     return rollouts.take(np.argsort(rollouts.prompt_index, kind="stable"))  # the samples of a prompt are in order
+
+
+def check_prompts(
+    model: PreTrainedModel, vocab_size: int, prompts: Ragged, first_prompt: int, sampling: Sampling
+) -> None:
+    """Raises, of the errors of `sample_completions`, those that show before anything is sampled."""
+    if sampling.greedy and sampling.samples > 1:
+        raise ConfigError([f"--greedy gives the same completion {sampling.samples} times: set --samples 1"])
+    if (known := model.get_input_embeddings().weight.shape[0]) < vocab_size:
+        raise ModelError(f"the tokenizer has {vocab_size:,} tokens, but {model_name(model)} only {known:,}: not a pair")
+    if (empty := np.flatnonzero(prompts.lengths == 0)).size:
+        raise DataError(f"prompt {first_prompt + empty[0]} has no tokens; drop it or use a template that adds some")
+    longest_prompt, longest = int(prompts.lengths.max(initial=0)), sampling.max_new_tokens
+    encodes = model.config.is_encoder_decoder
+    check_positions(model, max(longest_prompt, longest) if encodes else longest_prompt + longest)
 
 
 def eos_ids(model: Any) -> list[int]:
@@ -131,34 +142,44 @@ def _batches(lengths: NDArray, samples: int, batch: int, mixed: float) -> Iterat
     memory shows at once. A batch holds whole prompts, with all their samples; where even those of one prompt are too
     many, a part of them. mixed: as in `of_one_length`."""
     at_once = max(1, batch // samples)
-    for group in of_one_length(lengths, mixed):
-        order = group[np.argsort(-lengths[group], kind="stable")]
+    for alike in of_one_length(lengths, mixed):
+        order = alike[np.argsort(-lengths[alike], kind="stable")]
         for start in range(0, len(order), at_once):
             for first in range(0, samples, batch):
                 yield order[start : start + at_once], slice(first, min(first + batch, samples))
 
 
-def _longest_padded(model: PreTrainedModel, way: Callable[..., Any], vocab_size: int, eos: list[int]) -> float:
-    """0 for a model that a prompt's padding confuses, otherwise infinite. Found out once for a model that is not told
-    its positions, by a short prompt alone and beside others.
+def _longest_padded(model: PreTrainedModel, way: Callable[..., Any], vocab_size: int) -> float:
+    """0 for a model that a prompt's padding confuses, otherwise infinite. Found out once for a model, by what it draws
+    for a short prompt and a longer one: each token must come with the log-probability of the model's own pass over the
+    text. A cache that drops or mixes up something shows here, too; a T5 is compared where it is decoded.
 
-    Raises ModelError where a prompt of the same length confuses it, too.
+    Raises ModelError where tokens of prompts of one length come with others.
     """
-    told = model.config.is_encoder_decoder or "position_ids" in inspect.signature(model.forward).parameters
-    if told and way is decode:
+    if way is decode and can_step(model):
         return math.inf
     if model not in _PADDED:
-        halves, real = torch.full((2, 3), 0.5, dtype=torch.float64), _RealVocabulary(vocab_size)
+        halves, real = torch.full((2, 6), 0.5, dtype=torch.float64), _RealVocabulary(vocab_size)
+        near = 3e-4 if model.dtype == torch.float32 else 0.1
 
-        def first(*lengths: int) -> Any:
-            rows = Ragged.from_lengths(np.arange(sum(lengths)) % vocab_size, lengths)
-            return way(model, rows, Decoding(1, 3, eos, halves[: len(lengths)], [real], None))[1][0]
+        def exact(*lengths: int) -> bool:
+            ids = (vocab_size // 2 + np.arange(sum(lengths))) % vocab_size  # none that pads or ends
+            prompts = Ragged.from_lengths(ids, lengths)
+            try:
+                tokens, logprob = way(model, prompts, Decoding(1, 6, [vocab_size], halves, [real], None))  # none ends
+            except (TypeError, ValueError, AttributeError, IndexError) as error:
+                raise ModelError(f"{model_name(model)}: can't be sampled from ({one_line(error)})") from error
+            passes = [own_pass(model, *row)[1] for row in zip(prompts, tokens.cpu().numpy(), strict=True)]
+            own = torch.stack(passes)[..., :vocab_size].float().log_softmax(2)
+            own = own.gather(2, tokens[..., None].to(own.device))[..., 0]
+            return torch.allclose(logprob.to(own.device), own, rtol=0, atol=near)
 
-        alone, near = first(2), 1e-3 if model.dtype == torch.float32 else 0.1
-        same, beside = (torch.allclose(first(2, n)[: len(alone)], alone, rtol=near, atol=near) for n in (2, 10))
-        if not same:
-            raise ModelError(f"{model_name(model)}: computes other logits for a prompt beside others: not supported")
-        _PADDED[model] = math.inf if beside else 0
+        with torch.no_grad():
+            padded_too = exact(2, 10)
+            if not padded_too and not exact(10, 10):
+                what = "draws tokens with other probabilities than its own pass over the text gives"
+                raise ModelError(f"{model_name(model)}: {what} (it looks ahead, or its cache errs): not supported")
+        _PADDED[model] = math.inf if padded_too else 0
     return _PADDED[model]
 
 
@@ -170,13 +191,17 @@ _PADDED: WeakKeyDictionary[PreTrainedModel, float] = WeakKeyDictionary()
 
 def _processors(vocab_size: int, sampling: Sampling, forcing: ForcedResults | None) -> list[LogitsProcessor]:
     """What makes the distribution that a token is drawn from out of the model's logits, for one batch."""
-    processors = [_RealVocabulary(vocab_size), *([forcing] if forcing else [])]
+    return [_RealVocabulary(vocab_size), *([forcing] if forcing else []), *warpers(sampling)]
+
+
+def warpers(sampling: Sampling) -> list[LogitsProcessor]:
+    """Temperature, top-k and top-p, as far as they change something."""
     if sampling.greedy:
-        return processors
+        return []
     # in the order of transformers' own: top-p is a share of the tempered, top-k distribution
-    warpers: dict[type, tuple[float, float]] = {TemperatureLogitsWarper: (sampling.temperature, 1)}
-    warpers |= {TopKLogitsWarper: (sampling.top_k, 0), TopPLogitsWarper: (sampling.top_p, 1)}
-    return processors + [warper(value) for warper, (value, off) in warpers.items() if value != off]
+    kinds: dict[type, tuple[float, float]] = {TemperatureLogitsWarper: (sampling.temperature, 1)}
+    kinds |= {TopKLogitsWarper: (sampling.top_k, 0), TopPLogitsWarper: (sampling.top_p, 1)}
+    return [warper(value) for warper, (value, off) in kinds.items() if value != off]
 
 
 class _RealVocabulary(LogitsProcessor):

@@ -6,20 +6,24 @@ import gc
 import hashlib
 import random
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from ketchup_cache.cache.cache import Cache
 from ketchup_cache.cache.index import Range, ScoredRef, gaps, parent_id
-from ketchup_cache.cache.manifest import ScoresInfo, Storage
+from ketchup_cache.cache.manifest import RolloutsInfo, ScoresInfo, Storage
 from ketchup_cache.config.commands import ScoreConfig
-from ketchup_cache.console import Bar, Report, progress, say
+from ketchup_cache.console import Bar, progress, say
 from ketchup_cache.errors import (
     CacheError,
     CorruptError,
@@ -31,67 +35,21 @@ from ketchup_cache.errors import (
 )
 from ketchup_cache.models.load import require_same_encoding
 from ketchup_cache.models.memory import TokenBudget
+from ketchup_cache.parallel.group import Group, alone, group
+from ketchup_cache.parallel.pool import on_ray
+from ketchup_cache.provenance import OTHER_TOKENIZER, TeacherInfo
+from ketchup_cache.scoring.report import ScoreReport
 from ketchup_cache.scoring.served import ServedTeacher
 from ketchup_cache.scoring.teacher import Teacher
 from ketchup_cache.sharing.remote_cache import open_cache
-from ketchup_cache.types import Ragged, Rollouts, Scores
+from ketchup_cache.types import Ragged, Rollouts, Scores, concatenated
 
 LONGEST_PAUSE_S = 60.0
 """Between two tries in an outage."""
-
 TOP_BYTES = 2**28
 """Most bytes of kept logits in a segment, so that it stays well below the format's limit and fits into memory."""
 TOP_ITEM_BYTES = 8
 """Of one kept logit with its id, at most."""
-
-
-@dataclass(frozen=True)
-class ScoreReport(Report):
-    """What one run did. Rows are rollouts, tokens are completion tokens."""
-
-    teacher: str
-    """Name and start of the fingerprint."""
-    already: int
-    """Rows that had scores before."""
-    computed: int = 0
-    """Rows that went through the teacher."""
-    tokens: int = 0
-    """Their tokens."""
-    copied: int = 0
-    """Rows whose scores were there for the same prompt and completion, from earlier or in this run."""
-    segments: int = 0
-    """Segments written."""
-    batch_tokens: int | None = None
-    """Largest batch, in tokens, that was used in the end; None where the teacher had nothing to compute."""
-    seconds: float = 0.0
-    """From start to end, loading included."""
-    load_s: float = 0.0
-    """Of them, reading the teacher's weights."""
-
-    def plus(self, other: ScoreReport) -> ScoreReport:
-        """This and what was done after it."""
-        names = ("computed", "tokens", "copied", "segments")
-        counts = {name: getattr(self, name) + getattr(other, name) for name in names}
-        return replace(self, **counts, batch_tokens=other.batch_tokens or self.batch_tokens)
-
-    @property
-    def hit_rate(self) -> float:
-        """Share of this run's rows that did not need the teacher, in [0, 1]."""
-        return self.copied / max(self.copied + self.computed, 1)
-
-    @property
-    def tokens_per_second(self) -> float:
-        return self.tokens / self.seconds if self.seconds else 0.0
-
-    def __str__(self) -> str:
-        if not self.computed + self.copied:
-            return f"nothing to do: all {self.already:,} rollouts are scored by teacher {self.teacher}"
-        batches = f", in batches of up to {self.batch_tokens:,} tokens" if self.batch_tokens else ""
-        return (
-            f"scored {self.computed:,} rollouts ({self.tokens:,} tokens, {self.tokens_per_second:,.0f}/s) by teacher "
-            f"{self.teacher}, copied {self.copied:,} (hit rate {self.hit_rate:.0%}), {self.already:,} were there; "
-            f"{self.segments} segments in {self.seconds:.1f} s{batches}"
-        )
 
 
 def score(config: ScoreConfig) -> ScoreReport:
@@ -99,9 +57,17 @@ def score(config: ScoreConfig) -> ScoreReport:
 
     Raises CacheError, ModelError, MismatchError (tokenizers), NumericsError, ServerError, WriteError.
     """
+    cache, scorer = opened(config)
+    if config.follow:
+        with alone():  # several processes follow one place, as several commands would
+            return follow(cache, scorer)
+    return scorer.ensure(cache, shared=True)
+
+
+def opened(config: ScoreConfig) -> tuple[Cache, Scorer]:
+    """What the options name. Raises what `open_cache` and `Scorer` raise."""
     cache = open_cache(config.cache, create=config.follow)
-    scorer = Scorer(config if config.teacher else config.model_copy(update={"teacher": _tokenizer_of(cache)}))
-    return follow(cache, scorer) if config.follow else scorer.ensure(cache, shared=True)
+    return cache, Scorer(config if config.teacher else config.model_copy(update={"teacher": _tokenizer_of(cache)}))
 
 
 def follow(cache: Cache, scorer: Scorer) -> ScoreReport:
@@ -147,7 +113,7 @@ class Scorer:
     def __init__(self, config: ScoreConfig) -> None:
         """Raises ModelError where the teacher's files are missing or damaged; what `ServedTeacher` raises."""
         self.config, self._budget = config, TokenBudget(config.batch_tokens)
-        self._storage: Storage = "compact" if config.storage == "float16" else "lossless"
+        storage: Storage = "compact" if config.storage == "float16" else "lossless"
         self._cache: Cache | None = None
         self._teacher: Teacher | ServedTeacher | None = None
         self._stays, self._load_s = bool(config.teacher_url), 0.0
@@ -160,23 +126,37 @@ class Scorer:
         self.keep_top = min(config.keep_top, self.tokenizer.vocab_size)
         fitting = TOP_BYTES // (self.keep_top * TOP_ITEM_BYTES) if self.keep_top else config.commit_tokens
         self._commit_tokens = max(1, min(config.commit_tokens, fitting))
+        self._made = {"tokenizer": self.tokenizer, "keep_top": self.keep_top, "storage": storage}
 
     def __str__(self) -> str:
         return f"{self.info.name} ({self.info.fingerprint[:12]})"
+
+    def described(self, rollouts_id: str, start: int, stop: int) -> ScoresInfo:
+        """How its scores of these rows are described."""
+        return ScoresInfo(rollouts=rollouts_id, row_start=start, row_stop=stop, teacher=self.info, **self._made)
 
     def stay(self) -> None:
         """Load the teacher now, and keep it in memory. Raises ModelError."""
         self._stays = self._loaded() is not None
 
     def unscored(self, cache: Cache) -> list[tuple[str, int, int]]:
-        """(rollouts id, row_start, row_stop) of all rows without scores by this teacher.
+        """(rollouts id, row_start, row_stop) of all rows without scores by this teacher; with --shard, of its part.
 
         Raises MismatchError where another model behind a server has scored under its name.
         """
         if self.info.served:
             known = cache.index.models("teacher")
             self.info = self.info.known_in(known).alone_in(known)
-        return cache.unscored(self.info.fingerprint, keep_top=self.keep_top)
+        waiting = cache.unscored(self.info.fingerprint, keep_top=self.keep_top)
+        own = ((id_, r) for id_, a, b in waiting for r in _still([(id_, a, b)], id_, self._own_rows(cache, id_)))
+        return [(id_, r.start, r.stop) for id_, r in own]
+
+    def _own_rows(self, cache: Cache, rollouts_id: str) -> range:
+        """Of a rollouts segment, the rows of `--shard`, with all samples of a prompt."""
+        manifest = cache.entry(rollouts_id)
+        assert isinstance(manifest.info, RolloutsInfo)
+        part = self.config.part_of(-(-manifest.rows // (samples := manifest.info.sampling.samples)))
+        return range(part.start * samples, min(part.stop * samples, manifest.rows))
 
     def ensure(self, cache: Cache, rollout_ids: Iterable[str] | None = None, *, shared: bool = False) -> ScoreReport:
         """Score every row of these rollouts segments (None: of the whole cache) that has no scores by this teacher.
@@ -185,28 +165,50 @@ class Scorer:
         Raises MismatchError, before any weights are loaded, where the rollouts were written with another tokenizer;
         CacheError for an unknown id; ModelError, NumericsError, ServerError and WriteError. What was committed before
         stays, and of a server all that it has answered.
+
+        Of several processes each scores and commits parts of its own, and what is left in the end they share row by
+        row: the segments are those of a single process.
         """
-        began, loaded_s = time.monotonic(), self._load_s
+        began, loaded_s, by, before = time.monotonic(), self._load_s, group(), set(self._own)
+        cache.agree()
         ids = {i for i, _ in cache.rollouts()} if rollout_ids is None else set(rollout_ids)
-        rows = sum(cache.manifest(rollouts_id).rows for rollouts_id in ids)
+        rows = sum(len(self._own_rows(cache, rollouts_id)) for rollouts_id in ids)
         missing = [part for part in self.unscored(cache) if part[0] in ids]
         for rollouts_id, _, _ in missing:
-            theirs, trust = cache.manifest(rollouts_id).info.tokenizer, self.config.trust_remote_code
+            theirs, trust = cache.entry(rollouts_id).info.tokenizer, self.config.trust_remote_code
             what = f"{cache.address}, rollouts {rollouts_id[:12]}: tokenizer {theirs.name} wrote them"
             what += f", but that of teacher {self.info.name} encodes differently"
-            todo = "score with a teacher that shares the tokenizer"
-            require_same_encoding(self.tokenizer, theirs, what, todo, trust_remote_code=trust)
+            require_same_encoding(self.tokenizer, theirs, what, OTHER_TOKENIZER, trust_remote_code=trust)
         report = ScoreReport(str(self), rows - sum(stop - start for _, start, stop in missing))
-        if self._cache is not cache:
-            self._cache, self._seen, self._places = cache, set[ScoredRef](), dict[bytes, tuple[ScoredRef, int]]()
-        parents = [cache.manifest(rollouts_id) for rollouts_id, _, _ in missing]
+        parents = [cache.entry(rollouts_id) for rollouts_id, _, _ in missing]
         total = sum(m.tokens * (b - a) // m.rows for m, (_, a, b) in zip(parents, missing, strict=True))
-        with self._unloaded_after(), progress("score", total) as bar:
-            for rollouts_id, part in self._turns(cache, missing) if shared else self._parts(cache, missing):
-                report = report.plus(self._score_rows(cache, rollouts_id, part, bar, shared))
-        return replace(report, seconds=time.monotonic() - began, load_s=self._load_s - loaded_s)
+        with self._unloaded_after(), progress("score", total, workers=by.size) as bar:
+            if missing and self.config.engine == "ray":
+                make = partial(_worker, self.config, self.info)
+                for (id_, part), done in on_ray(self.config, make, self.parts(cache, missing)):
+                    bar.advance(int(cache.load_rollouts(id_).completions.lengths[part.start : part.stop].sum()))
+                    report = report.plus(done)
+                missing = []
+            for (rollouts_id, part), whose in self._dealt(cache, missing, shared):
+                report = report.plus(self._score_rows(cache, rollouts_id, part, bar, shared, whose))
+        cache.agree(self._own - before)
+        names = ("computed", "tokens", "copied", "segments")
+        totals = by.summed(np.array([getattr(report, name) for name in names], np.int64))
+        counts: Any = dict(zip(names, totals.tolist(), strict=True))
+        return replace(report, **counts, seconds=time.monotonic() - began, load_s=self._load_s - loaded_s)
 
-    def _parts(self, cache: Cache, missing: Iterable[Range]) -> Iterator[tuple[str, range]]:
+    def _dealt(self, cache: Cache, missing: Iterable[Range], shared: bool) -> Iterator[tuple[tuple[str, range], Group]]:
+        """What this process commits, or helps to, and the group that computes it."""
+        if (by := group()).size == 1:
+            turns = self._turns if shared and not self.config.shard else self.parts  # nobody else does a shard's rows
+            yield from ((part, by) for part in turns(cache, missing))
+            return
+        parts = list(self.parts(cache, missing))
+        whole = len(parts) // by.size * by.size
+        yield from ((part, Group()) for part in by.mine(parts[:whole]))
+        yield from ((part, by) for part in parts[whole:])
+
+    def parts(self, cache: Cache, missing: Iterable[Range]) -> Iterator[tuple[str, range]]:
         """What is committed together, in the order of the cache."""
         for rollouts_id, start, stop in missing:
             completions = cache.load_rollouts(rollouts_id).completions
@@ -217,11 +219,11 @@ class Scorer:
         leaves out what is done by now. Nobody says what he is at, but it follows a part that is done: such a part is
         taken last, and only once its scorer had the time to end it. So without locks little is done twice.
         """
-        parts, before, at, took, waited = list(self._parts(cache, missing)), set(cache.segment_ids()), 0, 0.0, False
+        parts, before, at, took, waited = list(self.parts(cache, missing)), set(cache.segment_ids()), 0, 0.0, False
         while True:
             cache.refresh()
-            waiting = self.unscored(cache)
-            left = {i: rest for i, part in enumerate(parts) if (rest := _still(waiting, *part))}
+            waiting = {id_: list(same) for id_, same in groupby(self.unscored(cache), itemgetter(0))}
+            left = {i: rest for i, part in enumerate(parts) if (rest := _still(waiting.get(part[0], ()), *part))}
             if not left:
                 return
             new = [m.info for id_, m in cache.manifests("scores") if id_ not in before | self._own]
@@ -243,10 +245,13 @@ class Scorer:
             yield parts[at][0], left[at][0]
             took = time.monotonic() - began
 
-    def scores(self, prompts: Ragged, rollouts: Rollouts) -> Scores:
+    def scores(self, prompts: Ragged, rollouts: Rollouts, keep_top: int = 0) -> Scores:
         """Of rollouts that are in no cache. Raises ModelError, MismatchError, NumericsError and ServerError."""
-        with self._unloaded_after(), progress("score", len(rollouts.completions.values)) as bar:
-            return self._loaded().score(prompts, rollouts, batch_tokens=self._budget, on_batch=bar.advance)
+        by, rows = group(), np.arange(len(rollouts))
+        rows = by.cut(rows, _sizes(prompts, rollouts, rows))
+        with self._unloaded_after(), progress("score", len(rollouts.completions.values), workers=by.size) as bar:
+            how: Any = {"batch_tokens": self._budget, "keep_top": keep_top, "on_batch": bar.advance}
+            return Scores.concatenate(by.gathered(self._loaded().score(prompts, rollouts, rows=rows, **how)))
 
     @contextmanager
     def _unloaded_after(self) -> Iterator[None]:
@@ -258,49 +263,63 @@ class Scorer:
                 gc.collect()
                 torch.cuda.empty_cache()
 
-    def _score_rows(self, cache: Cache, rollouts_id: str, rows: range, bar: Bar, shared: bool) -> ScoreReport:
-        """Score and commit a range of rows. shared: unless somebody else has done so meanwhile."""
-        rollouts, prompts = _load(cache, rollouts_id)
+    def _score_rows(
+        self, cache: Cache, rollouts_id: str, rows: range, bar: Bar, shared: bool, by: Group
+    ) -> ScoreReport:
+        """Score and commit a range of rows. shared: unless somebody else has done so meanwhile. by: the processes that
+        score it; the first of them commits it, and counts."""
+        rollouts, prompts = load_with_prompts(cache, rollouts_id)
         keys = _keys(prompts, rollouts, rows)
-        found = self._known(cache, keys)
+        found = self._known(cache, keys) if by.first else {}
         # the first row of each key that is not known
         new = {key: row for row, key in reversed(list(zip(rows, keys, strict=True))) if key not in found}
-        tokens, failed = 0, None
+        new = by.from_first(lambda: new)
+        tokens, mine, failed = 0, 0, None
         if new:
             places = np.sort(np.fromiter(new.values(), np.int64))
+            places = by.cut(places, _sizes(prompts, rollouts, places))
             how: dict[str, Any] = {"batch_tokens": self._budget, "keep_top": self.keep_top, "on_batch": bar.advance}
             try:
                 scores = self._loaded().score(prompts, rollouts, rows=places, **how)
             except (MismatchError, NumericsError) as error:
                 raise type(error)(f"{cache.address}, rollouts {rollouts_id[:12]}: {error}") from None
             except ServerError as error:
-                failed, places, scores = error, places[error.places], error.scores
+                failed, places, scores = error, places[error.places], error.done
+            mine = len(scores.q)
+            if not failed:
+                places, scores = map(concatenated, zip(*by.gathered((places, scores)), strict=True))
             tokens = len(scores.q)
             completions = rollouts.completions.take(places)
             found |= {keys[row - rows.start]: scores.rows(completions, i, i + 1) for i, row in enumerate(places)}
-        bar.advance(int(rollouts.completions.lengths[rows.start : rows.stop].sum()) - tokens)
-        made: dict[str, Any] = {"teacher": self.info, "tokenizer": self.tokenizer}
-        made |= {"keep_top": self.keep_top, "storage": self._storage}
+        bar.advance(int(rollouts.completions.lengths[rows.start : rows.stop].sum()) // by.size - mine)
         missing = [(row, row + 1) for row, key in zip(rows, keys, strict=True) if key not in found]
         if shared:
             cache.refresh()
-        if first := not shared or bool(_still(self.unscored(cache), rollouts_id, rows)):
+        commits = by.first or bool(failed)  # what a process has of a server is kept, whatever the others have
+        if commits and (commits := not shared or bool(_still(self.unscored(cache), rollouts_id, rows))):
             for start, stop in gaps(rows.start, rows.stop, missing):
-                info = ScoresInfo(rollouts=rollouts_id, row_start=start, row_stop=stop, **made)
-                done = keys[start - rows.start : stop - rows.start]
-                self._own.add(cache.commit_scores(Scores.concatenate([found[key] for key in done]), info))
+                done = Scores.concatenate([found[key] for key in keys[start - rows.start : stop - rows.start]])
+                self._own.add(cache.commit_scores(done, self.described(rollouts_id, start, stop)))
         if failed:
             raise failed
+        if not by.first:
+            return ScoreReport(str(self), 0)
         copied, batch = len(rows) - len(new), self._budget.tokens if new and not self.info.served else None
-        return ScoreReport(str(self), 0, len(new), tokens, copied, segments=int(first), batch_tokens=batch)
+        return ScoreReport(str(self), 0, len(new), tokens, copied, segments=int(commits), batch_tokens=batch)
 
     def _known(self, cache: Cache, keys: Iterable[bytes]) -> dict[bytes, Scores]:
         """The scores that a cache has of these rollouts by now, each of one row, whichever policy and run the rollout
         came from. Where scores are to be stored losslessly, compact ones do not count."""
+        if self._cache is not cache:
+            self._cache, self._seen, self._places = cache, set[ScoredRef](), dict[bytes, tuple[ScoredRef, int]]()
         for ref in cache.index.scored(self.info.fingerprint, keep_top=self.keep_top):
-            info = cache.manifest(ref.scores_id).info
-            if ref not in self._seen and isinstance(info, ScoresInfo) and info.storage in ("lossless", self._storage):
-                rollouts, prompts = _load(cache, ref.rollouts_id)
+            info = cache.entry(ref.scores_id).info
+            if (
+                ref not in self._seen
+                and isinstance(info, ScoresInfo)
+                and info.storage in ("lossless", self._made["storage"])
+            ):
+                rollouts, prompts = load_with_prompts(cache, ref.rollouts_id)
                 for place, key in enumerate(_keys(prompts, rollouts, range(ref.row_start, ref.row_stop))):
                     self._places.setdefault(key, (ref, place))
                 self._seen.add(ref)
@@ -324,6 +343,26 @@ class Scorer:
         return self._teacher
 
 
+def _worker(config: ScoreConfig, teacher: TeacherInfo) -> Callable[[tuple[str, range]], ScoreReport]:
+    """On a cluster: holds the teacher, and scores what nobody has scored by now of each part."""
+    cache, scorer = open_cache(config.cache), Scorer(config)
+    if scorer.info.fingerprint != teacher.fingerprint and not scorer.info.answers_as(teacher):
+        raise ModelError(f"{config.teacher}: is another model than where the command was started; copy it again")
+    scorer.info = teacher
+    scorer.stay()
+
+    def work(part: tuple[str, range]) -> ScoreReport:
+        cache.refresh()
+        cache.await_shown(part[:1])
+        left = _still(scorer.unscored(cache), *part)
+        report, bar = ScoreReport(str(scorer), len(part[1]) - sum(map(len, left))), Bar("score", None, "tokens")
+        for rows in left:
+            report = report.plus(scorer._score_rows(cache, part[0], rows, bar, shared=True, by=Group()))
+        return report
+
+    return work
+
+
 def _tokenizer_of(cache: Cache) -> str:
     """Folder of the tokenizer that wrote the rollouts. Raises CacheError where it is not here."""
     for name in {info.tokenizer.name: None for _, info in cache.rollouts()}:
@@ -338,10 +377,15 @@ def _still(unscored: Iterable[Range], rollouts_id: str, rows: range) -> list[ran
     return [some for some in same if some]
 
 
-def _load(cache: Cache, rollouts_id: str) -> tuple[Rollouts, Ragged]:
+def load_with_prompts(cache: Cache, rollouts_id: str) -> tuple[Rollouts, Ragged]:
     """Rollouts and the tokens of their prompts. The cache keeps the last ones it loaded."""
-    prompts_id = parent_id(cache.manifest(rollouts_id).info)
+    prompts_id = parent_id(cache.entry(rollouts_id).info)
     return cache.load_rollouts(rollouts_id), cache.load_prompts(prompts_id).tokens
+
+
+def _sizes(prompts: Ragged, rollouts: Rollouts, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Tokens of each row with its prompt."""
+    return prompts.lengths[rollouts.prompt_index[rows]] + rollouts.completions.lengths[rows]
 
 
 def _keys(prompts: Ragged, rollouts: Rollouts, rows: range) -> list[bytes]:

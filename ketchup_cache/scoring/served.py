@@ -9,36 +9,23 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
-import threading
-import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from typing import Any, Literal
 
-import httpx2
 import numpy as np
 from numpy.typing import NDArray
 
 from ketchup_cache.config.commands import ScoreConfig
-from ketchup_cache.console import one_line, printable, say
+from ketchup_cache.console import one_line, say
 from ketchup_cache.errors import MismatchError, ModelError, ServerError
 from ketchup_cache.models.fingerprint import PROBES, tokenizer_info
 from ketchup_cache.models.folders import resolve_folder
 from ketchup_cache.models.load import is_encoder_decoder, load_tokenizer
+from ketchup_cache.models.server import ENTRY_BYTES, MALFORMED, ROUNDING, Refused, Server
 from ketchup_cache.provenance import Served, TeacherInfo
 from ketchup_cache.types import TOKEN_DTYPE, Ragged, Rollouts, Scores, TopLogits
 
-KEY = "KETCHUP_CACHE_API_KEY"
-FIRST_PAUSE_S, LONGEST_PAUSE_S, SAY_EVERY_S = 0.5, 30.0, 60.0
-"""Between two tries, and between two lines about them."""
-ROUNDING = 1e-3
-"""How far rounding may bring a log-probability above 0, or a sum of probabilities above 1."""
-MALFORMED = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
-"""What reading an answer of another form raises."""
-ENTRY_BYTES = 1024
-"""Of one log-probability in an answer, at most: a number, a rank, and a token's text."""
 Form = Literal["prompt_logprobs", "echo"]
 FORMS: tuple[Form, ...] = ("prompt_logprobs", "echo")
 PROBE_TOKENS = 48
@@ -65,15 +52,8 @@ class ServedTeacher:
         log-probabilities than asked for, or answers a row in more than one way; MismatchError where it reads texts
         otherwise; ServerError where it can't be reached.
         """
-        self._config, self._url = config, config.teacher_url.rstrip("/")
-        self._form: Form
-        self._key, self._said = os.environ.get(KEY, ""), 0.0
-        if not (self._key.isascii() and self._key.isprintable()):
-            raise ModelError(f"{KEY}: holds characters that no header may have; set it again")
-        limits = httpx2.Limits(max_connections=config.in_flight, max_keepalive_connections=config.in_flight)
-        head = {"accept-encoding": "identity"} | ({"authorization": f"Bearer {self._key}"} if self._key else {})
-        timeout = httpx2.Timeout(config.idle_timeout, pool=None)
-        self._client = httpx2.Client(headers=head, limits=limits, timeout=timeout)
+        self._config, self._server = config, Server("teacher", config)
+        self._url, self._form = self._server.url, FORMS[0]
         name, trust = config.teacher, config.trust_remote_code
         tokenizer: Any = load_tokenizer(name, trust_remote_code=trust)
         known = (resolve_folder(name) / "config.json").is_file()
@@ -83,7 +63,7 @@ class ServedTeacher:
                 f"{name}: servers give no log-probabilities of an encoder-decoder; leave --teacher-url out"
             )
         self.tokenizer = tokenizer_info(tokenizer, name)
-        self._longest = self._meet()
+        self._longest = self._server.meet()
         self._compare_tokenizers(tokenizer)
         self.info = self._self_test(tokenizer)
 
@@ -104,33 +84,17 @@ class ServedTeacher:
             raise MismatchError(f"{what}; {self._url} takes {self._longest - 1:,}: raise its --max-model-len")
         if not given.all():
             raise MismatchError(f"rollout row {names[given.argmin()]}: an empty prompt has no log-probability after it")
-        failed: list[ServerError] = []
-        stop = threading.Event()
 
-        def one(row: int) -> Scores | None:
-            if stop.is_set():
-                return None
+        def one(row: int, stop: Any) -> Scores:
             prompt, completion = prompts[rollouts.prompt_index[row]], rollouts.completions[row]
-            try:
-                found = self._ask([*prompt.tolist(), *completion.tolist()], keep_top, stop=stop)
-                return self._scores(found, len(prompt) - 1, bool(rollouts.finished[row]), keep_top)
-            except ServerError as error:
-                failed.append(error)
-                stop.set()
-                return None
+            found = self._ask([*prompt.tolist(), *completion.tolist()], keep_top, stop=stop)
+            return self._scores(found, len(prompt) - 1, bool(rollouts.finished[row]), keep_top)
 
-        done: dict[int, Scores] = {}
-        with ThreadPoolExecutor(self._config.in_flight) as pool, ExitStack() as stopping:
-            stopping.callback(stop.set)
-            for place, scores in enumerate(pool.map(one, names.tolist())):
-                if scores is not None:
-                    done[place] = scores
-                    if on_batch:
-                        on_batch(len(scores.q))
+        done, failed = self._server.each(names.tolist(), one, lambda row: on_batch and on_batch(len(row.q)))
         whole = Scores.concatenate([Scores.empty(0, 0, keep_top), *done.values()])
         if failed:
-            failed[0].places, failed[0].scores = np.array([*done], np.int64), whole
-            raise failed[0]
+            failed.places, failed.done = np.array([*done], np.int64), whole
+            raise failed
         return whole
 
     def _scores(self, found: Arrays, first: int, finished: bool, keep_top: int) -> Scores:
@@ -152,15 +116,10 @@ class ServedTeacher:
     def _ask(self, ids: list[int], top: int = 0, *, temperature: float = 0.0, stop: Any = None) -> Arrays:
         """Raises ServerError."""
         n = max(top, 1)
-        body: dict[str, Any] = {"model": self._config.teacher_name, "prompt": ids, "max_tokens": 1, "logprobs": n}
-        body |= {"temperature": temperature}
+        body: dict[str, Any] = {"prompt": ids, "max_tokens": 1, "logprobs": n, "temperature": temperature}
         body |= {"echo": True} if self._form == "echo" else {"prompt_logprobs": n, "return_token_ids": True}
-        answer = self._send(f"{self._url}/completions", body, ENTRY_BYTES * (n + 3) * (len(ids) + 2), stop)
-        try:
-            (choice,) = answer["choices"]
-            read = (answer.get("usage") or {}).get("prompt_tokens", len(ids))
-            if read != len(ids) or choice.get("prompt_token_ids") not in (None, ids):
-                raise ValueError(f"it was sent {len(ids)} token ids, and read {read} or others")
+
+        def read(choice: dict[str, Any]) -> Arrays:
             own, maps, after = (_by_text if self._form == "echo" else _by_id)(choice, ids)
             if any(len(at) < n for at in maps):
                 raise ValueError(f"fewer than {n} log-probabilities of a token")
@@ -171,79 +130,25 @@ class ServedTeacher:
                 raise ValueError("a log-probability is NaN, infinite or above 0")
             if (np.exp(best).sum(1) > 1 + ROUNDING).any():
                 raise ValueError("the probabilities of a position add up to more than 1")
-        except MALFORMED as error:
-            raise _Refused(f"{self._url}: an answer is not as asked ({self._clean(error)})") from None
-        return every[: len(own)], best, tokens.astype(np.int64), after
+            return every[: len(own)], best, tokens.astype(np.int64), after
 
-    def _send(self, url: str, body: dict[str, Any] | None = None, most_bytes: int = 2**22, stop: Any = None) -> Any:
-        """The JSON of an answer. An outage is retried with growing pauses; not where nothing is posted. Redirects are
-        not followed.
-
-        Raises ServerError once `retry_for` seconds are over or `stop` is set, and at once for what won't change.
-        """
-        until, pause = time.monotonic() + self._config.retry_for, FIRST_PAUSE_S
-        while True:
-            text, after = bytearray(), ""
-            try:
-                with self._client.stream("POST" if body else "GET", url, json=body) as answer:
-                    for chunk in answer.iter_raw():  # a few packed bytes could become many
-                        text += chunk
-                        if len(text) > most_bytes:
-                            raise _Refused(f"{url}: an answer has more than {most_bytes:,} bytes")
-                        if time.monotonic() > until:
-                            raise httpx2.ReadTimeout("the answer takes too long")
-                status, after = answer.status_code, answer.headers.get("retry-after", "")
-                if status == 200:
-                    return json.loads(text)
-                said = answer.headers.get("location") or text.decode(errors="replace") or "no text"
-                problem = f"status {status} ({self._clean(said)})" + f"; set {KEY}" * (status in (401, 403))
-                if status != 429 and status < 500:
-                    raise _Refused(f"{url}: {problem}")
-            except httpx2.RequestError as error:
-                problem = f"{type(error).__name__}: {self._clean(error)}"
-            except (ValueError, RecursionError) as error:
-                raise _Refused(f"{url}: an answer is no JSON ({self._clean(error)})") from None
-            wait = max(float(after) if after.isdecimal() else 0.0, pause)
-            if body is None or (stop and stop.is_set()) or time.monotonic() + wait > until:
-                raise ServerError(f"{url}: {problem}; see whether it runs, then run this again to go on")
-            if time.monotonic() - self._said > SAY_EVERY_S:
-                self._said = time.monotonic()
-                say(f"{url}: {problem}; trying again for {until - self._said:.0f} s")
-            (stop.wait if stop else time.sleep)(wait)
-            pause = min(2 * pause, LONGEST_PAUSE_S)
-
-    def _clean(self, text: object) -> str:
-        """What a server says: one short line without control characters, and without the key."""
-        return printable(one_line(str(text).replace(self._key or "\0", "…") or text))
-
-    def _meet(self) -> int:
-        """The longest row that the server takes; 0 where it does not say."""
-        name, where = self._config.teacher_name, f"{self._url}/models"
-        try:
-            models = {model["id"]: model for model in self._send(where)["data"]}
-            longest = int(models.get(name, {}).get("max_model_len") or 0)
-        except MALFORMED as error:
-            raise ModelError(f"{where}: lists no models ({self._clean(error)}); check --teacher-url") from None
-        if name not in models:
-            has = self._clean(", ".join(map(str, models)))
-            raise ModelError(f"{self._url}: has no model {name}; it has {has}: set --teacher-name")
-        return longest
+        return self._server.complete(body, ENTRY_BYTES * (n + 3) * (len(ids) + 2), read, stop)
 
     def _compare_tokenizers(self, tokenizer: Any) -> None:
         """By its ids of texts (vLLM), or by how many it counts. Raises MismatchError."""
         for text in filter(None, PROBES):
-            asked = {"model": self._config.teacher_name, "prompt": text}
+            asked = {"model": self._server.name, "prompt": text}
             try:
                 ours: Any = tokenizer(text, add_special_tokens=False)["input_ids"]
                 address = f"{self._url.removesuffix('/v1')}/tokenize"
-                theirs = self._send(address, asked | {"add_special_tokens": False})["tokens"]
-            except (_Refused, *MALFORMED):
+                theirs = self._server.send(address, asked | {"add_special_tokens": False})["tokens"]
+            except (Refused, *MALFORMED):
                 ours = len(tokenizer(text)["input_ids"])
-                answer = self._send(f"{self._url}/completions", asked | {"max_tokens": 1})
+                answer = self._server.send(f"{self._url}/completions", asked | {"max_tokens": 1})
                 theirs = answer.get("usage") if isinstance(answer, dict) else None
                 theirs = theirs.get("prompt_tokens") if isinstance(theirs, dict) else None
             if ours != theirs:
-                what = f"{self._url}: encodes {text!r} as {self._clean(theirs)}, not as {one_line(ours)}"
+                what = f"{self._url}: encodes {text!r} as {self._server.clean(theirs)}, not as {one_line(ours)}"
                 raise MismatchError(f"{what}: its tokenizer is not that of {self.tokenizer.name}; set --teacher")
 
     def _find_form(self, ids: list[int]) -> None:
@@ -253,7 +158,7 @@ class ServedTeacher:
             try:
                 self._ask(ids, top)
                 return
-            except _Refused as error:
+            except Refused as error:
                 problems.append(str(error))
         todo = f"lower --keep-top, or start a vLLM with --max-logprobs {top}" if top else "serve it by vLLM"
         what = f"{self._url}: does not give the {max(top, 1)} largest log-probabilities of a prompt's tokens by id"
@@ -285,14 +190,10 @@ class ServedTeacher:
             worst = max(worst, apart)
         say(f"{self._url}: its answers to the same rows differ by {worst:.1g} nats (root mean square)")
         probe = np.stack([a.mean(1) for a in first], axis=1).ravel().round(4).tolist()
-        said = [self._config.teacher_name, self.tokenizer.fingerprint, *map(round, probe)]
+        said = [self._server.name, self.tokenizer.fingerprint, *map(round, probe)]
         served = Served(form=self._form, disagreement=float(f"{worst:.3g}"), probe=tuple(probe))
         fingerprint = hashlib.sha256(json.dumps(said).encode()).hexdigest()
-        return TeacherInfo(name=self._config.teacher_name, fingerprint=fingerprint, dtype="served", served=served)
-
-
-class _Refused(ServerError):
-    """What the same request would get again."""
+        return TeacherInfo(name=self._server.name, fingerprint=fingerprint, dtype="served", served=served)
 
 
 Maps = tuple[list[float], list[dict[int, float]], float]

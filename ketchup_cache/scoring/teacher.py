@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
-from ketchup_cache.config.options import ScoringOptions
+from ketchup_cache.config.servers import ScoringOptions
 from ketchup_cache.errors import MismatchError, ModelError, NumericsError
 from ketchup_cache.models.fingerprint import tokenizer_info, weights_fingerprint
 from ketchup_cache.models.forward import Batch, computes_prompts_once, states_and_next
@@ -42,15 +42,15 @@ class Teacher:
     ) -> Teacher:
         """known: what `identify` found, where it was asked before. Raises ModelError (`load_model`, `Head.of`)."""
         info, tokenizer = known or cls.identify(name, options)
-        placed = options.model_dump(include={"dtype", "device", "device_map", "trust_remote_code"})
+        placed = options.model_dump(include={"dtype", "quantize", "device", "device_map", "trust_remote_code"})
         return cls(load_model(name, **placed), info, tokenizer)
 
     @staticmethod
     def identify(name: str, options: ScoringOptions) -> tuple[TeacherInfo, TokenizerInfo]:
         """Who the teacher is, from its files alone: no weights are loaded. Raises ModelError."""
         tokenizer = tokenizer_info(load_tokenizer(name, trust_remote_code=options.trust_remote_code), name)
-        fingerprint = in_precision(weights_fingerprint(name), options.dtype)
-        return TeacherInfo(name=name, fingerprint=fingerprint, dtype=options.dtype), tokenizer
+        fingerprint = in_precision(weights_fingerprint(name), options.filed_as)
+        return TeacherInfo(name=name, fingerprint=fingerprint, dtype=options.filed_as), tokenizer
 
     @torch.no_grad()
     def score(

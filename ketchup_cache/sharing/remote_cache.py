@@ -17,13 +17,14 @@ from pathlib import Path
 
 from ketchup_cache.cache.cache import Cache
 from ketchup_cache.cache.disk import FolderStore, delete, list_folder, weigh
+from ketchup_cache.cache.index_file import home
 from ketchup_cache.cache.segment_bytes import Packed, SegmentStore, read_manifest, read_segment
 from ketchup_cache.console import warn
 from ketchup_cache.errors import CacheError, ConfigError, WriteError
 from ketchup_cache.files import write_file
 from ketchup_cache.sharing.stores import is_url, open_existing, open_store
 
-HOME_VARIABLE, SIZE_VARIABLE = "KETCHUP_CACHE_HOME", "KETCHUP_CACHE_SIZE"
+SIZE_VARIABLE = "KETCHUP_CACHE_SIZE"
 DEFAULT_SIZE = "20GB"
 LEFTOVERS_S = 24 * 3600
 """Age at which unfinished work in the segment cache is taken for that of a dead process."""
@@ -45,8 +46,7 @@ def open_cache(address: str | os.PathLike[str], *, create: bool = False) -> Cach
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", text.strip().upper())
     if not found:
         raise ConfigError([f"${SIZE_VARIABLE} must be a size such as 500MB or 20GB, not {text!r:.40}"])
-    path = Path(os.environ.get(HOME_VARIABLE) or "~/.cache/ketchup-cache").expanduser()
-    return Cache(MirroredStore(store, path, int(float(found[1]) * _UNITS[found[2]])))
+    return Cache(MirroredStore(store, home(), int(float(found[1]) * _UNITS[found[2]])))
 
 
 class MirroredStore:
@@ -59,6 +59,7 @@ class MirroredStore:
     def __init__(self, source: SegmentStore, path: Path, limit: int) -> None:
         self.source, self.address, self.batch_bytes = source, source.address, source.batch_bytes
         self.exists, self.create, self.segment_ids = source.exists, source.create, source.segment_ids
+        self.index = source.index
         self._kept, self._limit, self._warned = FolderStore(path), limit, False
         self._lock = threading.Lock()
         self._last: Packed | None = None

@@ -14,16 +14,16 @@ from typing import Any
 
 from ketchup_cache.cache.cache import Cache
 from ketchup_cache.cache.disk import FolderStore, aside
-from ketchup_cache.cache.index import Index, check_parent, parent_id
-from ketchup_cache.cache.manifest import KINDS, Manifest
-from ketchup_cache.cache.segment_bytes import Packed, SegmentStore, in_parallel, read_manifest, read_segment
+from ketchup_cache.cache.index import Entry, Index, check_parent, parent_id, read_entry
+from ketchup_cache.cache.manifest import KINDS
+from ketchup_cache.cache.segment_bytes import Packed, SegmentStore, in_parallel, parse_manifest, read_segment
 from ketchup_cache.console import Bar, Report, printable, progress, size_text
 from ketchup_cache.errors import CacheError, CorruptError, MismatchError
 from ketchup_cache.sharing.stores import open_existing, open_store
 
 Address = str | os.PathLike[str]
-Segments = dict[str, tuple[Manifest, bytes]]
-"""Id → manifest, and its bytes as stored."""
+Segments = dict[str, tuple[Entry, bytes]]
+"""Id → what the manifest says, and its bytes as stored."""
 Wrong = dict[str, str]
 """Id → what is wrong with the segment."""
 
@@ -84,7 +84,7 @@ def copy(
     for id_, (manifest, _) in missing.items():  # so that no child is ever committed without its parent
         above = parent = parent_id(manifest.info)
         while above in there and above not in known:
-            known[above] = read_manifest(taker, above)[0]
+            known[above] = read_entry(taker, above, {})[0]
             above = parent_id(known[above].info)
         _tried(wrong, id_, check_parent, manifest.info, known, id_)
         if id_ in wrong:  # nor do its children fit
@@ -122,11 +122,11 @@ def merge(sources: Iterable[Address], target: Address, *, dry_run: bool = False)
 def _read(giver: SegmentStore, ids: Iterable[str], there: set[str], wrong: Wrong) -> Segments:
     """Manifests of these segments and of their parents, as far as the giver has them and the taker has not: parents
     before children, older before newer. wrong: receives what is wrong with those that can't be read."""
-    found: Segments = {}
+    found, shared = Segments(), dict[Any, Any]()
     offered = set(giver.segment_ids())
     wanted = [id_ for id_ in ids if id_ not in there]
     while wanted:
-        read = in_parallel(lambda id_: _tried(wrong, id_, read_manifest, giver, id_), wanted)
+        read = in_parallel(lambda id_: _tried(wrong, id_, read_entry, giver, id_, shared), wanted)
         found |= {id_: one for id_, one in zip(wanted, read, strict=True) if one}
         parents = dict.fromkeys(parent_id(manifest.info) for manifest, _ in found.values())
         wanted = [id_ for id_ in parents if id_ in offered and id_ not in {*found, *wrong, *there}]
@@ -147,7 +147,7 @@ class _Arriving:
     """Segments on their way: what has come is checked against every rule of the format before it is committed. What
     breaks one goes to the folder `aside` of the taker, and never takes part."""
 
-    def __init__(self, giver: SegmentStore, taker: SegmentStore, known: dict[str, Manifest], coming: Segments) -> None:
+    def __init__(self, giver: SegmentStore, taker: SegmentStore, known: dict[str, Entry], coming: Segments) -> None:
         """known: manifests of all that come, and of their parents."""
         self.giver, self.taker, self.address = giver, taker, giver.address
         self._coming = set() if isinstance(taker, FolderStore) else coming.keys()  # parents are near in a folder
@@ -158,8 +158,13 @@ class _Arriving:
         """Of a parent."""
         return (self.giver if segment_id in self._coming else self.taker).file(segment_id, name, length)
 
-    def fetch(self, segment_id: str, manifest: Manifest, data: bytes, advance: Callable[[int], None]) -> Packed:
-        """A whole segment that keeps the rules. Raises CorruptError."""
+    def manifest(self, segment_id: str) -> bytes:
+        """Of a parent."""
+        return (self.giver if segment_id in self._coming else self.taker).manifest(segment_id)
+
+    def fetch(self, segment_id: str, data: bytes, advance: Callable[[int], None]) -> Packed:
+        """A whole segment that keeps the rules. data: its manifest. Raises CorruptError."""
+        manifest = parse_manifest(data, segment_id, self.address)
         packed = read_segment(self.giver, segment_id, manifest, data, advance)
         try:
             self._known.check(packed)
@@ -184,7 +189,7 @@ def _batches(arriving: _Arriving, missing: Segments, bar: Bar, wrong: Wrong) -> 
             wrong.setdefault(id_, wrong[parent])
         if id_ in wrong:
             continue
-        if packed := _tried(wrong, id_, arriving.fetch, id_, manifest, data, bar.advance):
+        if packed := _tried(wrong, id_, arriving.fetch, id_, data, bar.advance):
             batch.append(packed)
             held, kind = held + manifest.data_bytes, manifest.kind
     if batch:

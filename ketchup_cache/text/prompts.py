@@ -51,6 +51,8 @@ class Example:
     """Of a conversation, which is no `prompt` until it is rendered."""
     written: tuple[str, int] | None = field(default=None, compare=False)
     """The conversation's reply as the chat template writes it, and the token that ends it."""
+    record: dict[str, Any] | None = field(default=None, compare=False)
+    """All columns of its row, where they were asked for."""
 
     @property
     def references(self) -> tuple[str, ...]:

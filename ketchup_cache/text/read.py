@@ -15,6 +15,7 @@ import os
 import re
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -42,12 +43,16 @@ MAX_JSON = 2**30
 
 
 def read_examples(
-    options: DataOptions, *, need_target: bool = False, turns: Literal["all", "last"] | None = None
+    options: DataOptions,
+    *,
+    need_target: bool = False,
+    turns: Literal["all", "last"] | None = None,
+    records: bool = False,
 ) -> list[Example]:
     """The prompts, and where they are there (or `need_target`) the references, in the order of the data.
 
     turns: which of the assistant's turns in a conversation are examples, each with what stands before it; by default
-    the one that ends it, or that would come next.
+    the one that ends it, or that would come next. records: keep all columns (`Example.record`).
 
     Raises ConfigError for an unusable template, DataError for data that is missing, unreadable or incomplete.
     """
@@ -66,8 +71,9 @@ def read_examples(
             where = f"{options.data}: {unit} {row}"
             names |= record.keys()
             references = _references(record, options, where)
+            kept = record if records else None
             if talks := _turns(record, options, references, turns, row, where):
-                examples += talks
+                examples += [replace(talk, record=kept) for talk in talks]
                 continue
             texts = {name: _text(record, column, where, flag) for name, (column, flag) in sources.items()}
             parts = [part for literal, name in template for part in (literal, texts[name] if name else "")]
@@ -76,7 +82,7 @@ def read_examples(
             if need_target and not references:
                 references = (_text(record, options.target_field, where, "--target-field"),)
             span, target = (start, start + len(parts[longest])), references[0] if references else None
-            examples.append(Example("".join(parts), target, row, span, references[1:]))
+            examples.append(Example("".join(parts), target, row, span, references[1:], record=kept))
     if not examples:
         after = f" after the first {options.skip:,}" if options.skip else ""
         raise DataError(f"{options.data}: holds no rows{after}")
@@ -109,13 +115,15 @@ def data_info(examples: Sequence[Example], options: DataOptions, tokenizer: PreT
 
 def _require_column(options: DataOptions, names: set[str], examples: Sequence[Example]) -> None:
     """Raise DataError where the references are looked for in a column that is not there: it was named, or one whose
-    name is nearly the same is there."""
-    if options.target_field.partition(".")[0] in names or any(example.target is not None for example in examples):
+    name is nearly the same is there, and is not that of the prompts."""
+    named, found = options.target_field, any(example.target is not None for example in examples)
+    if not named or named.partition(".")[0] in names or found:
         return
-    close = difflib.get_close_matches(options.target_field, sorted(names), n=1)
+    others = names - {options.prompt_field, *re.findall(r"{(\w+)}", options.template)}
+    close = difflib.get_close_matches(named, sorted(others), n=1)
     if close or "target_field" in options.model_fields_set:
         hint = f"did you mean {close[0]!r}?" if close else f"it has {', '.join(map(repr, sorted(names)))};"
-        raise DataError(f"{options.data}: no field {options.target_field!r}: {hint} set --target-field")
+        raise DataError(f"{options.data}: no field {named!r}: {hint} set --target-field")
 
 
 # ----------------------------------------------------------------------------------------------------- conversations
@@ -128,7 +136,7 @@ def _turns(
 
     Its end, where it has none, is the `completion` or the reference. Of a prompt with an end, that alone is learned.
     """
-    found, prompt = _column(record, options.messages_field), _column(record, options.prompt_field)
+    found, prompt = column(record, options.messages_field), column(record, options.prompt_field)
     if not isinstance(found, list) and options.messages_field and "messages_field" in options.model_fields_set:
         raise DataError(f"{where}: {options.messages_field!r} is no list of messages; set --messages-field")
     from_prompt = not isinstance(found, list)
@@ -177,7 +185,7 @@ def _messages(given: list[Any], where: str) -> list[Record]:
 # ----------------------------------------------------------------------------------------------------------- columns
 
 
-def _column(record: Record, name: str) -> Any:
+def column(record: Record, name: str) -> Any:
     """A column, or with a dotted name a part of one, as in {"translation": {"en": …}}; None where it is not there."""
     value: Any = record
     for part in [name] if name in record or "." not in name else name.split("."):
@@ -186,15 +194,15 @@ def _column(record: Record, name: str) -> Any:
 
 
 def _references(record: Record, options: DataOptions, where: str) -> tuple[str, ...]:
-    """Of the column that is named; by default of `target` and `targets`, or of TRL's `completion`. A prefill at their
-    beginning is left out."""
+    """Of the column that is named, of none where its name is empty; by default of `target` and `targets`, or of TRL's
+    `completion`. A prefill at their beginning is left out."""
     names = [options.target_field]
     if "target_field" not in options.model_fields_set:
         names += ["targets"] * isinstance(record.get("targets"), list)
         names += ["completion"] * (isinstance(record.get("completion"), str) and record.get("target") is None)
     texts: list[str] = []
-    for name in names:
-        found = _column(record, name)
+    for name in filter(None, names):
+        found = column(record, name)
         none = found is None or (isinstance(found, str) and not found.strip())
         several = found if isinstance(found, list) else [found] * (not none)
         texts += [_text({name: one}, name, where, "--target-field").removeprefix(options.prefill) for one in several]
@@ -202,7 +210,7 @@ def _references(record: Record, options: DataOptions, where: str) -> tuple[str, 
 
 
 def _text(record: Record, name: str, where: str, flag: str) -> str:
-    value = _column(record, name)
+    value = column(record, name)
     if name not in record and value is None:
         raise DataError(f"{where}: no field {name!r}; it has {', '.join(map(repr, record)) or 'none'}: set {flag}")
     if value is None or (isinstance(value, str) and not value.strip()):

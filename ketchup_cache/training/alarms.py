@@ -13,7 +13,7 @@ import numpy as np
 
 from ketchup_cache.config.commands import LearnConfig
 from ketchup_cache.config.methods import METHODS
-from ketchup_cache.config.options import LOWER_IS_BETTER
+from ketchup_cache.config.values import LOWER_IS_BETTER
 
 WINDOW = 10
 """Optimizer steps that a mean is of."""
@@ -31,6 +31,10 @@ MOSTLY_TAIL = 0.6
 """Share of tokens among the last K of their completion."""
 WORSE = 0.02
 """Relative loss of the dev metric since its best, in two evaluations one after the other."""
+BELOW = 0.05
+"""Relative loss of the dev metric since the start, in two evaluations one after the other."""
+FALL = 0.1
+"""Relative fall of the return since the start."""
 ERRORS = 5.0
 """A change counts when it is larger than this many of its standard errors: it is looked for after every step."""
 
@@ -48,8 +52,12 @@ TEXTS = {
     "repetition": "{now:.0%} of the 4-grams of a rollout came before in it ({before:.0%} at the start); " + STOP,
     "length": "the mean length of {whose} went from {before:.1f} to {now:.1f} tokens ({change:+.0%}), and a return is "
     "a sum over them; try --baseline leave-one-out, " + STOP,
+    "return": "the return of {whose} fell from {before:.2f} to {now:.2f}, the student gets worse; try a larger "
+    "--batch-size, another --k, --baseline or --method, " + STOP,
+    "worse": "{name} on the dev set is worse than at the start, in two evaluations ({before:.2f}, {value:.2f} now): "
+    "keep best/; try a fifth of --lr, more --warmup, another --baseline or --method, " + STOP,
     "hacked": "the return rises ({before:.2f} → {now:.2f}) while {name} on the dev set falls ({best:.2f} at step {at}, "
-    "{value:.2f} now): the student exploits the reward; keep best/, try another --k or --baseline, " + STOP,
+    "{value:.2f} now): the student exploits the reward; keep best/, try another --k, --baseline or --method, " + STOP,
 }
 Line = Mapping[str, Any]
 Values = dict[str, Any]
@@ -74,6 +82,8 @@ class Alarms:
     _lines: list[Line] = field(default_factory=list)
     _start: int = 0
     """Number of steps that learned from the start's own rollouts."""
+    _phases: list[int] = field(default_factory=list)
+    """At which of the lines new rollouts came."""
     _dev: list[Line] = field(default_factory=list)
     _returns: list[list[float]] = field(default_factory=list)
     """At each evaluation the mean return on the dev set, where that is measured; else those of the rollouts of each
@@ -82,6 +92,8 @@ class Alarms:
     def step(self, line: Line) -> list[Alarm]:
         """After an optimizer step. line: of metrics.jsonl."""
         self._lines.append(line)
+        if line["refreshed"]:
+            self._phases.append(len(self._lines) - 1)
         if self._start == len(self._lines) - 1 and not (self._start and line["refreshed"]):
             self._start += 1
         return self._raise(line["step"], self._of_steps())
@@ -127,15 +139,26 @@ class Alarms:
         before, now, error = _change(_values(first, "length_mean"), _values(last, "length_mean"))
         if abs(now - before) > max(LENGTH_DRIFT * before, ERRORS * error):
             yield "length", {"whose": "the rollouts", "before": before, "now": now, "change": now / before - 1}
+        if (some := min(WINDOW, len(self._phases) // 2)) > 2:
+            first, last = self._lines[: self._phases[some]], self._lines[self._phases[-some] :]
+            before, now, error = _change(_of_phases(first), _of_phases(last))
+            if before - now > max(FALL * abs(before), ERRORS * error):
+                yield "return", {"whose": "new rollouts", "before": before, "now": now}
 
     def _of_dev(self) -> Iterator[tuple[str, Values]]:
         before, now = self._dev[0]["length_mean"], self._dev[-1]["length_mean"]
         if abs(now - before) > LENGTH_DRIFT * before:
             whose = "the outputs on the dev set"
             yield "length", {"whose": whose, "before": before, "now": now, "change": now / before - 1}
+        if "return" in self._dev[0]["metrics"] and len(self._dev) > 2:
+            (before,), *_, (last,), (now,) = self._returns
+            if before - max(last, now) > FALL * abs(before):
+                yield "return", {"whose": "the outputs on the dev set", "before": before, "now": now}
         name = next(iter(self._dev[0]["metrics"]))
         values = np.array([record["metrics"][name] for record in self._dev])
         signed = -values if name in LOWER_IS_BETTER else values
+        if name != "return" and len(values) > 2 and signed[0] - signed[-2:].max() > BELOW * abs(values[0]):
+            yield "worse", {"name": name, "before": values[0], "value": values[-1]}
         best = int(signed.argmax())
         if name == "return" or best > len(values) - 3 or signed[-2:].max() >= signed[best] - WORSE * abs(values[best]):
             return

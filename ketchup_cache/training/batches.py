@@ -8,7 +8,7 @@ cost.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from itertools import groupby, islice, pairwise, tee
@@ -62,8 +62,10 @@ def _shuffled_rows(ref: ScoredRef, rng: np.random.Generator) -> NDArray[np.int64
 
 class Stream:
     """Loads what the plan asks for, one batch ahead. While batches are gathered from one segment, the next is read by
-    a thread of its own; these two are all that is held.
+    a thread of its own; these two are all that is held. load: how the rows of a ref are read.
     """
+
+    load: Callable[[Cache, ScoredRef], ScoredRollouts] = staticmethod(lambda cache, ref: cache.load_scored(ref))
 
     def __init__(
         self, cache: Cache, refs: Sequence[ScoredRef], size: int, seed: int, skip: int = 0, batches: int | None = None
@@ -106,7 +108,7 @@ class Stream:
         if held is None:
             while len(self._held) > 1:
                 del self._held[next(iter(self._held))]
-            held = self._reader.submit(self._cache.load_scored, self._refs[index])
+            held = self._reader.submit(self.load, self._cache, self._refs[index])
         self._held[index] = held
         return held
 

@@ -11,33 +11,38 @@ import copy
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ketchup_cache.config.options import LOWER_IS_BETTER, DevOptions
+from ketchup_cache.config.options import DevOptions
+from ketchup_cache.config.values import LOWER_IS_BETTER
 from ketchup_cache.errors import DataError, ModelError, WriteError
-from ketchup_cache.evaluation.outputs import EvalSet, Outputs, reference_loss
+from ketchup_cache.evaluation.outputs import EvalSet, Outputs, Returns, reference_loss
 from ketchup_cache.files import write_file
 from ketchup_cache.models.fingerprint import weights_fingerprint
 from ketchup_cache.models.forward import Batch, completion_states, computes_prompts_once
 from ketchup_cache.models.head import Head
 from ketchup_cache.models.load import evaluating
 from ketchup_cache.models.origin import read_origin
+from ketchup_cache.parallel.group import by_first, group
 from ketchup_cache.training.metrics import repetition
 from ketchup_cache.types import Ragged, Rollouts
+
+if TYPE_CHECKING:
+    from ketchup_cache.models.sharded import Sharded
 
 TOKENS = 16_384
 """Of prompts and outputs that go through the models at once."""
 STATES = 1024
 """Whose logits are held at once."""
-MeanReturn = Callable[[Ragged, Rollouts], float]
-"""Mean return of greedy outputs under the teacher, from their prompts."""
+ReturnsOf = Callable[[Ragged, Rollouts], Returns]
+"""Of greedy outputs under the teacher, from their prompts."""
 Publish = Callable[[str, int, Mapping[str, float], Mapping[str, str]], None]
 """Writes the model as it is into a folder of the run, with the optimizer step, its metrics and their variants."""
 
@@ -83,7 +88,7 @@ class DevSet:
         publish: Publish,
         steps: int,
         recorded: Mapping[str, Any],
-        returns: MeanReturn | None = None,
+        returns: ReturnsOf | None = None,
     ) -> None:
         """out: folder of the run. steps: of the whole run. recorded: of a run that goes on, what it resolved to: its
         `eval_every` stays, however long it becomes. returns: needed for the metric `return`.
@@ -97,13 +102,19 @@ class DevSet:
         self._config, self._data, self._steps, self._returns = config, data, steps, returns
         self._publish, self._best, self._path = publish, out / "best", out / "dev.jsonl"
 
-    def start(self, model: PreTrainedModel, head: Head, tokenizer: PreTrainedTokenizerBase) -> None:
-        """model: as the run starts with it, before a checkpoint is read. A copy of what is trained stays in memory."""
-        self._model, self._head, self._tokenizer = model, head, tokenizer
-        frozen = {id(parameter): parameter for parameter in model.parameters() if not parameter.requires_grad}
-        self._first = copy.deepcopy(model, frozen).eval().requires_grad_(False)
-        added = getattr(self._first, "final_logits_bias", None)
-        self._first_head = replace(head, projection=self._first.get_output_embeddings(), bias=added)
+    def start(
+        self, model: PreTrainedModel, head: Head, tokenizer: PreTrainedTokenizerBase, parts: Sharded | None = None
+    ) -> None:
+        """model: as the run starts with it, before a checkpoint is read. A copy of what is trained stays in memory: in
+        parts, that of `parts`."""
+        self._model, self._head, self._tokenizer, self._parts = model, head.on(model), tokenizer, parts
+        if parts and parts.start:
+            first, self._first = parts.start.model, partial(parts.start, precision="float32")
+        else:
+            frozen = {id(parameter): parameter for parameter in model.parameters() if not parameter.requires_grad}
+            first = copy.deepcopy(model, frozen).eval().requires_grad_(False)
+            self._first = partial(completion_states, first)
+        self._first_head = head.on(first)
 
     def restore(self, step: int) -> None:
         """Keep the evaluations up to this optimizer step, which `Run.restore` has checked; later ones come again.
@@ -132,13 +143,17 @@ class DevSet:
     def evaluate(self, step: int) -> DevRecord:
         """Evaluate the model as it is, and keep it where it is the best so far. `record` writes the result down."""
         began = time.monotonic()
+        if self._parts:
+            self._parts.gather()
         outputs = Outputs.of(self._model, self._data, self._tokenizer, self._head.vocab_size, self._config)
         values = outputs.scores(self._data, self._config.metric) or {}
         if "loss" in self._config.metric:
             values["loss"] = reference_loss(self._model, self._head, self._data, self._tokenizer)
+        returns = None
         if "return" in self._config.metric:
             assert self._returns is not None
-            values["return"] = self._returns(self._data.prompts, outputs.rollouts)
+            returns = self._returns(self._data.prompts, outputs.rollouts)
+            values["return"] = float(returns.values.mean())
         metrics = {name: round(float(values[name]), 6) for name in self._config.metric}
         variants = {name: text for name, text in values.items() if isinstance(text, str)}
         lengths = outputs.rollouts.completions
@@ -147,10 +162,10 @@ class DevSet:
         sign = -1 if first in LOWER_IS_BETTER else 1
         best = not self.records or sign * metrics[first] > sign * self.best.metrics[first]
         for name in ["start"] * (not self.records) + ["best"] * best:
-            outputs.write(self._path.with_name(f"outputs-{name}.jsonl"), self._data)
+            outputs.write(self._path.with_name(f"outputs-{name}.jsonl"), self._data, returns)
         if best:
             self._publish("best", step, metrics, variants)
-            fingerprint = weights_fingerprint(self._best)
+            fingerprint = group().from_first(lambda: weights_fingerprint(self._best))
         return DevRecord(
             step=step,
             metrics=metrics,
@@ -168,7 +183,8 @@ class DevSet:
     def record(self, record: DevRecord) -> None:
         """After the best model is on the disk: what is written down is never without its model."""
         self.records.append(record)
-        write_file(self._path, "".join(r.model_dump_json() + "\n" for r in self.records).encode())
+        if group().first:
+            write_file(self._path, "".join(r.model_dump_json() + "\n" for r in self.records).encode())
 
     def summary(self) -> dict[str, Any]:
         """For the report: the metric that chose, the evaluations at the start, the best and the last step, their number
@@ -184,6 +200,7 @@ class DevSet:
             "seconds": round(seconds, 3),
         }
 
+    @by_first
     def check_best(self, *, ahead: bool = False) -> None:
         """Raise WriteError where best/ is not what dev.jsonl calls the best. ahead: it may be of a later step, after
         which the run was killed; that step comes again."""
@@ -204,14 +221,16 @@ class DevSet:
         batch, sums = Batch(self._data.prompts, rollouts.prompt_index, rollouts.completions), torch.zeros(2).double()
         parts = batch.split(np.arange(len(rollouts)), TOKENS, once=computes_prompts_once(self._model))
         with evaluating(self._model):
-            for part in map(batch.take, parts):
-                states = (completion_states(model, part).split(STATES) for model in (self._model, self._first))
-                for mine, firsts in zip(*states, strict=True):
+            own = list(group().mine(parts))
+            for number, part in enumerate(map(batch.take, group().level(own, parts[0]) if self._parts else own)):
+                states = self._first(part), completion_states(self._model, part)
+                for firsts, mine in zip(*(some.split(STATES) for some in states), strict=True):
                     logprob = self._head.logits(mine).log_softmax(1)
                     first = self._first_head.logits(firsts).log_softmax(1)
                     prob = logprob.exp()
-                    sums -= torch.stack([(prob * logprob).sum(), (prob * (first - logprob)).sum()]).double().cpu()
-        entropy, kl = (sums / max(len(batch.completions.values), 1)).tolist()
+                    if number < len(own):  # others are gone through for the start, in parts
+                        sums -= torch.stack([(prob * logprob).sum(), (prob * (first - logprob)).sum()]).double().cpu()
+        entropy, kl = (group().summed(sums.numpy()) / max(len(batch.completions.values), 1)).tolist()
         return entropy, kl
 
 

@@ -16,7 +16,7 @@ from ketchup_cache.method import divergences
 from ketchup_cache.method.losses import Staleness
 from ketchup_cache.method.returns import rollout_returns
 from ketchup_cache.training.metrics import Signal, StepMetrics, teacher_kl
-from ketchup_cache.training.optimizer import Learner, all_rows, in_chunks
+from ketchup_cache.training.optimizer import Learner, all_rows, in_chunks, of_all_processes
 from ketchup_cache.types import Ragged, ScoredRollouts
 
 
@@ -60,6 +60,7 @@ def divergence_step(
         return values.sum()
 
     loss_sum = learner.accumulate(all_rows(batch), np.flatnonzero(completions.lengths > 0), loss, step)
+    staleness = of_all_processes(staleness)
     norm, lr = learner.optimizer.step(step) if weight.any() else 0.0, learner.optimizer.lr(step)
     (one_step,) = rollout_returns(rollouts, batch.scores, (1,), **options.of_returns)
     kept = (rollouts.finished | (options.unfinished != "drop")) & (completions.lengths > 0) & ~from_teacher

@@ -15,31 +15,35 @@ from transformers import PreTrainedTokenizerBase
 
 from ketchup_cache.cache.cache import Cache
 from ketchup_cache.config.commands import LearnConfig, ScoreConfig
+from ketchup_cache.config.goal import several
 from ketchup_cache.config.methods import METHODS
-from ketchup_cache.config.options import ScoringOptions
+from ketchup_cache.config.resolve import flag
+from ketchup_cache.config.servers import ScoringOptions
 from ketchup_cache.console import Report, warn
 from ketchup_cache.errors import MismatchError, ModelError
-from ketchup_cache.evaluation.outputs import EvalSet, one_step_returns
+from ketchup_cache.evaluation.outputs import EvalSet, Returns
 from ketchup_cache.method.returns import rollout_returns
 from ketchup_cache.models.fingerprint import state_fingerprint, tokenizer_info, weights_fingerprint
 from ketchup_cache.models.head import Head
 from ketchup_cache.models.load import load_model, load_tokenizer
 from ketchup_cache.models.origin import Origin, prompts_as_trained, read_origin
-from ketchup_cache.provenance import PromptForm, require_same_tokenizer
+from ketchup_cache.provenance import OTHER_TOKENIZER, PromptForm, require_same_tokenizer
 from ketchup_cache.rollouts.calculator import Calculator
+from ketchup_cache.rollouts.engine import require_decoder
 from ketchup_cache.sharing.remote_cache import open_cache
 from ketchup_cache.training.alarms import Alarms
-from ketchup_cache.training.dev import DevSet, MeanReturn, best_text
+from ketchup_cache.training.dev import DevSet, ReturnsOf, best_text
 from ketchup_cache.training.divergence import divergence_step
+from ketchup_cache.training.goal import Goal
 from ketchup_cache.training.metrics import StepMetrics
-from ketchup_cache.training.optimizer import Learner, Optimizer
+from ketchup_cache.training.optimizer import Learner
 from ketchup_cache.training.policy_gradient import policy_gradient_step, reweighted_return
 from ketchup_cache.training.records import read_pins
 from ketchup_cache.training.run import Callback, Run, steps_text
 from ketchup_cache.training.source import Offline, OnPolicy, ScoreRollouts, prompt_form
-from ketchup_cache.types import Ragged, Rollouts, ScoredRollouts
+from ketchup_cache.types import ScoredRollouts
 
-TIMES = ("sample_s", "score_s", "load_s", "train_s")
+TIMES = ("sample_s", "engine_s", "score_s", "load_s", "train_s")
 FIXED_ROLLOUTS = 1024
 """At most: those from which an offline run estimates the return of its student before and after."""
 ENOUGH_ESS = 0.3
@@ -61,7 +65,8 @@ class LearnReport(Report):
     dropped. `stopped`: why it ended early: patience or callback. `dev`: see `DevSet.summary`. `alarms`: all that were
     raised. `fixed_return`: offline, [mean return, effective sample size] of the same rollouts re-weighted to the
     student before and after (`reweighted_return`). `seconds`: since it was started or went on; the other times: of all
-    steps, as in `StepMetrics`, `load_s` with reading the student; `eval_s` of all evaluations."""
+    steps, as in `StepMetrics`, `load_s` with reading the student; `engine_s` is a part of `sample_s`; `eval_s` of all
+    evaluations."""
 
     student: str
     steps: int
@@ -78,6 +83,7 @@ class LearnReport(Report):
     fixed_return: list[list[float]] | None = None
     already_done: bool = False
     sample_s: float = 0.0
+    engine_s: float = 0.0
     score_s: float = 0.0
     load_s: float = 0.0
     train_s: float = 0.0
@@ -98,7 +104,8 @@ class LearnReport(Report):
         if self.fixed_return is not None:
             (before, _), (after, ess) = self.fixed_return
             if ess >= ENOUGH_ESS:
-                return f"return {before:.2f} → {after:.2f} (the same rollouts re-weighted, ess {ess:.2f})"
+                seen = f"on the rollouts it learnt from, re-weighted (ess {ess:.2f})"
+                return f"return {before:.2f} → {after:.2f} {seen}; measure new ones: `ketchup-cache evaluate --teacher`"
             return f"its return can't be told from these rollouts (ess {ess:.2f}): `ketchup-cache evaluate --teacher`"
         if self.returns is not None:
             return "mean return of its rollouts " + " → ".join(f"{value:.2f}" for value in self.returns)
@@ -115,15 +122,20 @@ def learn(config: LearnConfig, callbacks: Sequence[Callback] = ()) -> LearnRepor
     DataError for an unusable dev set, NumericsError for NaN, KeyboardInterrupt for Ctrl-C once the run is saved, and
     what loading models and caches and scoring raise.
     """
+    require_decoder(config, config.student, trust_remote_code=config.trust_remote_code)
     cache = open_cache(config.cache)
+    cache.agree()
     tokenizer = load_tokenizer(config.student, trust_remote_code=config.trust_remote_code)
     info = tokenizer_info(tokenizer, config.student)
     form = prompt_form(cache)
     for _, manifest in cache.manifests("prompts"):
-        what = "holds prompts of another tokenizer; use a student with the cache's tokenizer"
-        require_same_tokenizer(info, manifest.info.tokenizer, f"{cache.address}: {what}")
+        what = f"{cache.address}: holds prompts of another tokenizer; {OTHER_TOKENIZER}"
+        require_same_tokenizer(info, manifest.info.tokenizer, what)
     if config.pin is not None:
         cache.pin(read_pins(config.pin))
+    if METHODS[config.method].step == "divergence":
+        for name in sorted({"k", "tail", "clip_return", "normalization"} & config.model_fields_set):
+            warn(f"--method {config.method} has no returns: {flag(name)} does nothing")
     with Run("learn", config, callbacks).locked() as run:
         if report := run.finished(LearnReport):
             return report
@@ -134,23 +146,35 @@ def learn(config: LearnConfig, callbacks: Sequence[Callback] = ()) -> LearnRepor
         data = EvalSet.read(prompts.dev_data, tokenizer, config.student, *how) if prompts.dev_data else None
         calculator = Calculator(tokenizer, config.student) if config.calculator else None
         score, returns = (None, None) if config.offline else _scoring(config)
-        known = run.recorded
+        known, goal = run.recorded, Goal(config, prompts, tokenizer)
+        if known.get("reward_data", goal.fingerprint) != goal.fingerprint:
+            todo = "bring it back as it was, or choose another --out"
+            raise MismatchError(f"{config.reward_data}: is not what it was when the run began; {todo}")
         source = OnPolicy(cache, config, known, info, score, calculator) if score else Offline(cache, config, known)
+        source.load = goal.load
         origin = read_origin(config.student)
         if config.scores_from is None:
-            teacher = config.teacher_name or config.teacher or cache.select_teacher(config.scored_by).name
-            _warn_of_origin(config, origin, teacher)
+            live = [config.teacher_name] if config.teacher_name else config.teachers if config.teacher else ()
+            _warn_of_origin(config, origin, live or [cache.select_teacher(one).name for one in config.teachers])
         began = time.perf_counter()
         model = load_model(config.student, device=config.device, trust_remote_code=config.trust_remote_code, fit=config)
         load_s = time.perf_counter() - began
-        learner = Learner(model, Head.of(model, info.vocab_size), Optimizer(model, config, source.steps), config)
+        head = Head.of(model, info.vocab_size)
+        dev = DevSet(config, data, run.out, run.publish, source.steps, known, returns) if data else None
+        begun = model.base_fingerprint if config.lora_rank else state_fingerprint(model)
+        learner = Learner.of(model, head, config, source.steps, keep_start=dev is not None)
+        source.gather = run.gather = learner.gather
         came = origin.model_copy(update={"prompts": form or origin.prompts, "tokenizer": info})
         run.describe(model, tokenizer, came, cache)
-        dev = DevSet(config, data, run.out, run.publish, source.steps, known, returns) if data else None
         if dev is not None:
-            dev.start(model, learner.head, tokenizer)
-        resolved = {"steps": source.steps, **source.resolved(), "form": form.model_dump() if form else None}
-        resolved["student"] = model.base_fingerprint if config.lora_rank else state_fingerprint(model)
+            dev.start(model, head, tokenizer, learner.parts)
+        resolved = {
+            "steps": source.steps,
+            **source.resolved(),
+            "reward_data": goal.fingerprint,
+            "form": form.model_dump() if form else None,
+        }
+        resolved["student"] = begun
         state = run.restore(learner)
         if dev is not None:
             dev.restore(run.resumed)
@@ -164,14 +188,15 @@ def learn(config: LearnConfig, callbacks: Sequence[Callback] = ()) -> LearnRepor
         def step(number: int) -> tuple[dict[str, Any], str]:
             drawn = source.batch(number, model)
             if number == run.resumed and isinstance(source, OnPolicy) and config.scores_from is not None:
-                _warn_of_origin(config, origin, cache.select_teacher(source.teacher).name)
+                _warn_of_origin(config, origin, [cache.select_teacher(one).name for one in several(source.teacher)])
             if number == run.resumed or drawn.times:
                 run.pin(cache.address, source.segments())
             if number == 0 or drawn.times:
                 run.log_samples(number, _samples(drawn.rollouts, tokenizer, config.of_returns))
             began = time.perf_counter()
             if METHODS[config.method].step == "policy_gradient":
-                metrics = policy_gradient_step(learner, drawn.rollouts, number, drawn.from_teacher)
+                reward = goal.rewards(drawn.rollouts)
+                metrics = policy_gradient_step(learner, drawn.rollouts, number, drawn.from_teacher, reward)
             else:
                 metrics = divergence_step(learner, drawn.rollouts, drawn.from_teacher, number)
             times = drawn.times | {"train_s": time.perf_counter() - began}
@@ -189,7 +214,8 @@ def learn(config: LearnConfig, callbacks: Sequence[Callback] = ()) -> LearnRepor
         times: dict[str, Any] = {name: sum(line.get(name, 0) for line in lines) for name in TIMES}
         times["load_s"] += round(load_s, 4)
         skipped = sum(line["action_tokens"] == 0 for line in lines)
-        done = run.done, skipped, run.resumed, run.seconds, state_fingerprint(run.result())
+        after = reweighted_return(learner, fixed) if fixed and before else None
+        done = run.done, skipped, run.resumed, run.seconds, run.fingerprint()
         report = LearnReport(
             str(run.out / "best"),
             *done,
@@ -199,7 +225,7 @@ def learn(config: LearnConfig, callbacks: Sequence[Callback] = ()) -> LearnRepor
             stopped=run.stopped,
             dev=dev.summary() if dev else None,
             alarms=[asdict(alarm) for alarm in alarms.raised.values()],
-            fixed_return=[list(before), list(reweighted_return(learner, fixed))] if fixed and before else None,
+            fixed_return=[list(before), list(after)] if before and after else None,
             eval_s=round(sum(record.seconds for record in dev.records), 3) if dev else 0.0,
             **times,
         )
@@ -230,15 +256,17 @@ def _fixed_rollouts(config: LearnConfig, cache: Cache, source: Offline) -> Score
     return source.some(FIXED_ROLLOUTS) if config.offline and METHODS[config.method].samples else None
 
 
-def _scoring(config: LearnConfig) -> tuple[ScoreRollouts, MeanReturn | None]:
-    """What scores new rollouts, and what gives the mean return of outputs, where the teacher is in this process.
+def _scoring(config: LearnConfig) -> tuple[ScoreRollouts, ReturnsOf | None]:
+    """What scores new rollouts, and what gives the returns of outputs, where the teacher is in this process.
 
     The teacher enters here and nowhere else, so that offline learning never imports it.
     """
     if config.scores_from is not None:
         from ketchup_cache.training.scores_from import ScoresFrom
 
-        return ScoresFrom(config), None
+        return _together([ScoresFrom(config.model_copy(update={"scored_by": name})) for name in config.teachers]), None
+    if len(config.teachers) > 1:
+        return _together([_scoring(config.model_copy(update={"teacher": one}))[0] for one in config.teachers]), None
     from ketchup_cache.scoring.score import Scorer
 
     options = config.model_dump(include={"cache", *ScoringOptions.model_fields})
@@ -253,17 +281,25 @@ def _scoring(config: LearnConfig) -> tuple[ScoreRollouts, MeanReturn | None]:
         load_s = scorer.ensure(cache, rollout_ids).load_s
         return scorer.info.fingerprint, load_s
 
-    def mean_return(prompts: Ragged, rollouts: Rollouts) -> float:
-        return float(one_step_returns(scorer.scores(prompts, rollouts), rollouts, config.normalization).mean())
-
-    return score_rollouts, mean_return
+    return score_rollouts, lambda prompts, rollouts: Returns.under(scorer, prompts, rollouts, config.normalization)
 
 
-def _warn_of_origin(config: LearnConfig, origin: Origin, teacher: str) -> None:
-    """Where the student learned another model's text than the teacher's (teacher consistency): the scores are least
+def _together(scorers: Sequence[ScoreRollouts]) -> ScoreRollouts:
+    """One of several teachers: each scores the rollouts, and all the others' scores stay beside."""
+
+    def score(cache: Cache, rollout_ids: Sequence[str], teacher: str | None) -> tuple[str, float]:
+        known = several(teacher) if teacher else (None,) * len(scorers)
+        done = [one(cache, rollout_ids, name) for one, name in zip(scorers, known, strict=True)]
+        return ",".join(name for name, _ in done), sum(seconds for _, seconds in done)
+
+    return score
+
+
+def _warn_of_origin(config: LearnConfig, origin: Origin, teachers: Sequence[str | None]) -> None:
+    """Where the student learned another model's text than a teacher's (teacher consistency): the scores are least
     telling then. The precision that the teacher scores in does not matter."""
-    policies = origin.pretrained_on
-    if not policies or any(policy.name == teacher for policy in policies):
+    policies, teacher = origin.pretrained_on, str(teachers[0])
+    if not policies or any(policy.name in teachers for policy in policies):
         return
     with suppress(ModelError):
         if Path(teacher).is_dir() and weights_fingerprint(Path(teacher)) in {policy.fingerprint for policy in policies}:

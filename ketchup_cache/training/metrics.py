@@ -20,7 +20,8 @@ class Signal:
     N tokens, rows end to end.
 
     advantage: [N] float32, clipped K-step returns minus baseline. in_loss: [N] bool, action tokens of rollouts that
-    are not dropped. kept: [B] bool. first_return: [B] float64, Ĝ_1 before clipping; one_step: [B] float64, G_1.
+    are not dropped. kept: [B] bool. first_return: [B] float64, Ĝ_1 before clipping; one_step: [B] float64, G_1. reward:
+    [B] float64, R, without which there is none.
     """
 
     advantage: NDArray[np.float32]
@@ -28,6 +29,7 @@ class Signal:
     kept: NDArray[np.bool_]
     first_return: NDArray[np.float64]
     one_step: NDArray[np.float64]
+    reward: NDArray[np.float64] | None = None
 
 
 class StepMetrics(BaseModel):
@@ -46,6 +48,8 @@ class StepMetrics(BaseModel):
     """Mean of Ĝ_1, the K-step return that the gradient uses."""
     k_return_sd: float | None
     """Standard deviation of Ĝ_1 over the rollouts."""
+    reward_mean: float | None = None
+    """Mean of the task reward R (--reward), without its weight."""
     advantage_sd: float | None
     """Standard deviation of the advantages over action tokens, after clipping and baseline."""
     length_mean: float
@@ -79,6 +83,8 @@ class StepMetrics(BaseModel):
     """Whether new rollouts were sampled just before this step."""
     sample_s: float = Field(default=0.0, ge=0)
     """Wall time of sampling new rollouts before this step."""
+    engine_s: float = Field(default=0.0, ge=0)
+    """Part of sample_s: wall time of giving the engine (--student-url) the student's weights."""
     score_s: float = Field(default=0.0, ge=0)
     """Wall time of scoring them, without reading the teacher's weights; with --scores-from, of waiting."""
     load_s: float = Field(default=0.0, ge=0)
@@ -95,6 +101,7 @@ class StepMetrics(BaseModel):
         figures: dict[str, Any] = {"advantage_sd": _mean_sd(signal.advantage[signal.in_loss])[1]}
         figures["return_mean"], figures["return_sd"] = _mean_sd(signal.one_step[kept])
         figures["k_return_mean"], figures["k_return_sd"] = _mean_sd(signal.first_return[kept])
+        figures["reward_mean"] = None if signal.reward is None else _mean_sd(signal.reward[kept])[0]
         figures["ratio_mean"], figures["ess"], figures["behavior_kl"] = staleness.ratio, staleness.ess, staleness.kl
         figures["length_mean"] = float(rollouts.completions.lengths.mean())
         figures["unfinished"], figures["dropped"] = float(1 - rollouts.finished.mean()), float(1 - kept.mean())

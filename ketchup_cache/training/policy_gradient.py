@@ -28,19 +28,23 @@ from ketchup_cache.method.losses import (
     squared_score,
 )
 from ketchup_cache.method.returns import rollout_returns
+from ketchup_cache.parallel.group import group
 from ketchup_cache.training.metrics import Signal, StepMetrics
-from ketchup_cache.training.optimizer import CHUNK, Learner, all_rows, in_chunks
+from ketchup_cache.training.optimizer import CHUNK, Learner, all_rows, in_chunks, of_all_processes
 from ketchup_cache.types import ScoredRollouts
+
+Each = NDArray | None
+"""A value of each rollout or token."""
 
 
 def learning_signal(
-    batch: ScoredRollouts, options: LossOptions, weight: NDArray | None = None, logprob: NDArray | None = None
+    batch: ScoredRollouts, options: LossOptions, weight: Each = None, logprob: Each = None, reward: Each = None
 ) -> Signal:
     """Returns, clipping and baseline of a whole optimizer-step batch. With `exact`, the advantage is the future's part
     alone.
 
     weight: [N] squared norms of the score, for the min-variance baseline alone. logprob: [N] log π(a_t) of the policy
-    as it is, for the cost kl alone.
+    as it is, for the cost kl alone. reward: [B] R of each rollout, outside of the K-step weights and the clip.
     """
     rollouts, scores = batch.rollouts, batch.scores
     completions, lengths = rollouts.completions, rollouts.completions.lengths
@@ -69,6 +73,8 @@ def learning_signal(
     if options.cost == "kl":
         estimate = estimate - own
         advantage = advantage if options.exact else np.clip(estimate, -options.clip_return, options.clip_return)
+    if reward is not None:
+        advantage = advantage + options.reward_weight * reward[:, None]
     if options.baseline == "mean":
         advantage = advantage - mean_baseline(advantage, real)
     elif options.baseline == "batch-mean":
@@ -78,16 +84,16 @@ def learning_signal(
         advantage = advantage - min_variance_baseline(advantage, real, completions.with_values(weight).padded())
     elif options.baseline == "leave-one-out":
         advantage = advantage - leave_one_out_baseline(advantage, real, rollouts.prompt_index)
-    return Signal(advantage[inside].astype(np.float32), real[inside], kept, estimate[:, 0], one_step[:, 0])
+    return Signal(advantage[inside].astype(np.float32), real[inside], kept, estimate[:, 0], one_step[:, 0], reward)
 
 
 def policy_gradient_step(
-    learner: Learner[LossOptions], batch: ScoredRollouts, step: int, from_teacher: NDArray[np.bool_] | None = None
+    learner: Learner[LossOptions], batch: ScoredRollouts, step: int, from_teacher: Each = None, reward: Each = None
 ) -> StepMetrics:
     """Accumulate the gradient of one batch over token-budget micro-batches and apply it.
 
     from_teacher: [B] bool, the teacher outputs of `anchor`, whose loss is their mean cross-entropy times that. The
-    metrics, but for the loss and its tokens, are of the other rollouts.
+    metrics, but for the loss and its tokens, are of the other rollouts. reward: [B], as `learning_signal` takes it.
 
     Raises as `policy_gradient` does; the weights are then as before. A batch with nothing in the loss (all dropped)
     changes nothing.
@@ -95,8 +101,8 @@ def policy_gradient_step(
     options, anchored = learner.options, 0
     if options.anchor and from_teacher is not None:
         value, anchored = anchor(learner, batch.take(np.flatnonzero(from_teacher)), step)
-        batch = batch.take(np.flatnonzero(~from_teacher))
-    signal, staleness, loss = policy_gradient(learner, batch, step)
+        batch, reward = batch.take(np.flatnonzero(~from_teacher)), None if reward is None else reward[~from_teacher]
+    signal, staleness, loss = policy_gradient(learner, batch, step, reward)
     loss += value if anchored else 0.0
     norm = learner.optimizer.step(step) if signal.in_loss.any() or anchored else 0.0
     lr = learner.optimizer.lr(step)
@@ -122,7 +128,9 @@ def anchor(learner: Learner[LossOptions], outputs: ScoredRollouts, step: int) ->
     return learner.accumulate(all_rows(outputs), np.flatnonzero(rollouts.completions.lengths > 0), loss, step), total
 
 
-def policy_gradient(learner: Learner[LossOptions], batch: ScoredRollouts, step: int) -> tuple[Signal, Staleness, float]:
+def policy_gradient(
+    learner: Learner[LossOptions], batch: ScoredRollouts, step: int, reward: Each = None
+) -> tuple[Signal, Staleness, float]:
     """Add the policy gradient of a batch to the parameters' `grad`; returns what it came from, and the loss.
 
     The loss is normalised by the action tokens of the whole batch, so the gradient does not depend on
@@ -136,7 +144,7 @@ def policy_gradient(learner: Learner[LossOptions], batch: ScoredRollouts, step: 
     rollouts, scores, options, head = batch.rollouts, batch.scores, learner.options, learner.head
     weight = score_weights(learner, batch) if options.baseline == "min-variance" else None
     logprobs = student_logprob(learner, batch) if options.cost == "kl" else None
-    signal = learning_signal(batch, options, weight, logprobs)
+    signal = learning_signal(batch, options, weight, logprobs, reward)
     if not np.isfinite(signal.advantage[signal.in_loss]).all():
         raise NumericsError(f"step {step}: a return is not finite; check the cache with `ketchup-cache verify`")
     total = int(signal.in_loss.sum())
@@ -178,7 +186,7 @@ def policy_gradient(learner: Learner[LossOptions], batch: ScoredRollouts, step: 
         return value if first is None else value - first.sum() / total
 
     found = learner.accumulate(all_rows(batch), np.flatnonzero(signal.kept), loss, step)
-    return signal, staleness, found
+    return signal, of_all_processes(staleness), found
 
 
 @torch.no_grad()
@@ -224,5 +232,5 @@ def _each_token(
     lengths = batch.rollouts.completions.lengths
     values = np.zeros(lengths.sum(), np.float32)
     for places, part in learner.micro_batches(all_rows(batch), np.flatnonzero(lengths > 0)):
-        values[places] = function(*learner.inputs(part)).cpu().numpy()
-    return values
+        values[places] = function(*learner.inputs(places, part)).cpu().numpy()
+    return group().summed(values)

@@ -25,14 +25,15 @@ from ketchup_cache.models.forward import Batch
 from ketchup_cache.models.head import Head
 from ketchup_cache.models.load import is_encoder_decoder, load_model, load_tokenizer
 from ketchup_cache.models.origin import Origin, prompts_as_trained
-from ketchup_cache.provenance import PolicyInfo, PromptForm, TokenizerInfo, require_same_tokenizer
+from ketchup_cache.parallel.group import group
+from ketchup_cache.provenance import OTHER_TOKENIZER, PolicyInfo, PromptForm, TokenizerInfo, require_same_tokenizer
 from ketchup_cache.rollouts.sample import stop_ids
 from ketchup_cache.sharing.remote_cache import open_cache
 from ketchup_cache.text.prompts import form_of, reply_ids, tokenize_prompts
 from ketchup_cache.text.read import read_examples
 from ketchup_cache.training.batches import seed_of
 from ketchup_cache.training.dev import DevSet, best_text
-from ketchup_cache.training.optimizer import Learner, Optimizer
+from ketchup_cache.training.optimizer import Learner
 from ketchup_cache.training.run import Callback, Run, steps_text
 from ketchup_cache.training.source import prompt_form
 from ketchup_cache.types import TOKEN_DTYPE, Ragged, concatenated
@@ -100,19 +101,21 @@ def pretrain(config: PretrainConfig, callbacks: Sequence[Callback] = ()) -> Pret
         rows = len(data.completions)
         per_epoch = rows // (batch_size := min(config.batch_size, rows))
         steps = per_epoch * config.epochs
-        learner = Learner(model, head, Optimizer(model, config, steps), config)
-        run.describe(model, tokenizer, Origin(pretrained_on=given.policies, prompts=given.form, tokenizer=info))
         dev = DevSet(config, dev_data, run.out, run.publish, steps, run.recorded) if dev_data else None
+        begun = model.base_fingerprint if config.lora_rank else state_fingerprint(model)
+        learner = Learner.of(model, head, config, steps, keep_start=dev is not None)
+        run.gather = learner.gather
+        run.describe(model, tokenizer, Origin(pretrained_on=given.policies, prompts=given.form, tokenizer=info))
         if dev is not None:
-            dev.start(model, head, tokenizer)
+            dev.start(model, head, tokenizer, learner.parts)
         resolved = {"examples": rows, "steps": steps, "data": digest, "segments": given.segments}
-        resolved["model"] = model.base_fingerprint if config.lora_rank else state_fingerprint(model)
+        resolved["model"] = begun
         run.restore(learner)
         if dev is not None:
             dev.restore(run.resumed)
             resolved["eval_every"] = dev.every
         run.write_config(resolved)
-        model.train(config.dropout)
+        learner.model.train(config.dropout)
 
         @lru_cache(maxsize=1)
         def order(epoch: int) -> NDArray[np.int64]:
@@ -120,14 +123,14 @@ def pretrain(config: PretrainConfig, callbacks: Sequence[Callback] = ()) -> Pret
             return np.random.default_rng([config.seed, epoch]).permutation(rows)
 
         def step(number: int) -> tuple[dict[str, Any], str]:
-            # dropout's randomness belongs to the step, so that a resumed run draws the same
-            torch.manual_seed(seed_of(config.seed, number))
+            # dropout's randomness belongs to the step, so that a resumed run draws the same, and to the process
+            torch.manual_seed(seed_of(group().rank, seed_of(config.seed, number)))
             epoch, place = divmod(number, per_epoch)
             chosen = order(epoch)[place * batch_size :][:batch_size]
             total = int(data.completions.lengths[chosen].sum())
 
             def loss(places: NDArray, states: Tensor, targets: Tensor) -> Tensor:
-                return cross_entropy_loss(head.log_prob(states, targets), total)
+                return cross_entropy_loss(learner.head.log_prob(states, targets), total)
 
             nats = learner.accumulate(data, chosen, loss, number)
             norm = learner.optimizer.step(number)
@@ -139,13 +142,13 @@ def pretrain(config: PretrainConfig, callbacks: Sequence[Callback] = ()) -> Pret
             }, f"loss {nats:.3f}"
 
         losses = [line["loss"] for line in run.train(learner, steps, step, dev=dev)]
-        model.eval()
+        learner.model.eval()
         n = max(1, min(per_epoch, len(losses) // 2))
         first, last = (float(np.mean(part)) if part else None for part in (losses[:n], losses[-n:]))
         done = str(run.out / "best"), rows, run.done, run.resumed, run.seconds, first, last
         lost = {what: n for what, n in given.lost.items() if n}
         summary = dev.summary() if dev else None
-        report = PretrainReport(*done, state_fingerprint(run.result()), lost, run.stopped, summary)
+        report = PretrainReport(*done, run.fingerprint(), lost, run.stopped, summary)
         run.finish(report, dev)
     return report
 
@@ -205,14 +208,15 @@ def _from_cache(config: PretrainConfig, info: TokenizerInfo, wanted: list[str] |
     that goes on, whatever has come into the cache since."""
     assert config.cache is not None
     cache = open_cache(config.cache)
+    cache.agree()
     if wanted:  # with their prompts, as if there were no others
-        cache.pin([*wanted, *(parent_id(cache.manifest(id_).info) for id_ in wanted)])
+        cache.pin([*wanted, *(parent_id(cache.entry(id_).info) for id_ in wanted)])
     policy = cache.select_policy(config.policy)
     prompts, indices, completions, offset = [], [], [], 0
     place: dict[str, int] = {}
     unfinished, segments = 0, list[str]()
     for id_, segment in cache.rollouts():
-        what = f"{config.cache}: was encoded by another tokenizer; train a model that has it"
+        what = f"{config.cache}: was encoded by another tokenizer; {OTHER_TOKENIZER}"
         require_same_tokenizer(info, segment.tokenizer, what)
         if segment.policy.fingerprint != policy.fingerprint:
             continue

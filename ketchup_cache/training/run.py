@@ -9,6 +9,8 @@ OUT/checkpoints/step-N/    the newest complete one is where a killed run goes on
 OUT/best/                  the best model on the dev set, with its tokenizer; without a dev set a link to last/
 OUT/last/                  the model of the last step
 OUT/report.json            written last: the run is finished
+
+Of several processes (parallel/group.py) the first writes all of it, and calls the callbacks; all read it, to go on.
 """
 
 from __future__ import annotations
@@ -36,9 +38,11 @@ from ketchup_cache.console import Report, progress, say, warn
 from ketchup_cache.errors import ConfigError, MismatchError, WriteError
 from ketchup_cache.files import write_file, writing
 from ketchup_cache.models import lora
+from ketchup_cache.models.fingerprint import state_fingerprint
 from ketchup_cache.models.folders import ORIGIN
 from ketchup_cache.models.load import quiet
 from ketchup_cache.models.origin import Origin
+from ketchup_cache.parallel.group import by_first, group, together
 from ketchup_cache.training import checkpoints
 from ketchup_cache.training.alarms import Alarm, Alarms
 from ketchup_cache.training.card import model_card
@@ -48,8 +52,8 @@ from ketchup_cache.training.records import as_json, read_pins, sealed, sha256, u
 from ketchup_cache.training.tracking import Trackers
 from ketchup_cache.version import TOOL
 
-MAY_CHANGE = {"out", "checkpoint_every", "save_limit", "trust_remote_code", "scores_timeout", "track"}
-MAY_CHANGE |= {"teacher_url", "in_flight", "idle_timeout", "retry_for", "max_disagreement"}
+MAY_CHANGE = {"fsdp", "out", "checkpoint_every", "save_limit", "trust_remote_code", "scores_timeout", "track"}
+MAY_CHANGE |= {*"teacher_url student_url in_flight idle_timeout retry_for max_disagreement max_mismatch".split()}
 """Options that a resumed run may change, since no number depends on them."""
 LENGTH = {"steps", "epochs", "patience"}
 """Options by which a run is lengthened, also a finished one."""
@@ -69,6 +73,9 @@ class Callback:
     def on_step(self, run: Run, metrics: Mapping[str, Any]) -> None:
         """After every optimizer step, with its line of metrics.jsonl."""
 
+    def on_refresh(self, run: Run, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
+        """Before the first step of `learn`, and whenever there are new rollouts: some of them, as in samples.jsonl."""
+
     def on_evaluation(self, run: Run, record: Mapping[str, Any]) -> None:
         """After every evaluation on the dev set, with its line of dev.jsonl."""
 
@@ -87,7 +94,8 @@ class Run:
         self.recorded: dict[str, Any] = {}
         """What the options resolved to when the run began; empty for a new one."""
         self._lengthened, self._interrupted = False, 0
-        self._trackers = Trackers(config.track, self.out)
+        self.gather: Callable[..., None] = lambda **_: None  # as `Learner.gather`
+        self._trackers = Trackers(config.track if group().first else (), self.out)
         self._began = time.monotonic()
 
     def stop(self, why: str = "callback") -> None:
@@ -104,12 +112,14 @@ class Run:
             lock = (self.out / ".lock").open("a")
         with lock:
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if group().first:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise ConfigError([f"{self.out}: another process is running there; choose another --out"]) from None
             self._match_config()
             try:
-                yield self
+                with together("gloo|nccl"):
+                    yield self
             finally:
                 self._trackers.finish()
 
@@ -142,7 +152,7 @@ class Run:
         MismatchError where the weights beside an adapter are others than they were.
         """
         whose = "student" if self.command == "learn" else "model"
-        if lora.adapter_weights(self._parts[0]) and self.recorded.get(whose, resolved[whose]) != resolved[whose]:
+        if hasattr(self._parts[0], "base_fingerprint") and self.recorded.get(whose, resolved[whose]) != resolved[whose]:
             what = "is not as it was when this run of an adapter began; bring it back, or choose another --out"
             raise MismatchError(f"{self.out}: {whose} {getattr(self.config, whose)} {what}")
         steps, before = resolved["steps"], self.recorded.get("steps", resolved["steps"])
@@ -151,6 +161,10 @@ class Run:
             raise ConfigError([f"{what}: a run can be lengthened only; choose another --out"])
         if steps != before and self.resumed and (self.config.schedule != "constant" or 0 < self.config.warmup < 1):
             say(f"the {self.resumed} steps taken had the learning rates of a run of {before} steps")
+        self._write_config(resolved)
+
+    @by_first
+    def _write_config(self, resolved: dict[str, Any]) -> None:
         (self.out / "report.json").unlink(missing_ok=True)
         versions = {"torch": torch.__version__, "transformers": version("transformers")}
         record: dict[str, Any] = {"tool": TOOL, "versions": versions, "command": self.command}
@@ -183,24 +197,29 @@ class Run:
                 line, note = step(self.done)
                 if alarms:
                     line["alarms"] = _say(alarms.step(line))
-                with writing(self.metrics_path), self.metrics_path.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(line) + "\n")
-                self._trackers.log("train", line)
-                for callback in self.callbacks:
-                    callback.on_step(self, line)
+                if group().first:
+                    with writing(self.metrics_path), self.metrics_path.open("a", encoding="utf-8") as file:
+                        file.write(json.dumps(line) + "\n")
+                    self._trackers.log("train", line)
+                    for callback in self.callbacks:
+                        callback.on_step(self, line)
                 self.done += 1
                 bar.note(note)
                 bar.advance()
                 better = self._evaluate(dev, alarms)
                 if dev and dev.patience_is_over and self.done < steps:
                     self.stop("patience")
+                # each process has its signals at a time of its own, and the first alone has callbacks
+                signals, stopped = zip(*group().gathered((self._interrupted, self.stopped)), strict=True)
+                interrupted, self.stopped = max(signals), max(stopped)
                 over = self.done == steps or self.stopped
-                if over or better or self._interrupted or (every and self.done % every == 0):
+                if over or better or interrupted or (every and self.done % every == 0):
                     self._save_checkpoint(self.done, learner, state())
-                if self._interrupted and not over:
+                if interrupted and not over:
                     say(f"saved after step {self.done} of {steps} in {self.out}")
+                    group().gathered(None)  # said before another process says that it has stopped
                     raise KeyboardInterrupt
-        return [json.loads(line) for line in self._lines()]
+        return [json.loads(line) for line in group().from_first(self._lines)]
 
     def _lines(self) -> list[bytes]:
         """Of metrics.jsonl, without one that a kill left unfinished."""
@@ -215,7 +234,7 @@ class Run:
     def _know_again(self, dev: DevSet | None, alarms: Alarms | None) -> None:
         """Go through what happened before a run was killed, so that each alarm is raised once."""
         records: dict[int, DevRecord] = {record.step: record for record in dev.records} if dev else {}
-        lines = self._lines() if alarms else []
+        lines = group().from_first(self._lines) if alarms else []
         for step in range(len(lines) + 1):
             if alarms and step:
                 alarms.step(json.loads(lines[step - 1]))
@@ -230,8 +249,10 @@ class Run:
         if alarms:
             record = record.model_copy(update={"alarms": tuple(_say(alarms.dev(record.model_dump(mode="json"))))})
         dev.record(record)
+        shown = ", ".join(f"{name} {value:.2f}" for name, value in record.metrics.items())
+        say(f"step {self.done}: {shown} on the dev set{', the best so far' * (record.best and self.done > 0)}")
         self._trackers.log("dev", record.model_dump(mode="json"))
-        for callback in self.callbacks:
+        for callback in self.callbacks if group().first else ():
             callback.on_evaluation(self, record.model_dump(mode="json"))
         return record.best
 
@@ -243,7 +264,8 @@ class Run:
             self._interrupted += 1
             if self._interrupted > 1:
                 raise KeyboardInterrupt
-            say("stopping after this step; Ctrl-C again stops at once")
+            if group().size == 1:  # others may be dying, and this the launcher's way to end the rest
+                say("stopping after this step; Ctrl-C again stops at once")
 
         if threading.current_thread() is not threading.main_thread():
             yield
@@ -262,7 +284,8 @@ class Run:
 
     def _save_checkpoint(self, step: int, learner: Learner, state: dict[str, Any]) -> None:
         """After `step` optimizer steps."""
-        checkpoints.save(self.out, step, learner, state, self._written(step), keep=max(self.config.save_limit, 1))
+        written = self._written(step) if group().first else {}
+        checkpoints.save(self.out, step, learner, state, written, keep=max(self.config.save_limit, 1))
 
     def restore(self, learner: Learner) -> dict[str, Any]:
         """Load the newest checkpoint into model and optimizer; returns its state, {} where there is none.
@@ -277,13 +300,19 @@ class Run:
                 what = f"{self.out / name}: is not as it was written up to step {record['step']}"
                 raise WriteError(f"{what}; bring it back, or choose another --out")
         self.resumed, self._began = record["step"], time.monotonic()
+        group().gathered(None)  # all have read it
+        self._cut_off()
+        return record["state"]
+
+    @by_first
+    def _cut_off(self) -> None:
         self._trackers.look()
         if self.metrics_path.exists():  # a line that a kill left unfinished goes too
             write_file(self.metrics_path, b"".join(self._lines()[: self.resumed]))
         if not self.resumed:
             self.pins_path.unlink(missing_ok=True)
-        return record["state"]
 
+    @by_first
     def log_samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """Add rollouts as text to samples.jsonl; those of steps that a killed run takes again go. Raises WriteError."""
         path = self.out / "samples.jsonl"
@@ -292,7 +321,10 @@ class Run:
         kept = [line for line, whole in found if whole and int(whole[1]) < step]
         new = (json.dumps({"step": step, **row}, ensure_ascii=False).encode() + b"\n" for row in rows)
         write_file(path, b"".join([*kept, *new]))
+        for callback in self.callbacks:
+            callback.on_refresh(self, step, rows)
 
+    @by_first
     def pin(self, cache: str, ids: Sequence[str]) -> None:
         """Write down which segments the run reads, before it learns from them. Raises WriteError."""
         known = read_pins(self.pins_path) if self.pins_path.exists() else []
@@ -332,6 +364,12 @@ class Run:
         """The model as it is written: itself, or with --lora-merge a copy with its adapter merged."""
         return lora.merge(copy.deepcopy(self._parts[0])) if self.config.lora_merge else self._parts[0]
 
+    def fingerprint(self) -> str:
+        """Of `result`, before `finish` writes it."""
+        self.gather(to_write=True)
+        return group().from_first(lambda: state_fingerprint(self.result()))
+
+    @by_first
     def publish(
         self,
         name: str,
@@ -351,6 +389,7 @@ class Run:
             card = model_card(unsealed(self.out / "config.json"), known, variants or {}, self._cache, pins)
             (partial / "README.md").write_text(card, encoding="utf-8")
 
+    @by_first
     def finish(self, report: Report, dev: DevSet | None = None) -> None:
         """Publish the trained model as OUT/last, then the report; drop checkpoints that are not to be kept."""
         self.publish("last", self.done)

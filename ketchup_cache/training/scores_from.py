@@ -40,7 +40,7 @@ class ScoresFrom:
         if cache.pinned is not None:  # a pinned run takes no new scores
             return cache.select_teacher(self._config.scored_by).fingerprint, 0.0
         ids = set(rollout_ids)
-        left = sum(cache.manifest(id_).rows for id_ in ids)
+        left = sum(cache.entry(id_).rows for id_ in ids)
         news = said = time.monotonic()
         pause, timeout = POLL_S, self._config.scores_timeout
         with progress("waiting for scores", left, "rollouts") as bar:
@@ -106,4 +106,4 @@ class ScoresFrom:
         if len(done) > 1:
             names = ", ".join(f"{by.name} ({by.fingerprint[:12]})" for by in done)
             raise ConfigError([f"{cache.address}: {names} have all scored these rollouts; choose one with --scored-by"])
-        return done[0] if done else None, min(left.values(), default=sum(cache.manifest(id_).rows for id_ in ids))
+        return done[0] if done else None, min(left.values(), default=sum(cache.entry(id_).rows for id_ in ids))

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,23 +18,29 @@ from ketchup_cache.cache.cache import Cache
 from ketchup_cache.cache.index import ScoredRef
 from ketchup_cache.cache.manifest import PromptsInfo
 from ketchup_cache.config.commands import LearnConfig
+from ketchup_cache.config.goal import several
 from ketchup_cache.config.methods import METHODS
 from ketchup_cache.console import say
 from ketchup_cache.errors import CacheError
+from ketchup_cache.models import lora
 from ketchup_cache.models.fingerprint import state_fingerprint, weights_fingerprint
-from ketchup_cache.provenance import PolicyInfo, PromptForm, TokenizerInfo, in_precision
+from ketchup_cache.models.load import quiet
+from ketchup_cache.parallel.group import by_first, group
+from ketchup_cache.provenance import PolicyInfo, PromptForm, TeacherInfo, TokenizerInfo, in_precision
 from ketchup_cache.rollouts.calculator import Calculator
+from ketchup_cache.rollouts.engine import Engine
 from ketchup_cache.rollouts.rollout import ensure_rollouts
 from ketchup_cache.training.batches import Stream, concatenate, seed_of
+from ketchup_cache.training.checkpoints import saving
 from ketchup_cache.types import ScoredRollouts
 
 STUDENT, TEACHER = "student", "teacher"
 """Whose rollouts: samples of the student, outputs of the teacher. The order of a batch."""
 
-
 ScoreRollouts = Callable[[Cache, Sequence[str], str | None], tuple[str, float]]
 """Scores these rollouts segments, as far as they are not scored yet. The last argument is the fingerprint of the
 teacher that has scored for the run so far. Returns that of the teacher, and the seconds that reading its weights took.
+Of several teachers, the fingerprints are separated by commas.
 """
 
 
@@ -49,7 +58,11 @@ class Offline:
     """What the method needs of the cache, in epochs: rollouts of the student, teacher outputs, or half of each.
 
     An epoch is one over the student's rollouts; over the teacher outputs where the method has no others.
+    load: as `Stream` takes it. gather: called before the student is sampled from (`Learner.gather`).
     """
+
+    load: Callable[[Cache, ScoredRef], ScoredRollouts] = staticmethod(lambda cache, ref: cache.load_scored(ref))
+    gather: Callable[[], None] = staticmethod(lambda: None)
 
     def __init__(
         self, cache: Cache, config: LearnConfig, recorded: Mapping[str, Any] | None = None, rollouts: int = 0
@@ -66,8 +79,8 @@ class Offline:
         samples = scored_rollouts(cache, config, STUDENT) if method.samples and config.offline else []
         self._refs = ({STUDENT: samples} if method.samples else {}) | outputs
         if (wanted := (recorded or {}).get("segments")) is not None:
-            self._refs = {kind: [ref for ref in refs if ref.scores_id in wanted] for kind, refs in self._refs.items()}
-            self._require(wanted, [ref.scores_id for refs in self._refs.values() for ref in refs])
+            self._refs = {kind: [r for r in refs if {*scores_of(r)} <= {*wanted}] for kind, refs in self._refs.items()}
+            self._require(wanted, self._scores())
         self._share = config.batch_size // len(self._refs)
         self._streams: dict[str, Stream] = {}
         rollouts = rollouts or sum(ref.rows for ref in next(iter(self._refs.values()))) * config.epochs
@@ -88,10 +101,16 @@ class Offline:
         """At most so many of the student's rollouts, the same ones at any time of the run."""
         refs = self._refs[STUDENT]
         size = min(rollouts, sum(ref.rows for ref in refs))
-        return next(Stream(self._cache, refs, size, self._config.seed, batches=1))
+        stream = Stream(self._cache, refs, size, self._config.seed, batches=1)
+        stream.load = self.load
+        return next(stream)
 
     def _open(self, kind: str, seed: int, skip: int, batches: int) -> None:
-        self._streams[kind] = Stream(self._cache, self._refs[kind], self._share, seed, skip=skip, batches=batches)
+        stream = Stream(self._cache, self._refs[kind], self._share, seed, skip=skip, batches=batches)
+        stream.load, self._streams[kind] = self.load, stream
+
+    def _scores(self) -> list[str]:
+        return [id_ for refs in self._refs.values() for ref in refs for id_ in scores_of(ref)]
 
     def _require(self, wanted: Sequence[str], found: Iterable[str]) -> None:
         if lost := set(wanted) - set(found):
@@ -100,7 +119,7 @@ class Offline:
 
     def resolved(self) -> dict[str, Any]:
         """For the run's record, from its start: what it reads."""
-        return {"segments": [ref.scores_id for refs in self._refs.values() for ref in refs]}
+        return {"segments": self._scores()}
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint must hold so that `restore` goes on exactly here."""
@@ -112,7 +131,7 @@ class Offline:
     def segments(self) -> list[str]:
         """Ids of the segments that the current batches come from, parents included."""
         refs = [ref for refs in self._refs.values() for ref in refs]
-        return list(dict.fromkeys(id_ for ref in refs for id_ in (ref.prompts_id, ref.rollouts_id, ref.scores_id)))
+        return list(dict.fromkeys(id_ for ref in refs for id_ in (ref.prompts_id, ref.rollouts_id, *scores_of(ref))))
 
 
 class OnPolicy(Offline):
@@ -136,10 +155,9 @@ class OnPolicy(Offline):
         Raises CacheError.
         """
         self._tokenizer, self._score, self._calculator = tokenizer, score, by
-        segments: dict[tuple[str, ...], tuple[str, int]] = {}
+        segments: dict[str, tuple[str, int]] = {}
         for id_, manifest in cache.manifests("prompts"):  # two processes may have stored the same at once
-            content = tuple(manifest.files[name].sha256 for name in sorted(manifest.files))
-            segments.setdefault(content, (id_, manifest.rows))
+            segments.setdefault(manifest.content, (id_, manifest.rows))
         wanted = recorded.get("prompts", [id_ for id_, _ in segments.values()])
         self._prompt_segments = [(id_, rows) for id_, rows in segments.values() if id_ in wanted]
         self._prompts = sum(rows for _, rows in self._prompt_segments)
@@ -160,6 +178,7 @@ class OnPolicy(Offline):
         """The phase, and the step that it began with."""
         self._ess: float | None = None
         self.teacher: str | None = None
+        self._engine: Engine | None = None
 
     def batch(self, step: int, model: PreTrainedModel) -> Drawn:
         every = self._config.refresh_every
@@ -184,25 +203,55 @@ class OnPolicy(Offline):
         if phase == 0:
             name, fingerprint, ids = self._config.student, self._start, self._held
         else:
+            self.gather()
             name, fingerprint, ids = str(self._config.out), state_fingerprint(model), []
-        ids = ids or self._sample(phase, PolicyInfo(name=name, fingerprint=fingerprint, step=step), model)
+        sampler = self._updated(model) if self._config.student_url else model
+        updated = time.perf_counter()
+        ids = ids or self._sample(phase, PolicyInfo(name=name, fingerprint=fingerprint, step=step), sampler)
         sampled = time.perf_counter()
         load_s = self._take(ids)
         scored = max(0.0, time.perf_counter() - sampled - load_s)
-        return {"sample_s": sampled - began, "score_s": scored, "load_s": load_s}
+        times = {"sample_s": sampled - began, "score_s": scored, "load_s": load_s}
+        return times | ({"engine_s": updated - began} if self._engine else {})
 
-    def _sample(self, phase: int, policy: PolicyInfo, model: PreTrainedModel) -> list[str]:
+    def _updated(self, model: PreTrainedModel) -> Engine:
+        """The engine with the student's weights as they are."""
+        self._engine = engine = self._engine or Engine(self._config, model, self._tokenizer.vocab_size)
+        folder = self._config.out / "engine"
+
+        @by_first
+        def write() -> None:
+            whole = lora.merge(copy.deepcopy(model)) if lora.adapter_weights(model) else model
+            with saving(folder) as partial, quiet():
+                whole.save_pretrained(partial)
+
+        write()
+        try:
+            engine.update(folder)
+        finally:
+            if group().first:
+                shutil.rmtree(folder, ignore_errors=True)
+        return engine
+
+    def _whole(self, model: PreTrainedModel | Engine) -> PreTrainedModel | Engine:
+        self.gather()
+        return model
+
+    def _sample(self, phase: int, policy: PolicyInfo, model: PreTrainedModel | Engine) -> list[str]:
         # a prompt that comes again in a later phase must not be met with the same random numbers
         options = self._config.model_copy(update={"seed": seed_of(phase, self._config.seed)})
-        given = self._cache, self._next_prompts(phase), lambda: model, policy, self._tokenizer, options
+        given = self._cache, self._next_prompts(phase), partial(self._whole, model), policy, self._tokenizer, options
         return list(dict.fromkeys(id_ for id_, _, _ in ensure_rollouts(*given, self._calculator)[0]))
 
     def _take(self, rollout_ids: Sequence[str]) -> float:
         """Have these rollouts scored, and learn from them; returns the seconds that reading the teacher took."""
-        self.teacher, load_s = self._score(self._cache, rollout_ids, self.teacher)
-        self._cache.select_teacher(self.teacher).require_known(self._config.normalization, self._config.unfinished)
+        found, load_s = self._score(self._cache, rollout_ids, self.teacher)
+        self.teacher = group().gathered(found)[0]  # where several score elsewhere, each process may have met another
+        self._cache.agree()
+        teachers = several(self.teacher)
+        require_known(self._cache, self._config, teachers)
         place = {id_: i for i, id_ in enumerate(rollout_ids)}
-        refs = [r for r in self._cache.scored(self.teacher, keep_top=self._config.top_needed) if r.rollouts_id in place]
+        refs = [r for r in self._cache.scored(teachers, keep_top=self._config.top_needed) if r.rollouts_id in place]
         self._refs[STUDENT] = sorted(refs, key=lambda ref: (place[ref.rollouts_id], ref.row_start))
         return load_s
 
@@ -218,7 +267,7 @@ class OnPolicy(Offline):
         return ranges
 
     def resolved(self) -> dict[str, Any]:
-        outputs = [ref.scores_id for ref in self._refs.get(TEACHER, [])]
+        outputs = [id_ for ref in self._refs.get(TEACHER, []) for id_ in scores_of(ref)]
         return {"prompts": [id_ for id_, _ in self._prompt_segments], "held": self._held, "segments": outputs}
 
     def state(self) -> dict[str, Any]:
@@ -245,31 +294,31 @@ def scored_rollouts(cache: Cache, config: LearnConfig, kind: str) -> list[Scored
 
     Raises CacheError where there are none, or some with fewer logits.
     """
-    teacher = cache.select_teacher(config.scored_by)
-    teacher.require_known(config.normalization, config.unfinished)
+    names = several(config.scored_by) if config.scored_by or len(config.teachers) == 1 else config.teachers
+    teachers = require_known(cache, config, names)
     policies, outputs = {policy.fingerprint for policy in cache.policies()}, set[str]()
     if config.needs_outputs and config.teacher_outputs is not None:
         outputs = {cache.select_policy(config.teacher_outputs, "--teacher-outputs").fingerprint}
     elif config.needs_outputs:
-        outputs = {policy for policy in policies if in_precision(policy, teacher.dtype) == teacher.fingerprint}
+        outputs = {p for p in policies for t in teachers if in_precision(p, t.dtype) == t.fingerprint}
     if kind == TEACHER:
         wanted = outputs
         none = (
             f"{config.method_text} learns from teacher outputs, but no scored rollouts are of policy "
-            f"{config.teacher_outputs or teacher.name}; make them with `ketchup-cache rollout --student {teacher.name} "
-            "--greedy` and `ketchup-cache score`, or name a policy with --teacher-outputs"
+            f"{config.teacher_outputs or teachers[0].name}; make them with `ketchup-cache rollout --student "
+            f"{teachers[0].name} --greedy` and `ketchup-cache score`, or name a policy with --teacher-outputs"
         )
     else:
         mine = {weights_fingerprint(config.student)} if not config.policy else set[str]()
         wanted = {cache.select_policy(config.policy).fingerprint} if config.policy else policies - outputs
-        own = {ref.policy.fingerprint for ref in cache.scored(config.scored_by)} & mine & wanted
+        own = {ref.policy.fingerprint for ref in cache.scored(names)} & mine & wanted
         wanted = own or wanted
         what = f"of policy {config.policy!r}" if config.policy else "of a student"
         none = f"no scored rollouts {what}; make some with `rollout` and `score`"
     top = config.top_needed
     selected, enough = (
-        [ref for ref in cache.scored(config.scored_by, keep_top=n) if ref.policy.fingerprint in wanted]
-        for n in (0, top)
+        [ref for ref in cache.scored(by, keep_top=n) if ref.policy.fingerprint in wanted]
+        for by, n in ((names[:1], 0), (names, top))
     )
     if not selected:
         raise CacheError(f"{cache.address}: {none}")
@@ -278,13 +327,31 @@ def scored_rollouts(cache: Cache, config: LearnConfig, kind: str) -> list[Scored
         others = {policy.name for policy in cache.policies() if policy.fingerprint not in wanted | outputs}
         rest = f"; those of {', '.join(sorted(others))} are left out (--policy)" if others else ""
         say(f"learning from {sum(ref.rows for ref in selected):,} scored rollouts of {whose}{rest}")
-    if missing := sum(ref.rows for ref in selected) - sum(ref.rows for ref in enough):
+    missing = sum(ref.rows for ref in selected) - sum(ref.rows for ref in enough)
+    if missing and len(names) > 1:
+        wants = f" with --keep-top {top}" if top else ""
+        what = f"{missing:,} rollouts that {teachers[0].name} has scored lack scores{wants} of another of --scored-by"
+        raise CacheError(f"{cache.address}: {what}; run `ketchup-cache score` by each of them, then this again")
+    if missing:
         raise CacheError(
             f"{cache.address}: {missing:,} of the rollouts for --method {config.method} are scored without "
-            f"the teacher's {top} largest logits (or with fewer); run `ketchup-cache score --teacher {teacher.name} "
-            f"--cache {cache.address} --keep-top {top}`"
+            f"the teacher's {top} largest logits (or with fewer); run `ketchup-cache score "
+            f"--teacher {teachers[0].name} --cache {cache.address} --keep-top {top}`"
         )
     return enough
+
+
+def require_known(cache: Cache, config: LearnConfig, names: Iterable[str | None]) -> list[TeacherInfo]:
+    """The teachers of these names, whose scores give what the options need. Raises CacheError, MismatchError."""
+    teachers = [cache.select_teacher(name) for name in names]
+    for teacher in teachers:
+        teacher.require_known(config.normalization, config.unfinished)
+    return teachers
+
+
+def scores_of(ref: ScoredRef) -> tuple[str, ...]:
+    """Its segments of scores, one of each teacher."""
+    return ref.scores_id, *ref.beside
 
 
 def prompt_form(cache: Cache) -> PromptForm | None:

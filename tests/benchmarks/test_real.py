@@ -60,7 +60,7 @@ def finished(best: str = "K = 4, 0.0004") -> dict:
         done[f"gradient/{seed}"] = [{"name": name, "cosine": cosine, **others} for name, cosine in cosines.items()]
         by_weights = [{"weights": "flat", "lam": 0.25, **figures}]
         done[f"variance/{seed}"] = {"covariance": 0.6, "by_k": [{"k": 2, **figures}], "by_weights": by_weights}
-    done |= {f"doubled/{seed}": trained(20.0 + seed / 10) for seed in choices.CONVERGED}
+    done |= {f"doubled/{seed}": trained(20.0 + seed / 10) for seed in real.CONVERGED}
     groups = {**GROUPS, "seqkd": {f"{lr:g}": {} for lr in SEQKD_RATES}}
     for group, settings in groups.items():
         for place, label in enumerate(settings):
@@ -92,7 +92,7 @@ def test_what_won_on_dev_is_a_row_of_the_table():
     assert {choices.winner(done, name) for pair in COMPARED for name in pair} <= {*table, "start", "SeqKD, new outputs"}
     assert choices.best_gradient(done) == "K = 4"
     assert choices.affordable(done) == 3000  # 30 s of scoring, at 100 outputs a second
-    assert choices.gain_of_doubling(done) == pytest.approx([0.5, 0.6, 0.0])
+    assert choices.gain_of_doubling(done) == pytest.approx([0.5, 0.6, 0.0])  # starts 5, 6 and 0
 
 
 def work_through(place: Place, monkeypatch) -> list[str]:
@@ -106,8 +106,12 @@ def work_through(place: Place, monkeypatch) -> list[str]:
             return names
         kind, *rest = name.split("/")
         record = {"learn": trained(22.0), "test": test, "dev": test, "source": "refreshed", "seed": 0, "scored": 600}
-        if kind == "chosen":
-            record = choices.chosen(place.records())
+        if kind in ("inherited", "chosen"):
+            record = dict(real.order(place))[name]() if place.task.like else choices.chosen(place.records())
+        elif kind in ("starts", "doubled"):
+            record = trained(22.0)
+        elif kind in ("offline", "gradient", "variance"):
+            record = finished()[f"{kind}/{OTHER_SEEDS[0]}"]
         elif kind == "compared":
             given = {"difference": 1.0, "low": 0.5, "high": 1.5, "p": 0.01, "low_95": 0.6}
             record = {"one": rest[0], "other": rest[1], **given}
@@ -144,6 +148,27 @@ def test_every_job_comes_once_and_the_page_has_every_row(tmp_path, monkeypatch):
     assert "| C: exact, anchor 0.1 | 22.0 ± 0.0 | 21.0 ± 0.0 | 15.0 ± 0.0 | 3 |" in text
     assert "| K = 4 − LLMR, mean | +1.00 | +0.50 to +1.50 | 0.030 |  |" in text
     assert "| +0.60 > −0.3 |" in text
+
+
+def test_a_task_that_is_like_another_has_its_settings_and_looks_at_no_dev_set(tmp_path, monkeypatch):
+    monkeypatch.setattr("benchmarks.real.place.RESULTS", tmp_path)
+    first = finished()
+    for name, record in {**first, "chosen": choices.chosen(first)}.items():
+        Place(TASKS["ende"], tmp_path / "work", tmp_path).add(name, record)
+    place = Place(TASKS["deen"], tmp_path / "work", tmp_path)
+    for name in ("data", "outputs", "base", "teacher"):
+        place.add(name, first[name])
+    names = work_through(place, monkeypatch)
+    assert not [name for name in names if name.startswith(("dev/", "grid/", "tried/"))]
+    assert place.records()["chosen"] == choices.chosen(first)
+    runs = {}
+    for name in (name for name in names if name.startswith("run/")):
+        runs.setdefault(name.split("/")[1], []).append(int(name.split("/")[2]))
+    compared = {"start", "SeqKD, new outputs", "K = 4", "LLMR, mean", "gae 0.7, centred", "reverse KL, fresh"}
+    assert {row for row, seeds in runs.items() if seeds == [*SEEDS]} == compared
+    assert {row for row, seeds in runs.items() if seeds == [*OTHER_SEEDS]} == {"SeqKD continued", "reverse KL"}
+    assert len(runs) == len(compared) + 2
+    assert "rates and settings are those of ende" in tables.page("deen", place.records())
 
 
 def test_holm_multiplies_the_smallest_by_all_and_never_falls():

@@ -80,4 +80,4 @@ def test_it_is_whole_counted_once_copied_and_extended(cache: Cache, tmp_path: Pa
     cache.commit_prompts(make_prompts(seed=7), prompts_info())
     again = open_cache(cache.path)
     assert verify(again).ok
-    assert [m.version for _, m in again.manifests()][-2:] == [2, 2]
+    assert [again.manifest(id_).version for id_, _ in again.manifests()][-2:] == [2, 2]

@@ -118,7 +118,7 @@ def test_the_format_page_lists_the_arrays(cache: Cache) -> None:
     documented = {name: dtype for name, _, dtype in rows}
     stored = {name: e.dtype for i in made.fill(cache) for name, e in cache.manifest(i).arrays.items()}
     scores = cache.manifests("scores")[0][1].info.model_copy(update={"keep_top": 2, "storage": "compact"})
-    stored |= {name: e.dtype for name, e in segments.layout(scores, 1, 1).items() if name not in stored}
+    stored |= {name: dtype for name, (dtype, _) in segments.layout(scores, 1, 1).items() if name not in stored}
     tokens = {"tokens": "token", "completion_tokens": "token", "top_ids": "token", "top_q": "float32"}
     assert documented == stored | tokens | {"rest_logsumexp": "float32"}
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from ketchup_cache import open_cache
+from ketchup_cache.cache.index_file import HOME_VARIABLE
 from ketchup_cache.errors import WriteError
-from ketchup_cache.sharing import remote_cache as view
 from tests.helpers.errors import refuses
 from tests.helpers.hostile import HOSTILE
 from tests.helpers.segments import add_prompts, exit_code, in_child
@@ -19,7 +19,7 @@ from tests.helpers.trust import ERRORS, fail_every_step, flips, kill_clean, kill
 def test_killed_writers(tmp_path: Path) -> None:
     count = kill_writers(tmp_path, 25)
     assert (count.kills, count.lost, count.partial) == (25, 0, 0)
-    assert count.acknowledged > 5
+    assert count.acknowledged >= 25  # 0 to 3 commits before each kill
 
 
 def test_killed_clean(tmp_path: Path) -> None:
@@ -30,7 +30,7 @@ def test_killed_clean(tmp_path: Path) -> None:
 @pytest.mark.parametrize("pull", [False, True])
 def test_killed_copies_to_and_from_s3(tmp_path: Path, monkeypatch, pull: bool) -> None:
     pytest.importorskip("moto.server", reason="moto is not installed: pip install 'ketchup-cache[dev]'")
-    for name in (view.HOME_VARIABLE, "AWS_ENDPOINT_URL", *KEYS):
+    for name in (HOME_VARIABLE, "AWS_ENDPOINT_URL", *KEYS):
         monkeypatch.setenv(name, "")  # so that it is put back afterwards
     count = kill_copies(tmp_path, 2, pull=pull)
     assert (count.kills, count.lost, count.partial) == (2, 0, 0)

@@ -1,9 +1,12 @@
 """Options from flags and YAML, and what is said when they are wrong."""
 
+import json
 import os
+import re
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from typing import get_args
 
 import pytest
@@ -11,6 +14,7 @@ import pytest
 from ketchup_cache.cli import main
 from ketchup_cache.config.commands import COMMANDS, LearnConfig
 from ketchup_cache.config.methods import METHODS, Method
+from ketchup_cache.config.names import ADVANCED, ELSEWHERE, MOST_USED
 from ketchup_cache.config.resolve import resolve
 from ketchup_cache.errors import ConfigError
 from tests.helpers.errors import fails
@@ -52,7 +56,7 @@ def test_all_problems_at_once_each_with_its_fix(tmp_path):
     assert sorted(found) == [
         "--k must be 1 or more, not 0", "--lr must be a number, not 'fast'",
         "--student is missing: policy to train: a folder or a Hub id",
-        "--tail must be one of 'one-step' or 'jump', not 'jmp'",
+        "--tail must be one of 'one-step' or 'jump', not 'jmp': did you mean `jump`?",
         f"{file}: unknown key `studnet`: did you mean `student`?", f"{file}: unknown key `zebra` in section `learn`",
     ]  # fmt: skip
 
@@ -164,7 +168,7 @@ def test_batch_tokens_is_a_number_or_auto():
     for given in ("0", 0, "-1", "2.5", 2.5, "Auto", "", True):
         (found,) = problems("score", **options, batch_tokens=given)
         assert found == f"--batch-tokens must be a whole number of 1 or more, or auto, not {given!r}"
-    assert "--batch-tokens INT|auto" in run("score", "--help").stdout
+    assert re.search(r"--batch-tokens +INT\|auto", run("score", "--help").stdout)
 
 
 def test_every_option_has_a_help_text():
@@ -174,7 +178,8 @@ def test_every_option_has_a_help_text():
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "ketchup_cache", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+    wide = {**os.environ, "COLUMNS": "200"}
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=wide)
 
 
 @pytest.mark.parametrize("command", list(COMMANDS))
@@ -182,7 +187,11 @@ def test_help_names_every_flag_and_ends_in_examples(command):
     help_text = run(command, "--help").stdout
     for name in COMMANDS[command].model_fields:
         assert name.replace("_", "-") in help_text.replace("\n", " ") or name.upper() in help_text
-    assert help_text.rstrip().splitlines()[-1].startswith("    ")
+    assert help_text.rstrip().splitlines()[-1].startswith("   ")
+    panels = re.findall("─ ([A-Z][a-z ]+) ─", help_text)
+    order = [panel for panel in ("Arguments", "Required", "Most used") if panel in panels]
+    assert order == panels[: len(order)]
+    assert panels[-1] == "General"
     assert f"ketchup-cache {command}" in help_text.split("Examples:")[1]
 
 
@@ -197,6 +206,48 @@ def test_help_names_every_flag_and_ends_in_examples(command):
 )  # fmt: skip
 def test_what_went_away_says_what_to_use(capsys, words, instead):
     assert fails(capsys, *words.split()).endswith(f"is gone: use {instead}")
+
+
+@pytest.mark.parametrize(
+    ("words", "meant"),
+    [
+        ("leran", "`learn`"), ("train", "`learn` or `pretrain`"), ("generate", "`rollout`"),
+        ("learn --learning-rate 1", "--lr"), ("learn --num_train_epochs=3", "--epochs"), ("learn --kk 1", "--k"),
+        ("rollout --model-name-or-path x", "--student"), ("pretrain --model-name-or-path x", "--model"),
+        ("learn --student s --cache c --method gkd", "`reverse-kl` or `js`"),
+        ("learn --student s --cache c --weights flt", "`flat`"), ("recipes gsm8", "`gsm8k`"),
+    ],
+)  # fmt: skip
+def test_words_of_other_tools_and_slips_are_understood(capsys, words, meant):
+    assert fails(capsys, *words.split()).split(": did you mean ")[1] == f"{meant}?"
+
+
+def test_keys_of_other_tools_in_a_file_are_understood(tmp_path):
+    file = yaml(tmp_path, "output_dir: o\nlearn: {teacher_model_name_or_path: t, qqq: 1}")
+    found = [problem.partition("unknown key ")[2] for problem in problems("learn", file, **LEARN)]
+    assert found == [
+        "`output_dir`: did you mean `out`?",
+        "`teacher_model_name_or_path` in section `learn`: did you mean `teacher`?",
+        "`qqq` in section `learn`",
+    ]
+
+
+def test_every_name_of_ours_that_help_and_hints_use_is_one():
+    ours = {*COMMANDS, *METHODS, *(name for config in COMMANDS.values() for name in config.model_fields)}
+    assert {name for names in ELSEWHERE.values() for name in names} | ADVANCED <= ours
+    for command, names in MOST_USED.items():
+        assert set(names) <= COMMANDS[command].model_fields.keys()
+        assert not ADVANCED & set(names)
+
+
+def test_env_names_what_is_installed(capsys):
+    assert main(["env", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["packages"]["torch"] == version("torch")
+    assert "pytest" not in found["packages"]
+    assert found["packages"].keys() >= {"peft", "obstore"}
+    assert main(["env"]) == 0
+    assert f"torch {version('torch')}" in capsys.readouterr().out
 
 
 def test_errors_are_lines_with_exit_code_2():

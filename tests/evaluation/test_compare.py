@@ -52,6 +52,30 @@ def test_a_mean_over_examples_is_resampled_in_pairs(tmp_path):
     assert (found.low, found.high) == pytest.approx(tuple(np.quantile(differences, [0.025, 0.975])), abs=2)
 
 
+def test_returns_that_both_files_hold_are_resampled_in_pairs(tmp_path, capsys):
+    a, b = rows(1, 0.4), rows(2, 0.7)
+    rng = np.random.default_rng(3)
+    before = rng.normal(-20, 9, 60)
+    after = before + rng.normal(1, 1, 60)  # in pairs the difference is clear, and the two means are not
+    for side, values in ((a, before), (b, after)):
+        for row, value in zip(side, values.tolist(), strict=True):
+            row |= {"return": value, "return_of": "G_1, logprob, teacher 0123"}
+    made = run(tmp_path, a, b, metrics="exact", resamples=2000)
+    found = made.differences[1]
+    gain = after - before
+    assert (found.metric, found.variant) == ("return", "G_1, logprob, teacher 0123")
+    assert (found.a, found.b) == pytest.approx((before.mean(), after.mean()))
+    half = 1.96 * gain.std() / 60**0.5  # the central limit's interval
+    assert (found.low, found.high) == pytest.approx((gain.mean() - half, gain.mean() + half), abs=0.05)
+    assert found.p < 0.01
+    del b[5]["return"]
+    assert [d.metric for d in run(tmp_path, a, b, metrics="exact").differences] == ["exact"]
+    assert "returns of different" not in capsys.readouterr().err
+    b[5] |= {"return": -1.0, "return_of": "G_1, logprob, teacher 4567"}
+    assert [d.metric for d in run(tmp_path, a, b, metrics="exact").differences] == ["exact"]
+    assert "returns of different teachers" in capsys.readouterr().err
+
+
 def test_p_values_of_equally_good_models_are_spread_evenly(tmp_path):
     """A law: of 60 pairs that differ by chance, about a twentieth has p < 0.05, not a third, and some p are large."""
     values = []
@@ -127,7 +151,7 @@ def test_examples_show_where_each_wins_and_the_line_is_one_to_quote(tmp_path):
         (lambda b: [row | {"output": None} for row in b], {}, DataError, "holds no outputs"),
         (lambda b: [row | {"target": 5} for row in b], {}, DataError, "holds no outputs"),
         (lambda b: [{"text": "x"}], {}, DataError, "holds no outputs; make them with `ketchup-cache evaluate"),
-        (lambda b: b, {"metrics": "bleu,loss"}, ConfigError, "texts only"),
+        (lambda b: b, {"metrics": "bleu,loss"}, ConfigError, "comes by itself"),
         (lambda b: b, {"metrics": "accuracy"}, DataError, "no final answer"),
     ],
 )
@@ -139,6 +163,8 @@ def test_what_can_not_be_compared_is_refused(tmp_path, change, options, error, m
 def test_a_missing_file_is_one_line(tmp_path):
     with pytest.raises(DataError, match="nowhere: can't be read"):
         compare(CompareConfig(a=tmp_path / "nowhere", b=tmp_path / "nowhere"))
+    with pytest.raises(DataError, match=r"is a folder; of a run, compare its outputs-best\.jsonl"):
+        compare(CompareConfig(a=tmp_path, b=tmp_path))
 
 
 def test_line_separators_inside_a_text_are_part_of_it(tmp_path):

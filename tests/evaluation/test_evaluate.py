@@ -102,12 +102,15 @@ def one_step_return(model, prompt: list[int], completion: list[int]) -> float:
     return float(logprob[range(len(completion)), completion].sum() - logprob[1:].max(-1).values.sum())
 
 
-def test_mean_return_equals_plain_forward_passes(place: Path, plain: list[list[int]]):
+def test_mean_return_equals_plain_forward_passes(place: Path, plain: list[list[int]], tmp_path: Path):
     model, prompts = loaded(place, "teacher")
     expected = [one_step_return(model, p, c) for p, c in zip(prompts, plain, strict=True)]
     done = [r for r, c in zip(expected, plain, strict=True) if c[-1] == 1]
-    result = run(place, teacher=str(place / "teacher"), batch_tokens=64)
+    result = run(place, teacher=str(place / "teacher"), batch_tokens=64, outputs=tmp_path / "o.jsonl")
     r, spread = result.returns, statistics.stdev(expected)
+    written = records(tmp_path / "o.jsonl")
+    assert [row["return"] for row in written] == pytest.approx(expected, abs=1e-4)
+    assert {row["return_of"] for row in written} == {f"G_1, logprob, teacher {r.fingerprint:.12}"}
     wanted = (statistics.fmean(expected), spread, spread / 12**0.5, statistics.fmean(done))
     assert (r.mean, r.sd, r.se, r.mean_finished) == pytest.approx(wanted, abs=1e-4)
     assert "(at most: unfinished outputs count up to the cut)" in str(result)

@@ -11,6 +11,12 @@ from pathlib import Path
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
 
+def data_of(path: Path) -> dict:
+    """What the page of a report shows."""
+    text = path.read_text(encoding="utf-8").split('id="data">')[1]
+    return json.loads(text[: text.index("</script>")])
+
+
 class Page:
     """One page. complaints: errors of its scripts and its console, and every address that it asks for."""
 

@@ -57,3 +57,15 @@ def make_cache(
         joined = {k: np.concatenate([s[k] for s in scores]).astype(np.float32) for k in scores[0]}
         cache.commit_scores(Scores(**joined), scored)
     return cache
+
+
+def rows_of(cache):
+    """Each rollout by its prompt and the number of its sample, and how often it is there."""
+    found: dict[tuple, list] = {}
+    for id_, info in cache.rollouts():
+        rollouts = cache.load_rollouts(id_)
+        for row, prompt in enumerate(rollouts.prompt_index):
+            one = rollouts.rows(row, row + 1)
+            key = int(prompt), row % info.sampling.samples
+            found.setdefault(key, []).append((one.completions.values.tolist(), one.behavior_logprob.tolist()))
+    return found

@@ -17,7 +17,8 @@ from ketchup_cache.cli import main
 from ketchup_cache.config.commands import LearnConfig, ScoreConfig
 from ketchup_cache.models.head import Head
 from ketchup_cache.models.load import load_model
-from ketchup_cache.scoring.score import Scorer, ScoreReport, follow
+from ketchup_cache.scoring.report import ScoreReport
+from ketchup_cache.scoring.score import Scorer, follow
 from ketchup_cache.sharing.remote_cache import open_cache
 from ketchup_cache.shipped import task
 from ketchup_cache.training.batches import Stream

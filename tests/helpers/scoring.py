@@ -8,7 +8,7 @@ from ketchup_cache import open_cache
 from ketchup_cache.cache.cache import Cache
 from ketchup_cache.cache.manifest import PromptsInfo, RolloutsInfo
 from ketchup_cache.config.commands import ScoreConfig
-from ketchup_cache.config.options import ScoringOptions
+from ketchup_cache.config.servers import ScoringOptions
 from ketchup_cache.models.fingerprint import tokenizer_info
 from ketchup_cache.provenance import DataInfo, PolicyInfo, Sampling, TeacherInfo, TokenizerInfo
 from ketchup_cache.scoring.teacher import Teacher

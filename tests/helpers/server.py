@@ -14,16 +14,21 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import torch
+import transformers
 
 
 class Server:
-    """reads: what it makes of the ids that it is sent. bends: what it makes of [L, V] log-probabilities, given the
-    request. fault: given the request's number, what it does in place of an answer. changes: what it makes of an answer.
+    """processed: whether it gives log-probabilities after temperature, top-k and top-p. reads: what it makes of the ids
+    that it is sent. bends: what it makes of [L, V] log-probabilities, given the request. fault: given the request's
+    number, what it does in place of an answer. changes: what it makes of an answer. dev: whether it takes weights;
+    False where it says that it does. updates: the models that it was given.
     """
 
     def __init__(self, model: Any, tokenizer: Any, vocab: int = 60) -> None:
         self.model, self.tokenizer, self.vocab = model, tokenizer, vocab
         self.name, self.longest, self.most, self.old, self.tokenizes = "tiny", 64, 20, False, True
+        self.processed, self.dev = False, None
+        self.updates: list[Any] = []
         self.reads: Callable[[list[int]], list[int]] = list
         self.bends: Callable[[torch.Tensor, dict], torch.Tensor] = lambda logprob, body: logprob
         self.fault: Callable[[int], Any] = lambda number: None
@@ -31,6 +36,29 @@ class Server:
         self.requests: list[dict] = []
         self.keys: set[str | None] = set()
         self._lock = threading.Lock()
+
+    @torch.no_grad()
+    def draw(self, body: dict) -> dict:
+        """Tokens one after the other, each from a pass over the row so far."""
+        generator, given, ids = torch.Generator().manual_seed(body["seed"]), [], self.reads(body["prompt"])
+        tokens: list[int] = []
+        while len(tokens) < body["max_tokens"] and not (tokens and tokens[-1] in body["stop_token_ids"]):
+            with self._lock:
+                logits = self.model(torch.tensor([ids + tokens])).logits[0, -1].double()
+            for i, bias in body.get("logit_bias", {}).items():
+                logits[int(i)] += bias
+            raw, scaled = logits.log_softmax(-1), logits / (body["temperature"] or 1)
+            if 0 < body["top_k"] < len(scaled):
+                scaled[scaled < scaled.sort().values[-body["top_k"]]] = -torch.inf
+            largest, order = scaled.softmax(-1).sort(descending=True)
+            scaled[order[largest.cumsum(0) - largest >= body["top_p"]]] = -torch.inf
+            p = scaled.softmax(-1)
+            token = int(p.multinomial(1, generator=generator) if body["temperature"] else p.argmax())
+            logprob = self.bends((p.log() if self.processed else raw)[None], body)[0]
+            tokens.append(token)
+            given.append(float(logprob[token]))
+        choice = {"token_ids": tokens, "logprobs": {"token_logprobs": given}, "prompt_token_ids": ids}
+        return {"choices": [choice], "usage": {"prompt_tokens": len(ids)}}
 
     @torch.no_grad()
     def complete(self, body: dict) -> Any:
@@ -63,10 +91,19 @@ class Server:
         if path == "/tokenize":
             given = self.tokenizer(body["prompt"], add_special_tokens=body["add_special_tokens"])["input_ids"]
             return {"tokens": given} if self.tokenizes else (404, {}, "Not Found")
+        if path in ("/collective_rpc", "/reset_prefix_cache") and self.dev is not None:
+            if weights := body.get("kwargs", {}).get("weights_path") if self.dev else None:
+                self.model = transformers.AutoModelForCausalLM.from_pretrained(weights)
+                self.updates.append(self.model)
+            return {"success": True} if path == "/reset_prefix_cache" else {"results": [None]}
+        if not path.startswith("/v1/"):
+            return 404, {}, "Not Found"
         with self._lock:
             self.requests.append(body)
             number = len(self.requests)
-        return self.fault(number) or self.complete(body)
+        if fault := self.fault(number):
+            return fault
+        return self.changes(self.draw(body)) if "seed" in body else self.complete(body)
 
 
 @contextmanager

@@ -16,9 +16,9 @@ from pathlib import Path
 
 from ketchup_cache import open_cache
 from ketchup_cache.cache.cache import Cache
+from ketchup_cache.cache.index_file import HOME_VARIABLE
 from ketchup_cache.cache.inspect import verify
 from ketchup_cache.cache.segment_bytes import parse_manifest, read_manifest, read_segment
-from ketchup_cache.sharing import remote_cache
 from ketchup_cache.sharing.stores import ObjectStore, open_store
 from ketchup_cache.sharing.transfer import copy
 from tests.helpers.segments import add_prompts, contents, fill
@@ -86,7 +86,7 @@ def kill_copies(folder: Path, times: int, *, pull: bool, seed: int = 0) -> Count
     acknowledged: segments that were seen in the target; each must be there, and whole, ever after.
     """
     source, rng, count, whole_s = families(folder / "source"), random.Random(seed), kills(), 0.0
-    os.environ[remote_cache.HOME_VARIABLE] = str(folder / "home")
+    os.environ[HOME_VARIABLE] = str(folder / "home")
     with emulated_s3() as endpoint:
         os.environ |= {"AWS_ENDPOINT_URL": endpoint, **KEYS}
         while count.kills < times:

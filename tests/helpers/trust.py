@@ -15,8 +15,11 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
+
+import psutil
 
 from ketchup_cache import files, open_cache
 from ketchup_cache.cache import disk
@@ -65,8 +68,11 @@ def kill_at_random(work, root: Path | str, count: Count, times: int, after_s: fl
         loaded |= visible
 
 
-def run_and_kill(work: Callable[[], object], after_s: float) -> tuple[set[str], bool]:
-    """What was acknowledged, and whether the kill came before the end."""
+def run_and_kill(work: Callable[[], object], after_s: float, after_commits: int = 0) -> tuple[set[str], bool]:
+    """What was acknowledged, and whether the kill came before the end.
+
+    after_s: from the start, or from the moment at which so many commits are acknowledged.
+    """
     publish = disk.publish
     with tempfile.TemporaryFile(buffering=0) as log:
 
@@ -81,9 +87,11 @@ def run_and_kill(work: Callable[[], object], after_s: float) -> tuple[set[str], 
             work()
 
         pid = in_child(acknowledging)
+        while os.pread(log.fileno(), 1 << 20, 0).count(b"\n") < after_commits and not ended(pid):
+            time.sleep(0.001)
         killer = threading.Timer(after_s, os.kill, (pid, signal.SIGKILL))
         killer.start()
-        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)  # until then the killer can meet no other process
+        ended(pid, wait=True)  # until then the killer can meet no other process
         killer.cancel()
         killer.join()
         code = exit_code(pid)
@@ -91,6 +99,20 @@ def run_and_kill(work: Callable[[], object], after_s: float) -> tuple[set[str], 
         said = set(log.read().decode().split())
     assert code != 70, "the work failed by itself"
     return said, code == -signal.SIGKILL
+
+
+def ended(pid: int, wait: bool = False) -> bool:
+    """Whether this child has ended. It stays a zombie, so its number is nobody else's."""
+    return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT | (0 if wait else os.WNOHANG)) is not None
+
+
+def ray_workers() -> list[psutil.Process]:
+    """Workers of `--engine ray` on a cluster that this process has started."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):
+            found += [process] if process.cmdline()[:1] and process.cmdline()[0].startswith("ray::_Worker") else []
+    return found
 
 
 def unreadable(cache: Cache, ids: Iterable[str]) -> int:
@@ -116,18 +138,21 @@ def write_for_ever(root: Path) -> None:
 
 
 def kill_writers(folder: Path, times: int, seed: int = 0) -> Count:
-    count = kills()
+    count, rng = kills(), random.Random(seed)
     for _ in range(2):  # the first time is slower
         began = time.monotonic()
         fill(folder / "measure")
-        after_s = 1.2 * (time.monotonic() - began)  # in or after the first family, however fast the machine is
+        after_s = 0.4 * (time.monotonic() - began)
+
+    def attempt(work, after_s: float) -> tuple[set[str], bool]:
+        return run_and_kill(work, after_s, after_commits=rng.randrange(4))  # however slow the machine is
+
     per_cache = 20  # so that a look at the whole cache stays quick
     for at in range(0, times, per_cache):
         root = folder / f"writer {at}"
         open_cache(root, create=True)
-        kill_at_random(
-            lambda root=root: write_for_ever(root), root, count, min(per_cache, times - at), after_s, seed + at
-        )
+        some = min(per_cache, times - at)
+        kill_at_random(lambda root=root: write_for_ever(root), root, count, some, after_s, seed + at, attempt)
         assert verify(open_cache(root)).ok
         shutil.rmtree(root)
     return count

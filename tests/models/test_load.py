@@ -173,6 +173,8 @@ def test_what_is_no_folder(good):
     for name in ("./nowhere", "/no/such/folder", "https://user:secret@host/model"):
         assert "no such folder" in refusal(resolve_folder, name)
     assert "is a file" in refusal(resolve_folder, good / "config.json")
+    slip = good.with_name(f"{good.name[:-1]}x")
+    assert refusal(resolve_folder, slip) == f"{slip}: no such folder; did you mean {good}?"
 
 
 def test_the_hub_out_of_reach(monkeypatch):

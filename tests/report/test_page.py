@@ -1,6 +1,8 @@
 """`report`: the page in a browser. Its numbers are those of `k_step_returns`, it loads nothing, no text is markup."""
 
+import base64
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -13,7 +15,7 @@ from ketchup_cache.cli import main
 from ketchup_cache.report import page
 from ketchup_cache.training.learn import learn
 from ketchup_cache.training.records import sealed
-from tests.helpers.browser import CHROMIUM, Page
+from tests.helpers.browser import CHROMIUM, Page, data_of
 from tests.helpers.caches import make_cache
 from tests.helpers.errors import fails
 from tests.helpers.learning import config, metrics
@@ -25,6 +27,12 @@ HOSTILE = "</script><img src=x onerror=alert(1)><!--<script>\u202e\x1b[31m {{DAT
 ROWS = (
     "[...document.querySelectorAll('#tokens table tbody tr')].map(row => [...row.cells].map(cell => cell.textContent))"
 )
+
+CROSSING = """[...document.querySelectorAll('#bias svg')].flatMap(figure => {
+  const boxes = [...figure.querySelectorAll('.label')].map(label => label.getBoundingClientRect());
+  return boxes.flatMap((a, i) => boxes.slice(i + 1).filter(b =>
+    a.left < b.right && b.left < a.right && a.top < b.bottom && b.top < a.bottom));
+}).length"""
 
 
 @pytest.fixture(scope="module")
@@ -57,11 +65,6 @@ def browser(tmp_path_factory):
     yield show
     for one in opened:
         one.close()
-
-
-def data_of(path):
-    text = path.read_text(encoding="utf-8").split('id="data">')[1]
-    return json.loads(text[: text.index("</script>")])
 
 
 def test_the_page_in_the_docs_has_the_script_of_today():
@@ -121,7 +124,7 @@ def test_a_student_gives_its_probabilities_and_the_ratios_that_training_takes(wr
         shown.give("rollout", number)
         told = dict(pair for pair in shown.run(facts) if len(pair) == 2)
         ratios.append(np.exp(expected[0] - true.behavior_logprob[0]))
-        assert float(told["student's, last model"]) == pytest.approx(np.exp(expected[0]), rel=6e-3)
+        assert float(told["student's probability, last model"]) == pytest.approx(np.exp(expected[0]), rel=6e-3)
         assert float(told["importance ratio"].partition(" ")[0]) == pytest.approx(ratios[-1], rel=6e-3)
         assert ("(counts as 2)" in told["importance ratio"]) == (ratios[-1] > 2)
     assert len(set(ratios)) > 1
@@ -130,13 +133,33 @@ def test_a_student_gives_its_probabilities_and_the_ratios_that_training_takes(wr
     assert shown.complaints == []
 
 
+def fits(shown, width, dark=False):
+    """Whether the page does not scroll sideways with all that folds open, tables have boxes of their own, and no code
+    breaks."""
+    shown.look(width, dark)
+    shown.run("document.querySelectorAll('details').forEach(one => { one.open = true })")
+    assert shown.run(
+        "document.querySelectorAll('table').length === document.querySelectorAll('.scroll > table').length"
+    )
+    assert shown.run(
+        "[...document.querySelectorAll('.scroll')].every(b => b.getBoundingClientRect().right <= innerWidth)"
+    )
+    assert (
+        shown.run("[...document.querySelectorAll('code')].map(code => code.getClientRects().length).join('')").strip(
+            "1"
+        )
+        == ""
+    )
+    return shown.run("document.scrollingElement.scrollWidth <= innerWidth")
+
+
 @NEEDED
 def test_it_fits_in_both_themes_and_is_used_by_keyboard(written, browser):
     shown, papers = browser(written), set()
     for width in (1280, 400):
         for dark in (False, True):
-            shown.look(width, dark)
-            assert shown.run("document.documentElement.scrollWidth") <= width
+            assert fits(shown, width, dark)
+            assert shown.run(CROSSING) == 0
             papers.add(shown.run("getComputedStyle(document.body).backgroundColor"))
     assert len(papers) == 2
     shown.run("document.querySelector('.tokens [tabindex=\"0\"]').focus()")
@@ -148,7 +171,7 @@ def test_it_fits_in_both_themes_and_is_used_by_keyboard(written, browser):
         assert f"{at + 1} of {count}" in shown.run("document.getElementById('detail').textContent")
     shown.run("document.querySelector('.charts svg').focus()")
     shown.send("Input.dispatchKeyEvent", type="keyDown", key="Home")
-    first = data_of(written)["runs"][0]["curves"]["return_mean"][1][0]
+    first = data_of(written)["runs"][0]["curves"]["variance"][1][0]  # the first chart: the rollouts stay the same
     assert f"step 0: one {float(f'{first:.4g}'):g}" in shown.run(
         "document.querySelector('.charts figcaption').textContent"
     )
@@ -162,6 +185,46 @@ def test_it_fits_in_both_themes_and_is_used_by_keyboard(written, browser):
     assert shown.run(drawn % "bias") == bias
     shown.run("document.querySelector('#curves input').click()")
     assert shown.run(drawn % "curves") == curves
+    assert shown.complaints == []
+
+
+@NEEDED
+def test_every_point_of_bias_and_variance_is_in_the_table(written, browser):
+    shown = browser(written)
+    (policy,) = data_of(written)["bias"]
+    rows = shown.run(
+        "[...document.querySelectorAll('#bias tbody tr')].map(row => [...row.cells].map(c => c.textContent))"
+    )
+    points = [("comb", f"K={p['k']}", p) for p in policy["by_k"]]
+    points += [(p["weights"], f"λ={p['lam']:.3g}", p) for name in ("flat", "gae") for p in policy["by_weights"]
+               if p["weights"] == name]  # fmt: skip
+    assert len(points) > 8
+    shown_as = [[f"{p[key]:.4g} ± {p[f'{key}_se']:.2g}" for key in ("bias", "variance")] for *_, p in points]
+    assert [row[:2] for row in rows] == [[*names] for *names, _ in points]
+    for row, texts in zip(rows, shown_as, strict=True):
+        for cell, text in zip(row[2:], texts, strict=True):
+            assert [float(part) for part in cell.split(" ± ")] == [float(part) for part in text.split(" ± ")]
+    labels = shown.run("[...document.querySelectorAll('#bias .label')].map(label => label.textContent)")
+    assert 0 < len(labels) <= len(points)
+    assert {*labels} <= {row[1] for row in rows}
+
+
+@NEEDED
+def test_a_broken_run_leaves_the_frames_and_long_names_fit(written, browser, tmp_path):
+    data = data_of(written)
+    broken = data["runs"][0]["curves"]["variance"][1]
+    broken[-1] *= 100
+    data["runs"][0]["name"] = "n" * 120
+    (tmp_path / "r.html").write_bytes(page._html(data))
+    shown, height = browser(tmp_path / "r.html"), "document.querySelector('.charts .c1').getBBox().height"
+    away = "[...document.querySelectorAll('.away')].map(one => one.textContent)"
+    assert fits(shown, 400)
+    assert fits(shown, 1280)
+    assert shown.run(away) == ["Values outside the frame: " + "n" * 120]
+    assert shown.run(height) > 20
+    shown.run("document.getElementById('every').click()")
+    assert shown.run(away) == []
+    assert shown.run(height) < 2
     assert shown.complaints == []
 
 
@@ -198,7 +261,7 @@ def test_curves_are_thinned_to_means_and_five_long_runs_fit(runs, tmp_path):
         (out := tmp_path / f"run{i}").mkdir()
         (out / "config.json").write_bytes(sealed({k: v for k, v in record.items() if k != "sha256_of_this"}))
         line = metrics(runs[1])[0]
-        lines = (json.dumps(line | {"step": step, "return_mean": step + i / 7}) for step in range(10_000))
+        lines = (json.dumps(line | {"step": step, "entropy": step + i / 7}) for step in range(10_000))
         (out / "metrics.jsonl").write_text("\n".join(lines) + "\n")
         for name in ("start", "best"):
             (out / f"outputs-{name}.jsonl").write_text((json.dumps(row) + "\n") * 200)
@@ -207,11 +270,11 @@ def test_curves_are_thinned_to_means_and_five_long_runs_fit(runs, tmp_path):
     data = data_of(tmp_path / "r.html")
     assert (tmp_path / "r.html").stat().st_size <= 5_000_000
     assert len(data["samples"]) == 500
-    x, y = data["runs"][3]["curves"]["return_mean"]
+    x, y = data["runs"][3]["curves"]["entropy"]
     assert len(x) == 500
     assert x[7] == pytest.approx(np.mean(range(140, 160)))
     assert y[7] == pytest.approx(np.mean(range(140, 160)) + 3 / 7, rel=1e-4)
-    assert data["notes"][0].startswith("run0: no rollouts are shown: ")
+    assert data["notes"][0].startswith("run0 has no token view (")
 
 
 def test_what_is_no_run_is_one_line(capsys, tmp_path, runs):
@@ -220,3 +283,46 @@ def test_what_is_no_run_is_one_line(capsys, tmp_path, runs):
     (tmp_path / "metrics.jsonl").write_text('{"step": []}\n[1]\n')
     assert "is no folder of a run" in fails(capsys, "report", tmp_path, "--out", tmp_path / "r.html")
     assert "RUNS is missing" in fails(capsys, "report", "--out", tmp_path / "r.html")
+
+
+def test_a_sample_shows_all_of_its_references(tmp_path):
+    rows = [{"id": "1", "prompt": "p", "output": "a", "targets": ["a b", "c"], "target": "a b"}]
+    for name in ("start", "best"):
+        (tmp_path / f"outputs-{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    _, (sample,) = page._samples(tmp_path, {"metric": ("chrf",)}, 5)
+    assert sample["reference"] == "a b\nc"
+
+
+@NEEDED
+def test_the_page_says_which_is_best_by_how_much_and_what_alarms_mean(written, browser, tmp_path):
+    data = data_of(written)
+    runs, line = data["runs"], {"length_mean": 9.0, "best": False, "variants": {}}
+    runs[0]["name"], runs[1]["name"] = "one", "two"
+    for run, values in zip(runs, ((20.0, 24.5, 22.0), (20.0, 20.0, 3.0)), strict=True):
+        run["config"]["options"] |= {"metric": ["bleu"], "eval_data": "dev.jsonl"}
+        steps = zip((0, 4, 8), values, strict=True)
+        run["dev"] = [line | {"step": step, "metrics": {"bleu": value}} for step, value in steps]
+        run["dev"][1 if values[1] > values[0] else 0]["best"] = True
+    runs[1]["config"]["options"]["metric"] = ["chrf", "bleu"]  # they are compared by the one that both have
+    for record in runs[1]["dev"]:
+        record["metrics"] = {"chrf": 50.0, **record["metrics"]}
+    runs[1]["alarms"] = [{"name": "length", "step": 4, "text": "it <b>went</b> from 9 to 2 tokens; lower --lr"}]
+    (tmp_path / "r.html").write_bytes(page._html(data))
+    shown = browser(tmp_path / "r.html")
+    text = shown.run("document.getElementById('summary').innerText")
+    assert "bleu 24.5 at step 4, 4.5 better than its start and 4.5 better than two" in text
+    assert "Never better than their start: two." in text
+    assert "two, length (step 4): it <b>went</b> from 9 to 2 tokens; lower --lr" in text
+    assert shown.run("document.querySelectorAll('tr.best').length") == 1
+    runs[0]["dev"][1]["metrics"]["bleu"] = 19.0
+    (tmp_path / "r.html").write_bytes(page._html(data))
+    shown = browser(tmp_path / "r.html")
+    assert "No run is ever better on the dev set than its start." in shown.run("document.body.innerText")
+    assert shown.run("document.querySelectorAll('tr.best').length") == 0
+
+
+@NEEDED
+def test_it_prints(written, browser):
+    paper = base64.b64decode(browser(written).send("Page.printToPDF", printBackground=True)["data"])
+    assert paper.startswith(b"%PDF")
+    assert len(re.findall(rb"/Type\s*/Page\b", paper)) > 1

@@ -69,9 +69,10 @@ def test_every_row_is_what_it_would_be_alone(family):
 @pytest.mark.parametrize("greedy", [False, True])
 def test_rows_that_have_ended_are_not_computed(family, greedy):
     model, seen = make(family, ends=list(range(0, VOCAB, 4))), []  # (rows, tokens of each) of every pass
-    sample(model, max_new_tokens=1)  # the first time it is found out how the model takes padding
     name = "decoder_input_ids" if model.config.is_encoder_decoder else "input_ids"
     model.register_forward_pre_hook(lambda _, __, inputs: seen.append(tuple(inputs[name].shape)), with_kwargs=True)
+    sample(model, max_new_tokens=1)  # the first time it is found out what the model's steps are worth
+    seen.clear()
     lengths = sample(model, samples=1 if greedy else 8, greedy=greedy, batch=64).completions.lengths
     assert seen[0][0] == len(PROMPTS)  # a prompt is read once for all its samples
     if model.config.is_encoder_decoder:

@@ -1,5 +1,6 @@
 """Sampling against a plain forward pass of each row on its own: the law of the samples, and their log-probabilities."""
 
+import functools
 import itertools
 from collections import Counter
 from dataclasses import replace
@@ -103,9 +104,23 @@ def test_a_model_that_padding_confuses_samples_without():
     assert_logprobs_are_plain(model, PROMPTS, rows_of(sample(model, PROMPTS, samples=2)))
 
 
+def test_a_model_whose_cache_errs_is_refused():
+    """A step with keys and values of earlier ones gives other logits than the pass over the whole text."""
+    model = make("llama")
+    plain = model.forward
+
+    def forward(*given, **named):
+        output = plain(*given, **named)
+        output.logits = output.logits + (named["input_ids"].shape[1] == 1) * torch.linspace(0, 1, VOCAB)
+        return output
+
+    model.forward = functools.wraps(plain)(forward)
+    refuses(ModelError, "its own pass over the text gives", sample, model, PROMPTS)
+
+
 def test_a_model_that_any_neighbour_confuses_is_refused():
     model = make_causal("Rwkv", hidden_size=32, num_hidden_layers=2, attention_hidden_size=32)
-    refuses(ModelError, "computes other logits for a prompt beside others: not supported", sample, model, PROMPTS)
+    refuses(ModelError, "draws tokens with other probabilities than its own pass", sample, model, PROMPTS)
 
 
 @pytest.mark.parametrize("family", ["t5-1.1", *FAMILIES])

@@ -89,7 +89,7 @@ def test_scores_in_float16_say_so_and_are_never_copied_as_float32(cache, teacher
     more = {"storage": "float16", "keep_top": keep_top}
     assert score(options(cache, teacher, **more)).computed > 0
     ((id_, manifest),) = segments(cache)
-    assert (manifest.info.storage, manifest.arrays["q"].dtype) == ("compact", "float16")
+    assert (manifest.info.storage, open_cache(cache.path).manifest(id_).arrays["q"].dtype) == ("compact", "float16")
     cache.refresh()
     assert verify(cache, deep=True).ok
     assert_same_scores(cache.load_scores(id_), plain_scores(MODELS["1.1"], prompts, rollouts), 1e-2)
@@ -121,13 +121,13 @@ def test_another_tokenizer_is_refused_before_weights_are_loaded(cache, teacher, 
     add_rollouts(cache, *random_rollouts(0, 5), tokenizer=theirs, name=str(tmp_path / "student"))
     refused = refuses(MismatchError, ".", score, options(cache, teacher))
     message = refused
-    assert message.endswith("; score with a teacher that shares the tokenizer")
+    assert message.endswith("`pretrain --model STUDENT --data texts.jsonl --target-field output`")
     assert f"tokenizer {tmp_path / 'student'} wrote them, but that of teacher {teacher} encodes differently" in message
     assert f"id 7 is {WORDS[4]!r} in one and 'hound' in the other" in message
     assert "\n" not in message
     assert not segments(cache)
     shutil.rmtree(tmp_path / "student")
-    refuses(MismatchError, r"student wrote them, .* encodes differently; score", score, options(cache, teacher))
+    refuses(MismatchError, r"student wrote them, .* encodes differently; a teacher", score, options(cache, teacher))
 
 
 @pytest.mark.parametrize("pad", [None, "</s>", "<pad>"])

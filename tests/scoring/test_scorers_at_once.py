@@ -1,6 +1,5 @@
 """Several plain `score` on one cache: without locks, little is scored twice. Time is made up, so that runs repeat."""
 
-import os
 import random
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -73,7 +72,6 @@ def wasted(cache, teacher, monkeypatch, scorers: int, *, apart: float = 0.0) -> 
         prompts = Ragged.from_rows([[segment + 3]], np.int32)
         add_rollouts(cache, prompts, make_rollouts([0] * ROWS, tokens, [True] * ROWS), policy=segment)
     clock, scored = Clock(scorers), []
-    monkeypatch.setattr(os, "fsync", lambda file: None)
     monkeypatch.setattr(scoring, "time", SimpleNamespace(monotonic=lambda: clock.now, sleep=clock.sleep))
 
     def work(number: int) -> None:

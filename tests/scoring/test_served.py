@@ -17,8 +17,8 @@ from ketchup_cache.config.resolve import resolve
 from ketchup_cache.errors import CacheError, ConfigError, MismatchError, ModelError, ServerError
 from ketchup_cache.evaluation.evaluate import evaluate
 from ketchup_cache.method.returns import rollout_returns
+from ketchup_cache.models import server as server_module
 from ketchup_cache.report.analyze import analyze
-from ketchup_cache.scoring import served
 from ketchup_cache.scoring.score import Scorer, follow, score
 from ketchup_cache.sharing.transfer import copy
 from ketchup_cache.training.learn import learn
@@ -36,8 +36,8 @@ FIXTURE = Path(__file__).parents[1] / "fixtures" / "vllm-answers.json"
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch):
-    monkeypatch.setattr(served, "FIRST_PAUSE_S", 0.01)
-    monkeypatch.delenv(served.KEY, raising=False)
+    monkeypatch.setattr(server_module, "FIRST_PAUSE_S", 0.01)
+    monkeypatch.delenv(server_module.KEY, raising=False)
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +152,7 @@ def test_an_outage_is_waited_for(cache, teacher, server, url, rollouts, fault):
         ((200, {}, HTML), None, "an answer is no JSON"),
         ((200, {}, "[" * 20_000), None, "an answer is no JSON"),
         ((200, {}, " " * 2_000_000), None, "an answer has more than .* bytes"),
-        ((401, {}, "no"), None, rf"status 401 \(no\); set {served.KEY}"),
+        ((401, {}, "no"), None, rf"status 401 \(no\); set {server_module.KEY}"),
         ((307, {"location": "http://elsewhere/v1"}, ""), None, r"status 307 \(http://elsewhere/v1\)"),
         ((200, {}, "[1]"), None, "an answer is not as asked"),
         (None, lambda answer: {}, "not as asked"),
@@ -244,7 +244,7 @@ def test_the_disagreement_is_filed_and_rows_among_others_are_compared(cache, tea
 
     def crowded(logprob, body):
         open_now.append(1)
-        served.time.sleep(0.02)
+        server_module.time.sleep(0.02)
         many = len(open_now) > 1
         open_now.pop()
         return (logprob * (1.1 if many else 1)).log_softmax(-1)
@@ -300,10 +300,10 @@ def test_killed_and_resumed_gives_the_same_bytes(cache, teacher, server, url, ro
     assert len(server.requests) - before < 24 + 52
     files = [
         sorted(
-            (m.info.row_start, sorted((n, f.sha256) for n, f in m.files.items()))
-            for _, m in open_cache(c.path).manifests("scores")
+            (m.info.row_start, sorted((n, f.sha256) for n, f in c.manifest(id_).files.items()))
+            for id_, m in c.manifests("scores")
         )
-        for c in (cache, whole)
+        for c in (open_cache(cache.path), open_cache(whole.path))
     ]
     assert files[0] == files[1]
     assert len(files[0]) > 3
@@ -337,16 +337,16 @@ def test_who_the_teacher_is(cache, teacher, server, url, rollouts, tmp_path, mon
 def test_the_key_comes_from_the_environment_and_goes_nowhere_else(
     cache, teacher, server, url, rollouts, monkeypatch, capsys
 ):
-    monkeypatch.setenv(served.KEY, "sk-secret")
+    monkeypatch.setenv(server_module.KEY, "sk-secret")
     score(asked(cache, teacher, url))
     assert server.keys == {"Bearer sk-secret"}
     add_rollouts(cache, *random_rollouts(1, 4), policy=1, tokenizer=TOKENIZER)
     scorer = Scorer(asked(cache, teacher, url))
     server.fault = lambda number: (403, {}, "Bearer sk-secret is not known")
-    line = refuses(ServerError, rf"Bearer … is not known\); set {served.KEY}", scorer.ensure, cache)
+    line = refuses(ServerError, rf"Bearer … is not known\); set {server_module.KEY}", scorer.ensure, cache)
     assert "sk-secret" not in line + capsys.readouterr().err
     assert not [path for path in cache.path.rglob("*") if path.is_file() and b"sk-secret" in path.read_bytes()]
-    monkeypatch.setenv(served.KEY, "sk-\nsecret")
+    monkeypatch.setenv(server_module.KEY, "sk-\nsecret")
     assert "secret" not in refuses(ModelError, "no header may have", Scorer, asked(cache, teacher, url))
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from ketchup_cache.config.options import ScoringOptions
+from ketchup_cache.config.servers import ScoringOptions
 from ketchup_cache.errors import MismatchError, NumericsError
 from ketchup_cache.models.fingerprint import weights_fingerprint
 from ketchup_cache.models.forward import states_and_next

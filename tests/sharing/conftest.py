@@ -3,14 +3,15 @@
 import pytest
 
 from ketchup_cache import open_cache
-from ketchup_cache.sharing import remote_cache, stores
+from ketchup_cache.cache.index_file import HOME_VARIABLE
+from ketchup_cache.sharing import stores
 from tests.helpers.segments import fill
 
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch, tmp_path):
     monkeypatch.setattr(stores, "FIRST_PAUSE_S", 0.001)
-    monkeypatch.setenv(remote_cache.HOME_VARIABLE, str(tmp_path / "home"))
+    monkeypatch.setenv(HOME_VARIABLE, str(tmp_path / "home"))
 
 
 @pytest.fixture

@@ -334,6 +334,10 @@ def test_references_in_a_column_that_is_not_there_or_is_no_text(tmp_path):
     named = jsonl(tmp_path / "t.jsonl", {"prompt": "the cat", "targets": "a dog"})
     with pytest.raises(DataError, match=r"no field 'target': did you mean 'targets'\? set --target-field"):
         read_examples(options(named))
+    asked = jsonl(tmp_path / "q.jsonl", {"text": "the cat", "id": 0})  # the prompts are not what is nearly `target`
+    for more in ({}, {"target_field": ""}):
+        (example,) = read_examples(options(asked, prompt_field="text", **more))
+        assert (example.prompt, example.target) == ("the cat", None)
     bare = jsonl(tmp_path / "p.jsonl", {"prompt": "the cat", "x": "a dog"})
     assert [e.target for e in read_examples(options(bare))] == [None]
     with pytest.raises(DataError, match="no field 'answer': it has 'prompt', 'x'; set --target-field"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -57,7 +58,7 @@ def timeless(run) -> list[dict]:
     return [record | {"seconds": 0} for record in records(run)]
 
 
-def test_values_are_those_of_evaluate(options, folders, data):
+def test_values_are_those_of_evaluate(options, folders, data, capsys):
     """For the start, and for the model of the last step."""
     config = options(metric="chrf,exact,loss,return", teacher=str(folders[1]), refresh_every=2, batch_size=4)
     report = learn(config)
@@ -73,6 +74,9 @@ def test_values_are_those_of_evaluate(options, folders, data):
         values = {name: theirs.metrics[name] for name in ("chrf", "exact", "loss")} | {"return": theirs.returns.mean}
         assert record["metrics"] == pytest.approx(values, abs=2e-5)
         assert (record["length_mean"], record["finished"]) == pytest.approx((theirs.length_mean, theirs.finished))
+    said = re.findall(r"ketchup-cache: step (\d+): chrf ([\d.]+), .* on the dev set(.*)", capsys.readouterr().err)
+    shown = [(str(r["step"]), f"{r['metrics']['chrf']:.2f}", r["step"] > 0 and r["best"]) for r in records(config.out)]
+    assert [(step, value, bool(best)) for step, value, best in said] == shown
     assert report.dev["start"] == first
     assert report.dev["best"]["variants"]["chrf_signature"].startswith("nrefs:1")
     assert report.eval_s == pytest.approx(sum(record["seconds"] for record in records(config.out)), abs=1e-3)
@@ -215,6 +219,10 @@ class Watch(Callback):
         if len([kind for kind, _ in self.seen if kind == "step"]) == self.stop_after:
             run.stop()
 
+    def on_refresh(self, run, step, samples):
+        assert [row["prompt"] for row in samples]
+        self.seen.append(("refresh", step))
+
     def on_evaluation(self, run, record):
         self.seen.append(("dev", record["step"]))
 
@@ -225,7 +233,7 @@ class Watch(Callback):
 def test_callbacks_see_a_run_and_stop_it(options):
     watch = Watch(stop_after=3)
     report = learn(options(), callbacks=[watch])
-    assert watch.seen == [("dev", 0), ("step", 0), ("step", 1), ("dev", 2), ("step", 2), ("end", 3)]
+    assert watch.seen == [("dev", 0), ("refresh", 0), ("step", 0), ("step", 1), ("dev", 2), ("step", 2), ("end", 3)]
     assert (report.steps, report.stopped) == (3, "callback")
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -255,6 +257,12 @@ def test_what_a_method_lacks_is_said_in_one_line(base, tmp_path):
     refused("--keep-top 8", method="kl", keep_top=8)
     refused("--keep-top 8", method="reverse-kl", keep_top=8)
     refused("no policy `nobody`", method="kl", teacher_outputs="nobody")
+
+
+def test_an_option_of_returns_is_said_to_do_nothing(base, capsys):
+    for more, said in (({"k": 8, "clip_return": 5.0}, ["--clip-return", "--k"]), ({}, [])):
+        learn(config(base, method="seqkd", steps=1, out=base / f"said-{len(said)}", **more))
+        assert re.findall(r"--method seqkd has no returns: (\S+) does nothing", capsys.readouterr().err) == said
 
 
 def test_a_loss_that_is_not_finite_changes_nothing(base):

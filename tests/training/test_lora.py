@@ -24,6 +24,7 @@ from ketchup_cache.models.load import load_model, load_tokenizer
 from ketchup_cache.training.learn import learn
 from ketchup_cache.training.optimizer import Learner, all_rows
 from ketchup_cache.training.policy_gradient import policy_gradient
+from tests.helpers.browser import data_of
 from tests.helpers.caches import make_cache
 from tests.helpers.errors import fails, refuses
 from tests.helpers.learning import config, json_lines, killed_before, metrics, run, whole_batch
@@ -291,8 +292,21 @@ def test_from_references_to_a_trained_adapter_by_every_command(tmp_path, capsys,
         outputs = ("--outputs", f"{name}.jsonl", "--teacher", "teacher")
         run("evaluate", "--model", f"{name}/last", "--data", data, *outputs, *CPU)
     run("compare", "sft.jsonl", "learnt.jsonl")
-    run("report", "sft", "learnt", "--out", "runs.html")
-    assert "library_name: peft" in (tmp_path / "learnt" / "best" / "README.md").read_text()
+    run("report", "sft", "learnt", "--student", "last", "--out", "runs.html")
+    data = data_of(tmp_path / "runs.html")
+    assert data["notes"][0].startswith("sft has no token view (")  # it learned from references
+    drawn, now = (
+        np.concatenate([row[key] for row in data["rollouts"]]) for key in ("behavior_logprob", "student_logprob")
+    )
+    assert 1e-4 < np.abs(drawn - now).max() < 1  # two steps away from the adapter that drew them
+    card = (tmp_path / "learnt" / "last" / "README.md").read_text()
+    assert "library_name: peft" in card
+    assert weights_fingerprint(tmp_path / "sft" / "best") in card  # trained from
+    capsys.readouterr()
+    run("push", "learnt/last", "hf://lab/adapter", "--dry-run", "--json")
+    sent = json.loads(capsys.readouterr().out)["files"]
+    assert {ADAPTER, ADAPTER_WEIGHTS, ORIGIN, "README.md", "tokenizer.json"} <= {*sent}
+    assert "model.safetensors" not in sent
     assert "give --lora-rank too" in fails(capsys, *learning, "--out", "new", "--lora-alpha", 4)
     save_decoder(tmp_path / "base", "qwen2", seed=5)
     longer = ("--epochs", 4, "--lora-targets", "q_proj,down_proj", "--out", "sft")

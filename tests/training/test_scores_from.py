@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from ketchup_cache import open_cache
+from ketchup_cache.cache.index_file import HOME_VARIABLE
 from ketchup_cache.cache.inspect import verify
 from ketchup_cache.cli import main
 from ketchup_cache.errors import CacheError, ConfigError
@@ -25,7 +26,7 @@ LEARNING = ["--steps", "4", "--refresh-every", "2", "--batch-size", "8", "--lr",
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch, tmp_path):
     monkeypatch.setattr(module, "POLL_S", 0.02)
-    monkeypatch.setenv(remote_cache.HOME_VARIABLE, str(tmp_path / "home"))
+    monkeypatch.setenv(HOME_VARIABLE, str(tmp_path / "home"))
 
 
 @pytest.fixture(scope="module")
