@@ -175,28 +175,60 @@ def tried(place: Place, done: dict[str, Any]) -> Iterator[Job]:
             yield name, lambda n=name, o=options, s=seed: jobs.run(place, n, Row(o), s, test=False)
 
 
+def needs(name: str) -> Iterator[str]:
+    """The jobs whose models and caches a run uses, in their order."""
+    yield from ("data", "teacher", "outputs", "base")
+    kind, *_, seed = name.split("/")
+    if kind in ("dev", "run", "tried", "begun", "offline", "variance", "gradient") and seed.isdigit():
+        yield from (f"starts/{seed}", f"begun/{seed}")
+    if kind == "gradient" or "offline" in name or "another's" in name:
+        yield from (f"offline/{s}" for s in (seed, *map(str, OTHER_SEEDS)))
+
+
 def work(place: Place, until: float) -> int:
-    """Do jobs until the time is over; returns how many were finished."""
+    """Do jobs until the time is over; returns how many were finished.
+
+    Where a record is there and its models are not, as in a new clone, they are made again, without a new record.
+    """
     finished = 0
     while time.time() < until:
         known = place.records()
-        for name, job in order(place):
-            if name in known:
+        todo = dict(order(place))
+        for wanted in todo:
+            if wanted in known:
                 continue
-            with locked(place / f"locks/{name.replace('/', '+')}", wait=False) as mine:
-                if not mine or name in place.records():
+            missing = (need for need in needs(wanted) if need in known and not place.file_of("made", need).exists())
+            name = next(missing, wanted)
+            with locked(place.file_of("locks", name), wait=False) as mine:
+                if not mine or wanted in place.records():
                     continue
                 began = time.monotonic()
                 try:
-                    place.add(name, job())
+                    record = todo[name]()
                 except Stopped:
                     return finished
-                print(f"{name}: {time.monotonic() - began:.0f} s", flush=True)
+                if name == wanted:
+                    place.add(name, record)
+                made = place.file_of("made", name)
+                made.parent.mkdir(parents=True, exist_ok=True)
+                made.touch()
+                print(f"{name}: {time.monotonic() - began:.0f} s{told(record, known.get(name))}", flush=True)
                 finished += 1
                 break
         else:
             return finished
     return finished
+
+
+def told(record: Any, known: Any) -> str:
+    """Of a model that was made again, whether it is the same: its last value on the dev set beside the known one."""
+    if known is None:
+        return ""
+    runs = [of.get("pretrain", of) for of in (record, known) if isinstance(of, dict)]
+    curves = [of["curve"][-1] for of in runs if "curve" in of]
+    if len(curves) < 2:
+        return ", made again"
+    return ", made again: BLEU on dev " + ", then ".join(f"{curve['bleu']:.4f}" for curve in reversed(curves))
 
 
 def main() -> None:

@@ -44,6 +44,10 @@ class Place:
     def records(self) -> dict[str, Any]:
         return json.loads(self.results.read_text(encoding="utf-8")) if self.results.exists() else {}
 
+    def file_of(self, kind: str, name: str) -> Path:
+        """A file that says something of a job: a lock, or that what it makes is in this folder."""
+        return self / f"{kind}/{name.replace('/', '+')}"
+
     def add(self, name: str, record: Any) -> None:
         """Into the results, with those of other processes. Paths are those in the folder of the work."""
         known = json.loads(json.dumps(record, ensure_ascii=False).replace(f"{self.work / self.task.name}/", ""))

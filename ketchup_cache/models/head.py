@@ -6,7 +6,7 @@ them is noise. So the head's weights, products and reductions are float32 here, 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -98,11 +98,16 @@ class Head:
                 logits = logits + bias.flatten()[of].float()
         return self.post_operation(logits) if self.post_operation else logits
 
-    def log_prob(self, states: Tensor, targets: Tensor, *, chunk: int = 1024) -> Tensor:
+    def log_prob(self, states: Tensor, targets: Tensor, *, chunk: int | None = None) -> Tensor:
         """Log-softmax of the chosen tokens. states: [n, D], targets: [n] int64 → [n] float32, nats.
 
-        Where a gradient is wanted, each chunk's logits are computed again in the backward pass: [n, V] is never held.
+        chunk: states whose logits are held together, for speed. Where a gradient is wanted, they are computed again in
+        the backward pass: [n, V] is never held.
         """
+        chunk = chunk or max(BLOCK.get(states.device.type, BLOCK["cpu"]) // self.vocab_size, 256)
+        if self.post_operation is None and self.bias is None and getattr(self.projection, "bias", None) is None:
+            weight = self.projection.weight[: self.vocab_size]
+            return _LogProb.apply(states.to(weight.device).float(), weight.float(), targets, chunk)
 
         def chosen(states: Tensor, targets: Tensor) -> Tensor:
             logits = self.logits(states)
@@ -150,6 +155,48 @@ class Head:
             total_exp = total_exp * (max_q - largest).exp() + exponentials
             max_q = largest
         return q, max_q, max_q + total_exp.log(), total / self.vocab_size, *top
+
+
+class _LogProb(torch.autograd.Function):
+    """`Head.log_prob` of a head that is a product alone. The gradient of a row's logits, g (onehot − softmax), is made
+    where the logits are, so a block of them stays in a processor's cache: autograd makes six such tensors anew."""
+
+    @staticmethod
+    def forward(context: Any, states: Tensor, weight: Tensor, targets: Tensor, chunk: int) -> Tensor:
+        """[n, D], [V, D] float32, [n] int64 → [n]."""
+        logprob, logsumexp = states.new_empty(len(states)), states.new_empty(len(states))
+        for rows, logits in _blocks(states, weight, chunk):
+            chosen = logits.gather(1, targets[rows, None])[:, 0]
+            largest = logits.amax(1)
+            logsumexp[rows] = largest + logits.sub_(largest[:, None]).exp_().sum(1).log()
+            logprob[rows] = chosen - logsumexp[rows]
+        context.save_for_backward(states, weight, targets, logsumexp)
+        context.chunk = chunk
+        return logprob
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        states, weight, targets, logsumexp = context.saved_tensors
+        of_states, of_weight = (
+            torch.zeros_like(of) if needed else None
+            for of, needed in zip((states, weight), context.needs_input_grad, strict=False)
+        )
+        for rows, logits in _blocks(states, weight, context.chunk):
+            g = gradient[rows, None]
+            logits.sub_(logsumexp[rows, None]).exp_().mul_(-g).scatter_add_(1, targets[rows, None], g)
+            if of_states is not None:
+                torch.mm(logits, weight, out=of_states[rows])
+            if of_weight is not None:
+                of_weight.addmm_(logits.T, states[rows])
+        return of_states, of_weight, None, None
+
+
+def _blocks(states: Tensor, weight: Tensor, chunk: int) -> Iterator[tuple[slice, Tensor]]:
+    """The logits of so many states after the other, all in one place."""
+    place = states.new_empty(min(chunk, len(states)), len(weight))
+    for start in range(0, len(states), chunk):
+        rows = slice(start, min(start + chunk, len(states)))
+        yield rows, torch.mm(states[rows], weight.T, out=place[: rows.stop - start])
 
 
 def _top(logits: Tensor, keep: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -40,7 +40,8 @@ def attach(model: PreTrainedModel, name: str, adapter: Adapter | None, options: 
     config.task_type = "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"
     with torch.random.fork_rng(), warnings.catch_warnings(action="ignore"):
         torch.manual_seed(getattr(options, "seed", 0))  # of A: a run that goes on begins with the same
-        model.add_adapter(config, NAME)
+        # `model.add_adapter` does this too, and refuses versions of peft by a list of its own
+        peft.inject_adapter_in_model(config, model, NAME)
     config.base_model_name_or_path, model.base_fingerprint = name, base
     if isinstance(config.target_modules, set):  # in another order in every process
         config.target_modules = sorted(config.target_modules)
@@ -76,7 +77,6 @@ def merge(model: PreTrainedModel) -> PreTrainedModel:
             layer.merge()
             model.set_submodule(path, layer.base_layer)
     del model.peft_config, model.base_fingerprint
-    model._hf_peft_config_loaded = False
     return model.requires_grad_(True)
 
 

@@ -7,7 +7,7 @@ own, and not on who stands beside it or has left.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -39,7 +39,7 @@ def can_decode(model: PreTrainedModel) -> bool:
     if model.is_remote_code() or any(own):
         return False
     takes = inspect.signature(model.forward).parameters
-    if "past_key_values" not in takes or (model.config.is_encoder_decoder and "encoder_outputs" not in takes):
+    if not _cache_name(takes) or (model.config.is_encoder_decoder and "encoder_outputs" not in takes):
         return False
     # a state that is not keys and values of each token (Mamba's) could be selected too, but is not tested here
     return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in _empty_cache(model).layers)
@@ -113,6 +113,7 @@ class _Rows:
         self._model, self._device = model, input_device(model)
         self._encoded: Any = None
         self._takes = inspect.signature(model.forward).parameters
+        self._name = _cache_name(self._takes)
         self._cache: Any = _empty_cache(model)
         # a decoder-only model goes on at the right end, so the padding is on the left
         tokens, self._mask = padded(prompts, self._device, left=not model.config.is_encoder_decoder)
@@ -139,7 +140,7 @@ class _Rows:
         self._read(tokens[:, None])
 
     def _read(self, tokens: Tensor) -> None:
-        inputs: dict[str, Any] = {"attention_mask": self._mask, "past_key_values": self._cache, "use_cache": True}
+        inputs: dict[str, Any] = {"attention_mask": self._mask, self._name: self._cache, "use_cache": True}
         if self._encoded is not None:
             inputs |= {"encoder_outputs": self._encoded, "decoder_input_ids": tokens}
         else:
@@ -149,6 +150,11 @@ class _Rows:
             inputs |= {"input_ids": tokens, **{name: value for name, value in known.items() if name in self._takes}}
         logits = self._model(**inputs, return_dict=True).logits[:, -1]
         self.logits = logits.to(self._device, torch.float32)
+
+
+def _cache_name(takes: Container[str]) -> str:
+    """What a model's `forward` calls its keys and values: `cache` since transformers 5.24; "": it takes none."""
+    return next((name for name in ("cache", "past_key_values") if name in takes), "")
 
 
 def _empty_cache(model: PreTrainedModel) -> DynamicCache:

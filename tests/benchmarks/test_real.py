@@ -1,6 +1,7 @@
 """The tables on real text: that every setting can run, that what won is a row, the tests, and what the docs say."""
 
 import json
+import time
 
 import numpy as np
 import pytest
@@ -169,6 +170,28 @@ def test_a_task_that_is_like_another_has_its_settings_and_looks_at_no_dev_set(tm
     assert {row for row, seeds in runs.items() if seeds == [*OTHER_SEEDS]} == {"SeqKD continued", "reverse KL"}
     assert len(runs) == len(compared) + 2
     assert "rates and settings are those of ende" in tables.page("deen", place.records())
+
+
+def test_a_new_clone_makes_the_models_again_that_its_next_run_needs_and_keeps_their_records(tmp_path, monkeypatch):
+    monkeypatch.setattr("benchmarks.real.place.RESULTS", tmp_path)
+    place = Place(TASKS["ende"], tmp_path / "work", tmp_path)
+    known = {"teacher": {"pretrain": trained(33.0)}, "data": {}, "outputs": {}, "base": {}}
+    known |= {f"{kind}/{seed}": trained(20.0) for kind in ("starts", "begun", "offline") for seed in SEEDS}
+    for name, record in known.items():
+        place.add(name, record)
+    left, did = ["run/KL/0", "run/exact, offline/2"], []
+
+    def job(name):
+        return name, lambda: did.append(name) or ({"new": True} if name in left else trained(21.0))
+
+    monkeypatch.setattr(real, "order", lambda _: map(job, [*known, *left]))
+    assert real.work(place, time.time() + 60) == len(did)
+    first = ["data", "teacher", "outputs", "base", "starts/0", "begun/0", "run/KL/0"]
+    again = ["starts/2", "begun/2", "offline/2", "offline/0", "offline/1", "run/exact, offline/2"]
+    assert did == first + again
+    assert place.records() == known | {name: {"new": True} for name in left}
+    assert real.work(place, time.time() + 60) == 0
+    assert real.told(trained(21.0), trained(20.0)) == ", made again: BLEU on dev 19.0000, then 20.0000"
 
 
 def test_holm_multiplies_the_smallest_by_all_and_never_falls():

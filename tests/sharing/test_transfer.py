@@ -391,7 +391,7 @@ def test_redirects_stay_on_the_host_and_a_slow_server_has_a_deadline(web, tmp_pa
         monkeypatch.setattr(stores, "DEADLINE_S", 0)  # no second try
         began = time.monotonic()
         fails(capsys, "info", url)
-        assert time.monotonic() - began < 3
+        assert time.monotonic() - began < 10
     finally:
         server.shutdown()
         server.server_close()

@@ -95,7 +95,7 @@ def test_nobody_scores(cache, tmp_path, capsys, monkeypatch):
     lab = tmp_path / "lab"
     assert learn(cache, tmp_path / "run", "--scores-from", lab, "--scores-timeout", 1.1) == 2
     lines = [line for line in capsys.readouterr().err.splitlines() if "rollouts wait" in line]
-    assert 3 <= len(lines) <= 5
+    assert 2 <= len(lines) <= 5
     assert f"8 rollouts wait for scores at {lab}, and none came for" in lines[0]
     assert f"`ketchup-cache score --follow --cache {lab} --teacher TEACHER` running?" in lines[0]
     assert lines[-1].endswith("then run this again to go on")
