@@ -104,7 +104,8 @@ class Head:
         chunk: states whose logits are held together, for speed. Where a gradient is wanted, they are computed again in
         the backward pass: [n, V] is never held.
         """
-        chunk = chunk or max(BLOCK.get(states.device.type, BLOCK["cpu"]) // self.vocab_size, 256)
+        kind = states.device.type if states.device.type in BLOCK else "cpu"
+        chunk = chunk or min(STATES_AT_ONCE[kind], max(BLOCK[kind] // self.vocab_size, 256))
         if self.post_operation is None and self.bias is None and getattr(self.projection, "bias", None) is None:
             weight = self.projection.weight[: self.vocab_size]
             return _LogProb.apply(states.to(weight.device).float(), weight.float(), targets, chunk)

@@ -40,8 +40,10 @@ class Optimizer:
     def __init__(self, model: nn.Module, options: StepOptions, steps: int) -> None:
         """steps: of the whole run, for the schedule."""
         self.named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        decay = options.weight_decay
-        self.adamw = torch.optim.AdamW(self.named.values(), lr=options.lr, betas=(0.9, 0.999), weight_decay=decay)
+        how: dict[str, Any] = {"lr": options.lr, "betas": (0.9, 0.999), "weight_decay": options.weight_decay}
+        # without it a CPU goes through a weight ten times a step; on a GPU torch has its own choice
+        how["fused"] = all(type(p) is nn.Parameter and p.device.type == "cpu" for p in self.named.values()) or None
+        self.adamw = torch.optim.AdamW(self.named.values(), **how)
         self._options, self._steps = options, steps
 
     def lr(self, step: int) -> float:

@@ -101,6 +101,16 @@ def run_and_kill(work: Callable[[], object], after_s: float, after_commits: int 
     return said, code == -signal.SIGKILL
 
 
+def kill_once(work: Callable[[], object], ready: Callable[[], object], pause_s: float = 0.0) -> bool:
+    """Some work in a child, killed this long after it is `ready`. False: it had ended before."""
+    pid = in_child(work)
+    while not ready() and not ended(pid):
+        time.sleep(0.002)
+    time.sleep(pause_s)
+    os.kill(pid, signal.SIGKILL)
+    return exit_code(pid) == -signal.SIGKILL
+
+
 def ended(pid: int, wait: bool = False) -> bool:
     """Whether this child has ended. It stays a zombie, so its number is nobody else's."""
     return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT | (0 if wait else os.WNOHANG)) is not None

@@ -7,9 +7,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +30,7 @@ from tests.helpers.errors import fails, refuses
 from tests.helpers.learning import assert_same_weights, config as learn_config, killed_before, metrics
 from tests.helpers.models import VOCAB, make_tokenizer, write_prompts
 from tests.helpers.oracle import plain_logits
+from tests.helpers.trust import kill_once
 
 LONGEST = 6
 
@@ -151,14 +149,7 @@ def test_killed_by_the_system_while_it_evaluates(options, tmp_path):
     """kill -9 as soon as a first evaluation is written: the best model stands beside it."""
     whole = options(metric="loss", lr=3e-3, steps=30, checkpoint_every=7)
     learn(whole.model_copy(update={"out": tmp_path / "whole"}))
-    flags = [f"--{k.replace('_', '-')}={v}" for k, v in whole.model_dump(mode="json", exclude_unset=True).items()]
-    flags = [flag.replace("['loss']", "loss") for flag in flags]
-    process = subprocess.Popen([sys.executable, "-m", "ketchup_cache", "learn", *flags], cwd=os.getcwd())
-    while not (whole.out / "dev.jsonl").exists():
-        assert process.poll() is None
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    assert kill_once(lambda: learn(whole), (whole.out / "dev.jsonl").exists)
     assert (whole.out / "best" / "model.safetensors").exists()
     learn(whole)
     assert timeless(whole.out) == timeless(tmp_path / "whole")

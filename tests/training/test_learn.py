@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import fcntl
 import json
-import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -21,6 +19,7 @@ from ketchup_cache.training.records import sealed, unsealed
 from tests.helpers.caches import make_cache
 from tests.helpers.learning import assert_same_weights, config, metrics, whole_batch
 from tests.helpers.models import WORDS, make_t5, make_tokenizer, save_model
+from tests.helpers.trust import kill_once
 
 
 @pytest.fixture
@@ -54,14 +53,7 @@ def test_killed_and_resumed_gives_the_same_bits(cache, tmp_path, folders):
     report = learn(undisturbed)
     assert report.resumed_from == 0
 
-    given = options.model_dump(mode="json", exclude_unset=True).items()
-    flags = [part for key, value in given for part in (f"--{key.replace('_', '-')}", str(value))]
-    process = subprocess.Popen([sys.executable, "-m", "ketchup_cache", "learn", *flags])
-    while not list((options.out / "checkpoints").glob("step-????????")):
-        assert process.poll() is None
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    assert kill_once(lambda: learn(options), lambda: list((options.out / "checkpoints").glob("step-????????")))
     assert not (options.out / "last").exists()
     resumed = learn(options)
     assert 0 < resumed.resumed_from < 40

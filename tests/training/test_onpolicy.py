@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import gc
-import signal
-import subprocess
-import sys
-import time
 import weakref
 from itertools import pairwise
 
@@ -25,6 +21,7 @@ from ketchup_cache.training.policy_gradient import policy_gradient_step
 from tests.helpers.learning import assert_same_weights, json_lines, killed_before, metrics
 from tests.helpers.models import WORDS, make_t5, make_tokenizer, save_model, write_prompts
 from tests.helpers.oracle import plain_logits, plain_row_scores as plain_scores
+from tests.helpers.trust import kill_once
 
 VOCAB = len(WORDS) + 3
 LEARN = {
@@ -206,20 +203,12 @@ def test_killed_at_any_moment_it_ends_with_the_same_bits(words, tmp_path):
     options = words | {"--out": tmp_path / "undisturbed", "--cache": tmp_path / "other"}
     assert main(flat(fill(options, tmp_path))) == 0
     rng, kills = np.random.default_rng(0), 0
-    command = [sys.executable, "-m", "ketchup_cache", *flat(words)]
     for _ in range(4):
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         before = _progress(tmp_path)
-        deadline = time.monotonic() + 100
-        # let it get somewhere new first, so that attempts make headway whatever the machine's speed
-        while _progress(tmp_path) == before and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.01)
-        time.sleep(rng.uniform(0, 0.3))
-        if process.poll() is not None:
-            break
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        kills += 1
+        # it gets somewhere new first, so that attempts make headway whatever the machine's speed
+        kills += kill_once(
+            lambda: main(flat(words)), lambda before=before: _progress(tmp_path) != before, rng.uniform(0, 0.3)
+        )
     assert main(flat(words)) == 0
     assert kills >= 2
     assert_same_weights(tmp_path / "undisturbed", tmp_path / "run")
