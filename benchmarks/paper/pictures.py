@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from numpy.typing import NDArray
 
 from benchmarks.paper.settings import FIGURE_3_KS, FIGURE_3_TASK, TABLE, TASKS
 from benchmarks.paper.statistics import Mean
 from benchmarks.paper.tables import RETURN, Record, by_seed
-from ketchup_cache.report.plots import COLOURS, DASHES, MARKERS, running_mean, variance_bias_figure
+from ketchup_cache.report.plots import COLOURS, DASHES, MARKERS, variance_bias_figure
 
 WINDOW = 5
 
@@ -109,3 +110,10 @@ def _figure(width: float, height: float) -> Figure:
     figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     return figure
+
+
+def running_mean(values: NDArray[np.float64], window: int) -> NDArray[np.float64]:
+    """[n] → [n]: mean of the last `window` values up to each, of fewer at the start."""
+    total, stop = np.concatenate([[0.0], np.cumsum(values)]), np.arange(1, len(values) + 1)
+    start = np.maximum(stop - window, 0)
+    return (total[stop] - total[start]) / (stop - start)

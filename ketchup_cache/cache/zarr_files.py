@@ -119,7 +119,10 @@ def decode(
         for chunk in _chunk_names(name, entry):
             _check_chunk(chunk, memoryview(files[chunk]), size)
     store = MemoryStore({name: cpu.Buffer.from_bytes(bytes(data)) for name, data in files.items()})
-    group = zarr.open_group(store, mode="r", zarr_format=3, use_consolidated=False)
+    try:
+        group = zarr.open_group(store, mode="r", zarr_format=3, use_consolidated=False)
+    except TypeError as error:  # Zarr 3.1.0 takes no key that it does not know
+        raise CorruptError(f"zarr.json: can't be read ({one_line(error)})") from None
     decoded = {}
     for name, entry in expected.items():
         try:

@@ -24,16 +24,15 @@ def policy_gradient_loss(logprob: Tensor, advantage: Tensor, ratio: Tensor | Non
     return -(weight.detach() * logprob).sum() / total_tokens
 
 
-def all_action_value(logits: Tensor, top_ids: Tensor, value: Tensor, *, entropy: bool = False) -> Tensor:
+def all_action_value(logprob: Tensor, value: Tensor, *, entropy: bool = False) -> Tensor:
     """Σ_a π(a) v(a) over the given tokens: its gradient is Σ_a ∇π(a) v(a), the policy gradient's expectation over
     these tokens, without the noise of a sample (all-action policy gradient; Sutton et al. 2001).
 
-    logits: [n, V] float32, carries the gradient. top_ids: [n, m] int64, distinct in a row. value: [n, m] float32.
-    entropy: v(a) − log π(a) in place of v(a), as a constant: with v = log p that is the gradient of −KL(π‖p).
+    logprob: [n, m] float32, log π(a), carries the gradient. value: [n, m] float32. entropy: v(a) − log π(a) in place of
+    v(a), as a constant: with v = log p that is the gradient of −KL(π‖p).
 
     Returns: [n].
     """
-    logprob = logits.gather(1, top_ids) - logits.logsumexp(1, keepdim=True)
     value = value - logprob if entropy else value
     return (logprob.exp() * value.detach()).sum(1)
 

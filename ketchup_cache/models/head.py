@@ -16,7 +16,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from ketchup_cache.errors import ModelError
@@ -91,33 +90,37 @@ class Head:
     def logits(self, states: Tensor, of: slice | None = None) -> Tensor:
         """States [n, D] of any float dtype → logits [n, V] in float32, or those `of` a part of the vocabulary."""
         of = of or slice(0, self.vocab_size)
-        weight = self.projection.weight[of]
+        weight, bias = self.projection.weight[of], self._bias(of)
         logits = _product(states.to(weight.device), weight)
-        for bias in (getattr(self.projection, "bias", None), self.bias):
-            if bias is not None:
-                logits = logits + bias.flatten()[of].float()
+        logits = logits if bias is None else logits + bias
         return self.post_operation(logits) if self.post_operation else logits
 
-    def log_prob(self, states: Tensor, targets: Tensor, *, chunk: int | None = None) -> Tensor:
-        """Log-softmax of the chosen tokens. states: [n, D], targets: [n] int64 → [n] float32, nats.
+    def _bias(self, of: slice) -> Tensor | None:
+        """What is added to the product, [V] float32."""
+        both = (getattr(self.projection, "bias", None), self.bias)
+        found = [bias.flatten()[of].float() for bias in both if bias is not None]
+        return sum(found[1:], found[0]) if found else None
 
-        chunk: states whose logits are held together, for speed. Where a gradient is wanted, they are computed again in
-        the backward pass: [n, V] is never held.
+    def log_prob(self, states: Tensor, targets: Tensor, *, chunk: int | None = None) -> Tensor:
+        """Log-softmax of the chosen tokens. states: [n, D], targets: [n] int64 → [n] float32, nats."""
+        return self.buckets(states, targets.new_empty(len(targets), 0), targets, chunk=chunk)[1]
+
+    def buckets(
+        self, states: Tensor, ids: Tensor, targets: Tensor, *, chunk: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Log-probabilities of the tokens `ids` and, behind them, of all others together, [n, m + 1] float32, as
+        `divergences.student_buckets` gives them (with m = V the last is −inf); and those of `targets`, [n] float32.
+
+        states: [n, D]. ids: [n, m] int64, distinct in a row. targets: [n] int64. chunk: states whose logits are held
+        together, for speed: they are computed again in the backward pass, and [n, V] is never held.
         """
         kind = states.device.type if states.device.type in BLOCK else "cpu"
         chunk = chunk or min(STATES_AT_ONCE[kind], max(BLOCK[kind] // self.vocab_size, 256))
-        if self.post_operation is None and self.bias is None and getattr(self.projection, "bias", None) is None:
-            weight = self.projection.weight[: self.vocab_size]
-            return _LogProb.apply(states.to(weight.device).float(), weight.float(), targets, chunk)
-
-        def chosen(states: Tensor, targets: Tensor) -> Tensor:
-            logits = self.logits(states)
-            return logits.gather(1, targets[:, None]).squeeze(1) - logits.logsumexp(1)
-
-        parts = zip(states.split(chunk), targets.split(chunk), strict=True)
-        if torch.is_grad_enabled():
-            return torch.cat([checkpoint(chosen, *part, use_reentrant=False) for part in parts])
-        return torch.cat([chosen(*part) for part in parts])
+        ids, targets = ids.to(self.device), targets.to(self.device)
+        weight, bias = self.projection.weight[: self.vocab_size].float(), self._bias(slice(0, self.vocab_size))
+        states = states.to(self.device).float()
+        buckets, logprob = _Buckets.apply(states, weight, bias, ids, targets, self.post_operation, chunk)
+        return buckets, logprob
 
     @torch.no_grad()
     def reduce(self, states: Tensor, targets: Tensor, *, keep_top: int = 0) -> tuple[Tensor, ...]:
@@ -158,46 +161,63 @@ class Head:
         return q, max_q, max_q + total_exp.log(), total / self.vocab_size, *top
 
 
-class _LogProb(torch.autograd.Function):
-    """`Head.log_prob` of a head that is a product alone. The gradient of a row's logits, g (onehot − softmax), is made
-    where the logits are, so a block of them stays in a processor's cache: autograd makes six such tensors anew."""
+class _Buckets(torch.autograd.Function):
+    """`Head.buckets`. The gradient of the logits is made where the logits are, so that a block of them stays in a
+    processor's cache. Autograd makes six such tensors anew."""
 
     @staticmethod
-    def forward(context: Any, states: Tensor, weight: Tensor, targets: Tensor, chunk: int) -> Tensor:
-        """[n, D], [V, D] float32, [n] int64 → [n]."""
-        logprob, logsumexp = states.new_empty(len(states)), states.new_empty(len(states))
-        for rows, logits in _blocks(states, weight, chunk):
-            chosen = logits.gather(1, targets[rows, None])[:, 0]
-            largest = logits.amax(1)
-            logsumexp[rows] = largest + logits.sub_(largest[:, None]).exp_().sum(1).log()
-            logprob[rows] = chosen - logsumexp[rows]
-        context.save_for_backward(states, weight, targets, logsumexp)
-        context.chunk = chunk
-        return logprob
+    def forward(
+        context: Any, states: Tensor, weight: Tensor, bias: Tensor | None, ids: Tensor, targets: Tensor,
+        post: Callable[[Tensor], Tensor] | None, chunk: int,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        n = len(states)
+        buckets, logprob, rest = states.new_empty(n, ids.shape[1] + 1), states.new_empty(n), states.new_empty(n, 1)
+        for rows, logits in _blocks(states, weight, bias, chunk):
+            logits = post(logits) if post else logits
+            kept, chosen = logits.gather(1, ids[rows]), logits.gather(1, targets[rows, None])
+            others = logits.scatter_(1, ids[rows], -torch.inf)
+            largest = others.amax(1, keepdim=True).clamp(min=torch.finfo(others.dtype).min)
+            rest[rows] = largest + others.sub_(largest).exp_().sum(1, keepdim=True).log()
+            total = torch.logaddexp(rest[rows], kept.logsumexp(1, keepdim=True))
+            buckets[rows] = torch.cat([kept, rest[rows]], 1) - total
+            logprob[rows] = (chosen - total)[:, 0]
+        context.save_for_backward(states, weight, bias, ids, targets, buckets, rest)
+        context.how = post, chunk
+        return buckets, logprob
 
     @staticmethod
-    def backward(context: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        states, weight, targets, logsumexp = context.saved_tensors
-        of_states, of_weight = (
-            torch.zeros_like(of) if needed else None
-            for of, needed in zip((states, weight), context.needs_input_grad, strict=False)
-        )
-        for rows, logits in _blocks(states, weight, context.chunk):
-            g = gradient[rows, None]
-            logits.sub_(logsumexp[rows, None]).exp_().mul_(-g).scatter_add_(1, targets[rows, None], g)
+    def backward(context: Any, of_buckets: Tensor, of_logprob: Tensor) -> tuple[Tensor | None, ...]:
+        states, weight, bias, ids, targets, buckets, rest = context.saved_tensors
+        post, chunk = context.how
+        needed = zip((states, weight, bias), context.needs_input_grad, strict=False)
+        of_states, of_weight, of_bias = (torch.zeros_like(of) if need else None for of, need in needed)
+        # the gradient of a logit z with probability p, G being the sum of all that come in: of a kept one g − G p, of
+        # the others (g of the rest − G p of the rest) · their share of the rest, and g more of a target
+        of_logit = of_buckets - (of_buckets.sum(1, keepdim=True) + of_logprob[:, None]) * buckets.exp()
+        for rows, logits in _blocks(states, weight, bias, chunk):
+            if post:
+                through: Any = torch.func.vjp(post, logits)
+                logits, back = through[0].clone(), through[1]
+            logits.sub_(rest[rows]).exp_().mul_(of_logit[rows, -1:]).scatter_(1, ids[rows], of_logit[rows, :-1])
+            logits.scatter_add_(1, targets[rows, None], of_logprob[rows, None])
+            if post:
+                (logits,) = back(logits)
             if of_states is not None:
                 torch.mm(logits, weight, out=of_states[rows])
             if of_weight is not None:
                 of_weight.addmm_(logits.T, states[rows])
-        return of_states, of_weight, None, None
+            if of_bias is not None:
+                of_bias += logits.sum(0)
+        return of_states, of_weight, of_bias, None, None, None, None
 
 
-def _blocks(states: Tensor, weight: Tensor, chunk: int) -> Iterator[tuple[slice, Tensor]]:
-    """The logits of so many states after the other, all in one place."""
+def _blocks(states: Tensor, weight: Tensor, bias: Tensor | None, chunk: int) -> Iterator[tuple[slice, Tensor]]:
+    """The head's product for so many states after the other, all in one place."""
     place = states.new_empty(min(chunk, len(states)), len(weight))
     for start in range(0, len(states), chunk):
         rows = slice(start, min(start + chunk, len(states)))
-        yield rows, torch.mm(states[rows], weight.T, out=place[: rows.stop - start])
+        product = torch.mm(states[rows], weight.T, out=place[: rows.stop - start])
+        yield rows, product if bias is None else product.add_(bias)
 
 
 def _top(logits: Tensor, keep: int) -> tuple[Tensor, Tensor, Tensor]:

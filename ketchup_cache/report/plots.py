@@ -16,7 +16,6 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullLocator
-from numpy.typing import NDArray
 
 from ketchup_cache.files import write_file
 
@@ -106,13 +105,6 @@ def _short(label: str, longest: int = 60) -> str:
     """Long labels lose their middle: paths differ at their ends."""
     half = (longest - 1) // 2
     return label if len(label) <= longest else f"{label[:half]}…{label[-half:]}"
-
-
-def running_mean(values: NDArray[np.float64], window: int) -> NDArray[np.float64]:
-    """[n] → [n]: mean of the last `window` values up to each, of fewer at the start."""
-    total, stop = np.concatenate([[0.0], np.cumsum(values)]), np.arange(1, len(values) + 1)
-    start = np.maximum(stop - window, 0)
-    return (total[stop] - total[start]) / (stop - start)
 
 
 def write_png(figure: Figure, path: Path) -> None:

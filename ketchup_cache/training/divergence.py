@@ -16,7 +16,7 @@ from ketchup_cache.method import divergences
 from ketchup_cache.method.losses import Staleness
 from ketchup_cache.method.returns import rollout_returns
 from ketchup_cache.training.metrics import Signal, StepMetrics, teacher_kl
-from ketchup_cache.training.optimizer import Learner, all_rows, in_chunks, of_all_processes
+from ketchup_cache.training.optimizer import Learner, all_rows, of_all_processes
 from ketchup_cache.types import Ragged, ScoredRollouts
 
 
@@ -45,16 +45,20 @@ def divergence_step(
     def tensor(values: NDArray) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(values)).to(head.device)
 
-    def terms(states: Tensor, targets: Tensor, places: NDArray) -> tuple[Tensor, Tensor]:
-        largest = [tensor(values[places]) for values in (vars(top).values() if top else ())]
-        given = targets.to(head.device), tensor(of_teacher[places]), *largest
-        values, logprob = token_terms(options.method, head.logits(states), *given)
-        return values * tensor(weight[places].astype(np.float32)), logprob.detach()
-
     def loss(places: NDArray, states: Tensor, targets: Tensor) -> Tensor:
         inside = np.flatnonzero(weight[places] > 0)
         places, chosen = places[inside], torch.from_numpy(inside).to(states.device)
-        values, logprob = in_chunks(terms, states[chosen], targets[chosen], places)
+        states, targets = states[chosen], targets[chosen]
+        if options.method not in divergences.TERMS:  # SeqKD
+            logprob = head.log_prob(states, targets)
+            terms = -logprob
+        else:
+            assert top is not None
+            q, ids, rest = (tensor(values[places]) for values in (top.q, top.ids, top.rest_logsumexp))
+            student, logprob = head.buckets(states, ids.long(), targets)
+            teacher = divergences.teacher_buckets(q, rest, head.vocab_size)
+            terms = token_terms(options.method, teacher, student[:, : teacher.shape[1]], tensor(of_teacher[places]))
+        values, logprob = terms * tensor(weight[places].astype(np.float32)), logprob.detach()
         if (mine := ~of_teacher[places]).any():
             staleness.add(logprob[tensor(mine)], tensor(rollouts.behavior_logprob[places[mine]]))
         return values.sum()
@@ -81,19 +85,8 @@ def token_weights(
     return sum((kind / (kind.sum() * len(kinds)) for kind in kinds), np.zeros(len(forced)))
 
 
-def token_terms(
-    method: str, logits: Tensor, targets: Tensor, from_teacher: Tensor, *top: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Each token's term of the loss [n], in nats, and the student's log-probability of the token [n].
-
-    logits: [n, V] float32 of the student. targets: [n] int64. from_teacher: [n] bool. top: the teacher's
-    `TopLogits`, q and ids [n, top], rest_logsumexp [n]; none for seqkd.
-    """
-    logprob = logits.gather(1, targets[:, None]).squeeze(1) - logits.logsumexp(1)
-    if method not in divergences.TERMS:
-        return -logprob, logprob
-    top_q, top_ids, rest_logsumexp = top
-    teacher = divergences.teacher_buckets(top_q, rest_logsumexp, logits.shape[1])
-    student = divergences.student_buckets(logits, top_ids.long())
+def token_terms(method: str, teacher: Tensor, student: Tensor, from_teacher: Tensor) -> Tensor:
+    """Each token's term of the loss, [n], in nats. teacher, student: [n, m] log-probabilities of the buckets.
+    from_teacher: [n] bool."""
     terms = [term(teacher, student) for term in dict.fromkeys(divergences.TERMS[method]) if term]
-    return (terms[0] if len(terms) == 1 else torch.where(from_teacher, terms[0], terms[1])), logprob
+    return terms[0] if len(terms) == 1 else torch.where(from_teacher, terms[0], terms[1])

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from ketchup_cache.config.options import StepOptions
@@ -92,17 +91,6 @@ class Optimizer:
         for key, value in tensors.items():
             name, moment = key.rsplit("/", 1)
             self.adamw.state[self.named[name]][moment] = value
-
-
-def in_chunks(
-    terms: Callable[..., tuple[Tensor, ...]], states: Tensor, targets: Tensor, places: NDArray
-) -> list[Tensor]:
-    """`terms` of [n, …] states, targets and places, in parts of at most `CHUNK` rows, put together again. Each part's
-    logits are computed again in the backward pass: [n, V] is never held for the whole batch.
-    """
-    spans = [slice(start, start + CHUNK) for start in range(0, max(len(places), 1), CHUNK)]
-    parts = [checkpoint(terms, states[s], targets[s], places[s], use_reentrant=False) for s in spans]
-    return [torch.cat(values) for values in zip(*parts, strict=True)]
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ from ketchup_cache.method.losses import (
 from ketchup_cache.method.returns import rollout_returns
 from ketchup_cache.parallel.group import group
 from ketchup_cache.training.metrics import Signal, StepMetrics
-from ketchup_cache.training.optimizer import CHUNK, Learner, all_rows, in_chunks, of_all_processes
+from ketchup_cache.training.optimizer import CHUNK, Learner, all_rows, of_all_processes
 from ketchup_cache.types import ScoredRollouts
 
 Each = NDArray | None
@@ -164,19 +164,18 @@ def policy_gradient(
     def exact(states: Tensor, targets: Tensor, places: NDArray) -> tuple[Tensor, Tensor, Tensor]:
         """[n] each: log π(a_t), the kept tokens' part of the first step, the value of a_t where it is not kept."""
         assert top is not None
-        logits, targets, ids = head.logits(states), targets.to(head.device), tensor(top.ids[places]).long()
-        value = tensor(top.q[places] - offset[places, None]).clamp(min=FLOOR)
-        logprob = logits.gather(1, targets[:, None]).squeeze(1) - logits.logsumexp(1)
+        ids, value = tensor(top.ids[places]).long(), tensor(top.q[places] - offset[places, None]).clamp(min=FLOOR)
+        kept, logprob = head.buckets(states, ids, targets)
         sampled = tensor(scores.q[places] - offset[places]).clamp(min=FLOOR) - (logprob.detach() if entropy else 0)
-        outside = ~(ids == targets[:, None]).any(1)
-        return logprob, all_action_value(logits, ids, value, entropy=entropy), sampled * outside
+        outside = ~(ids == targets.to(head.device)[:, None]).any(1)
+        return logprob, all_action_value(kept[:, :-1], value, entropy=entropy), sampled * outside
 
     def loss(places: NDArray, states: Tensor, targets: Tensor) -> Tensor:
         inside = np.flatnonzero(signal.in_loss[places])
         in_loss, places = torch.from_numpy(inside).to(states.device), places[inside]
         advantage, behavior = tensor(signal.advantage[places]), tensor(rollouts.behavior_logprob[places])
         if options.exact:
-            logprob, first, sampled = in_chunks(exact, states[in_loss], targets[in_loss], places)
+            logprob, first, sampled = exact(states[in_loss], targets[in_loss], places)
             advantage = advantage + sampled
         else:
             logprob, first = head.log_prob(states[in_loss], targets[in_loss]), None

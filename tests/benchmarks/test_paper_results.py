@@ -11,6 +11,7 @@ from scipy import stats
 
 from benchmarks.paper import tables
 from benchmarks.paper.__main__ import PARTS, chosen, missing
+from benchmarks.paper.pictures import running_mean
 from benchmarks.paper.runs import Run, words_of
 from benchmarks.paper.settings import ABLATIONS, TABLE, TASKS, Row, ablation_runs, table_runs
 from benchmarks.paper.statistics import Comparison, Mean, holm
@@ -184,3 +185,7 @@ def test_the_pages_tables_are_those_of_the_results():
     page = (root / "docs/results.md").read_text()
     results = [line for line in page[page.index("## Three small") :].splitlines() if line.startswith("|")]
     assert results == drawn
+
+
+def test_a_running_mean_is_of_fewer_at_the_start():
+    assert running_mean(np.array([-8.0, -6.0, -7.0, -1.0]), 3) == pytest.approx([-8, -7, -7, -14 / 3])

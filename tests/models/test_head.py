@@ -5,8 +5,9 @@ import torch
 import transformers
 
 from ketchup_cache.errors import ModelError
+from ketchup_cache.method.divergences import student_buckets
 from ketchup_cache.models import forward
-from ketchup_cache.models.head import BLOCK, STATES_AT_ONCE, Head
+from ketchup_cache.models.head import BLOCK, STATES_AT_ONCE, Head, _Buckets
 from tests.helpers.errors import refuses
 from tests.helpers.models import FAMILIES, make_decoder, make_model, make_t5
 from tests.helpers.oracle import assert_same_scores, plain_scores, random_rollouts
@@ -135,6 +136,42 @@ def test_log_prob_is_the_log_softmax_in_value_and_gradient():
     torch.testing.assert_close(ours_grad, plain_grad)
     with torch.no_grad():
         torch.testing.assert_close(head.log_prob(states, targets), plain)
+
+
+@pytest.mark.parametrize("kept", [1, 7, 60])
+@pytest.mark.parametrize("name", ["t5-1.1", *CHANGED, "t5gemma", "gemma2", "cohere"])
+def test_buckets_are_those_of_all_logits_in_value_and_gradient(name, kept):
+    model = tiny_gemma() if name == "t5gemma" else make_model(name.split()[0])
+    CHANGED.get(name, lambda model: None)(model)
+    head, random = Head.of(model, 60), torch.Generator().manual_seed(0)
+    states = (3 * torch.randn(11, head.projection.weight.shape[1], generator=random)).requires_grad_()
+    ids = torch.rand(11, 60, generator=random).topk(kept).indices
+    targets = torch.randint(60, (11,), generator=random)
+    logits, (buckets, logprob) = head.logits(states), head.buckets(states, ids, targets, chunk=4)
+    plain = student_buckets(logits, ids), logits.log_softmax(1)[torch.arange(11), targets]
+    if kept == 60:
+        assert (buckets[:, -1] == -torch.inf).all()
+    ours = buckets[:, : plain[0].shape[1]], logprob
+    torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-5)
+    weights = [torch.randn(of.shape, generator=random) for of in plain]
+    inputs = [states, *(p for p in head.projection.parameters() if p.requires_grad)]
+    grads = (
+        torch.autograd.grad(sum((of * w).sum() for of, w in zip(found, weights, strict=True)), inputs)
+        for found in (ours, plain)
+    )
+    torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("post", [None, lambda logits: 2 * torch.tanh(logits / 2)])
+def test_the_gradient_of_buckets_is_that_of_small_steps(post):
+    """In float64, with a token beside which the others are nothing, and targets among the kept and not."""
+    random = torch.Generator().manual_seed(0)
+    sizes = (4, 3), (9, 3), (9,)
+    inputs = [torch.randn(size, generator=random, dtype=torch.float64, requires_grad=True) for size in sizes]
+    with torch.no_grad():
+        inputs[2][5] = 30
+    ids, targets = torch.tensor([[5, 1], [2, 3], [5, 0], [4, 8]]), torch.tensor([5, 3, 7, 5])
+    torch.autograd.gradcheck(lambda *given: _Buckets.apply(*given, ids, targets, post, 3), inputs, atol=1e-7)
 
 
 def test_log_prob_keeps_no_logits_for_the_backward_pass():

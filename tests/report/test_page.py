@@ -93,7 +93,9 @@ def test_the_page_computes_what_k_step_returns_computes(written, runs, browser):
             shown.give({"end_weight": "end"}.get(key, key), "" if value is None else value)
         ids = np.int32(data["rollouts"][number]["ids"])
         true = next(row for (tokens, _), row in known.items() if tokens == ids.tobytes())
-        arrays = {name: np.float64(getattr(true, name))[None] for name in ("q", "max_q", "mean_q", "logsumexp")}
+        arrays = {
+            name: np.asarray(getattr(true, name), np.float64)[None] for name in ("q", "max_q", "mean_q", "logsumexp")
+        }
         more = {"lengths": [len(ids)], "finished": np.array([true.finished]), "final_max_q": [true.final_max_q]}
         expected = k_step_returns(**arrays, **more, **(start | how))[0]
         rows = shown.run(ROWS)

@@ -4,11 +4,10 @@ import subprocess
 import sys
 
 import numpy as np
-import pytest
 from matplotlib.image import imread
 
 from ketchup_cache.errors import WriteError
-from ketchup_cache.report.plots import running_mean, variance_bias_figure, write_png
+from ketchup_cache.report.plots import variance_bias_figure, write_png
 from tests.helpers.errors import refuses
 
 
@@ -53,10 +52,6 @@ def test_policies_are_named_with_their_kl_from_near_to_far_and_look_different():
     assert len({line.get_marker() for line in drawn_lines}) == len({line.get_linestyle() for line in drawn_lines}) == 3
     grey = [np.dot(line.get_color()[:3], [0.299, 0.587, 0.114]) for line in drawn_lines[::2]]
     assert grey[1] - grey[0] > 0.3  # readable without colour
-
-
-def test_a_running_mean_is_of_fewer_at_the_start():
-    assert running_mean(np.array([-8.0, -6.0, -7.0, -1.0]), 3) == pytest.approx([-8, -7, -7, -14 / 3])
 
 
 def test_files_are_png_of_150_dpi(tmp_path):
