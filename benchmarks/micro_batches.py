@@ -104,7 +104,7 @@ def memory_of(way: str, tokens: int) -> None:
     head = Head.of(model, VOCAB)
     states = torch.randn(tokens, 512, requires_grad=True)
     targets = torch.randint(3, VOCAB, (tokens,))
-    head.log_prob(states[:8], targets[:8], chunk=8).sum().backward()  # gradients and buffers exist
+    head.log_prob(states[:8], targets[:8]).sum().backward()  # gradients and buffers exist
     before = forget_peak()
     if way == "chunked":
         logprob = head.log_prob(states, targets)

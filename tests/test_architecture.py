@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 ROOMS = "config method text parallel models cache sharing rollouts scoring evaluation training report".split()
 """Folders, each of which imports only from those before it, and from the root."""
-BUDGET = {"ketchup_cache": 11_442, "tests": 14_760}
+BUDGET = {"ketchup_cache": 11_485, "tests": 14_788}
 """Lines of code at most (`code_lines`)."""
 
 

@@ -101,9 +101,9 @@ class Head:
         found = [bias.flatten()[of].float() for bias in both if bias is not None]
         return sum(found[1:], found[0]) if found else None
 
-    def log_prob(self, states: Tensor, targets: Tensor, *, chunk: int | None = None) -> Tensor:
+    def log_prob(self, states: Tensor, targets: Tensor) -> Tensor:
         """Log-softmax of the chosen tokens. states: [n, D], targets: [n] int64 → [n] float32, nats."""
-        return self.buckets(states, targets.new_empty(len(targets), 0), targets, chunk=chunk)[1]
+        return self.buckets(states, targets.new_empty(len(targets), 0), targets)[1]
 
     def buckets(
         self, states: Tensor, ids: Tensor, targets: Tensor, *, chunk: int | None = None
@@ -190,7 +190,8 @@ class _Buckets(torch.autograd.Function):
         states, weight, bias, ids, targets, buckets, rest = context.saved_tensors
         post, chunk = context.how
         needed = zip((states, weight, bias), context.needs_input_grad, strict=False)
-        of_states, of_weight, of_bias = (torch.zeros_like(of) if need else None for of, need in needed)
+        new = torch.empty_like if len(states) else torch.zeros_like
+        of_states, of_weight, of_bias = (new(of) if need else None for of, need in needed)
         # the gradient of a logit z with probability p, G being the sum of all that come in: of a kept one g − G p, of
         # the others (g of the rest − G p of the rest) · their share of the rest, and g more of a target
         of_logit = of_buckets - (of_buckets.sum(1, keepdim=True) + of_logprob[:, None]) * buckets.exp()
@@ -205,9 +206,9 @@ class _Buckets(torch.autograd.Function):
             if of_states is not None:
                 torch.mm(logits, weight, out=of_states[rows])
             if of_weight is not None:
-                of_weight.addmm_(logits.T, states[rows])
+                of_weight.addmm_(logits.T, states[rows], beta=int(rows.start > 0))  # with 0, whatever is there
             if of_bias is not None:
-                of_bias += logits.sum(0)
+                of_bias.copy_(logits.sum(0) + (of_bias if rows.start else 0))
         return of_states, of_weight, of_bias, None, None, None, None
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import decoder_pair, lab, lora, soak, timed_run, trl_live
+from benchmarks import decoder_pair, lab, lora, released, soak, timed_run, trl_live
 from benchmarks.common import forget_peak, merged, peak, run, sample
 from ketchup_cache import open_cache
 from tests.helpers.errors import refuses
@@ -103,6 +103,11 @@ def test_the_parts_of_a_timed_command_are_its_own(tmp_path):
 def test_the_table_of_a_growing_lab_is_that_of_its_results():
     results = json.loads((ROOT / "benchmarks/results/lab.json").read_text())
     assert lab.drawn(results["caches"]) in (ROOT / "docs/growth.md").read_text()
+
+
+def test_the_table_of_the_program_as_released_is_that_of_its_results():
+    results = json.loads((ROOT / "benchmarks/results/released.json").read_text())
+    assert released.drawn(results["runs"], 5) in (ROOT / "docs/results.md").read_text()
 
 
 def test_the_table_of_the_lora_page_is_that_of_its_results():
