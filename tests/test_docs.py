@@ -22,7 +22,7 @@ EVERYWHERE = {"--config", "--recipe", "--json", "--help", "--debug"}
 
 def test_the_site_builds_without_a_warning_and_has_every_option(tmp_path):
     pytest.importorskip("mkdocs", reason="mkdocs is not installed: pip install 'ketchup-cache[docs]'")
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     pages = {path.relative_to(tmp_path / "site").as_posix() for path in (tmp_path / "site").rglob("index.html")}

@@ -64,7 +64,8 @@ def k_step_returns(
         tail: the last K steps of "comb": "one-step" as Algorithm 1, or "jump" over the end as Eq. 7.
         normalization: subtract from Ĝ_t a baseline that depends on the state only: nothing ("raw"), `mean_q`
             ("centred"), `logsumexp` ("logprob") or `max_q` ("advantage"). It equals normalising all logits beforehand.
-        mean_q, logsumexp: [B, T] float, needed by "centred" and "logprob".
+        mean_q: [B, T] float, needed by "centred".
+        logsumexp: [B, T] float, needed by "logprob".
         finished: [B] bool, whether each rollout ended by itself. Without it, all did.
         unfinished: value V of the state where a rollout was cut. "bootstrap": V = final_max_q, the teacher's own
             value, which cancels against the m_{T+1} that the last reward subtracts, so that Ĝ_T = q_T; "zero":
