@@ -81,7 +81,7 @@ def test_a_machine_that_comes_helps_and_a_dead_workers_part_is_done_by_another(c
         assert there == [os.getcwd(), "1", SECRET]
         if name == "first":
             or_skipped(lambda: cluster.add_node(**SIZE))
-    assert list(found) == ["first", "die", "free", "wait"]
+    assert found.keys() == {"first", "die", "free", "wait"}  # the last two may end at once
     assert found["first"] == found["wait"] != found["die"] == found["free"]
     shown = capsys.readouterr()
     assert "a worker has ended, another does its part" in shown.err
